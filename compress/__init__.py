@@ -1,0 +1,1 @@
+"""Pruning, training and quantization of ResNets."""

@@ -1,0 +1,1 @@
+"""Post-training quantization and quantization-aware training."""

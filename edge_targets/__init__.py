@@ -1,0 +1,1 @@
+"""Edge devices: catalogue, runtimes, latency measured and predicted."""

@@ -1,0 +1,1 @@
+"""ONNX out: writing, parity, repair passes and lint."""

@@ -1,0 +1,1 @@
+"""Lint of ONNX files against a target: one file per rule."""

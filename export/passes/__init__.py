@@ -1,0 +1,1 @@
+"""Repairs of ONNX files: one file per pass."""

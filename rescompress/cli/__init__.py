@@ -1,0 +1,1 @@
+"""The command line: Typer, rich, and nothing heavy until a command runs."""

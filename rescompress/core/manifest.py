@@ -1,0 +1,119 @@
+"""`Manifest`: what ran, from what, with what outcome; the one file that reports and gates read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from rescompress.core.artifact import Artifact, write_text
+from rescompress.core.errors import BadInput
+from rescompress.core.metric import Metric
+from rescompress.core.spec import Frozen
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+Status = Literal["done", "skipped", "failed"]
+
+
+class StageResult(Frozen):
+    """The outcome of one stage; one row of the trade-off table.
+
+    Attributes:
+        stage: Unique name: ``dense``, ``prune``, ``finetune``, ``quantize``, ``export``, ``target:cpu`` ...
+        status: ``done``, ``skipped`` or ``failed``; the last two carry a reason.
+        reason: Why it was skipped or failed.
+        key: Hash of everything the outcome depends on: inputs' content, settings, versions.
+        metrics: By name: ``top1``, ``top5``, ``macs``, ``params``, ``size_bytes``, ``p50_ms``, ``p90_ms``, ``p99_ms`` ...
+        outputs: Files it wrote.
+        duration_s: Wall-clock time it took when it ran.
+        details: What a reader may want beside the metrics, JSON values only (widths per group, error curves, log of the
+            epochs, engine status, lint findings, latency per layer).
+    """
+
+    stage: str
+    status: Status
+    reason: str | None = None
+    key: str = ""
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    outputs: tuple[Artifact, ...] = ()
+    duration_s: float = 0.0
+    details: dict[str, Any] = Field(default_factory=dict)
+
+    def output(self, kind: str) -> Artifact | None:
+        """Return the first output of that kind, or None."""
+        return next((a for a in self.outputs if a.kind == kind), None)
+
+
+class Manifest(Frozen):
+    """All stages of one run, in order.
+
+    Attributes:
+        schema_version: Of this file's layout.
+        rescompress_version: Of the package that wrote it.
+        created: ISO 8601, UTC.
+        config: The run's settings as they were resolved.
+        environment: Python, platform, packages, CPU, threads.
+        stages: In order.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    rescompress_version: str = ""
+    created: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    stages: tuple[StageResult, ...] = ()
+
+    def stage(self, name: str) -> StageResult | None:
+        """Return the stage called `name`, or None."""
+        return next((s for s in self.stages if s.stage == name), None)
+
+    def with_stage(self, result: StageResult) -> Manifest:
+        """Return a manifest in which `result` replaces the stage of its name, or stands last."""
+        stages = list(self.stages)
+        for i, old in enumerate(stages):
+            if old.stage == result.stage:
+                stages[i] = result
+                break
+        else:
+            stages.append(result)
+        return self.model_copy(update={"stages": tuple(stages)})
+
+    def save(self, folder: Path) -> Path:
+        """Write ``manifest.json`` into `folder`, atomically, and return its path."""
+        path = folder / MANIFEST_NAME
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+        return path
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Return the manifest at `path`, a ``manifest.json`` or the folder that holds one.
+
+    Raises:
+        BadInput: It is missing, damaged, or of a layout this version cannot read.
+    """
+    if path.is_dir():
+        path = path / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise BadInput("no such manifest", where=str(path), remedy="name the output folder of a run") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"cannot be read: {e}", where=str(path), remedy="name the output folder of a run") from e
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in first["loc"]) or "the document"
+        raise BadInput(
+            f"is no manifest: {place}: {first['msg']}", where=str(path), remedy="run the pipeline again, or restore the file"
+        ) from e
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BadInput(
+            f"was written in layout {manifest.schema_version}, this version reads {SCHEMA_VERSION}",
+            where=str(path),
+            remedy="read it with the version of rescompress that wrote it, or run the pipeline again",
+        )
+    return manifest

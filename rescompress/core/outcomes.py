@@ -1,0 +1,53 @@
+"""`Outcomes`: which samples a model got right, compact, so that two models can be compared sample by sample."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+
+from rescompress.core.spec import Frozen
+
+
+class Outcomes(Frozen):
+    """Per-sample correctness over one data split.
+
+    Attributes:
+        n: Samples.
+        samples_sha256: Identity of the split: the samples' names or contents, their labels, and their order. Only
+            outcomes with equal identity may be paired.
+        classes: Name of each class, in order, where known.
+        bits: Base64 of the packed bits, first sample in the highest bit of the first byte; 1 is correct.
+    """
+
+    n: int
+    samples_sha256: str
+    classes: tuple[str, ...] | None = None
+    bits: str
+
+    @classmethod
+    def pack(cls, correct: Sequence[bool], samples_sha256: str, classes: tuple[str, ...] | None = None) -> Outcomes:
+        """Return the outcomes of `correct`, one entry per sample."""
+        n = len(correct)
+        number = int("".join("1" if c else "0" for c in correct) or "0", 2) << (-n % 8)
+        bits = base64.b64encode(number.to_bytes((n + 7) // 8, "big")).decode()
+        return cls(n=n, samples_sha256=samples_sha256, classes=classes, bits=bits)
+
+    def unpack(self) -> list[bool]:
+        """Return one entry per sample."""
+        data = base64.b64decode(self.bits)
+        return [bool(data[i // 8] >> (7 - i % 8) & 1) for i in range(self.n)]
+
+    @property
+    def correct(self) -> int:
+        """How many samples are right."""
+        return int.from_bytes(base64.b64decode(self.bits), "big").bit_count()
+
+
+def samples_digest(parts: Sequence[str]) -> str:
+    """Return the identity of a split from one string per sample, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""A file is a plugin: names are read off a package's folder without importing anything.
+
+A new pruning method, checkpoint format, runtime or lint rule is one new file in its package. Third parties add theirs
+through an entry-point group of the same name as the package (``[project.entry-points."compress.prune.methods"]``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from rescompress.core.errors import BadInput, nearest
+
+
+def _files(package: str) -> list[str]:
+    found = importlib.util.find_spec(package)
+    if found is None or found.submodule_search_locations is None:
+        raise LookupError(f"{package} is no package")
+    return [
+        path.stem
+        for folder in found.submodule_search_locations
+        for path in Path(folder).glob("*.py")
+        if not path.stem.startswith("_")
+    ]
+
+
+def names(package: str) -> list[str]:
+    """Return the plugin names of `package`, sorted: its files that do not start with ``_``, and entry points."""
+    third_party = [e.name for e in importlib.metadata.entry_points(group=package)]
+    return sorted({*_files(package), *third_party})
+
+
+def load(package: str, name: str, *, what: str = "plugin") -> ModuleType:
+    """Return the module of the plugin called `name`.
+
+    Args:
+        package: The package whose files are plugins, such as ``compress.prune.methods``.
+        name: The plugin.
+        what: What the plugins of this package are called in an error.
+
+    Raises:
+        BadInput: No plugin has that name.
+    """
+    if name in _files(package):
+        return importlib.import_module(f"{package}.{name}")
+    for entry in importlib.metadata.entry_points(group=package):
+        if entry.name == name:
+            module = entry.load()
+            if not isinstance(module, ModuleType):
+                raise BadInput(f"the entry point of {what} '{name}' is no module", remedy="point it at a module")
+            return module
+    raise BadInput(f"unknown {what} '{name}'", remedy=nearest(name, names(package)))
