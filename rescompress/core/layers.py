@@ -137,10 +137,7 @@ class _Walk:
 
     def pool(self, name: str, op: Op, x: str, kernel: int, padding: int, block: str | None, *, ceil: bool = False) -> str:
         c, h, w = self.shapes[x]
-        if ceil:
-            out = (c, -(-h // 2), -(-w // 2))
-        else:
-            out = (c, conv_out(h, kernel, 2, padding), conv_out(w, kernel, 2, padding))
+        out = (c, -(-h // 2), -(-w // 2)) if ceil else (c, conv_out(h, kernel, 2, padding), conv_out(w, kernel, 2, padding))
         return self.add(Layer(name, op, (x,), (c, h, w), out, block, kernel=kernel, stride=2, padding=padding))
 
     def stem(self) -> str:

@@ -1,0 +1,140 @@
+"""The root command: a table of commands that are imported only when one of them runs, and errors to exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rescompress.cli.output import Output
+
+COMPRESS = "Compress"
+DEPLOY = "Deploy"
+MEASURE = "Measure"
+DECIDE = "Decide"
+KNOW = "Look up"
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    # name: (module below rescompress.cli, panel, one line of help)
+}
+"""Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are stubs (name and one line) until one is resolved; then its module is imported."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the named command, built from its module."""
+        name, stub, rest = super().resolve_command(ctx, args)
+        if name not in COMMANDS:
+            return name, stub, rest
+        module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
+        built = typer.main.get_command(module.app)
+        command = getattr(built, "commands", {}).get(name, built)
+        command.params.extend(typer.main.get_command(_common_app()).params)
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interrupt ends with 130, as shells expect."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            output: Output = ctx.obj
+            output.hint("interrupted")
+            sys.exit(130)
+
+
+def _set_json(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.obj.json = True
+
+
+def _set_verbose(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.obj.verbosity = 1
+
+
+def _set_quiet(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.obj.verbosity = -1
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.obj.debug = True
+
+
+def _common_app() -> typer.Typer:
+    """Return an app whose one command carries the options that every command takes."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def common(
+        json: Annotated[
+            bool,
+            typer.Option("--json", help="One JSON document.", callback=_set_json, is_eager=True, expose_value=False),
+        ] = False,
+        verbose: Annotated[
+            bool, typer.Option("--verbose", "-v", help="Say more.", callback=_set_verbose, is_eager=True, expose_value=False)
+        ] = False,
+        quiet: Annotated[
+            bool,
+            typer.Option("--quiet", "-q", help="No progress.", callback=_set_quiet, is_eager=True, expose_value=False),
+        ] = False,
+        debug: Annotated[
+            bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, expose_value=False)
+        ] = False,
+    ) -> None:
+        """Hold the common options."""
+
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"rescompress {version('rescompress')}")
+        raise typer.Exit
+
+
+def _build(output: Output) -> typer.Typer:
+    app = typer.Typer(
+        name="rescompress",
+        cls=LazyGroup,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "obj": output},
+        epilog="Start with [bold]rescompress inspect CKPT[/bold], or write a config with [bold]rescompress init[/bold].",
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+    ) -> None:
+        """Make a trained ResNet small and fast on an edge device: prune, quantize, export, measure."""
+
+    for name, (_, panel, text) in COMMANDS.items():
+        app.command(name, help=text, rich_help_panel=panel)(_stub)
+    return app
+
+
+def _stub() -> None:
+    """Stand in for a command until it is resolved."""
+
+
+def main() -> None:
+    """Run the command line; every error of ours ends with its exit code and one clear message."""
+    output = Output()
+    try:
+        _build(output)()
+    except Exception as e:
+        sys.exit(output.failure(e))
+
+
+if __name__ == "__main__":
+    main()
