@@ -1,0 +1,459 @@
+"""Labelled images: folders, ``.npz`` files and the built-in digits, preprocessed as the spec says.
+
+Images are decoded once, resized to the network's input and kept as uint8 in memory while they fit the budget; larger
+sets are decoded batch by batch on a few threads. Either way a split is read through `Split.batches`.
+
+Shape suffixes: N batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from rescompress.core.errors import DataError, nearest
+from rescompress.core.outcomes import samples_digest
+from rescompress.core.spec import ModelSpec, Preprocessing
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+MEMORY_BUDGET_BYTES = 4 << 30
+DIGITS = "builtin:digits"
+_NPZ_KEYS = frozenset({"x", "y", "x_train", "y_train", "x_val", "y_val", "classes"})
+_FORMS = (
+    "a folder with train/ and val/ (or test/) class folders, a folder of class folders, a flat folder with labels.csv, "
+    f"an .npz with x (N,H,W,C uint8) and y, or {DIGITS}"
+)
+
+Pixels = NDArray[np.uint8]
+
+
+class Store(Protocol):
+    """Images by number, already at the network's input size, in RGB (or grey) channel order."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(self, index_N: NDArray[np.int64]) -> Pixels:
+        """Return the images (N, H, W, C) uint8."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryStore:
+    """Decoded images."""
+
+    x_NHWC: Pixels
+
+    def __len__(self) -> int:
+        return len(self.x_NHWC)
+
+    def read(self, index_N: NDArray[np.int64]) -> Pixels:
+        """Return the images (N, H, W, C) uint8."""
+        return self.x_NHWC[index_N]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStore:
+    """Images that are decoded when they are read."""
+
+    paths: tuple[Path, ...]
+    size: tuple[int, int, int]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index_N: NDArray[np.int64]) -> Pixels:
+        """Return the images (N, H, W, C) uint8."""
+        with ThreadPoolExecutor(2) as pool:
+            images = pool.map(lambda i: decode(self.paths[i], self.size, self.preprocessing), index_N.tolist())
+            return np.stack(list(images))
+
+
+class CachedStore:
+    """Images that are decoded on first reading and then kept."""
+
+    def __init__(self, files: FileStore) -> None:
+        channels, height, width = files.size
+        self.files = files
+        self.pixels = np.empty((len(files), height, width, channels), dtype=np.uint8)
+        self.filled = np.zeros(len(files), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index_N: NDArray[np.int64]) -> Pixels:
+        """Return the images (N, H, W, C) uint8."""
+        missing = np.unique(index_N[~self.filled[index_N]])
+        if len(missing):
+            self.pixels[missing] = self.files.read(missing)
+            self.filled[missing] = True
+        return self.pixels[index_N]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images with labels.
+
+    Attributes:
+        store: The images.
+        labels: The output of the network that is right for each image.
+        classes: Name of each output.
+        preprocessing: How pixels become inputs.
+        identity: Hash of the samples, their labels and their order.
+        flips: Whether a mirrored image means the same (not so for digits).
+    """
+
+    store: Store
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    identity: str
+    flips: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def samples_sha256(self) -> str:
+        """Identity of the split for pairing outcomes."""
+        return self.identity
+
+    def subset(self, index_N: NDArray[np.int64]) -> Split:
+        """Return the split of the samples `index_N`, in that order."""
+        order = hashlib.sha256(np.ascontiguousarray(index_N).tobytes()).hexdigest()
+        return dataclasses.replace(
+            self, store=_View(self.store, index_N), labels=self.labels[index_N], identity=samples_digest([self.identity, order])
+        )
+
+    def take(self, n: int, seed: int) -> Split:
+        """Return `n` samples (all, if there are fewer) chosen by `seed`, spread over the classes in proportion."""
+        if n >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        ranks = np.zeros(len(self))
+        for label in np.unique(self.labels):
+            mine = order[self.labels[order] == label]
+            ranks[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+        return self.subset(order[np.argsort(ranks[order], kind="stable")][:n])
+
+    def part(self, fraction: float, seed: int) -> tuple[Split, Split]:
+        """Return (1 - fraction) of the samples and the rest, drawn by `seed`."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        held = math.ceil(fraction * len(self))
+        return self.subset(np.sort(order[held:])), self.subset(np.sort(order[:held]))
+
+    def pixels(self, index_N: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return raw pixels (N, C, H, W) uint8 and labels (N,)."""
+        x_NHWC = self.store.read(index_N)
+        return torch.from_numpy(x_NHWC).permute(0, 3, 1, 2), torch.from_numpy(self.labels[index_N])
+
+    def batches(self, batch_size: int, *, indices: NDArray[np.int64] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield preprocessed images (N, C, H, W) float32 and labels (N,), in order.
+
+        Args:
+            batch_size: Images per batch; the last one may be smaller.
+            indices: The samples to read, in this order; all of them by default.
+        """
+        index = np.arange(len(self)) if indices is None else indices
+        for start in range(0, len(index), batch_size):
+            x, y = self.pixels(index[start : start + batch_size])
+            yield normalise(x, self.preprocessing), y
+
+    def tensor(self) -> Tensor:
+        """Return all images preprocessed, (N, C, H, W) float32; for calibration sets."""
+        return torch.cat([x for x, _ in self.batches(256)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    store: Store
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, index_N: NDArray[np.int64]) -> Pixels:
+        return self.store.read(self.index[index_N])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A training and an evaluation split.
+
+    Attributes:
+        train: For calibration, fine-tuning and every choice of settings.
+        val: For the figures that are reported; never for a choice.
+        notes: What the reader of a report should know, such as a split that was drawn from one folder.
+    """
+
+    train: Split
+    val: Split
+    notes: tuple[str, ...] = ()
+
+
+def normalise(x_NCHW: Tensor, p: Preprocessing) -> Tensor:
+    """Return uint8 pixels as the network's float32 input: ``(x * scale - mean) / std`` in the spec's channel order."""
+    x = x_NCHW.to(torch.float32)
+    if p.channel_order == "bgr":
+        x = x.flip(1)
+    gain = torch.tensor([p.scale / s for s in p.std])[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(p.mean, p.std, strict=True)])[:, None, None]
+    return torch.addcmul(shift, x, gain).contiguous()
+
+
+def decode(path: Path, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
+    """Return one image (H, W, C) uint8 at the network's input size.
+
+    The shorter side is resized to ``p.resize`` and the centre cut out; without it the image is resized as a whole.
+
+    Args:
+        path: The file.
+        size: Channels, height, width of the network's input.
+        p: The preprocessing.
+
+    Raises:
+        DataError: The file is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB" if size[0] == 3 else "L")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
+        raise DataError(f"is no readable image: {e}", where=str(path), remedy="remove or replace the file") from e
+    return fit(picture, size, p)
+
+
+def fit(image: Image.Image, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
+    """Return the image resized and centre-cropped to (H, W, C)."""
+    channels, height, width = size
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+    if image.size != (width, height):
+        if p.resize is None:
+            image = image.resize((width, height), filters[p.interpolation])
+        else:
+            ratio = max(p.resize, height, width) / min(image.size)
+            image = image.resize((round(image.width * ratio), round(image.height * ratio)), filters[p.interpolation])
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """Files and class names before they meet a checkpoint."""
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    root: Path
+
+
+def load_dataset(
+    source: str,
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    labels: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Return the data set at `source`, ready for the network of `spec`.
+
+    Args:
+        source: One of the forms of the command line's ``--data``.
+        spec: Gives the input size, the preprocessing, and the labels that class folders are matched to by name.
+        seed: Draws the split where `source` has only one.
+        labels: Label of the checkpoint for each class folder, for a subset or other names.
+
+    Raises:
+        DataError: Nothing is there, it holds no images, or its classes do not fit the checkpoint.
+    """
+    if source == DIGITS:
+        return _digits(spec, seed)
+    if source.startswith("builtin:"):
+        raise DataError(f"unknown built-in data '{source}'", where="--data", remedy=nearest(source, [DIGITS]))
+    path = Path(source)
+    if not path.exists():
+        raise DataError("no such file or folder", where=source, remedy=f"data is {_FORMS}")
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise DataError("is no data set", where=source, remedy=f"data is {_FORMS}")
+        return _npz(path, spec, seed)
+    val_dir = next((path / n for n in ("val", "valid", "validation", "test") if (path / n).is_dir()), None)
+    if (path / "train").is_dir() and val_dir is not None:
+        train = _split(_scan(path / "train"), spec, labels)
+        return Dataset(train, _split(_scan(val_dir), spec, labels))
+    one = next((p for p in (path / "train", val_dir) if p is not None and p.is_dir()), path)
+    return _halves(_split(_scan(one), spec, labels), seed, source)
+
+
+def _halves(whole: Split, seed: int, source: str) -> Dataset:
+    if len(whole) < 2:
+        raise DataError("holds a single image", where=source, remedy="give at least two, one to calibrate, one to evaluate")
+    train, val = whole.part(0.5, seed)
+    note = f"{source} has one split: {len(train)} images (seed {seed}) calibrate or train, the other {len(val)} evaluate"
+    return Dataset(train, val, (note,))
+
+
+def _scan(root: Path) -> _Samples:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(p, f.name) for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    if not found:
+        found = _labelled_files(root)
+    if not found:
+        raise DataError("holds no images", where=str(root), remedy=f"data is {_FORMS}")
+    paths, names = zip(*found, strict=True)
+    return _Samples(paths, names, root)
+
+
+def _labelled_files(root: Path) -> list[tuple[Path, str]]:
+    """Return the files of a flat folder that a ``labels.csv`` (file,label) or ``labels.json`` names."""
+    pairs: list[tuple[str, str]] = []
+    try:
+        if (table := root / "labels.csv").is_file():
+            with table.open(newline="", encoding="utf-8") as f:
+                rows = [row for row in csv.reader(f) if len(row) >= 2]
+            pairs = [(row[0], row[1].strip()) for row in rows if (root / row[0]).suffix.lower() in IMAGE_SUFFIXES]
+        elif (table := root / "labels.json").is_file():
+            document = json.loads(table.read_text(encoding="utf-8"))
+            pairs = [(str(k), str(v)) for k, v in dict(document).items()]
+    except (OSError, ValueError, TypeError) as e:
+        raise DataError(f"cannot be read: {e}", where=str(root), remedy="write lines of the form file.jpg,label") from e
+    missing = [name for name, _ in pairs if not (root / name).is_file()]
+    if missing:
+        raise DataError(f"names {len(missing)} files that are not there, such as {missing[0]}", where=str(root / "labels.csv"))
+    return [(root / name, label) for name, label in pairs]
+
+
+def _split(found: _Samples, spec: ModelSpec, labels: Mapping[str, str] | None) -> Split:
+    index, classes = match_classes(sorted(set(found.names)), spec, labels, str(found.root))
+    keep = [i for i, name in enumerate(found.names) if name in index]
+    paths = tuple(found.paths[i] for i in keep)
+    y_N = np.array([index[found.names[i]] for i in keep], dtype=np.int64)
+    identity = samples_digest(
+        [f"{p.relative_to(found.root).as_posix()}={y}:{p.stat().st_size}" for p, y in zip(paths, y_N, strict=True)]
+    )
+    channels, height, width = spec.input_shape
+    files = FileStore(paths, spec.input_shape, spec.preprocessing)
+    small = len(paths) * channels * height * width <= MEMORY_BUDGET_BYTES
+    store: Store = CachedStore(files) if small else files
+    return Split(store, y_N, classes, spec.preprocessing, identity)
+
+
+def match_classes(
+    folders: Sequence[str], spec: ModelSpec, labels: Mapping[str, str] | None, where: str
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the output number of each class folder, and the name of each output.
+
+    Args:
+        folders: Names of the class folders, sorted.
+        spec: The network; its labels are matched by name, without them folders count in sorted order.
+        labels: Label for each folder; folders it does not name are left out.
+        where: For the error.
+
+    Raises:
+        DataError: Folders do not fit the outputs.
+    """
+    outputs = spec.head.num_classes if spec.head else 0
+    if not outputs:
+        raise DataError("the checkpoint has no classifier head, so labels mean nothing to it", where=where)
+    wanted = 2 if outputs == 1 else outputs
+    known = spec.labels
+    if labels is not None:
+        names = known or tuple(str(i) for i in range(wanted))
+        unknown = [v for v in labels.values() if v not in names]
+        absent = [k for k in labels if k not in folders]
+        if unknown:
+            raise DataError(f"the checkpoint has no label '{unknown[0]}'", where="--labels", remedy=nearest(unknown[0], names))
+        if absent:
+            raise DataError(f"no class folder is called '{absent[0]}'", where=where, remedy=nearest(absent[0], folders))
+        return {k: names.index(v) for k, v in labels.items()}, names
+    if known is not None:
+        strangers = [f for f in folders if f not in known]
+        if strangers:
+            raise DataError(
+                f"class folder '{strangers[0]}' is no label of the checkpoint",
+                where=where,
+                remedy=nearest(strangers[0], known) + " map other names with --labels",
+            )
+        return {f: known.index(f) for f in folders}, known
+    if len(folders) != wanted:
+        raise DataError(
+            f"has {len(folders)} classes, the network has {wanted}",
+            where=where,
+            remedy="use the data the network was trained for, or map a subset with --labels",
+        )
+    return {f: i for i, f in enumerate(folders)}, tuple(folders)
+
+
+def _npz(path: Path, spec: ModelSpec, seed: int) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {
+                k: archive[k] for k in archive.files if k in ("x", "y", "x_val", "y_val", "x_train", "y_train", "classes")
+            }
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError) as e:
+        raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
+    except Exception as e:  # zipfile and zlib raise their own kinds for damaged archives
+        raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
+    classes = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else None
+    if {"x_train", "y_train", "x_val", "y_val"} <= arrays.keys():
+        return Dataset(
+            _array_split(arrays["x_train"], arrays["y_train"], classes, spec, str(path)),
+            _array_split(arrays["x_val"], arrays["y_val"], classes, spec, str(path)),
+        )
+    if not {"x", "y"} <= arrays.keys():
+        raise DataError("has no arrays x and y", where=str(path), remedy="write it with numpy.savez(x=..., y=...)")
+    return _halves(_array_split(arrays["x"], arrays["y"], classes, spec, str(path)), seed, str(path))
+
+
+def _array_split(
+    x: NDArray[np.generic], y: NDArray[np.generic], classes: tuple[str, ...] | None, spec: ModelSpec, where: str
+) -> Split:
+    channels = spec.input_shape[0]
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.dtype != np.uint8 or x.shape[3] not in (1, 3):
+        raise DataError(f"x is {x.dtype} of shape {x.shape}", where=where, remedy="x is uint8 of shape (N, H, W, C), C 1 or 3")
+    if len(x) == 0:
+        raise DataError("holds no images", where=where, remedy="x is uint8 of shape (N, H, W, C)")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+        raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
+    outputs = spec.head.num_classes if spec.head else 0
+    wanted = 2 if outputs == 1 else outputs
+    if y.min() < 0 or int(y.max()) >= wanted:
+        raise DataError(f"labels run from {y.min()} to {y.max()}, the network has {wanted} classes", where=where)
+    mode = "RGB" if channels == 3 else "L"
+    images = (Image.fromarray(im.squeeze(2) if im.shape[2] == 1 else im).convert(mode) for im in x)
+    pixels = np.stack([fit(image, spec.input_shape, spec.preprocessing) for image in images])
+    y_N = y.astype(np.int64)
+    identity = samples_digest([hashlib.sha256(pixels.tobytes()).hexdigest(), hashlib.sha256(y_N.tobytes()).hexdigest()])
+    names = classes or spec.labels or tuple(str(i) for i in range(wanted))
+    return Split(MemoryStore(pixels), y_N, names, spec.preprocessing, identity)
+
+
+def _digits(spec: ModelSpec, seed: int) -> Dataset:
+    """Return scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels), 80 % to train and 20 % to evaluate."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    if (spec.head.num_classes if spec.head else 0) != 10:
+        raise DataError(
+            "are ten digits, the network has another number of classes", where=DIGITS, remedy="give your own --data"
+        )
+    grey = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
+    whole = _array_split(grey, np.asarray(bunch.target), tuple(str(i) for i in range(10)), spec, DIGITS)
+    whole = dataclasses.replace(whole, flips=False)
+    train, val = whole.part(0.2, 0)
+    return Dataset(train, val)

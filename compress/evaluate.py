@@ -1,0 +1,103 @@
+"""Accuracy of anything that runs, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from compress.data import Split
+from rescompress.core.errors import DataError
+from rescompress.core.metric import Metric, accuracy
+from rescompress.core.outcomes import Outcomes
+from rescompress.core.runner import Runner
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model got right.
+
+    Attributes:
+        metrics: ``top1``, and ``top5`` where there are more than five classes.
+        outcomes: Per-sample correctness, for paired comparisons.
+        predictions: Predicted class of each sample.
+    """
+
+    metrics: dict[str, Metric]
+    outcomes: Outcomes
+    predictions: NDArray[np.int64]
+
+    @property
+    def top1(self) -> float:
+        """Fraction of right answers."""
+        return self.metrics["top1"].value
+
+
+class TorchRunner:
+    """Runs a torch network in eval mode."""
+
+    runtime = "torch"
+
+    def __init__(self, model: nn.Module, device: str = "cpu") -> None:
+        self.model = model.eval().to(device)
+        self.device = device
+
+    def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits (N, K)."""
+        with torch.inference_mode():
+            x = torch.from_numpy(batch_NCHW).to(self.device)
+            logits: NDArray[np.float32] = self.model(x).float().cpu().numpy()
+        return logits
+
+    def __enter__(self) -> TorchRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Do nothing: the caller owns the model."""
+
+
+def evaluate(
+    runner: Runner, split: Split, *, batch_size: int = 250, progress: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """Return top-1 and top-5 of `runner` on `split`.
+
+    A network with one output is a binary classifier: class 1 where the logit is positive.
+
+    Args:
+        runner: The model.
+        split: The samples.
+        batch_size: Images per call.
+        progress: Called with (done, total).
+
+    Raises:
+        DataError: The split is empty, or the model's output is not finite.
+    """
+    if len(split) == 0:
+        raise DataError("there is no image to evaluate on", where="--data", remedy="give a split with images")
+    predictions, hits5 = [], 0
+    done = 0
+    outputs = 0
+    for x, y in split.batches(batch_size):
+        logits = runner(x.numpy())
+        if not np.isfinite(logits).all():
+            raise DataError("the network's output is not finite", where=runner.runtime, remedy="check the checkpoint's weights")
+        outputs = logits.shape[1]
+        predictions.append((logits[:, 0] > 0).astype(np.int64) if outputs == 1 else logits.argmax(1))
+        if outputs > 5:
+            best = np.argpartition(-logits, 5, axis=1)[:, :5]
+            hits5 += int((best == y.numpy()[:, None]).any(1).sum())
+        done += len(y)
+        if progress is not None:
+            progress(done, len(split))
+    predicted = np.concatenate(predictions)
+    correct = predicted == split.labels
+    metrics = {"top1": accuracy(int(correct.sum()), len(split), runtime=runner.runtime)}
+    if outputs > 5:
+        metrics["top5"] = accuracy(hits5, len(split), runtime=runner.runtime)
+    outcomes = Outcomes.pack(correct.tolist(), split.samples_sha256, split.classes)
+    return Evaluation(metrics, outcomes, predicted)
