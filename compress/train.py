@@ -1,0 +1,336 @@
+"""The one training loop: fine-tuning, distillation and quantization-aware training.
+
+It runs on Accelerate, so the same code trains in one process, under ``accelerate launch`` or under ``torchrun``. Every
+random choice of a step is drawn from (seed, step, process), so a run that was killed and resumed from its last saved step
+ends with the same bits as one that was not.
+
+Shape suffixes: N batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.data import Split, normalise
+from rescompress.core.artifact import atomic_path
+from rescompress.core.errors import BadInput, DataError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the split.
+        lr: Peak learning rate of SGD with Nesterov momentum; warmed up linearly, then a cosine to zero (Loshchilov &
+            Hutter 2017, arXiv:1608.03983).
+        batch_size: Images per step over all processes.
+        momentum: Of SGD.
+        weight_decay: Of weights of convolutions and linear layers; BatchNorm, biases and scales have none.
+        warmup: Fraction of the steps over which the learning rate rises.
+        distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
+        temperature: Of the distillation's softmax (Hinton et al. 2015, arXiv:1503.02531, section 2).
+        augment: ``auto``: random crops from a zero-padded image (padding is an eighth of the side), and mirroring where
+            the data allows it. ``none``: the images as they are.
+        freeze_bn_after: Fraction of the steps after which BatchNorm uses and keeps its running statistics.
+        seed: Of order, augmentation and dropout.
+        device: ``cpu``, ``cuda``, or ``auto``.
+    """
+
+    epochs: float
+    lr: float = 0.02
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    distill: float = 0.9
+    temperature: float = 4.0
+    augment: Literal["auto", "none"] = "auto"
+    freeze_bn_after: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training stands.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps in all.
+        loss: Running mean over the last steps.
+        accuracy: Running mean of the training accuracy, 0..1, under augmentation.
+        lr: Learning rate of the step.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    lr: float
+
+
+@dataclass
+class TrainLog:
+    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``seconds``; JSON values."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+Progress = Callable[[TrainState], None]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together.
+
+    Attributes:
+        rank: Number of this one.
+        world: How many there are.
+    """
+
+    rank: int
+    world: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and progress."""
+        return self.rank == 0
+
+
+def train(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    *,
+    teacher: nn.Module | None = None,
+    progress: Progress | None = None,
+    resume_file: Path | None = None,
+    save_every_s: float = 30.0,
+) -> TrainLog:
+    """Train `model` in place; it is left in eval mode on the CPU.
+
+    Args:
+        model: The network; logits (N, K).
+        split: Training images.
+        settings: How to train.
+        teacher: A network whose softened output is learnt, besides the labels.
+        progress: Called after each step, in the main process only.
+        resume_file: Where the state is saved every `save_every_s` seconds, and taken up from if it is there and was made
+            with the same settings and data.
+        save_every_s: Seconds between two savings.
+
+    Raises:
+        BadInput: The training diverged, or settings make no sense.
+        DataError: The split is too small.
+    """
+    from accelerate import Accelerator
+
+    if settings.epochs <= 0 or settings.lr <= 0:
+        raise BadInput("epochs and learning rate are above 0", remedy="give --epochs and --lr above 0")
+    if len(split) < 2:
+        raise DataError(f"{len(split)} image cannot train a network", where="--data", remedy="give more training images")
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    batch_size = min(settings.batch_size, len(split)) // processes.world * processes.world
+    if not batch_size:
+        raise BadInput(f"a batch of {settings.batch_size} cannot be split over {processes.world} processes")
+    per_epoch = len(split) // batch_size
+    steps = max(1, round(settings.epochs * per_epoch))
+    optimizer = _optimizer(model, settings)
+    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size}"
+    log = TrainLog()
+    start = _restore(resume_file, fingerprint, model, optimizer, log)
+    log.resumed_at = start
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    wrapped.train()
+    meter = _Meter()
+    epoch_sums = _restore_sums(resume_file, start)
+    saved_at = time.monotonic()
+    for step in range(start, steps):
+        epoch, within = divmod(step, per_epoch)
+        lr = settings.lr * _schedule(step, steps, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if step >= settings.freeze_bn_after * steps:
+            freeze_batch_norm(model)
+        x, y = _batch(split, settings, epoch, within, step, batch_size, processes)
+        x, y = x.to(accelerator.device), y.to(accelerator.device)
+        loss, correct = _step(wrapped, teacher, x, y, settings)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise BadInput(f"training diverged in step {step + 1}: the loss is {value}", remedy="lower --lr")
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.add(value, correct / len(y))
+        epoch_sums += np.array([value, correct / len(y), 1.0])
+        if (step + 1) % per_epoch == 0 or step + 1 == steps:
+            mean = epoch_sums / epoch_sums[2]
+            log.epochs.append({"epoch": (step + 1) / per_epoch, "loss": float(mean[0]), "accuracy": float(mean[1]), "lr": lr})
+            epoch_sums = np.zeros(3)
+        if processes.is_main:
+            if progress is not None:
+                progress(TrainState(step + 1, steps, meter.loss, meter.accuracy, lr))
+            if resume_file is not None and time.monotonic() - saved_at > save_every_s and step + 1 < steps:
+                _save(resume_file, fingerprint, step + 1, model, optimizer, log, epoch_sums)
+                saved_at = time.monotonic()
+    accelerator.wait_for_everyone()
+    model.to("cpu").eval()
+    return log
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let every BatchNorm use its running statistics and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def distillation_loss(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch (Hinton et al. 2015, eq. 1-4).
+
+    A network with one output is read as the two-class network with logits (0, z).
+    """
+    if student_NK.shape[1] == 1:
+        student_NK, teacher_NK = F.pad(student_NK, (1, 0)), F.pad(teacher_NK, (1, 0))
+    log_p = F.log_softmax(student_NK / temperature, 1)
+    log_q = F.log_softmax(teacher_NK / temperature, 1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def label_loss(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+    """Return the mean cross-entropy; binary where the network has one output."""
+    if logits_NK.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits_NK[:, 0], y_N.float())
+    return F.cross_entropy(logits_NK, y_N)
+
+
+def _step(model: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor, settings: TrainSettings) -> tuple[Tensor, int]:
+    logits = model(x)
+    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    correct = int((predicted == y).sum())
+    if teacher is None:
+        return label_loss(logits, y), correct
+    with torch.no_grad():
+        target = teacher(x)
+    soft = distillation_loss(logits, target, settings.temperature)
+    loss = settings.distill * soft
+    if settings.distill < 1.0:
+        loss = loss + (1.0 - settings.distill) * label_loss(logits, y)
+    return loss, correct
+
+
+def _batch(
+    split: Split, settings: TrainSettings, epoch: int, within: int, step: int, batch_size: int, processes: Processes
+) -> tuple[Tensor, Tensor]:
+    """Return this process's share of a step's batch; a function of (seed, step, process) alone."""
+    order = np.random.default_rng([settings.seed, epoch]).permutation(len(split))
+    mine = order[within * batch_size : (within + 1) * batch_size][processes.rank :: processes.world]
+    x, y = split.pixels(mine)
+    torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + processes.rank)  # also draws the dropout of this step
+    if settings.augment == "auto":
+        x = augment(x, flip=split.flips)
+    return normalise(x, split.preprocessing), y
+
+
+def augment(x_NCHW: Tensor, *, flip: bool) -> Tensor:
+    """Return randomly shifted (up to an eighth of the side, zeros move in) and perhaps mirrored images.
+
+    Args:
+        x_NCHW: Pixels.
+        flip: Whether half of the images are mirrored.
+    """
+    n, _, h, w = x_NCHW.shape
+    pad = max(1, h // 8)
+    padded = F.pad(x_NCHW, (pad, pad, pad, pad))
+    top = torch.randint(0, 2 * pad + 1, (n, 1)) + torch.arange(h)
+    left = torch.randint(0, 2 * pad + 1, (n, 1)) + torch.arange(w)
+    if flip:
+        mirrored = torch.rand(n, 1) < 0.5
+        left = torch.where(mirrored, left.flip(1), left)
+    n_index = torch.arange(n)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[n_index, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=settings.lr, momentum=settings.momentum, nesterov=True)
+
+
+class _Meter:
+    """Exponential means of loss and accuracy, bias-corrected."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(3)
+
+    def add(self, loss: float, accuracy: float) -> None:
+        self._sums = 0.98 * self._sums + 0.02 * np.array([loss, accuracy, 1.0])
+
+    @property
+    def loss(self) -> float:
+        return float(self._sums[0] / self._sums[2])
+
+    @property
+    def accuracy(self) -> float:
+        return float(self._sums[1] / self._sums[2])
+
+
+def _save(
+    path: Path, fingerprint: str, step: int, model: nn.Module, optimizer: Any, log: TrainLog, epoch_sums: np.ndarray[Any, Any]
+) -> None:
+    state = {
+        "fingerprint": fingerprint,
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epochs": log.epochs,
+        "epoch_sums": epoch_sums.tolist(),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _restore(path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog) -> int:
+    """Take up the saved state; return the steps it has done, 0 if there is none that fits."""
+    if path is None or not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    if state["fingerprint"] != fingerprint:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    log.epochs = list(state["epochs"])
+    return int(state["step"])
+
+
+def _restore_sums(path: Path | None, start: int) -> np.ndarray[Any, Any]:
+    if path is None or not start:
+        return np.zeros(3)
+    return np.array(torch.load(path, weights_only=True, map_location="cpu")["epoch_sums"])
