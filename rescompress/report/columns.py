@@ -1,0 +1,132 @@
+"""The one list of columns: every table, page and file shows these; a new column is one entry in `COLUMNS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from rescompress.core.metric import Metric
+
+Better = Literal["higher", "lower"]
+Comparison = Literal["difference", "ratio", "none"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a row.
+
+    Attributes:
+        metric: Its name in `StageResult.metrics`, and in JSON and CSV.
+        title: Its heading.
+        better: Which way is better.
+        text: The figure as people read it, unit included.
+        against_dense: How it stands to the dense network: points of difference, a ratio, or not at all.
+        brief: Whether it stands in a table by default; the rest needs ``-v``, CSV or JSON.
+    """
+
+    metric: str
+    title: str
+    better: Better
+    text: Callable[[Metric], str]
+    against_dense: Comparison = "ratio"
+    brief: bool = True
+
+
+def percent(metric: Metric) -> str:
+    """Return a fraction as ``89.09 ± 0.31 %``: the second number is the standard error."""
+    if metric.std_error is None:
+        return f"{100 * metric.value:.2f} %"
+    return f"{100 * metric.value:.2f} ± {100 * metric.std_error:.2f} %"
+
+
+def scaled(value: float) -> str:
+    """Return a count with a decimal prefix and three digits: ``69.1 M``."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{_digits(value / limit)} {prefix}"
+    return _digits(value) if value % 1 else f"{value:.0f}"
+
+
+def _digits(value: float) -> str:
+    """Return at least three significant digits, at most two of them after the point."""
+    size = abs(value)
+    return f"{value:.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
+
+
+def count(metric: Metric) -> str:
+    """Return a count: ``69.1 M``."""
+    return scaled(metric.value)
+
+
+def size(metric: Metric) -> str:
+    """Return a number of bytes with a decimal prefix: ``1.86 MB``."""
+    text = scaled(metric.value)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
+def duration(value_ms: float) -> str:
+    """Return milliseconds with about three digits: ``0.412 ms``."""
+    return f"{value_ms:.3f} ms" if abs(value_ms) < 1 else f"{_digits(value_ms)} ms"
+
+
+def latency(metric: Metric) -> str:
+    """Return a latency that shows where it comes from: ``~`` and a band when predicted, a name when published."""
+    text = duration(metric.value)
+    if metric.provenance == "predicted":
+        band = (
+            ""
+            if metric.low is None or metric.high is None
+            else f" ({duration(metric.low)[:-3]} to {duration(metric.high)[:-3]})"
+        )
+        return f"~{text}{band} predicted"
+    if metric.provenance == "published":
+        return f"{text} published"
+    return text
+
+
+def rate(metric: Metric) -> str:
+    """Return a throughput: ``1.20 k/s``."""
+    text = f"{scaled(metric.value)}/s".replace(" /s", "/s")
+    return f"~{text} predicted" if metric.provenance == "predicted" else text
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("top1", "top-1", "higher", percent, "difference"),
+    Column("top5", "top-5", "higher", percent, "difference", brief=False),
+    Column("macs", "MACs", "lower", count),
+    Column("params", "parameters", "lower", count),
+    Column("size_bytes", "file size", "lower", size),
+    Column("p50_ms", "latency p50", "lower", latency),
+    Column("p90_ms", "p90", "lower", latency, brief=False),
+    Column("p99_ms", "p99", "lower", latency, brief=False),
+    Column("throughput", "images/s", "higher", rate, brief=False),
+)
+"""Every column, from left to right. What stands beside them (run, stage, where the latency comes from) is of the row."""
+
+
+def column(metric: str) -> Column | None:
+    """Return the column of a metric, or None; ``p50_ms:cpu``, a latency on a named target, is shown as ``p50_ms`` is."""
+    base = metric.partition(":")[0]
+    return next((c for c in COLUMNS if c.metric == base), None)
+
+
+def conditions(metric: Metric) -> tuple[object, ...]:
+    """Return what must be equal for two values of one metric to be compared: origin and circumstances."""
+    if metric.unit not in ("ms", "images/s", "W"):
+        return ("any",)
+    return (metric.provenance, metric.device, metric.runtime, metric.threads, metric.batch, metric.power_mode)
+
+
+def provenance(metric: Metric) -> str:
+    """Return where a number comes from: ``measured on cpu: openvino int8, 2 threads, batch 1``."""
+    facts = [" ".join(p for p in (metric.runtime, metric.precision) if p)]
+    if metric.threads is not None:
+        facts.append(f"{metric.threads} thread" + ("s" if metric.threads != 1 else ""))
+    if metric.batch is not None:
+        facts.append(f"batch {metric.batch}")
+    facts += [f for f in (metric.power_mode, metric.model, metric.source) if f]
+    where = {"measured": "on", "predicted": "for"}.get(metric.provenance, "of")
+    start = f"{metric.provenance} {where} {metric.device}" if metric.device else metric.provenance
+    told = ", ".join(f for f in facts if f)
+    return f"{start}: {told}" if told else start

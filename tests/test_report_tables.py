@@ -1,0 +1,185 @@
+"""The trade-off table: ratios, dominance, marks, and its four forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_factory import latency, write_run
+
+from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.metric import Metric, accuracy, counted
+from rescompress.report.columns import COLUMNS, conditions, duration, scaled
+from rescompress.report.tables import Row, best, dominated, rows_of, sort_rows, to_csv, to_document, to_markdown, to_rich
+
+
+def cli(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "rescompress.cli.app", *args], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_rows_carry_figures_and_stand_against_dense(tmp_path: Path) -> None:
+    rows = {r.stage: r for r in rows_of(write_run(tmp_path))}
+    assert rows["dense"].against_dense == {}
+    assert rows["prune"].against_dense["macs"] == pytest.approx(34 / 69)
+    assert rows["quantize"].against_dense["size_bytes"] == pytest.approx(260 / 1870)
+    assert rows["quantize"].against_dense["top1"] == pytest.approx(-1.0)
+    assert rows["target:rtx-4090"].note == "skipped: tensorrt_rtx is not installed"
+    assert "predicted for Jetson Orin Nano 8GB" in rows["target:jetson"].note
+
+
+def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions() -> None:
+    def ratio(base: Metric) -> float | None:
+        dense = StageResult(stage="dense", status="done", metrics={"p50_ms:cpu": base})
+        target = StageResult(stage="target:cpu", status="done", metrics={"p50_ms": latency(2.0)})
+        return rows_of(Manifest(stages=(dense, target)))[1].against_dense.get("p50_ms")
+
+    assert ratio(latency(4.0, precision="fp32")) == 0.5
+    assert ratio(latency(4.0, provenance="predicted")) is None
+    assert ratio(latency(4.0, device="other")) is None
+    assert ratio(latency(4.0, threads=1)) is None
+    assert ratio(latency(4.0, runtime="onnxruntime")) is None
+
+
+def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
+    rows = rows_of(write_run(tmp_path))
+    markdown = to_markdown(rows)
+    assert "~0.310 ms (0.248 to 0.403) predicted" in markdown
+    assert "measured on cpu: openvino int8, 2 threads, batch 1" in markdown
+    table = {r["stage"]: r for r in csv.DictReader(io.StringIO(to_csv(rows)))}
+    assert table["target:cpu"]["latency_provenance"] == "measured"
+    assert table["target:jetson"]["latency_provenance"] == "predicted"
+    assert float(table["dense"]["macs"]) == 69_000_000
+    document = {r["stage"]: r for r in to_document(rows)}
+    assert document["target:jetson"]["metrics"]["p50_ms"]["provenance"] == "predicted"
+    json.dumps(document, allow_nan=False)
+
+
+def random_rows() -> st.SearchStrategy[list[Row]]:
+    def row(values: tuple[int, int | None, float | None, bool]) -> Row:
+        top, size, p50, predicted = values
+        metrics = {"top1": accuracy(top, 10, runtime="torch")}
+        if size is not None:
+            metrics["size_bytes"] = counted(size, "bytes")
+        if p50 is not None:
+            metrics["p50_ms"] = latency(p50, provenance="predicted" if predicted else "measured")
+        return Row(run="", stage="s", metrics=metrics)
+
+    few = st.tuples(
+        st.integers(0, 4), st.none() | st.integers(1, 4), st.none() | st.sampled_from([1.0, 2.0, 3.0]), st.booleans()
+    )
+    return st.lists(few.map(row), max_size=8)
+
+
+@given(random_rows())
+def test_dominance_is_a_strict_order_and_leaves_a_front(rows: list[Row]) -> None:
+    beaten = dominated(rows)
+    assert len(beaten) < len(rows) or not rows
+    front = [r for i, r in enumerate(rows) if i not in beaten]
+    assert dominated(front) == set()
+    for i in beaten:
+        assert dominated([*front, rows[i]]) == {len(front)}, "each beaten row is beaten by one of the front (transitivity)"
+
+
+@given(random_rows())
+def test_best_marks_the_extreme_of_each_comparable_group(rows: list[Row]) -> None:
+    for i, name in best(rows):
+        metric = rows[i].metrics[name]
+        peers = [r.metrics[name] for r in rows if name in r.metrics and conditions(r.metrics[name]) == conditions(metric)]
+        values = [p.value for p in peers]
+        assert metric.value == (max(values) if name == "top1" else min(values))
+        assert len(set(values)) > 1
+
+
+def test_sorting_puts_the_best_first_and_the_missing_last(tmp_path: Path) -> None:
+    rows = rows_of(write_run(tmp_path))
+    assert sort_rows(rows, "top1")[0].stage == "dense"
+    by_latency = sort_rows(rows, "p50_ms")
+    assert [r.stage for r in by_latency[:2]] == ["target:jetson", "target:cpu"]
+    assert [r.stage for r in by_latency[2:]] == [r.stage for r in rows if "p50_ms" not in r.metrics]
+
+
+def test_markdown_cells_stay_in_their_columns() -> None:
+    rows = rows_of(Manifest(stages=(StageResult(stage="target:a|b", status="failed", reason="no\nroom | here"),)))
+    lines = to_markdown(rows).splitlines()
+    assert len(lines) == 3
+    assert lines[2].replace("\\|", "").count("|") == lines[0].count("|")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.6, "1.00 k"),
+        (1000, "1.00 k"),
+        (69_123_456, "69.1 M"),
+        (4.09e9, "4.09 G"),
+        (999_999, "1.00 M"),
+    ],
+)
+def test_counts_read_well(value: float, text: str) -> None:
+    assert scaled(value) == text
+
+
+@given(st.floats(1e-3, 1e13))
+def test_scaled_counts_keep_three_digits(value: float) -> None:
+    number, _, prefix = scaled(value).partition(" ")
+    back = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[prefix]
+    assert abs(back - value) <= max(0.0051 * value, 0.51 if value >= 99.95 and not prefix else 0.0051)
+
+
+def test_durations_read_well() -> None:
+    assert [duration(v) for v in (0.4123, 1.234, 12.34, 123.4)] == ["0.412 ms", "1.23 ms", "12.3 ms", "123 ms"]
+
+
+def test_the_terminal_table_shows_every_stage(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    console = Console(width=220, record=True, file=io.StringIO())
+    console.print(to_rich(rows_of(write_run(tmp_path))))
+    text = console.export_text()
+    for name in ("dense", "prune", "finetune", "quantize", "export", "target:cpu", "target:jetson", "target:rtx-4090"):
+        assert name in text
+
+
+def test_columns_have_unique_metrics() -> None:
+    assert len({c.metric for c in COLUMNS}) == len(COLUMNS)
+
+
+def test_cli_compares_two_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", size_bytes=200_000)
+    done = cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {r["run"] for r in rows} == {"a", "b"}
+    assert cli("compare", str(tmp_path / "a"), "--format", "md").stdout.startswith("| stage |")
+    assert "finetune" in cli("compare", str(tmp_path / "a")).stdout
+
+
+def test_cli_refuses_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text('{"stages": [{]')
+    write_run(tmp_path / "good")
+    for arguments, word in (
+        ([str(tmp_path / "absent")], "no such manifest"),
+        ([str(tmp_path / "damaged")], "is no manifest"),
+        ([str(tmp_path)], "no such manifest"),
+        ([str(tmp_path / "good"), "--sort", "top"], "top1"),
+    ):
+        done = cli("compare", *arguments)
+        assert done.returncode == 5
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
