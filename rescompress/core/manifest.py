@@ -29,6 +29,7 @@ class StageResult(Frozen):
         metrics: By name: ``top1``, ``top5``, ``macs``, ``params``, ``size_bytes``, ``p50_ms``, ``p90_ms``, ``p99_ms`` ...
         outputs: Files it wrote.
         duration_s: Wall-clock time it took when it ran.
+        finished: When it ended; ISO 8601, UTC.
         details: What a reader may want beside the metrics, JSON values only (widths per group, error curves, log of the
             epochs, engine status, lint findings, latency per layer).
     """
@@ -40,6 +41,7 @@ class StageResult(Frozen):
     metrics: dict[str, Metric] = Field(default_factory=dict)
     outputs: tuple[Artifact, ...] = ()
     duration_s: float = 0.0
+    finished: str = ""
     details: dict[str, Any] = Field(default_factory=dict)
 
     def output(self, kind: str) -> Artifact | None:

@@ -1,0 +1,230 @@
+"""`RunConfig`: the settings of a run, read from YAML with an error that names the nearest key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rescompress.core.errors import ConfigError, nearest
+from rescompress.core.spec import Frozen
+
+Align = Literal["auto"] | int
+Fraction = float
+
+
+class PruneConfig(Frozen):
+    """Structured pruning; at most one budget, half of the MACs by default.
+
+    Attributes:
+        method: See ``rescompress methods``.
+        ratio: Fraction of the channels of every group to remove.
+        macs: Fraction of the dense MACs that may remain.
+        params: Fraction of the dense parameters that may remain.
+        latency: Fraction of the dense predicted latency, on the first target with a prediction, that may remain.
+        scope: ``inner`` (inside blocks) or ``all`` (the residual stream and whole blocks, too).
+        align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one.
+        calib: Images to calibrate with, from the training split.
+        drop_blocks: Whether whole blocks may go; by default where the budget is latency.
+        plan: A plan file to follow instead of searching.
+    """
+
+    method: str = "reconstruct"
+    ratio: Fraction | None = Field(None, gt=0.0, lt=1.0)
+    macs: Fraction | None = Field(None, gt=0.0, le=1.0)
+    params: Fraction | None = Field(None, gt=0.0, le=1.0)
+    latency: Fraction | None = Field(None, gt=0.0, le=1.0)
+    scope: Literal["inner", "all"] = "inner"
+    align: Align = "auto"
+    calib: int = Field(512, ge=1)
+    drop_blocks: bool | None = None
+    plan: str | None = None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
+        if isinstance(self.align, int) and self.align < 1:
+            raise ValueError("align is 'auto' or a whole number from 1")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Kind and value of the budget."""
+        for name in ("ratio", "macs", "params", "latency"):
+            value = getattr(self, name)
+            if value is not None:
+                return name, float(value)
+        return "macs", 0.5
+
+
+class FinetuneConfig(Frozen):
+    """Training of the pruned network.
+
+    Attributes:
+        epochs: Passes over the training split.
+        teacher: ``dense`` (the network before pruning), a checkpoint file, or null for labels alone.
+        lr: Peak learning rate.
+        batch_size: Images per step.
+        distill: Weight of the teacher's loss.
+        temperature: Of the teacher's softmax.
+    """
+
+    epochs: float = Field(2.0, gt=0.0)
+    teacher: str | None = "dense"
+    lr: float = Field(0.02, gt=0.0)
+    batch_size: int = Field(128, ge=2)
+    distill: float = Field(0.9, ge=0.0, le=1.0)
+    temperature: float = Field(4.0, gt=0.0)
+
+
+class QuantizeConfig(Frozen):
+    """INT8 quantization.
+
+    Attributes:
+        mode: ``ptq`` (calibration only) or ``qat`` (calibration, then training).
+        epochs: Passes over the training split for ``qat``.
+        profile: Quantizer placement; ``auto`` takes the first target's.
+        calib: Images to calibrate with, from the training split.
+        calibration: How activation ranges are estimated.
+        keep_float: Layers to leave in floating point.
+        lr: Peak learning rate of ``qat``.
+        batch_size: Images per step of ``qat``.
+        teacher: As in `FinetuneConfig`.
+    """
+
+    mode: Literal["ptq", "qat"] = "qat"
+    epochs: float = Field(1.0, gt=0.0)
+    profile: Literal["auto", "tensorrt", "openvino"] = "auto"
+    calib: int = Field(512, ge=2)
+    calibration: Literal["auto", "max", "percentile", "mse"] = "percentile"
+    keep_float: tuple[str, ...] = ()
+    lr: float = Field(0.002, gt=0.0)
+    batch_size: int = Field(128, ge=2)
+    teacher: str | None = "dense"
+
+
+class RunConfig(Frozen):
+    """A run: what goes in, the stages, what comes out.
+
+    Attributes:
+        checkpoint: The dense network; relative to the config file.
+        data: Data as in ``--data``; a path is relative to the config file.
+        seed: Of everything random.
+        prune: Pruning, or null.
+        finetune: Fine-tuning, or null.
+        quantize: Quantization, or null.
+        targets: Edge targets to build for, and to measure or predict on.
+        batch: Images per call of the exported network; ``dynamic`` leaves it open.
+        labels: Label of the checkpoint for each class folder of the data.
+        input: Input shape CxHxW, where the checkpoint leaves it open.
+        preprocess: Preprocessing by name, where the checkpoint leaves it open.
+    """
+
+    checkpoint: str
+    data: str
+    seed: int = Field(0, ge=0)
+    prune: PruneConfig | None = None
+    finetune: FinetuneConfig | None = None
+    quantize: QuantizeConfig | None = None
+    targets: tuple[str, ...] = ("cpu",)
+    batch: Literal["dynamic"] | int = 1
+    labels: dict[str, str] | None = None
+    input: str | None = None
+    preprocess: str | None = None
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Return the config at `path` with overrides applied; paths in it become absolute.
+
+    Args:
+        path: A YAML file.
+        overrides: Assignments such as ``prune.macs=0.3``; values are YAML.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is impossible.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError("no such file", where=str(path), remedy="write one with `rescompress init`") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot be read: {e}", where=str(path)) from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="compare it with `rescompress init`") from e
+    if not isinstance(document, dict):
+        raise ConfigError("is no mapping of settings", where=str(path), remedy="write one with `rescompress init`")
+    for override in overrides:
+        _override(document, override)
+    config = validate(document, str(path))
+    base = path.parent
+    changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
+    if not config.data.startswith("builtin:"):
+        changed["data"] = _absolute(config.data, base)
+    return config.model_copy(update=changed)
+
+
+def _absolute(text: str, base: Path) -> str:
+    path = Path(text).expanduser()
+    return str(path if path.is_absolute() else (base / path).resolve())
+
+
+def _override(document: dict[str, Any], assignment: str) -> None:
+    import yaml
+
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{assignment}' is no assignment", where="--set", remedy="write it like prune.macs=0.3")
+    place = document
+    *folders, leaf = key.split(".")
+    for folder in folders:
+        inner = place.get(folder)
+        if inner is None:
+            inner = place[folder] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{folder}' holds no settings", where=f"--set {key}")
+        place = inner
+    try:
+        place[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"'{text}' is no YAML value", where=f"--set {key}") from e
+
+
+def validate(document: dict[str, Any], where: str) -> RunConfig:
+    """Return the validated config.
+
+    Args:
+        document: The settings.
+        where: For the error.
+
+    Raises:
+        ConfigError: The first thing that is wrong, with its place and the nearest key.
+    """
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as e:
+        error = e.errors()[0]
+        place = [str(p) for p in error["loc"]]
+        key = ".".join(place)
+        if error["type"] == "extra_forbidden":
+            known = _keys(place[:-1])
+            raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(place[-1], known)) from e
+        if error["type"] == "missing":
+            raise ConfigError(f"'{key}' is missing", where=where, remedy=f"add a line '{key}: ...'") from e
+        given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+        message = str(error["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"{key}: {message}{given}" if key else message, where=where, remedy="mend the value") from e
+
+
+def _keys(place: list[str]) -> list[str]:
+    """Return the keys that are known at a place in the config."""
+    model: type[BaseModel] = RunConfig
+    for name in place:
+        annotation = model.model_fields[name].annotation
+        inner = [t for t in get_args(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        model = inner[0]
+    return list(model.model_fields)

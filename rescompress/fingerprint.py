@@ -1,0 +1,75 @@
+"""Content keys: what a stage's outcome depends on, as one hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rescompress.core.artifact import file_sha256
+from rescompress.core.errors import BadInput
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, equal for equal values on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_identity(path: str) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        BadInput: There is no such file.
+    """
+    try:
+        return file_sha256(Path(path))
+    except OSError as e:
+        raise BadInput(
+            "no such file" if isinstance(e, FileNotFoundError) else str(e), where=path, remedy="check the path"
+        ) from e
+
+
+def data_identity(source: str) -> str:
+    """Return a hash that changes when a data set does: names and sizes of its files, or the content of an ``.npz``."""
+    if source.startswith("builtin:"):
+        return source
+    root = Path(source)
+    if root.is_file():
+        return file_identity(source)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to know to repeat a figure: versions, system, processor."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = {}
+    for name in ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "numpy"):
+        try:
+            packages[name] = version(name.replace("_", "-"))
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "packages": packages,
+    }

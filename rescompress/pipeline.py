@@ -1,0 +1,298 @@
+"""Order, skip, resume: runs stages whose outcome is not yet known, and keeps the manifest.
+
+A stage has a key, the hash of everything its outcome depends on: its settings, the content of the files it reads, the
+keys' of the stages before it through their outputs, the version of the package. A stage whose key has an outcome with
+all files intact is not run again. Every file is written whole or not at all, the outcome after the files, the manifest
+after the outcome; so a process may be killed at any moment, and a second call goes on where the first stopped.
+
+Layout of a run's folder: ``manifest.json`` (what readers read), ``.stages/<stage>.json`` (outcomes by stage, with keys),
+``.resume/`` (the state of an unfinished training), and the stages' own files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from rescompress.core.artifact import Artifact, sweep_partial, write_text
+from rescompress.core.errors import BadInput, RescompressError
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
+from rescompress.core.metric import Metric
+from rescompress.fingerprint import environment, key_of
+from rescompress.reporter import Reporter
+
+
+class Peers(Protocol):
+    """The processes that run one pipeline together (one, unless started by ``torchrun``)."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process decides and writes."""
+        ...
+
+    def share(self, text: str | None) -> str:
+        """Return the main process's text in every process."""
+        ...
+
+
+class Alone:
+    """A single process."""
+
+    is_main = True
+
+    def share(self, text: str | None) -> str:
+        """Return the text."""
+        return text or ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage function returns.
+
+    Attributes:
+        metrics: By name.
+        files: Kind and path of each file written, below the run's folder.
+        details: JSON values.
+        skipped: Why the stage could not do its work here, or None.
+        transient: Files that are no longer needed once the outcome is recorded.
+    """
+
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    files: Sequence[tuple[str, Path]] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    skipped: str | None = None
+    transient: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage function may use.
+
+    Attributes:
+        folder: The run's folder.
+        done: The stages before this one.
+        reporter: Where progress goes.
+        main: Whether this process writes.
+    """
+
+    folder: Path
+    done: Manifest
+    reporter: Reporter
+    main: bool = True
+
+    def file(self, stage: str, kind: str) -> Path:
+        """Return the file of that kind which `stage` wrote.
+
+        Raises:
+            BadInput: There is none.
+        """
+        result = self.done.stage(stage)
+        artifact = result.output(kind) if result else None
+        if artifact is None:
+            raise BadInput(f"stage '{stage}' has no {kind}", where=str(self.folder), remedy="run the earlier stage first")
+        return self.folder / artifact.path
+
+    def resume_file(self, stage: str) -> Path:
+        """Return where the state of an unfinished training of `stage` is kept."""
+        return self.folder / ".resume" / f"{stage.replace(':', '_')}.pt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: Unique; the row's name in every table.
+        depends: Everything the outcome depends on besides the stages before it, JSON values.
+        after: The stages whose files it reads.
+        run: The work.
+        collective: Whether all processes take part in it.
+    """
+
+    name: str
+    depends: Mapping[str, Any]
+    after: tuple[str, ...]
+    run: Callable[[Context], Outcome]
+    collective: bool = False
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a call of `run_stages` did.
+
+    Attributes:
+        manifest: The outcome.
+        ran: Stages that did work.
+        reused: Stages whose outcome was known.
+    """
+
+    manifest: Manifest
+    ran: tuple[str, ...]
+    reused: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that two processes never write into it at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise BadInput(
+                "another process is running here", where=str(folder), remedy="wait for it, or choose another -o"
+            ) from e
+        yield
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    reporter: Reporter,
+    peers: Peers | None = None,
+    keep_others: bool = False,
+) -> RunReport:
+    """Bring every stage's outcome up to date and return the manifest.
+
+    Args:
+        stages: In order.
+        folder: The run's folder; it is made if need be.
+        config: What the manifest shows as the run's settings.
+        reporter: Where progress goes.
+        peers: The processes that share the work.
+        keep_others: Keep stages in the manifest that are not in `stages` (the commands for one stage do).
+
+    Raises:
+        RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
+        BadInput: Another process is running in this folder.
+    """
+    peers = peers or Alone()
+    if not peers.is_main:
+        return _follow(stages, folder, reporter, peers)
+    with _locked(folder):
+        sweep_partial(folder)
+        return _lead(stages, folder, config, reporter, peers, keep_others)
+
+
+def _lead(
+    stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, keep_others: bool
+) -> RunReport:
+    manifest = _fresh(folder, config, keep_others)
+    before = manifest
+    ran, reused = [], []
+    for position, stage in enumerate(stages, 1):
+        key = _key(stage, manifest)
+        result = _known(stage, key, folder)
+        reporter.stage(stage.name, position, len(stages))
+        if result is not None:
+            peers.share("skip")
+            reused.append(stage.name)
+            reporter.finished(stage.name, "already done")
+        else:
+            if stage.collective:
+                peers.share("join " + manifest.model_dump_json())
+            manifest.save(folder)
+            result = _run(stage, key, folder, manifest, reporter)
+            if not stage.collective:
+                peers.share("skip")
+            ran.append(stage.name)
+            reporter.finished(stage.name, _summary(result))
+        manifest = manifest.with_stage(result)
+    if ran or manifest.stages != _stored(folder).stages or before.config != _stored(folder).config:
+        manifest.save(folder)
+    return RunReport(manifest, tuple(ran), tuple(reused))
+
+
+def _follow(stages: Sequence[Stage], folder: Path, reporter: Reporter, peers: Peers) -> RunReport:
+    for stage in stages:
+        order, _, text = peers.share(None).partition(" ")
+        if order == "join":
+            stage.run(Context(folder, Manifest.model_validate_json(text), reporter, main=False))
+    return RunReport(Manifest(), (), ())
+
+
+def _stored(folder: Path) -> Manifest:
+    return load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
+
+
+def _fresh(folder: Path, config: Mapping[str, Any], keep_others: bool) -> Manifest:
+    old = _stored(folder)
+    created = old.created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Manifest(
+        rescompress_version=version("rescompress"),
+        created=created,
+        config={**old.config, **config} if keep_others else dict(config),
+        environment=environment(),
+        stages=old.stages if keep_others else (),
+    )
+
+
+def _key(stage: Stage, manifest: Manifest) -> str:
+    inputs = {}
+    for name in stage.after:
+        result = manifest.stage(name)
+        inputs[name] = [a.sha256 for a in result.outputs if a.kind in ("checkpoint", "onnx")] if result else None
+    return key_of({"stage": stage.name, "version": version("rescompress"), "depends": stage.depends, "inputs": inputs})
+
+
+def _known(stage: Stage, key: str, folder: Path) -> StageResult | None:
+    """Return the recorded outcome of `stage` if it is for this key and all its files are intact."""
+    path = _record(stage, folder)
+    try:
+        result = StageResult.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+    good = result.key == key and result.status != "failed" and all(a.intact(folder) for a in result.outputs)
+    return result if good else None
+
+
+def _record(stage: Stage, folder: Path) -> Path:
+    return folder / ".stages" / f"{stage.name.replace(':', '_').replace('/', '_')}.json"
+
+
+def _run(stage: Stage, key: str, folder: Path, manifest: Manifest, reporter: Reporter) -> StageResult:
+    start = time.monotonic()
+    try:
+        outcome = stage.run(Context(folder, manifest, reporter))
+    except RescompressError as e:
+        failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key, duration_s=time.monotonic() - start)
+        manifest.with_stage(failed).save(folder)
+        raise
+    result = StageResult(
+        stage=stage.name,
+        status="skipped" if outcome.skipped else "done",
+        reason=outcome.skipped,
+        key=key,
+        metrics=dict(outcome.metrics),
+        outputs=tuple(Artifact.of(kind, path, folder) for kind, path in outcome.files),
+        duration_s=round(time.monotonic() - start, 3),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        details=dict(outcome.details),
+    )
+    write_text(_record(stage, folder), result.model_dump_json(indent=1) + "\n")
+    for path in outcome.transient:
+        path.unlink(missing_ok=True)
+    return result
+
+
+def _summary(result: StageResult) -> str:
+    words = [f"{result.duration_s:.0f} s"]
+    if "top1" in result.metrics:
+        words.append(f"top-1 {100 * result.metrics['top1'].value:.2f} %")
+    if "p50_ms" in result.metrics:
+        latency = result.metrics["p50_ms"]
+        words.append(f"{latency.value:.3g} ms {latency.provenance}")
+    if result.reason:
+        words.append(f"{result.status}: {result.reason}")
+    return ", ".join(words)
