@@ -1,0 +1,308 @@
+"""Measured latency: each model in a process of its own, in rounds that alternate when several are compared.
+
+Two runtimes in one process disturb each other (idle worker threads of one spin on the cores of the other), and a
+machine drifts within seconds. So every candidate gets a process that sleeps until it is its turn, and the candidates
+take turns in short rounds; a percentile is taken over all rounds of one candidate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from edge_targets.backends import PACKAGE, cpu_threads
+from rescompress.core import plugins
+from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, RescompressError, ToolMissing
+from rescompress.core.metric import Metric
+from rescompress.core.runner import Runner
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model on one runtime, to be measured.
+
+    Attributes:
+        path: ONNX file or built artifact.
+        runtime: A file of `edge_targets.backends`.
+        shape: Channels, height and width of one input.
+        batch: Images per call.
+        threads: CPU threads; all cores when None.
+        precision: Told to the metrics.
+    """
+
+    path: Path
+    runtime: str
+    shape: tuple[int, int, int]
+    batch: int = 1
+    threads: int | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Attributes:
+        warmup_s: Seconds before the first sample counts.
+        seconds: Seconds of samples per candidate, over all rounds.
+        rounds: Turns each candidate gets.
+        min_iterations: Samples per round, even where that takes longer.
+    """
+
+    warmup_s: float = 0.5
+    seconds: float = 3.0
+    rounds: int = 5
+    min_iterations: int = 4
+
+
+def percentile(sorted_ms: Sequence[float], q: float) -> float:
+    """Return the `q` quantile (0..1) of sorted samples, linearly interpolated between neighbours."""
+    position = q * (len(sorted_ms) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(sorted_ms) - 1)
+    return sorted_ms[below] + (sorted_ms[above] - sorted_ms[below]) * (position - below)
+
+
+def summarize(
+    samples_ms: Sequence[float],
+    *,
+    device: str,
+    runtime: str,
+    batch: int,
+    precision: str | None = None,
+    threads: int | None = None,
+    power_mode: str | None = None,
+) -> dict[str, Metric]:
+    """Return ``p50_ms``, ``p90_ms``, ``p99_ms``, ``mean_ms``, ``spread`` and ``images_per_s`` of latency samples.
+
+    ``p50_ms`` carries the 95 % confidence interval of a median by order statistics (ranks n/2 -+ 0.98 sqrt(n)), which
+    assumes nothing of the distribution. ``spread`` is the coefficient of variation.
+
+    Raises:
+        BadInput: There is no sample.
+    """
+    if not samples_ms:
+        raise BadInput("no latency sample", remedy="measure for longer")
+    ordered = sorted(samples_ms)
+    n = len(ordered)
+    half = 0.98 * math.sqrt(n)
+    low = ordered[max(0, math.floor(n / 2 - half))]
+    high = ordered[min(n - 1, math.ceil(n / 2 + half))]
+    mean = statistics.fmean(ordered)
+
+    def metric(value: float, unit: str, low: float | None = None, high: float | None = None) -> Metric:
+        return Metric(
+            value=value,
+            unit=unit,
+            provenance="measured",
+            n=n,
+            low=low,
+            high=high,
+            device=device,
+            runtime=runtime,
+            precision=precision,
+            threads=threads,
+            batch=batch,
+            power_mode=power_mode,
+        )
+
+    return {
+        "p50_ms": metric(percentile(ordered, 0.5), "ms", low, high),
+        "p90_ms": metric(percentile(ordered, 0.9), "ms"),
+        "p99_ms": metric(percentile(ordered, 0.99), "ms"),
+        "mean_ms": metric(mean, "ms"),
+        "spread": metric(statistics.pstdev(ordered) / mean if mean else 0.0, "fraction"),
+        "images_per_s": metric(1000.0 * batch / mean if mean else 0.0, "images/s"),
+    }
+
+
+def time_runner(runner: Runner, shape: tuple[int, int, int], *, batch: int, seconds: float, min_iterations: int) -> list[float]:
+    """Return the latency of each call in ms, calling `runner` on random images for `seconds`, in this process."""
+    import numpy as np
+
+    x_NCHW = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < min_iterations or time.perf_counter() < end:
+        start = time.perf_counter()
+        runner(x_NCHW)
+        samples.append((time.perf_counter() - start) * 1000.0)
+    return samples
+
+
+def cpu_name() -> str:
+    """Return the model of this computer's CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(
+    path: Path,
+    runtime: str,
+    shape: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    precision: str | None = None,
+    effort: Effort | None = None,
+) -> dict[str, Metric]:
+    """Return the measured latency of one model, as `summarize` names it.
+
+    Args:
+        path: ONNX file or built artifact.
+        runtime: A file of `edge_targets.backends`.
+        shape: Channels, height and width of one input.
+        batch: Images per call.
+        threads: CPU threads; all cores when None.
+        precision: Told to the metrics.
+        effort: How much to measure.
+
+    Raises:
+        BadInput: Unknown runtime, or a model it cannot load.
+        ToolMissing: The runtime is not installed.
+        EnvironmentFailed: The measuring process died.
+    """
+    return compare([Candidate(path, runtime, shape, batch, threads, precision)], effort=effort)[0]
+
+
+def compare(candidates: Sequence[Candidate], *, effort: Effort | None = None) -> list[dict[str, Metric]]:
+    """Return the measured latency of each candidate, in their order, from interleaved rounds.
+
+    Raises:
+        BadInput: Unknown runtime, or a model it cannot load.
+        ToolMissing: A runtime is not installed.
+        EnvironmentFailed: A measuring process died.
+    """
+    effort = effort or Effort()
+    for candidate in candidates:
+        plugins.load(PACKAGE, candidate.runtime, what="runtime")
+    samples: list[list[float]] = [[] for _ in candidates]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(candidate)) for candidate in candidates]
+        for worker in workers:
+            worker.ask({"seconds": effort.warmup_s, "min_iterations": effort.min_iterations})
+        for _ in range(effort.rounds):
+            for mine, worker in zip(samples, workers, strict=True):
+                each = {"seconds": effort.seconds / effort.rounds, "min_iterations": effort.min_iterations}
+                mine.extend(worker.ask(each)["samples_ms"])
+    device = cpu_name()
+    return [
+        summarize(
+            mine,
+            device=device,
+            runtime=c.runtime,
+            batch=c.batch,
+            precision=c.precision,
+            threads=cpu_threads(c.threads),
+        )
+        for mine, c in zip(samples, candidates, strict=True)
+    ]
+
+
+class _Worker:
+    """A process that holds one runner and measures when asked; one JSON document per line each way."""
+
+    def __init__(self, candidate: Candidate, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._in: IO[str] = process.stdin
+        self._out: IO[str] = process.stdout
+        self._process = process
+        self._path = candidate.path
+        self.ask({**asdict(candidate), "path": str(candidate.path)})
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to one question.
+
+        Raises:
+            RescompressError: The worker's own error, under its own class.
+            EnvironmentFailed: The worker died.
+        """
+        try:
+            self._in.write(json.dumps(question) + "\n")
+            self._in.flush()
+            line = self._out.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise EnvironmentFailed(
+                f"the measuring process ended with {code}", where=str(self._path), remedy="is there enough memory? run with --debug"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            kinds = {k.__name__: k for k in (ToolMissing, ModelFileError, BadInput, EnvironmentFailed)}
+            kind = kinds.get(answer["error"], EnvironmentFailed)
+            raise kind(answer["what"], where=answer["where"], remedy=answer["remedy"])
+        return answer
+
+
+@contextlib.contextmanager
+def _worker(candidate: Candidate) -> Iterator[_Worker]:
+    threads = str(cpu_threads(candidate.threads))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_targets.benchmark"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    try:
+        yield _Worker(candidate, process)
+    finally:
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _serve(questions: IO[str], answers: IO[str]) -> None:
+    """Answer questions until the other side closes: the first names the model, each further one asks for samples."""
+
+    def answer(document: dict[str, Any]) -> None:
+        answers.write(json.dumps(document) + "\n")
+        answers.flush()
+
+    first = json.loads(questions.readline())
+    shape = tuple(first["shape"])
+    try:
+        backend = plugins.load(PACKAGE, first["runtime"], what="runtime")
+        with backend.runner(Path(first["path"]), threads=first["threads"], batch=first["batch"]) as runner:
+            answer({"ready": True})
+            for line in questions:
+                asked = json.loads(line)
+                samples = time_runner(
+                    runner, shape, batch=first["batch"], seconds=asked["seconds"], min_iterations=asked["min_iterations"]
+                )
+                answer({"samples_ms": samples})
+    except RescompressError as e:
+        answer({"error": type(e).__name__, "what": e.what, "where": e.where, "remedy": e.remedy})
+    except MemoryError:
+        answer({"error": "EnvironmentFailed", "what": "out of memory", "where": first["path"], "remedy": "use a smaller batch"})
+
+
+if __name__ == "__main__":
+    # Runtimes print to stdout; the protocol keeps a copy of it for itself and sends theirs to stderr.
+    _protocol = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve(sys.stdin, _protocol)

@@ -1,0 +1,273 @@
+"""`Device`, `PowerMode`, `Target`: what hardware can do, and where each number comes from."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from edge_targets.tensorrt_versions import Capabilities, capabilities
+from rescompress.core.errors import TargetError, nearest
+from rescompress.core.quantizers import Profile
+from rescompress.core.spec import Frozen
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+Runtime = Literal["tensorrt", "tensorrt_rtx", "openvino", "onnxruntime"]
+Architecture = Literal["maxwell", "pascal", "volta", "turing", "ampere", "ada", "blackwell", "x86_64", "aarch64", "host"]
+
+
+class Figure(Frozen):
+    """One number with its source.
+
+    Attributes:
+        value: The number; its unit is in the name of the field that holds it.
+        source: Where it was read.
+        verified: False for figures that are commonly given but were not read in a primary source.
+    """
+
+    value: float
+    source: str = Field(min_length=1)
+    verified: bool = True
+
+
+class PowerMode(Frozen):
+    """One power mode of a board: it sets the number of active multiprocessors as well as the clocks.
+
+    Attributes:
+        name: As ``nvpmodel -q`` prints it.
+        nvpmodel: Its number for ``nvpmodel -m``, where known.
+        sm_count: Active streaming multiprocessors.
+        gpu_mhz: Cap of the GPU clock.
+        emc_mhz: Cap of the memory clock.
+        source: Where the row was read.
+        verified: False where the row was not read in a primary source.
+    """
+
+    name: str
+    nvpmodel: int | None = None
+    sm_count: int = Field(ge=1)
+    gpu_mhz: float = Field(gt=0)
+    emc_mhz: float = Field(gt=0)
+    source: str = Field(min_length=1)
+    verified: bool = True
+
+
+class Software(Frozen):
+    """One system release of a board and the TensorRT that comes with it.
+
+    Attributes:
+        jetpack: Version of JetPack.
+        tensorrt: Version of TensorRT in it.
+        cuda: Version of CUDA in it.
+        source: Where the row was read.
+    """
+
+    jetpack: str
+    tensorrt: str
+    cuda: str
+    source: str = Field(min_length=1)
+
+
+class Device(Frozen):
+    """One piece of hardware.
+
+    Attributes:
+        name: Of the file that describes it, such as ``jetson-orin-nano-8gb``.
+        title: What people call it.
+        architecture: Of the GPU, or of the CPU where there is no GPU.
+        compute_capability: Of the GPU, such as ``8.7``.
+        runtime: What runs models on it.
+        precisions: What the runtime computes in on it, fastest last.
+        align: Per precision, the multiple that channel counts should have.
+        align_source: Where `align` was read.
+        max_gpu_mhz: Highest GPU clock.
+        bandwidth_gb_s: Memory bandwidth at the highest memory clock, `max_emc_mhz`.
+        max_emc_mhz: Highest memory clock.
+        memory_gb: Of the board.
+        l2_mb: Second-level cache of the GPU.
+        int8_macs: Dense INT8 tensor multiply-accumulates per multiprocessor and clock.
+        fp16_macs: Dense FP16 multiply-accumulates per multiprocessor and clock.
+        fp32_macs: FP32 multiply-accumulates per multiprocessor and clock.
+        dla_count: Deep-learning accelerators.
+        modes: Power modes; the first is the one with the highest clocks.
+        default_mode: The mode a new board starts in.
+        software: System releases, newest first.
+        default_jetpack: The release that is assumed when none is named.
+        models: Texts in ``/proc/device-tree/model`` that tell this board.
+        notes: What a user should know.
+    """
+
+    name: str
+    title: str
+    architecture: Architecture
+    compute_capability: str | None = None
+    runtime: Runtime
+    precisions: tuple[Precision, ...] = Field(min_length=1)
+    align: dict[Precision, int]
+    align_source: str = Field(min_length=1)
+    max_gpu_mhz: Figure | None = None
+    bandwidth_gb_s: Figure | None = None
+    max_emc_mhz: Figure | None = None
+    memory_gb: Figure | None = None
+    l2_mb: Figure | None = None
+    int8_macs: Figure | None = None
+    fp16_macs: Figure | None = None
+    fp32_macs: Figure | None = None
+    dla_count: Figure | None = None
+    modes: tuple[PowerMode, ...] = ()
+    default_mode: str | None = None
+    software: tuple[Software, ...] = ()
+    default_jetpack: str | None = None
+    models: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if set(self.align) != set(self.precisions):
+            raise ValueError(f"{self.name}: align names {sorted(self.align)}, precisions are {sorted(self.precisions)}")
+        if self.modes and self.default_mode not in {m.name for m in self.modes}:
+            raise ValueError(f"{self.name}: default mode {self.default_mode!r} is none of its modes")
+        if self.software and self.default_jetpack not in {s.jetpack for s in self.software}:
+            raise ValueError(f"{self.name}: default JetPack {self.default_jetpack!r} is none of its releases")
+        return self
+
+    def mode(self, name: str | None = None) -> PowerMode:
+        """Return the power mode called `name` (case does not count); without a name the one with the highest clocks.
+
+        Raises:
+            TargetError: The device has no such mode, or none at all.
+        """
+        if not self.modes:
+            raise TargetError(f"{self.name} has no power modes", remedy="leave the power mode out")
+        if name is None:
+            return self.modes[0]
+        for mode in self.modes:
+            if mode.name.lower() == name.lower():
+                return mode
+        raise TargetError(
+            f"{self.name} has no power mode '{name}'", remedy=nearest(name, [m.name for m in self.modes])
+        )
+
+    def macs_per_clock(self, precision: Precision) -> float:
+        """Return the dense multiply-accumulates per multiprocessor and clock in `precision`.
+
+        Raises:
+            TargetError: The device does not compute in `precision`, or its rate is not known.
+        """
+        rates: dict[Precision, Figure | None] = {"int8": self.int8_macs, "fp16": self.fp16_macs, "fp32": self.fp32_macs}
+        rate = rates[precision]
+        if precision not in self.precisions or rate is None:
+            raise TargetError(
+                f"{self.title} does not compute in {precision}", remedy=f"choose one of: {', '.join(self.precisions)}"
+            )
+        return rate.value
+
+    def peak_tops(self, precision: Precision, mode: PowerMode | None = None) -> float:
+        """Return dense tera-operations per second (two per multiply-accumulate) in a power mode.
+
+        Raises:
+            TargetError: As `macs_per_clock` and `mode`.
+        """
+        mode = mode or self.mode()
+        return mode.sm_count * mode.gpu_mhz * self.macs_per_clock(precision) * 2 / 1e6
+
+    def tensorrt(self, jetpack: str | None = None) -> Software:
+        """Return the system release for `jetpack`, or the default one.
+
+        Raises:
+            TargetError: The board does not run that release.
+        """
+        for release in self.software:
+            if release.jetpack == (jetpack or self.default_jetpack):
+                return release
+        raise TargetError(
+            f"{self.title} does not run JetPack {jetpack}", remedy=nearest(str(jetpack), [s.jetpack for s in self.software])
+        )
+
+
+class Target(Frozen):
+    """A device with the software that runs on it: what ``--target`` names.
+
+    Attributes:
+        name: What the user wrote, or the device an alias stands for.
+        alias: The alias the user wrote, if it was one.
+        device: The hardware.
+        tensorrt_version: Of the TensorRT on the board, None for other runtimes.
+        jetpack: The system release that version comes from.
+    """
+
+    name: str
+    alias: str | None = None
+    device: Device
+    tensorrt_version: str | None = None
+    jetpack: str | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the model."""
+        return self.device.runtime
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What it computes in, fastest last."""
+        return self.device.precisions
+
+    @property
+    def profile(self) -> Profile:
+        """Where quantizers go for this runtime (`rescompress.core.quantizers`)."""
+        return "tensorrt" if self.runtime in ("tensorrt", "tensorrt_rtx") else "openvino"
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What its TensorRT understands; None for other runtimes."""
+        return capabilities(self.tensorrt_version) if self.tensorrt_version else None
+
+    @property
+    def opset(self) -> int:
+        """The ONNX opset to write for it."""
+        known = self.capabilities
+        if known:
+            return known.opset
+        return 19 if self.runtime == "tensorrt_rtx" else 17
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether float16 must be written into the ONNX, because the runtime takes the types from the file."""
+        if self.runtime == "tensorrt_rtx":
+            return True
+        known = self.capabilities
+        return known.strongly_typed if known else True
+
+    @property
+    def builds_here(self) -> bool:
+        """Whether the runtime needs nothing but this machine to make a runnable or checkable artifact."""
+        return self.runtime != "tensorrt"
+
+    def align(self, precision: Precision | None = None) -> int:
+        """Return the multiple that channel counts should have.
+
+        Args:
+            precision: What the network will run in; without it, the fastest that the target has.
+
+        Raises:
+            TargetError: The target lacks that precision.
+        """
+        return self.device.align[self.check_precision(precision)]
+
+    def check_precision(self, precision: str | None = None) -> Precision:
+        """Return `precision`, or the fastest one of the target when it is None or ``auto``.
+
+        Raises:
+            TargetError: The target lacks it.
+        """
+        if precision is None or precision == "auto":
+            return self.precisions[-1]
+        for known in self.precisions:
+            if known == precision:
+                return known
+        raise TargetError(
+            f"{self.device.title} does not run {precision}",
+            where=f"--precision {precision}",
+            remedy=f"choose one of: {', '.join(self.precisions)}",
+        )

@@ -1,0 +1,108 @@
+"""What each TensorRT version understands: one table, read by the builder, by trtexec's command line and by the exporter.
+
+Sources: flags by ``samples/common/sampleOptions.cpp`` on the release branches of github.com/NVIDIA/TensorRT; opsets by
+``docs/operators.md`` on the release branches of github.com/onnx/onnx-tensorrt (8.2: up to 13; 8.5: up to 17; 9.2: up to
+19; 10.15: 9 to 24) and the TensorRT 11 opset guide (9 to 25); typing by the migration guide from 10.x to 11.x
+(weak typing is deprecated from 10.12 and gone in 11).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from rescompress.core.errors import TargetError
+
+Version = tuple[int, int]
+
+OLDEST: Version = (8, 2)
+
+
+class Capabilities(NamedTuple):
+    """What one version of TensorRT understands.
+
+    Attributes:
+        version: Major and minor.
+        opset: The ONNX opset this project writes for it.
+        max_opset: The newest opset its parser reads.
+        strongly_typed: Networks are built strongly typed: types come from the file, no precision flag is given.
+        precision_flags: ``--fp16`` and ``--int8`` (``BuilderFlag.FP16``, ``BuilderFlag.INT8``) exist.
+        mem_pool_size: ``--memPoolSize`` (``set_memory_pool_limit``) exists; before it, ``--workspace``.
+        skip_inference: The flag that builds without running.
+        transfers_default: Host-device copies are part of a run unless turned off.
+        spin_wait_default: Busy waiting is on unless turned off.
+        cuda_graph_default: CUDA graphs are on unless turned off.
+        separate_profile_default: Profiling always runs apart from timing, and the flag that asked for it is gone.
+        explicit_batch_flag: The Python API needs ``EXPLICIT_BATCH`` to read ONNX.
+        inspector_io_key: Name of the list of inputs and outputs in the layer information.
+        dla: DLA can be asked for.
+    """
+
+    version: Version
+    opset: int
+    max_opset: int
+    strongly_typed: bool
+    precision_flags: bool
+    mem_pool_size: bool
+    skip_inference: str
+    transfers_default: bool
+    spin_wait_default: bool
+    cuda_graph_default: bool
+    separate_profile_default: bool
+    explicit_batch_flag: bool
+    inspector_io_key: str
+    dla: bool
+
+
+def parse_version(text: str) -> Version:
+    """Return (major, minor) of ``8.2.1``, ``10.3.0.30``, ``v8510``, ``100300`` or ``TensorRT v101601``.
+
+    trtexec prints the version without dots: four or five digits before 10 (v8510 is 8.5.10), six from 10 on
+    (v100300 is 10.3.0).
+
+    Raises:
+        TargetError: It is no version.
+    """
+    dotted = re.search(r"(\d+)\.(\d+)", text)
+    if dotted:
+        return int(dotted[1]), int(dotted[2])
+    digits = re.search(r"\d{4,6}", text)
+    if digits:
+        number = digits[0]
+        return (int(number[:2]), int(number[2:4])) if len(number) == 6 else (int(number[0]), int(number[1]))
+    raise TargetError(f"'{text}' is no TensorRT version", remedy="write it as 8.5 or 10.3")
+
+
+def capabilities(version: str | Version) -> Capabilities:
+    """Return what a TensorRT version understands.
+
+    Args:
+        version: ``8.5.2``, ``v8502``, or (major, minor).
+
+    Raises:
+        TargetError: It is no version, or older than 8.2.
+    """
+    v = parse_version(version) if isinstance(version, str) else version
+    if v < OLDEST:
+        raise TargetError(f"TensorRT {v[0]}.{v[1]} is too old", remedy="8.2 (JetPack 4.6.1) is the oldest that reads INT8 Q/DQ")
+    max_opset = next(o for since, o in (((11, 0), 25), ((10, 15), 24), ((9, 2), 19), ((8, 5), 17), OPSET_8_2) if v >= since)
+    new = v >= (11, 0)
+    return Capabilities(
+        version=v,
+        opset=min(max_opset, 19),
+        max_opset=max_opset,
+        strongly_typed=v >= (10, 12),
+        precision_flags=not new,
+        mem_pool_size=v >= (8, 4),
+        skip_inference="--skipInference" if v >= (8, 6) else "--buildOnly",
+        transfers_default=not new,
+        spin_wait_default=new,
+        cuda_graph_default=new,
+        separate_profile_default=new,
+        explicit_batch_flag=v < (10, 0),
+        inspector_io_key="I/O Tensors" if new else "Bindings",
+        dla=not (10, 8) <= v < (11, 4),
+    )
+
+
+OPSET_8_2: tuple[Version, int] = (OLDEST, 13)
