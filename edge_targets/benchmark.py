@@ -87,7 +87,7 @@ def summarize(
     """Return ``p50_ms``, ``p90_ms``, ``p99_ms``, ``mean_ms``, ``spread`` and ``images_per_s`` of latency samples.
 
     ``p50_ms`` carries the 95 % confidence interval of a median by order statistics (ranks n/2 -+ 0.98 sqrt(n)), which
-    assumes nothing of the distribution. ``spread`` is the coefficient of variation.
+    assumes nothing of the distribution. ``spread`` is (p90 - p10) / p50: one outlier does not move it.
 
     Raises:
         BadInput: There is no sample.
@@ -122,7 +122,9 @@ def summarize(
         "p90_ms": metric(percentile(ordered, 0.9), "ms"),
         "p99_ms": metric(percentile(ordered, 0.99), "ms"),
         "mean_ms": metric(mean, "ms"),
-        "spread": metric(statistics.pstdev(ordered) / mean if mean else 0.0, "fraction"),
+        "spread": metric(
+            (percentile(ordered, 0.9) - percentile(ordered, 0.1)) / max(percentile(ordered, 0.5), 1e-9), "fraction"
+        ),
         "images_per_s": metric(1000.0 * batch / mean if mean else 0.0, "images/s"),
     }
 
@@ -241,7 +243,9 @@ class _Worker:
         if not line:
             code = self._process.wait()
             raise EnvironmentFailed(
-                f"the measuring process ended with {code}", where=str(self._path), remedy="is there enough memory? run with --debug"
+                f"the measuring process ended with {code}",
+                where=str(self._path),
+                remedy="is there enough memory? run with --debug",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -288,6 +292,12 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
     try:
         backend = plugins.load(PACKAGE, first["runtime"], what="runtime")
         with backend.runner(Path(first["path"]), threads=first["threads"], batch=first["batch"]) as runner:
+            if getattr(runner, "batch", None) not in (None, first["batch"]):
+                raise ModelFileError(
+                    f"takes {runner.batch} images per call, not {first['batch']}",
+                    where=first["path"],
+                    remedy="measure at that batch, or export with --batch dynamic",
+                )
             answer({"ready": True})
             for line in questions:
                 asked = json.loads(line)

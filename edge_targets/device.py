@@ -145,9 +145,7 @@ class Device(Frozen):
         for mode in self.modes:
             if mode.name.lower() == name.lower():
                 return mode
-        raise TargetError(
-            f"{self.name} has no power mode '{name}'", remedy=nearest(name, [m.name for m in self.modes])
-        )
+        raise TargetError(f"{self.name} has no power mode '{name}'", remedy=nearest(name, [m.name for m in self.modes]))
 
     def macs_per_clock(self, precision: Precision) -> float:
         """Return the dense multiply-accumulates per multiprocessor and clock in `precision`.

@@ -6,17 +6,13 @@ docs/targets.md); ``--exportTimes`` JSON is the primary source of latencies, the
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from edge_targets.device import Precision
 from edge_targets.tensorrt_versions import Capabilities, capabilities
-from rescompress.core.errors import BadInput, ModelFileError, TargetError
+from rescompress.core.errors import TargetError
 
 LOCATIONS = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
 """Where a board has it: on the PATH, or where JetPack puts it."""
