@@ -4,7 +4,14 @@ A quantizer is keyed by the tensor it rounds (activations) or by the layer whose
 function of spec and profile; calibration and training fill in the scales; the ONNX writer emits exactly this list.
 
 Conventions of every profile: weights symmetric, per output channel, int8 in [-127, 127], zero point 0; activations per
-tensor, zero point 0, so that ``real = integer * scale``.
+tensor, zero point 0, so that ``real = integer * scale``. Every scale is a float32 number. The integer of a weight is, in
+float32 arithmetic with halves to even, ``clamp(rint(weight * (1 / scale)), low, high)``: a multiplication by the
+reciprocal, as torch's fused fake-quantize kernels do it, because a division rounds differently for one weight in some
+100,000. Whoever writes integers must compute them so.
+
+What the places are: the input of every convolution and linear layer, the input of global average pooling, and the skip
+input of every residual Add. All consumers of a tensor share its quantizer. A pad shortcut's output is rounded with the
+scale of the tensor it copies from (`Quantizer.shares`), so that this second rounding changes nothing.
 
 Profiles:
 
@@ -39,6 +46,8 @@ class Quantizer(Frozen):
         high: Largest integer.
         scale: Real value of one integer step: one number for an activation, one per output channel for a weight; None
             before calibration.
+        shares: For an activation whose values are copies of another quantized tensor's: the name of that tensor. Both
+            always have one scale, and this quantizer's rounding is the identity.
     """
 
     tensor: str
@@ -46,6 +55,7 @@ class Quantizer(Frozen):
     low: int
     high: int
     scale: tuple[float, ...] | None = None
+    shares: str | None = None
 
     @property
     def signed(self) -> bool:
@@ -67,7 +77,7 @@ class Quantization(Frozen):
 
     Attributes:
         profile: The runtime family the placement is for.
-        quantizers: In order of computation; a layer's weight follows the activations it reads.
+        quantizers: In order of computation; a layer's weight follows the activations it reads and precedes its output.
         method: How the scales came about: ``ptq`` or ``qat``.
     """
 
@@ -83,9 +93,22 @@ class Quantization(Frozen):
         """Return the quantizer of the weight of `layer`, or None."""
         return next((q for q in self.quantizers if q.kind == "weight" and q.tensor == layer), None)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether every quantizer has its scale."""
+        return all(q.scale is not None for q in self.quantizers)
+
+    def keep_float(self, spec: ModelSpec) -> frozenset[str]:
+        """Return the convolution and linear layers of `spec` that stay in floating point."""
+        weights = {q.tensor for q in self.quantizers if q.kind == "weight"}
+        return frozenset(layer.name for layer in walk(spec) if layer.op in ("conv", "linear")) - weights
+
     def check(self, spec: ModelSpec) -> None:
-        """Raise ValueError unless every quantizer has scales of the right number and belongs to a layer of `spec`."""
+        """Raise ValueError unless the quantizers are those of the profile for `spec`, all with scales that fit."""
         layers = {layer.name: layer for layer in walk(spec)}
+        by_key = {(q.kind, q.tensor): q for q in self.quantizers}
+        if len(by_key) != len(self.quantizers):
+            raise ValueError("a tensor has two quantizers")
         for q in self.quantizers:
             if q.tensor not in layers:
                 raise ValueError(f"quantizer for {q.tensor}, which this network does not have")
@@ -93,6 +116,13 @@ class Quantization(Frozen):
                 raise ValueError(f"the {q.kind} quantizer of {q.tensor} has no scale")
             if q.kind == "weight" and len(q.scale) != layers[q.tensor].out_shape[0]:
                 raise ValueError(f"{len(q.scale)} scales for the {layers[q.tensor].out_shape[0]} channels of {q.tensor}")
+            if q.shares is not None and (source := by_key.get(("activation", q.shares))) and source.scale != q.scale:
+                raise ValueError(f"the scale of {q.tensor} is not that of {q.shares}, which it copies")
+        wanted = {q.model_copy(update={"scale": None}) for q in place(spec, self.profile, keep_float=self.keep_float(spec))}
+        found = {q.model_copy(update={"scale": None}) for q in self.quantizers}
+        if wanted != found:
+            names = sorted({q.tensor for q in wanted ^ found})
+            raise ValueError(f"not the placement of profile {self.profile} for this network: {', '.join(names)}")
 
 
 def _unsigned(tensor: str, by_name: dict[str, Layer]) -> bool:
@@ -104,32 +134,56 @@ def _unsigned(tensor: str, by_name: dict[str, Layer]) -> bool:
 
 
 def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = frozenset()) -> tuple[Quantizer, ...]:
-    """Return every quantizer that `profile` wants for `spec`, without scales.
+    """Return every quantizer that `profile` wants for `spec`, without scales, in the order of computation.
 
     Args:
         spec: The network.
         profile: The runtime family.
-        keep_float: Convolution and linear layers to leave in floating point.
+        keep_float: Convolution and linear layers to leave in floating point. An Add whose main branch ends in such a
+            layer runs in floating point too, so its skip is rounded only where another layer wants it.
+
+    Raises:
+        ValueError: `keep_float` names no convolution or linear layer of the network, or all of them.
     """
     layers = walk(spec)
     by_name = {layer.name: layer for layer in layers}
-    placed: dict[tuple[str, str], Quantizer] = {}
+    weighted = {layer.name for layer in layers if layer.op in ("conv", "linear")}
+    if unknown := keep_float - weighted:
+        raise ValueError(f"no convolution or linear layer: {', '.join(sorted(unknown))}")
+    if keep_float == weighted:
+        raise ValueError("every layer stays in floating point: nothing is left to quantize")
+    weights: set[str] = set()
+    placed: dict[str, Quantizer] = {}
 
     def activation(tensor: str) -> None:
         while by_name[tensor].op == "dropout":
             tensor = by_name[tensor].inputs[0]
-        unsigned = profile == "openvino" and _unsigned(tensor, by_name)
-        low, high = (0, 255) if unsigned else (-128, 127)
-        placed.setdefault(("activation", tensor), Quantizer(tensor=tensor, kind="activation", low=low, high=high))
+        low, high = (0, 255) if profile == "openvino" and _unsigned(tensor, by_name) else (-128, 127)
+        source = by_name[tensor].inputs[0] if by_name[tensor].op == "pad_shortcut" else None
+        shares = source if source in placed else None
+        placed.setdefault(tensor, Quantizer(tensor=tensor, kind="activation", low=low, high=high, shares=shares))
+
+    def int8_sum(add: Layer) -> bool:
+        conv = add.inputs[0]
+        return (by_name[conv].inputs[0] if by_name[conv].op == "batch_norm" else conv) not in keep_float
 
     for layer in layers:
         if layer.op in ("conv", "linear") and layer.name not in keep_float:
             activation(layer.inputs[0])
-            low, high = WEIGHT_LEVELS
-            placed["weight", layer.name] = Quantizer(tensor=layer.name, kind="weight", low=low, high=high)
-        elif layer.op == "add":
+            weights.add(layer.name)
+        elif layer.op == "add" and int8_sum(layer):
             main, skip = layer.inputs
             activation(skip)
             if profile == "openvino":
                 activation(main)
-    return tuple(placed.values())
+        elif layer.op == "global_pool" and int8_sum(by_name[by_name[layer.inputs[0]].inputs[0]]):
+            activation(layer.inputs[0])
+
+    low, high = WEIGHT_LEVELS
+    ordered: list[Quantizer] = []
+    for layer in layers:
+        if layer.name in weights:
+            ordered.append(Quantizer(tensor=layer.name, kind="weight", low=low, high=high))
+        if layer.name in placed:
+            ordered.append(placed[layer.name])
+    return tuple(ordered)

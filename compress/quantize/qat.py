@@ -1,0 +1,60 @@
+"""Quantization-aware training: the network to train, and the checkpoint it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compress.checkpoints.base import Checkpoint
+from compress.quantize.fake_quant import ActivationQuantizer, WeightQuantizer, attach, require_quantization, weight_scale
+from compress.resnet import ResNet, build_model, tensors_of
+from rescompress.core.errors import CheckpointError
+from rescompress.core.quantizers import Quantization
+
+
+def prepare_qat(checkpoint: Checkpoint, *, learnable_scales: bool = False) -> ResNet:
+    """Return a network to train whose forward computes as the INT8 network does, in training mode.
+
+    Activation scales are the checkpoint's; each weight's scale follows the weight. Start from the result of `ptq`.
+
+    Args:
+        checkpoint: A quantized checkpoint.
+        learnable_scales: Train all scales too (LSQ: Esser et al. 2020, arXiv:1902.08153).
+
+    Raises:
+        CheckpointError: The checkpoint is not quantized, or its quantizers do not fit.
+    """
+    quantization = require_quantization(checkpoint)
+    model = build_model(checkpoint.spec, checkpoint.state_dict)
+    attach(model, quantization, follow_weights=True, learnable=learnable_scales)
+    return model.train()
+
+
+def finish_qat(model: ResNet, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint that a trained network of `prepare_qat` has become.
+
+    Args:
+        model: The trained network; stays as it is.
+        checkpoint: The one it was prepared from.
+
+    Raises:
+        CheckpointError: The checkpoint is not quantized, or training diverged.
+    """
+    before = require_quantization(checkpoint)
+    tensors = tensors_of(model)
+    state_dict = {name: tensors[name] for name in checkpoint.state_dict}
+    for name, value in state_dict.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"training diverged: {name} holds NaN or infinity", remedy="train with a lower learning rate")
+    quantizers = []
+    for q in before.quantizers:
+        if q.kind == "weight":
+            fake = model.get_submodule(f"{q.tensor}.weight_quantizer")
+            assert isinstance(fake, WeightQuantizer)
+            scale = fake.scale if fake.learnable else weight_scale(state_dict[f"{q.tensor}.weight"], q.high)
+        else:
+            module = model.activations[(q.shares or q.tensor).replace(".", "/")]
+            assert isinstance(module, ActivationQuantizer)
+            scale = module.scale
+        quantizers.append(q.model_copy(update={"scale": tuple(scale.detach().abs().cpu().tolist())}))
+    quantization = Quantization(profile=before.profile, quantizers=tuple(quantizers), method="qat")
+    return replace(checkpoint, state_dict=state_dict, quantization=quantization)
