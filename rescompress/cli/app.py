@@ -20,6 +20,7 @@ KNOW = "Look up"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module below rescompress.cli, panel, one line of help)
     "compare": ("compare", DECIDE, "Stages of one run, or runs side by side: accuracy, latency, size, MACs."),
+    "gate": ("gate", DECIDE, "Compare a run with a baseline and fail when it lost too much."),
 }
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
 

@@ -1,0 +1,477 @@
+"""The checks of a gate: accuracy on paired samples, latency over processes, size and counts exactly."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from rescompress.core.errors import BadInput, nearest
+from rescompress.core.manifest import Manifest, StageResult, load_manifest
+from rescompress.core.metric import Metric
+from rescompress.core.outcomes import Outcomes
+from rescompress.gate import ratios, tango
+from rescompress.gate.limits import Limits
+from rescompress.gate.tango import Paired
+from rescompress.report.columns import count, duration, provenance, size
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+CONFIDENCE = 0.95
+"""One-sided for verdicts, two-sided for the interval that is shown."""
+
+TARGET_PREFIX = "target:"
+INLINE_OUTCOMES = "outcomes"
+"""Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A manifest and where it came from.
+
+    Attributes:
+        name: For messages: the path as the user gave it.
+        folder: Where its files lie.
+        manifest: Its content.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: ``accuracy``, ``latency:<target>``, ``size``, ``macs``, ``params``.
+        verdict: The answer.
+        value: The drop in points, or the ratio candidate / baseline; None when it could not be computed.
+        limit: What it may be at most.
+        unit: ``points`` or ``ratio``.
+        interval: Two-sided 95 % interval of `value`; None for exact and predicted figures.
+        bounds: One-sided 95 % bounds, lower and upper, which decide.
+        baseline: The figure of the baseline, as text.
+        candidate: The figure of the candidate, as text.
+        stale: The candidate is better than the baseline by more than the limit: the baseline should be renewed.
+        samples_needed: Of an inconclusive accuracy check: how many samples would do, with a power of 80 %.
+        message: One sentence for people.
+    """
+
+    name: str
+    verdict: Verdict
+    value: float | None
+    limit: float
+    unit: Literal["points", "ratio"]
+    interval: tuple[float, float] | None
+    bounds: tuple[float, float] | None
+    baseline: str
+    candidate: str
+    stale: bool
+    samples_needed: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """The answers of a gate.
+
+    Attributes:
+        verdict: ``fail`` if any check fails, else ``inconclusive`` if any is, else ``pass``.
+        checks: In order.
+        stale_baseline: Names of the checks in which the candidate is far better than the baseline.
+        notes: What was not compared, and why.
+        baseline: Name of the baseline run.
+        candidate: Name of the candidate run.
+    """
+
+    verdict: Verdict
+    checks: tuple[Check, ...]
+    stale_baseline: tuple[str, ...]
+    notes: tuple[str, ...]
+    baseline: str
+    candidate: str
+
+    def document(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+
+def load_run(path: Path) -> Run:
+    """Return the run at `path`: its folder, its ``manifest.json``, or a baseline file.
+
+    Raises:
+        BadInput: It is missing, damaged, or of a layout that this version cannot read.
+    """
+    manifest = load_manifest(path)
+    if not any(s.status == "done" for s in manifest.stages):
+        raise BadInput("the run holds no finished stage", where=str(path), remedy="run the pipeline first")
+    return Run(str(path), path if path.is_dir() else path.parent, manifest)
+
+
+def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
+    """Return whether `candidate` may take the place of `baseline`.
+
+    Raises:
+        BadInput: The runs cannot be compared: another data set, other classes, another order of the samples, no accuracy,
+            an unknown stage or target, damaged outcomes.
+    """
+    checks: list[Check] = []
+    notes: list[str] = []
+    stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
+    if limits.max_drop is not None and not math.isinf(limits.max_drop):
+        checks.append(_accuracy(candidate, baseline, stages, limits.max_drop))
+    for name, metric, limit in (
+        ("size", "size_bytes", limits.max_size),
+        ("macs", "macs", limits.max_macs),
+        ("params", "params", limits.max_params),
+    ):
+        if limit is not None and not math.isinf(limit):
+            pair = _figure(candidate.manifest, stages[0], metric), _figure(baseline.manifest, stages[1], metric)
+            if pair[0] is None or pair[1] is None:
+                notes.append(f"{name} is not compared: {_lacking(pair, candidate, baseline)} no {metric}")
+            else:
+                checks.append(_exact(name, pair[0], pair[1], limit))
+    checks += _latencies(candidate, baseline, limits, notes)
+    for result in candidate.manifest.stages:
+        if result.status == "failed":
+            checks.append(_stage_failed(result))
+    if not checks:
+        raise BadInput(
+            "nothing was compared: " + ("; ".join(notes) or "every check is switched off"),
+            where=candidate.name,
+            remedy="set a limit, or name runs that hold the same figures",
+        )
+    verdicts = {c.verdict for c in checks}
+    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    stale = tuple(c.name for c in checks if c.stale)
+    return GateReport(verdict, tuple(checks), stale, tuple(notes), baseline.name, candidate.name)
+
+
+def _stage_of(run: Run, name: str | None) -> StageResult:
+    """Return the stage whose figures count: the named one, or the last with accuracy."""
+    with_accuracy = [s for s in run.manifest.stages if s.status == "done" and "top1" in s.metrics]
+    if name is None:
+        if not with_accuracy:
+            raise BadInput("no stage of the run has an accuracy", where=run.name, remedy="run it on data with labels")
+        return with_accuracy[-1]
+    result = next((s for s in with_accuracy if s.stage == name), None)
+    if result is None:
+        known = [s.stage for s in with_accuracy]
+        raise BadInput(f"has no stage '{name}' with an accuracy", where=run.name, remedy=nearest(name, known))
+    return result
+
+
+def _figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
+    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
+    position = manifest.stages.index(stage)
+    before = [s for s in manifest.stages[:position] if not s.stage.startswith(TARGET_PREFIX) and s.status == "done"]
+    return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
+
+
+def _lacking(pair: tuple[Metric | None, Metric | None], candidate: Run, baseline: Run) -> str:
+    return " and ".join(r.name for r, m in zip((candidate, baseline), pair, strict=True) if m is None) + " has"
+
+
+def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageResult], max_drop: float) -> Check:
+    paired = _pair(_outcomes(candidate, stages[0]), _outcomes(baseline, stages[1]), candidate, baseline)
+    margin = max_drop / 100
+    lower, upper = tango.lower_bound(paired, CONFIDENCE), tango.upper_bound(paired, CONFIDENCE)
+    verdict: Verdict = "pass" if upper < margin else "fail" if lower > margin else "inconclusive"
+    needed = tango.samples_needed(paired, margin, confidence=CONFIDENCE) if verdict == "inconclusive" else None
+    low, high = tango.interval(paired, CONFIDENCE)
+    names = [s.stage for s in stages]
+    of = f"of {names[0]}" if names[0] == names[1] else f"of {names[0]} against {names[1]}"
+    changed = "drops by" if paired.drop >= 0 else "rises by"
+    message = (
+        f"top-1 {of} {changed} {abs(100 * paired.drop):.2f} points on {paired.n} samples "
+        f"({paired.lost} lost, {paired.won} won; 95 % interval of the drop {100 * low:+.2f} to {100 * high:+.2f}); "
+        f"the limit is {points(max_drop)}"
+    )
+    if verdict == "pass":
+        message += f", and a drop of {100 * upper:.2f} or more is ruled out (one-sided 95 %)"
+    elif verdict == "fail":
+        message += f", and a drop of {100 * lower:.2f} or less is ruled out (one-sided 95 %)"
+    elif needed is None:
+        message += "; the drop is too near it for any practical number of samples to decide"
+    else:
+        message += f"; about {needed} samples would decide (power 80 %)"
+    return Check(
+        name="accuracy",
+        verdict=verdict,
+        value=100 * paired.drop,
+        limit=max_drop,
+        unit="points",
+        interval=(100 * low, 100 * high),
+        bounds=(100 * lower, 100 * upper),
+        baseline=_share(stages[1]),
+        candidate=_share(stages[0]),
+        stale=upper < -margin,
+        samples_needed=needed,
+        message=message,
+    )
+
+
+def points(value: float) -> str:
+    """Return a number of points of accuracy: ``1 point``, ``0.5 points``."""
+    return f"{value:g} point" if value == 1 else f"{value:g} points"
+
+
+def _share(stage: StageResult) -> str:
+    return f"{100 * stage.metrics['top1'].value:.2f} %"
+
+
+def _outcomes(run: Run, stage: StageResult) -> Outcomes:
+    """Return the per-sample outcomes of a stage."""
+    inline = stage.details.get(INLINE_OUTCOMES)
+    artifact = stage.output("outcomes")
+    where = f"{run.name}: {stage.stage}"
+    try:
+        if inline is not None:
+            outcomes = Outcomes.model_validate(inline)
+        elif artifact is not None:
+            path = run.folder / artifact.path
+            where = str(path)
+            if not artifact.intact(run.folder):
+                problem = "was changed since the run" if path.is_file() else "is missing"
+                raise BadInput(f"the stage's outcomes: {problem}", where=where, remedy="restore the file, or run it again")
+            outcomes = Outcomes.model_validate_json(path.read_text(encoding="utf-8"))
+        else:
+            raise BadInput(
+                "holds no per-sample outcomes, so accuracies cannot be paired", where=where, remedy="run the pipeline again"
+            )
+        packed = base64.b64decode(outcomes.bits, validate=True)
+    except (ValidationError, UnicodeDecodeError, binascii.Error) as e:
+        raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again") from e
+    if outcomes.n < 1 or len(packed) != (outcomes.n + 7) // 8 or int.from_bytes(packed, "big") & ((1 << (-outcomes.n % 8)) - 1):
+        raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again")
+    return outcomes
+
+
+def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_run: Run) -> Paired:
+    """Return the counts of disagreement.
+
+    Raises:
+        BadInput: The outcomes are not of the same samples and classes in the same order.
+    """
+    where = f"{candidate_run.name} and {baseline_run.name}"
+    remedy = "evaluate both on the same data, then compare"
+    if candidate.n != baseline.n:
+        raise BadInput(
+            f"were evaluated on {candidate.n} and {baseline.n} samples, which cannot be paired", where=where, remedy=remedy
+        )
+    if candidate.classes is not None and baseline.classes is not None and candidate.classes != baseline.classes:
+        raise BadInput(f"have other classes: {_difference(candidate.classes, baseline.classes)}", where=where, remedy=remedy)
+    if candidate.samples_sha256 != baseline.samples_sha256:
+        raise BadInput(
+            f"were evaluated on {candidate.n} samples each, but not on the same in the same order, or with other labels",
+            where=where,
+            remedy=remedy,
+        )
+    c = int.from_bytes(base64.b64decode(candidate.bits), "big")
+    b = int.from_bytes(base64.b64decode(baseline.bits), "big")
+    return Paired(candidate.n, (b & ~c).bit_count(), (c & ~b).bit_count())
+
+
+def _difference(a: Sequence[str], b: Sequence[str]) -> str:
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} of them"
+    i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    return f"class {i} is '{a[i]}' and '{b[i]}'"
+
+
+def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
+    if baseline.value <= 0:
+        raise BadInput(f"the baseline's {name} is {baseline.value:g}", remedy="renew the baseline")
+    ratio = candidate.value / baseline.value
+    texts = [(size if name == "size" else count)(m) for m in (baseline, candidate)]
+    return Check(
+        name=name,
+        verdict="fail" if ratio > limit else "pass",
+        value=ratio,
+        limit=limit,
+        unit="ratio",
+        interval=None,
+        bounds=None,
+        baseline=texts[0],
+        candidate=texts[1],
+        stale=ratio * limit < 1,
+        samples_needed=None,
+        message=f"{texts[1]} against {texts[0]}, {ratio:.3f} times as much; the limit is {limit:g}",
+    )
+
+
+def _stage_failed(result: StageResult) -> Check:
+    return Check(
+        name=f"stage:{result.stage}",
+        verdict="fail",
+        value=None,
+        limit=0.0,
+        unit="ratio",
+        interval=None,
+        bounds=None,
+        baseline="",
+        candidate="failed",
+        stale=False,
+        samples_needed=None,
+        message=f"the candidate failed here: {result.reason or 'no reason given'}",
+    )
+
+
+def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) -> list[Check]:
+    """Return one check per target that both runs have a latency for; what is left out goes to `notes`."""
+    found = _targets(candidate.manifest), _targets(baseline.manifest)
+    named = limits.max_latency if isinstance(limits.max_latency, dict) else {}
+    for target in named:
+        if target not in found[0] and target not in found[1]:
+            known = [*found[0], *found[1]]
+            raise BadInput(
+                f"a limit is set for target '{target}', which neither run has",
+                where=candidate.name,
+                remedy=nearest(target, known),
+            )
+    checks = []
+    for target in dict.fromkeys([*found[1], *found[0]]):
+        limit = limits.latency_limit(target)
+        if limit is None:
+            continue
+        pair = found[0].get(target), found[1].get(target)
+        if pair[0] is not None and pair[1] is not None:
+            checks.append(_latency(target, pair[0], pair[1], limit))
+            continue
+        lacking = candidate if pair[0] is None else baseline
+        why = f"{lacking.name} has no latency on {target}"
+        if target in named:
+            checks.append(_undecided(target, limit, why, pair[1], pair[0]))
+        else:
+            notes.append(f"latency on {target} is not compared: {why}")
+    return checks
+
+
+def _targets(manifest: Manifest) -> dict[str, StageResult]:
+    return {
+        s.stage.removeprefix(TARGET_PREFIX): s
+        for s in manifest.stages
+        if s.stage.startswith(TARGET_PREFIX) and "p50_ms" in s.metrics
+    }
+
+
+def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float) -> Check:
+    new, old = candidate.metrics["p50_ms"], baseline.metrics["p50_ms"]
+    for fact in ("provenance", "device", "runtime", "threads", "batch", "power_mode"):
+        a, b = getattr(new, fact), getattr(old, fact)
+        if a != b:
+            why = f"the candidate's {fact.replace('_', ' ')} is {a}, the baseline's {b}"
+            return _undecided(target, limit, why, baseline, candidate)
+    if new.provenance == "predicted":
+        if new.model != old.model:
+            why = f"the candidate was predicted by {new.model}, the baseline by {old.model}"
+            return _undecided(target, limit, why, baseline, candidate)
+        return _predicted(target, new, old, limit)
+    if new.provenance != "measured":
+        return _undecided(target, limit, f"{new.provenance} figures are not compared", baseline, candidate)
+    runs = _processes(candidate, target), _processes(baseline, target)
+    short = min(len(r) for r in runs)
+    if short < ratios.LEAST_PROCESSES:
+        why = f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed"
+        return _undecided(target, limit, why, baseline, candidate)
+    return _measured(target, runs[0], runs[1], limit)
+
+
+def _processes(stage: StageResult, target: str) -> list[float]:
+    """Return the median latency of each process, in ms."""
+    runs = stage.details.get("latency_runs", [])
+    good = isinstance(runs, list) and all(isinstance(r, int | float) and math.isfinite(r) and r > 0 for r in runs)
+    if not good:
+        raise BadInput("latency_runs is no list of positive numbers", where=stage.stage, remedy="measure it again")
+    return [float(r) for r in runs]
+
+
+def _measured(target: str, candidate: Sequence[float], baseline: Sequence[float], limit: float) -> Check:
+    value = ratios.ratio(baseline, candidate)
+    lower = ratios.lower_bound(baseline, candidate, CONFIDENCE)
+    upper = ratios.upper_bound(baseline, candidate, CONFIDENCE)
+    low, high = ratios.interval(baseline, candidate, CONFIDENCE)
+    verdict: Verdict = "pass" if upper <= limit else "fail" if lower > limit else "inconclusive"
+    texts = [f"{duration(median(r))} over {len(r)} processes" for r in (baseline, candidate)]
+    message = (
+        f"{texts[1]} against {texts[0]}, {value:.3f} times as long "
+        f"(95 % interval {low:.3f} to {high:.3f}); the limit is {limit:g}"
+    )
+    if verdict == "inconclusive":
+        message += "; more processes or a quieter machine would decide"
+    return Check(
+        name=f"latency:{target}",
+        verdict=verdict,
+        value=value,
+        limit=limit,
+        unit="ratio",
+        interval=(low, high),
+        bounds=(lower, upper),
+        baseline=texts[0],
+        candidate=texts[1],
+        stale=upper * limit < 1,
+        samples_needed=None,
+        message=message,
+    )
+
+
+def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
+    if baseline.value <= 0:
+        raise BadInput(f"the baseline's latency on {target} is {baseline.value:g} ms", remedy="renew the baseline")
+    ratio = candidate.value / baseline.value
+    texts = [f"~{duration(m.value)} predicted" for m in (baseline, candidate)]
+    return Check(
+        name=f"latency:{target}",
+        verdict="fail" if ratio > limit else "pass",
+        value=ratio,
+        limit=limit,
+        unit="ratio",
+        interval=None,
+        bounds=None,
+        baseline=texts[0],
+        candidate=texts[1],
+        stale=ratio * limit < 1,
+        samples_needed=None,
+        message=f"{texts[1]} against {texts[0]}, {ratio:.3f} times as long by the same model; the limit is {limit:g}",
+    )
+
+
+def _undecided(target: str, limit: float, why: str, baseline: StageResult | None, candidate: StageResult | None) -> Check:
+    def text(stage: StageResult | None) -> str:
+        metric = None if stage is None else stage.metrics["p50_ms"]
+        return "" if metric is None else f"{duration(metric.value)}, {provenance(metric)}"
+
+    return Check(
+        name=f"latency:{target}",
+        verdict="inconclusive",
+        value=None,
+        limit=limit,
+        unit="ratio",
+        interval=None,
+        bounds=None,
+        baseline=text(baseline),
+        candidate=text(candidate),
+        stale=False,
+        samples_needed=None,
+        message=f"cannot be compared: {why}",
+    )
+
+
+def baseline_of(run: Run) -> Manifest:
+    """Return the run as a baseline that needs no other file: outcomes inside, no other outputs, no details but processes."""
+    stages = []
+    for result in run.manifest.stages:
+        details: dict[str, Any] = {k: v for k, v in result.details.items() if k == "latency_runs"}
+        if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
+            details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
+        stages.append(result.model_copy(update={"outputs": (), "details": details}))
+    return run.manifest.model_copy(update={"stages": tuple(stages)})

@@ -1,0 +1,90 @@
+"""`Limits`: what a gate allows, from YAML and from flags."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from rescompress.core.errors import ConfigError, nearest
+from rescompress.core.spec import Frozen
+
+Ratio = Annotated[float, Field(gt=0)]
+USUAL_RATIO = 1.05
+OnInconclusive = Literal["inconclusive", "pass", "fail"]
+
+
+class Limits(Frozen):
+    """What a candidate may cost more than its baseline. ``null`` (or ``.inf``) leaves a check out.
+
+    Attributes:
+        max_drop: Points of top-1 that may be lost.
+        max_latency: Ratio of latencies, for every target or by target; those not named keep the default.
+        max_size: Ratio of file sizes.
+        max_macs: Ratio of multiply-accumulates.
+        max_params: Ratio of parameters.
+        stage: Whose accuracy, size, MACs and parameters count; the last with accuracy by default.
+        on_inconclusive: Whether an inconclusive gate ends as such, passes or fails.
+    """
+
+    max_drop: Annotated[float, Field(ge=0)] | None = 1.0
+    max_latency: Ratio | dict[str, Ratio | None] | None = USUAL_RATIO
+    max_size: Ratio | None = USUAL_RATIO
+    max_macs: Ratio | None = None
+    max_params: Ratio | None = None
+    stage: str | None = None
+    on_inconclusive: OnInconclusive = "inconclusive"
+
+    def latency_limit(self, target: str) -> float | None:
+        """Return the limit for a target, or None when it is not checked."""
+        limits = self.max_latency
+        limit = limits.get(target, USUAL_RATIO) if isinstance(limits, dict) else limits
+        return None if limit is None or math.isinf(limit) else limit
+
+
+def load_limits(path: Path) -> Limits:
+    """Return the limits in a YAML file.
+
+    Raises:
+        ConfigError: It is missing, is no YAML mapping, or holds an unknown key or an impossible value.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError("no such file", where=str(path), remedy="name a YAML file with limits") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot be read: {e}", where=str(path), remedy="name a YAML file with limits") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="see docs/gate.md for the keys") from e
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise ConfigError("is no mapping of limits", where=str(path), remedy="write lines such as `max_drop: 1.0`")
+    return limits_of(document, where=str(path))
+
+
+def limits_of(values: dict[str, Any], *, where: str) -> Limits:
+    """Return limits from plain values.
+
+    Args:
+        values: By key.
+        where: Named in errors.
+
+    Raises:
+        ConfigError: A key is unknown or a value impossible.
+    """
+    for key in values:
+        if key not in Limits.model_fields:
+            raise ConfigError(f"unknown limit: {key}", where=where, remedy=nearest(str(key), Limits.model_fields))
+    try:
+        return Limits.model_validate(values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "limits"
+        raise ConfigError(
+            f"{key}: {first['msg']}", where=where, remedy="see docs/gate.md for the limits and their units"
+        ) from e

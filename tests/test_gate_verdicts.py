@@ -1,0 +1,406 @@
+"""The gate on whole runs: verdicts, exit codes, refusals, and what it writes for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_factory import CLASSES, digest, latency, outcomes_with, write_run
+
+from rescompress.core.errors import BadInput, ConfigError
+from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.outcomes import Outcomes
+from rescompress.gate import GateReport, Limits, judge, limits_of, load_limits, load_run
+from rescompress.gate.render import gitlab_code_quality, to_junit, to_markdown
+
+STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
+CI_VARIABLES = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT", "GITLAB_CI", "CI_PROJECT_DIR")
+
+
+def cli(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in CI_VARIABLES}
+    return subprocess.run(
+        [sys.executable, "-m", "rescompress.cli.app", "gate", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**environment, "COLUMNS": "300", **variables},
+        check=False,
+    )
+
+
+def pair_of_runs(folder: Path, n: int = 5000, n_lost: int = 0, n_won: int = 0, **changes: Any) -> tuple[Path, Path]:
+    """Write a baseline and a candidate that differs from it in so many samples, and in `changes`."""
+    base, cand = outcomes_with(n, n_lost, n_won)
+    write_run(folder / "base", n=n, final=base, runs_ms=STEADY)
+    write_run(folder / "cand", n=n, final=cand, **{"runs_ms": STEADY, **changes})
+    return folder / "cand", folder / "base"
+
+
+def verdicts(report: GateReport) -> dict[str, str]:
+    return {c.name: c.verdict for c in report.checks}
+
+
+def judged(pair: tuple[Path, Path], **limits: Any) -> GateReport:
+    return judge(load_run(pair[0]), load_run(pair[1]), Limits(**limits))
+
+
+@pytest.mark.parametrize(
+    ("n", "n_lost", "n_won", "verdict", "code"),
+    [(5000, 30, 30, "pass", 0), (5000, 250, 50, "fail", 3), (360, 8, 4, "inconclusive", 6), (360, 0, 0, "pass", 0)],
+)
+def test_accuracy_decides_the_exit_code(tmp_path: Path, n: int, n_lost: int, n_won: int, verdict: str, code: int) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, n, n_lost, n_won)
+    done = cli(candidate, "--baseline", baseline, "--json")
+    assert done.returncode == code, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"] == verdict
+    check = document["checks"][0]
+    assert check["name"] == "accuracy"
+    assert check["value"] == pytest.approx(100 * (n_lost - n_won) / n)
+    assert check["interval"][0] <= check["bounds"][0] <= check["value"] <= check["bounds"][1] <= check["interval"][1]
+    assert (check["samples_needed"] is not None) == (verdict == "inconclusive")
+
+
+def test_inconclusive_can_be_decided_beforehand(tmp_path: Path) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 360, 8, 4)
+    assert cli(candidate, "-b", baseline, "--on-inconclusive", "pass").returncode == 0
+    done = cli(candidate, "-b", baseline, "--on-inconclusive", "fail")
+    assert done.returncode == 3
+    assert "inconclusive" in done.stderr
+    assert "samples would decide" in cli(candidate, "-b", baseline).stdout
+
+
+def test_latency_is_judged_over_processes(tmp_path: Path) -> None:
+    slower = [1.2 * r for r in STEADY]
+    assert verdicts(judged(pair_of_runs(tmp_path / "a", runs_ms=slower)))["latency:cpu"] == "fail"
+    noisy = [1.0, 1.3, 0.8, 1.1, 0.95]
+    assert verdicts(judged(pair_of_runs(tmp_path / "b", runs_ms=noisy)))["latency:cpu"] == "inconclusive"
+    assert verdicts(judged(pair_of_runs(tmp_path / "c", runs_ms=[*STEADY, 1.5])))["latency:cpu"] == "pass"
+    few = judged(pair_of_runs(tmp_path / "d", runs_ms=STEADY[:4]))
+    assert verdicts(few)["latency:cpu"] == "inconclusive"
+    assert "4 processes were measured, 5 are needed" in few.checks[2].message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "other cpu"},
+        {"runtime": "onnxruntime"},
+        {"threads": 1},
+        {"batch": 8},
+        {"power_mode": "15W"},
+        {"provenance": "predicted"},
+    ],
+)
+def test_latency_is_compared_only_between_equals(tmp_path: Path, change: dict[str, Any]) -> None:
+    pair = pair_of_runs(tmp_path)
+    _replace_latency(pair[0], "target:cpu", latency(1.0, **change))
+    report = judged(pair)
+    assert verdicts(report)["latency:cpu"] == "inconclusive"
+    assert next(iter(change)).replace("_", " ") in next(c.message for c in report.checks if c.name == "latency:cpu")
+
+
+def test_predictions_are_compared_exactly_and_only_by_one_model(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path, jetson_ms=0.36)
+    check = next(c for c in judged(pair).checks if c.name == "latency:jetson")
+    assert (check.verdict, check.interval) == ("fail", None)
+    assert check.value == pytest.approx(0.36 / 0.31)
+    _replace_latency(pair[0], "target:jetson", latency(0.36, **_jetson(model="roofline-2")))
+    assert verdicts(judged(pair))["latency:jetson"] == "inconclusive"
+
+
+def _jetson(**extra: Any) -> dict[str, Any]:
+    return {"provenance": "predicted", "device": "Jetson Orin Nano 8GB", "runtime": "tensorrt", **extra}
+
+
+def _replace_latency(folder: Path, stage: str, metric: Any) -> None:
+    manifest = load_run(folder).manifest
+    old = manifest.stage(stage)
+    assert old is not None
+    manifest.with_stage(old.model_copy(update={"metrics": {**old.metrics, "p50_ms": metric}})).save(folder)
+
+
+def test_size_and_counts_are_exact(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path, size_bytes=273_001, macs=34_000_001, params=229_999)
+    report = judged(pair, max_macs=1.0, max_params=1.0)
+    found = verdicts(report)
+    assert (found["size"], found["macs"], found["params"]) == ("fail", "fail", "pass")
+    assert verdicts(judged(pair_of_runs(tmp_path / "edge", size_bytes=273_000)))["size"] == "pass"
+
+
+def test_a_far_better_candidate_means_a_stale_baseline(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path, 5000, 0, 200, size_bytes=100_000, runs_ms=[r / 2 for r in STEADY], jetson_ms=0.2)
+    report = judged(pair)
+    assert report.verdict == "pass"
+    assert report.stale_baseline == ("accuracy", "size", "latency:cpu", "latency:jetson")
+    assert judged(pair_of_runs(tmp_path / "same")).stale_baseline == ()
+
+
+def test_targets_of_one_run_only_are_named(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path)
+    manifest = load_run(pair[0]).manifest
+    manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage != "target:jetson")}).save(pair[0])
+    report = judged(pair)
+    assert "latency:jetson" not in verdicts(report)
+    assert any("jetson" in note for note in report.notes)
+    demanded = judged(pair, max_latency={"jetson": 1.1})
+    assert verdicts(demanded)["latency:jetson"] == "inconclusive"
+    with pytest.raises(BadInput, match="jetsom"):
+        judged(pair, max_latency={"jetsom": 1.1})
+
+
+def test_a_failed_stage_fails_the_gate(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path)
+    manifest = load_run(pair[0]).manifest
+    manifest.with_stage(StageResult(stage="target:rtx-4090", status="failed", reason="the build broke")).save(pair[0])
+    assert verdicts(judged(pair))["stage:target:rtx-4090"] == "fail"
+
+
+def test_limits_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 5000, 250, 50)
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("max_drop: 6\nmax_size: null\nmax_latency: {cpu: 1.2, jetson: null}\nstage: quantize\n")
+    done = cli(candidate, "-b", baseline, "--limits", limits, "--json")
+    assert done.returncode == 0, done.stderr
+    checks = {c["name"]: c for c in json.loads(done.stdout)["checks"]}
+    assert set(checks) == {"accuracy", "latency:cpu"}
+    assert checks["latency:cpu"]["limit"] == 1.2
+    assert cli(candidate, "-b", baseline, "--limits", limits, "--max-drop", 1).returncode == 3
+    assert cli(candidate, "-b", baseline, "--limits", limits, "--max-drop", "inf", "--max-latency", "inf").returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("max_dorp: 1", "max_drop"),
+        ("max_drop: -1", "max_drop"),
+        ("max_drop: .nan", "max_drop"),
+        ("max_size: 0", "max_size"),
+        ("max_latency: {cpu: fast}", "max_latency"),
+        ("on_inconclusive: maybe", "on_inconclusive"),
+        ("- max_drop", "no mapping"),
+        ("max_drop: [", "no YAML"),
+    ],
+)
+def test_bad_limits_are_named(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "limits.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=word):
+        load_limits(path)
+    with pytest.raises(ConfigError):
+        load_limits(tmp_path / "absent.yaml")
+
+
+def test_flags_are_checked_like_the_file() -> None:
+    with pytest.raises(ConfigError, match="max_size"):
+        limits_of({"max_size": -1.0}, where="command line")
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------------
+
+
+def _with_outcomes(folder: Path, outcomes: Outcomes) -> Path:
+    write_run(folder, n=outcomes.n, final=outcomes, runs_ms=STEADY)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [
+        (Outcomes.pack([True] * 999, digest(999), CLASSES), "999 and 1000"),
+        (Outcomes.pack([True] * 1000, digest(1000, "test"), CLASSES), "same order"),
+        (Outcomes.pack([True] * 1000, digest(1000), (*CLASSES[:9], "truck")), "class 9 is 'truck' and 'class 9'"),
+        (Outcomes.pack([True] * 1000, digest(1000), CLASSES[:9]), "9 and 10"),
+    ],
+)
+def test_outcomes_of_other_data_are_refused(tmp_path: Path, other: Outcomes, word: str) -> None:
+    base = _with_outcomes(tmp_path / "base", Outcomes.pack([True] * 1000, digest(1000), CLASSES))
+    done = cli(_with_outcomes(tmp_path / "cand", other), "-b", base)
+    assert done.returncode == 5
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _break(folder: Path, what: str) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    stages = document["stages"]
+    if what == "schema":
+        document["schema_version"] = 99
+    elif what == "truncated":
+        path.write_text(path.read_text()[:500])
+        return
+    elif what == "empty":
+        document["stages"] = []
+    elif what == "no accuracy":
+        for s in stages:
+            s["metrics"].pop("top1", None)
+    elif what == "no outcomes":
+        for s in stages:
+            s["outputs"] = []
+    elif what == "outcomes missing":
+        (folder / "target-cpu" / "outcomes.json").unlink()
+    elif what == "outcomes changed":
+        (folder / "target-cpu" / "outcomes.json").write_text("{}")
+    elif what == "outcomes damaged":
+        for s in stages:
+            s["details"]["outcomes"] = {"n": 10, "samples_sha256": "0", "bits": "AAAA"}
+    elif what == "latency runs":
+        for s in stages:
+            s["details"]["latency_runs"] = [1, 2, "3", 4, 5]
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("schema", "layout 99"),
+        ("truncated", "no manifest"),
+        ("empty", "no finished stage"),
+        ("no accuracy", "accuracy"),
+        ("no outcomes", "paired"),
+        ("outcomes missing", "missing"),
+        ("outcomes changed", "changed since the run"),
+        ("outcomes damaged", "damaged"),
+        ("latency runs", "latency_runs"),
+    ],
+)
+@pytest.mark.parametrize("which", ["cand", "base"])
+def test_damaged_runs_are_refused(tmp_path: Path, what: str, word: str, which: str) -> None:
+    pair_of_runs(tmp_path, 500)
+    _break(tmp_path / which, what)
+    with pytest.raises(BadInput) as caught:
+        judged((tmp_path / "cand", tmp_path / "base"))
+    assert word in str(caught.value)
+
+
+def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> None:
+    candidate, _ = pair_of_runs(tmp_path, 500)
+    (tmp_path / "empty").mkdir()
+    for arguments in ([candidate, "-b", tmp_path / "empty"], [candidate, "-b", tmp_path / "absent"], [candidate]):
+        done = cli(*arguments)
+        assert done.returncode == 5
+        assert "->" in done.stderr
+    assert cli(candidate, "-b", candidate, "--stage", "quantise").returncode == 5
+    assert "quantize" in cli(candidate, "-b", candidate, "--stage", "quantise").stderr
+
+
+@given(st.binary(max_size=200))
+def test_outcomes_of_any_bytes_are_read_or_refused(content: bytes) -> None:
+    import base64
+
+    from rescompress.gate.checks import Run, _outcomes
+
+    inline = {"n": 13, "samples_sha256": "x", "bits": base64.b64encode(content).decode()}
+    result = StageResult(stage="dense", status="done", details={"outcomes": inline})
+    try:
+        found = _outcomes(Run("r", Path(), Manifest(stages=(result,))), result)
+    except BadInput:
+        return
+    assert len(found.unpack()) == 13
+    assert found.correct == sum(found.unpack())
+
+
+# What it writes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_baseline_is_one_small_file_with_the_same_verdicts(tmp_path: Path) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 5000, 60, 40, runs_ms=[1.01 * r for r in STEADY])
+    saved = tmp_path / "baseline.json"
+    done = cli(baseline, "--save-baseline", saved)
+    assert done.returncode == 0, done.stderr
+    assert saved.stat().st_size < 20_000
+    expected = judged((candidate, baseline))
+    found = judged((candidate, saved))
+    assert found.checks == expected.checks
+    for path in baseline.rglob("outcomes.json"):
+        path.unlink()
+    assert judged((candidate, saved)).checks == expected.checks
+
+
+def test_junit_says_what_failed(tmp_path: Path) -> None:
+    report = judged(pair_of_runs(tmp_path, 360, 8, 4, size_bytes=500_000))
+    for inconclusive_fails, failures in ((True, 2), (False, 1)):
+        suites = ElementTree.fromstring(to_junit(report, inconclusive_fails=inconclusive_fails))
+        assert suites.get("failures") == str(failures) == str(len(suites.findall(".//failure")))
+        assert suites.get("tests") == str(len(report.checks)) == str(len(suites.findall(".//testcase")))
+        assert suites.get("skipped") == str(len(suites.findall(".//skipped")))
+    assert {c.get("name") for c in suites.iter("testcase")} == set(verdicts(report))
+
+
+def test_files_and_annotations_for_ci(tmp_path: Path) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 5000, 250, 50)
+    step, output = tmp_path / "step.md", tmp_path / "output"
+    step.write_text("before\n")
+    done = cli(
+        candidate, "-b", baseline, "--json", "--summary", tmp_path / "s.md", "--junit", tmp_path / "j.xml",
+        GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(step), GITHUB_OUTPUT=str(output),
+    )  # fmt: skip
+    assert done.returncode == 3
+    json.loads(done.stdout)
+    annotation = next(line for line in done.stderr.splitlines() if line.startswith("::error"))
+    assert annotation.startswith("::error title=rescompress gate%3A accuracy::top-1 of")
+    assert "95 %25" in annotation
+    assert step.read_text() == "before\n" + (tmp_path / "s.md").read_text()
+    assert output.read_text() == "verdict=fail\n"
+    ElementTree.parse(tmp_path / "j.xml")
+    cli(candidate, "-b", baseline, GITLAB_CI="true", CI_PROJECT_DIR=str(tmp_path))
+    findings = json.loads((tmp_path / "gl-code-quality-report.json").read_text())
+    assert [f["severity"] for f in findings] == ["critical"]
+    assert findings[0]["location"] == {"path": "cand", "lines": {"begin": 1}}
+    assert len({f["fingerprint"] for f in findings}) == len(findings)
+
+
+def test_summary_holds_every_check_and_the_stages(tmp_path: Path) -> None:
+    report = judged(pair_of_runs(tmp_path, 360, 8, 4))
+    text = to_markdown(report, trade_off="| a |\n|---|\n")
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| check"))
+    columns = lines[head].count("|")
+    for i in range(len(report.checks) + 2):
+        assert lines[head + i].count("|") == columns
+    assert "samples would decide" in text
+    assert "<details>" in text
+    assert json.loads(gitlab_code_quality(report, "x"))[0]["severity"] == "minor"
+
+
+BLOCKER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "numpy", "onnx", "onnxruntime", "openvino", "nncf", "scipy", "sklearn", "PIL",
+                                      "torchvision", "accelerate", "safetensors", "onnx_ir"}:
+            raise ImportError(f"{name} is not for a gate")
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["rescompress", *sys.argv[1:]]
+from rescompress.cli.app import main
+main()
+"""
+
+
+def test_gate_compare_need_nothing_heavy_and_are_quick(tmp_path: Path) -> None:
+    import resource
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    candidate, baseline = pair_of_runs(tmp_path, 50_000, 600, 500)
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("max_drop: 1.0\n")
+    for command in (["gate", candidate, "-b", baseline, "--limits", limits], ["compare", candidate, baseline]):
+        start = used()
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(BLOCKER), *map(str, command)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert used() - start < 2, "seconds of processor time, so that a busy machine does not matter"
