@@ -296,11 +296,6 @@ class _Writer:
     def quantized(self, x: ir.Value, quantizer: Quantizer) -> ir.Value:
         """Append the one Q/DQ pair of an activation; return what its readers read."""
         assert quantizer.scale is not None
-        if (quantizer.low, quantizer.high) not in ((-128, 127), (0, 255)):
-            raise BadInput(
-                f"activation {quantizer.tensor} has levels {quantizer.low}..{quantizer.high}",
-                remedy="INT8 activations have -128..127 or 0..255",
-            )
         name = quantizer.tensor
         scale = self.floats(f"{name}.scale", np.asarray(quantizer.scale[0], np.float32))
         zero_type = np.int8 if quantizer.signed else np.uint8
@@ -310,10 +305,6 @@ class _Writer:
 
     def weighted(self, layer: Layer, batch_norm: Layer | None) -> ir.Value:
         """Append a convolution or linear layer with its BatchNorm folded in."""
-        if batch_norm is not None and layer.name in self.activations:
-            raise BadInput(
-                f"a quantizer between {layer.name} and its BatchNorm cannot be exported", remedy="quantize after the BatchNorm"
-            )
         folded = self.fold(layer, batch_norm)
         name = layer.name
         if folded.scale_O is None:

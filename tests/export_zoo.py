@@ -211,7 +211,7 @@ def quantization_of(
             weight = model.get_submodule(q.tensor).weight.detach()
             scale = tuple((weight.flatten(1).abs().amax(1) / 127.0).clamp_min(1e-8).tolist())
         else:
-            scale = (float(np.float32(max(largest[q.tensor], 1e-6) / q.high)),)
+            scale = (float(np.float32(max(largest[q.shares or q.tensor], 1e-6) / q.high)),)
         filled.append(q.model_copy(update={"scale": scale}))
     return Quantization(profile=profile, quantizers=tuple(filled))
 
