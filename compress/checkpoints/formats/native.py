@@ -1,0 +1,110 @@
+"""Our own format: safetensors, with the spec and the quantizers as JSON in the header."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
+from compress.checkpoints.layout import read_values, tensor_shapes
+from rescompress.core.artifact import atomic_path
+from rescompress.core.errors import CheckpointError, EnvironmentFailed
+from rescompress.core.layers import walk
+from rescompress.core.quantizers import Quantization
+from rescompress.core.spec import ModelSpec
+
+DESCRIPTION = "rescompress: safetensors with the spec and the quantizers in its header"
+MARKER = re.compile(r"^conv1\.weight$")
+VERSION = "1"
+
+
+def matches(raw: RawState) -> bool:
+    """Whether the header says so."""
+    return raw.metadata.get("format") == "rescompress"
+
+
+def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
+    """Return the checkpoint, the very tensors that were saved.
+
+    Raises:
+        CheckpointError: The header or a tensor is damaged, or a newer version wrote the file.
+    """
+    if raw.metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"was written in version {raw.metadata.get('version')!r} of the format, this program reads {VERSION!r}",
+            remedy="update rescompress",
+        )
+    try:
+        spec = ModelSpec.model_validate_json(str(raw.metadata.get("spec")))
+        text = raw.metadata.get("quantization")
+        quantization = Quantization.model_validate_json(str(text)) if text else None
+        if quantization is not None:
+            quantization.check(spec)
+        provenance = json.loads(str(raw.metadata.get("provenance", "{}")))
+    except (ValidationError, ValueError, RecursionError) as e:
+        first = str(e).splitlines()[0]
+        raise CheckpointError(f"damaged: its header describes no network ({first})", remedy="make the file again") from e
+    wanted = {name: shape for layer in walk(spec) for name, shape in tensor_shapes(layer).items()}
+    for name, shape in wanted.items():
+        if raw.shape(name) != shape:
+            raise CheckpointError(
+                f"damaged: {name} has shape {raw.shape(name)}, its header says {shape}", remedy="make the file again"
+            )
+    extra = sorted(set(raw.tensors) - set(wanted))
+    if extra:
+        raise CheckpointError(f"holds a tensor {extra[0]!r} that its header does not describe", remedy="make the file again")
+    state_dict = read_values({name: raw.tensors[name] for name in wanted}, [])
+    provenance = dict(provenance) if isinstance(provenance, dict) else {}
+    here = {"format": "native", "container": raw.container, "path": raw.path.name}
+    provenance.setdefault("origin", {key: provenance[key] for key in here if key in provenance})
+    return Checkpoint(restate(spec, options), state_dict, quantization, {**provenance, **here})
+
+
+def restate(spec: ModelSpec, options: LoadOptions) -> ModelSpec:
+    """Return the spec with what the user states: input shape and preprocessing."""
+    from compress import zoo
+
+    if options.input_shape is not None:
+        if options.input_shape[0] != spec.input_shape[0]:
+            raise CheckpointError(
+                f"its first convolution reads {spec.input_shape[0]} channels, the input shape gives {options.input_shape[0]}"
+            )
+        spec = spec.replace(input_shape=options.input_shape)
+    if options.preprocess is not None:
+        spec = spec.replace(preprocessing=zoo.preprocessing(options.preprocess, spec.input_shape, assumed=False))
+    return spec
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint, whole or not at all; loading it gives the very same tensors.
+
+    Args:
+        checkpoint: What to write.
+        path: Where; conventionally ``.safetensors``.
+
+    Raises:
+        EnvironmentFailed: The disk is full, or the folder cannot be written.
+        BadInput: `path` is a folder.
+    """
+    metadata = {
+        "format": "rescompress",
+        "version": VERSION,
+        "spec": checkpoint.spec.model_dump_json(),
+        "provenance": json.dumps(dict(checkpoint.provenance)),
+    }
+    if checkpoint.quantization is not None:
+        metadata["quantization"] = checkpoint.quantization.model_dump_json()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state_dict.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as e:
+            full = "os error 28" in str(e) or "code: 28" in str(e)
+            raise EnvironmentFailed(
+                "the disk is full" if full else f"cannot write: {e}", where=str(path), remedy="free some space and run again"
+            ) from e

@@ -1,0 +1,217 @@
+"""Reads a classifier, of whatever name and depth, as a chain of linear layers with ReLU between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from compress.checkpoints.base import Derived, Shape, Stored
+from compress.checkpoints.layout import BN_PARTS, zeros
+from rescompress.core.errors import CheckpointError
+
+NAMES = ("fc", "linear", "head", "classifier", "cls_head", "heads", "classification_head", "last_linear", "output", "out",
+         "output_layer", "logits", "predictions", "dense", "fully_connected", "mlp")  # fmt: skip
+_HEAD = re.compile(rf"(?:{'|'.join(NAMES)})\d*(?:$|[._])")
+_NOT_A_HEAD = re.compile(r"proj|predictor|prototypes|queue|aux|momentum|center|contrast", re.IGNORECASE)
+TORCH_DROPOUT = 0.5
+
+
+@dataclass
+class Found:
+    """A classifier.
+
+    Attributes:
+        layers: Weight and bias of each linear layer.
+        used: Keys that went into it.
+        dropout: Probability in training, where the positions in a Sequential show one.
+        notes: Assumptions.
+    """
+
+    layers: list[tuple[Stored, Stored]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    dropout: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Module:
+    path: str
+    parts: Mapping[str, Stored]
+
+    @property
+    def index(self) -> int | None:
+        last = self.path.rsplit(".", 1)[-1]
+        return int(last) if last.isdigit() else None
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def shape(self) -> Shape:
+        return self.parts["weight"].shape
+
+    @property
+    def is_linear(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def is_norm(self) -> bool:
+        return all(part in self.parts for part in BN_PARTS)
+
+
+def is_head_key(key: str) -> bool:
+    """Whether a key's first component is a name that classifiers have."""
+    return bool(_HEAD.match(key)) and not _NOT_A_HEAD.search(key)
+
+
+def _modules(tensors: Mapping[str, Stored]) -> list[_Module]:
+    grouped: dict[str, dict[str, Stored]] = {}
+    for key, stored in tensors.items():
+        path, _, part = key.rpartition(".")
+        grouped.setdefault(path, {})[part] = stored
+    return [_Module(path, parts) for path, parts in grouped.items() if "weight" in parts]
+
+
+def find_head(tensors: Mapping[str, Stored], features: int) -> Found:
+    """Return the classifier among `tensors`, empty when there is none.
+
+    A module follows another when it reads as many features as that one makes. BatchNorm between linear layers is folded
+    into them, which changes no output.
+
+    Args:
+        tensors: Candidates by key, in the file's order.
+        features: Width of the pooled features.
+
+    Raises:
+        CheckpointError: There is a classifier, and it is not of a supported kind.
+    """
+    candidates = {k: v for k, v in tensors.items() if is_head_key(k)}
+    modules = _modules(candidates)
+    linear = [m for m in modules if m.is_linear]
+    if not linear:
+        return Found()
+    starts = [m for m in linear if m.shape[1] == features]
+    found = Found()
+    chain = _chain(modules, starts[0] if starts else linear[0])
+    _refuse_odd(chain, modules)
+    spare = [m.path for m in linear if m not in chain]
+    if spare:
+        found.notes.append(f"the head is taken to be {chain_name(chain)}; not used: {', '.join(spare[:4])}")
+    _read_chain(chain, found)
+    for module in chain:
+        found.used |= {f"{module.path}.{part}" if module.path else part for part in module.parts}
+    return found
+
+
+def chain_name(chain: Sequence[_Module]) -> str:
+    """Return the keys of the linear layers of a chain, for people."""
+    return ", ".join(m.path for m in chain if m.is_linear)
+
+
+def _chain(modules: Sequence[_Module], start: _Module) -> list[_Module]:
+    """Return the modules from the first one up to the logits, in the file's order."""
+    at = list(modules).index(start)
+    before = [m for m in modules[:at] if m.is_norm and m.parent == start.parent and m.shape[0] == start.shape[1]]
+    chain, width = [*before[-1:], start], start.shape[0]
+    for module in modules[at + 1 :]:
+        if module.is_linear and module.shape[1] == width:
+            chain.append(module)
+            width = module.shape[0]
+        elif module.is_norm and module.shape[0] == width:
+            chain.append(module)
+    while chain and not chain[-1].is_linear and chain[-1].parent != start.parent:
+        chain.pop()
+    return chain
+
+
+def _refuse_odd(chain: Sequence[_Module], modules: Sequence[_Module]) -> None:
+    parents = {m.parent for m in chain if m.index is not None}
+    for module in modules:
+        if module not in chain and module.parent in parents:
+            raise CheckpointError(
+                f"its head holds {module.path} of shape {module.shape}, which does not fit a chain of linear layers",
+                remedy="supported heads: Linear, or Linear -> [BatchNorm] -> ReLU -> [Dropout] -> ... -> Linear",
+            )
+
+
+def _read_chain(chain: Sequence[_Module], found: Found) -> None:
+    pending: list[_Module] = []  # BatchNorms that stand before the next linear layer
+    previous: _Module | None = None
+    folded = False
+    for module in chain:
+        if not module.is_linear:
+            folded = True
+            follows = previous is not None and previous.index is not None and module.index == previous.index + 1
+            if follows or (previous is not None and module.index is None):
+                found.layers[-1] = _fold_after(found.layers[-1], module)
+            else:
+                pending.append(module)
+            previous = module
+            continue
+        weight, bias = module.parts["weight"], module.parts.get("bias", zeros(module.shape[:1]))
+        if previous is not None and previous.is_linear and previous.parent == module.parent:
+            gap = (module.index or 0) - (previous.index or 0)
+            if module.index is not None and gap == 1:
+                raise CheckpointError(
+                    f"its head has two linear layers without an activation between them ({previous.path}, {module.path})",
+                    remedy="supported heads: Linear -> ReLU -> [Dropout] -> Linear",
+                )
+        if previous is not None and _gap(previous, module) >= 3:
+            found.dropout = TORCH_DROPOUT
+        for norm in pending:
+            weight, bias = _fold_before((weight, bias), norm)
+        pending = []
+        found.layers.append((weight, bias))
+        previous = module
+    if pending:
+        raise CheckpointError("its head ends in a BatchNorm after an activation, which is not supported")
+    if folded:
+        found.notes.append("BatchNorm of the head was folded into its linear layers: the outputs are the same")
+    if len(found.layers) > 1:
+        found.notes.append("the hidden layers of the head are taken to end in ReLU")
+    if found.dropout:
+        found.notes.append(f"the head has dropout, taken to be {found.dropout} in training (else: --arch-option dropout=P)")
+
+
+def _gap(before: _Module, after: _Module) -> int:
+    if before.index is None or after.index is None or before.parent != after.parent:
+        return 0
+    return after.index - before.index
+
+
+def _factors(norm: _Module) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, var = (norm.parts[part].read().double() for part in BN_PARTS)
+    scale = weight / (var + 1e-5).sqrt()
+    return scale, bias - mean * scale
+
+
+def _fold_after(layer: tuple[Stored, Stored], norm: _Module) -> tuple[Stored, Stored]:
+    weight, bias = layer
+
+    def make_weight() -> Tensor:
+        scale, _ = _factors(norm)
+        return (weight.read().double() * scale[:, None]).float()
+
+    def make_bias() -> Tensor:
+        scale, shift = _factors(norm)
+        return (bias.read().double() * scale + shift).float()
+
+    return Derived(weight.shape, make_weight), Derived(bias.shape, make_bias)
+
+
+def _fold_before(layer: tuple[Stored, Stored], norm: _Module) -> tuple[Stored, Stored]:
+    weight, bias = layer
+
+    def make_weight() -> Tensor:
+        scale, _ = _factors(norm)
+        return (weight.read().double() * scale[None, :]).float()
+
+    def make_bias() -> Tensor:
+        _, shift = _factors(norm)
+        return (bias.read().double() + weight.read().double() @ shift).float()
+
+    return Derived(weight.shape, make_weight), Derived(bias.shape, make_bias)

@@ -1,0 +1,83 @@
+"""Loads a checkpoint of any known format, recognised by its keys and shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from compress.checkpoints import refusals
+from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
+from compress.checkpoints.files import Opened, open_file
+from compress.checkpoints.options import check
+from compress.checkpoints.roots import flatten, roots
+from rescompress.core import plugins
+from rescompress.core.errors import CheckpointError
+
+FORMATS = "compress.checkpoints.formats"
+
+
+def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
+    """Return the checkpoint in a file (see `compress.checkpoints.load_checkpoint`)."""
+    check(options.arch)
+    try:
+        opened = open_file(path, allow_pickle=allow_pickle)
+        return _load(path, opened, options)
+    except CheckpointError as e:
+        raise CheckpointError(e.what, where=str(path), remedy=e.remedy) from e
+    except PermissionError as e:
+        raise CheckpointError("cannot be read", where=str(path), remedy="mend its access rights") from e
+    except (MemoryError, RuntimeError, OverflowError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise CheckpointError("claims tensors that do not fit into memory", where=str(path)) from e
+
+
+def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
+    tensors = flatten(opened)
+    if not tensors:
+        raise CheckpointError("holds no tensors", remedy="save the state_dict of the network")
+    claims = list(_claims(path, opened, tensors))
+    if not claims:
+        raise refusals.refusal(tensors)
+    _, format_, raw, root = _choose(claims, options)
+    others = sorted({r.prefix.rstrip(".") for _, _, _, r in claims} - {root.prefix.rstrip(".")})
+    notes = list(raw.notes)
+    if root.prefix:
+        notes.append(f"the network's keys stand behind {root.prefix!r}")
+    if others:
+        notes.append(
+            f"other networks in the file were left out: {', '.join(o or '(top)' for o in others[:4])} "
+            "(else: --arch-option root=PREFIX or weights=ema)"
+        )
+    return format_.load(dataclasses.replace(raw, notes=tuple(notes)), root, options)
+
+
+def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
+    for name in plugins.names(FORMATS):
+        format_ = cast("Format", plugins.load(FORMATS, name, what="format"))
+        for root in roots(tensors, format_.MARKER):
+            raw = RawState(path, opened.container, root.tensors, opened.metadata, opened.notes)
+            if format_.matches(raw):
+                yield name, format_, raw, root
+
+
+def _choose(claims: list[tuple[str, Format, RawState, Root]], options: LoadOptions) -> tuple[str, Format, RawState, Root]:
+    wanted = options.arch.get("root")
+    if wanted is not None:
+        claims_there = [c for c in claims if c[3].prefix.rstrip(".") == wanted.rstrip(".")]
+        if not claims_there:
+            known = ", ".join(repr(c[3].prefix.rstrip(".")) for c in claims)
+            raise CheckpointError(f"there is no network behind {wanted!r}", remedy=f"networks stand behind: {known}")
+        return claims_there[0]
+    averaged = options.arch.get("weights") == "ema"
+    if averaged and not any(c[3].averaged for c in claims):
+        raise CheckpointError("holds no averaged (EMA) weights", remedy="leave out --arch-option weights=ema")
+    best = min(claims, key=lambda c: (c[3].averaged != averaged, c[3].prefix.count("."), len(c[3].prefix)))
+    rivals = sorted(name for name, _, _, root in claims if root.prefix == best[3].prefix)
+    if len(rivals) > 1:
+        raise CheckpointError(
+            f"more than one format claims it: {', '.join(rivals)}", remedy="report this with the list of its keys"
+        )
+    return best

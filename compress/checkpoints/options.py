@@ -1,0 +1,73 @@
+"""What a user may state about a checkpoint where its file leaves it open (``--arch-option NAME=VALUE``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compress.checkpoints.base import LoadOptions
+from rescompress.core.errors import BadInput, nearest
+
+KNOWN: dict[str, str] = {
+    "stride_at": "convolution of a bottleneck that strides: 1 (the 3x3 one, v1.5; torchvision) or 0 (the first, v1)",
+    "stem_stride": "stride of the stem's first convolution: 1 or 2",
+    "max_pool": "whether a max pool follows the stem: yes or no",
+    "strides": "stride of each stage, such as 1,2,2,2",
+    "pad": "where the zero channels of pad shortcuts go: centre (half on each side) or end",
+    "bn_eps": "epsilon of BatchNorm, such as 1e-3",
+    "dropout": "dropout of the head in training, such as 0.5",
+    "weights": "which weights where several are stored: raw or ema",
+    "root": "prefix of the network's keys, such as teacher.backbone",
+    "arch": "name to show for the architecture",
+}
+"""Every architecture option, and what it means."""
+
+_CHOICES = {
+    "stride_at": ("0", "1"),
+    "stem_stride": ("1", "2", "4"),
+    "max_pool": ("yes", "no"),
+    "pad": ("centre", "end"),
+    "weights": ("raw", "ema"),
+}
+
+
+def check(options: Mapping[str, str]) -> None:
+    """Raise BadInput for an option that is unknown or has an impossible value."""
+    for name, value in options.items():
+        if name not in KNOWN:
+            raise BadInput(f"unknown architecture option '{name}'", where="--arch-option", remedy=nearest(name, KNOWN))
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise BadInput(f"{name} is {value!r}", where="--arch-option", remedy=f"choose one of {', '.join(_CHOICES[name])}")
+
+
+def parse(values: list[str]) -> dict[str, str]:
+    """Return the options of ``NAME=VALUE`` words; raises BadInput when one is malformed."""
+    found: dict[str, str] = {}
+    for word in values:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise BadInput(f"{word!r} is not NAME=VALUE", where="--arch-option", remedy="known: " + ", ".join(KNOWN))
+        found[name.strip()] = value.strip()
+    check(found)
+    return found
+
+
+def number(options: LoadOptions, name: str, default: float) -> float:
+    """Return a numeric option; raises BadInput when it is no number."""
+    text = options.arch.get(name)
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f"{name} is {text!r}, not a number", where="--arch-option", remedy=KNOWN[name]) from None
+
+
+def integers(options: LoadOptions, name: str) -> tuple[int, ...] | None:
+    """Return a list of integers, or None where the option was not given; raises BadInput when it is none."""
+    text = options.arch.get(name)
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace("-", ",").split(","))
+    except ValueError:
+        raise BadInput(f"{name} is {text!r}, no list of numbers", where="--arch-option", remedy=KNOWN[name]) from None

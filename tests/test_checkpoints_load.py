@@ -1,0 +1,139 @@
+"""Loading what people have: the state_dicts of torchvision and of CIFAR code, wrapped in every way, and our own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from compress import zoo
+from compress.checkpoints import load_checkpoint, save_checkpoint
+from compress.checkpoints.base import Checkpoint
+from compress.resnet import build_model, tensors_of
+from rescompress.core.errors import CheckpointError
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every BatchNorm statistics of its own: fresh ones hide wrong order and wrong epsilon."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            for tensor, low in (
+                (module.weight, 0.5),
+                (module.running_var, 0.5),
+                (module.bias, -0.2),
+                (module.running_mean, -0.2),
+            ):
+                assert tensor is not None
+                tensor.data.copy_(low + torch.rand(tensor.shape, generator=generator) * 0.4)
+    return model.eval()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(torchvision.models.resnet18(num_classes=10))
+
+
+def same_logits(path: Path, model: nn.Module, side: int = 64, **options: object) -> None:
+    loaded = load_checkpoint(path, **options)  # type: ignore[arg-type]
+    x = images(2, 3, side, side)
+    with torch.no_grad():
+        expected, found = model(x), build_model(loaded.spec, loaded.state_dict)(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.max() - expected.min()))
+
+
+WRAPPERS = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "best_prec1": 71.2},
+    "model": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}},
+    "model_state_dict": lambda s: {"model_state_dict": s},
+    "model_ema": lambda s: {"model_ema": {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(7)}},
+    "module": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled inside": lambda s: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()},
+    "lightning": lambda s: {
+        "state_dict": {f"model.{k}": v for k, v in s.items()} | {"loss.weight": torch.ones(10)},
+        "pytorch-lightning_version": "2.0",
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "mmpretrain": lambda s: {
+        "state_dict": {("head." if k.startswith("fc.") else "backbone.") + k: v for k, v in s.items()},
+        "meta": {},
+    },
+    "thop": lambda s: s | {"total_ops": torch.zeros(1), "layer1.0.conv1.total_ops": torch.zeros(1)},
+    "linear": lambda s: {k.replace("fc.", "linear."): v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_wrappers_do_not_matter(wrap, legacy: bool, resnet18: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "net.pth.tar"
+    torch.save(wrap(resnet18.state_dict()), path, _use_new_zipfile_serialization=not legacy)
+    same_logits(path, resnet18)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_whole_module_is_read_without_running_it(legacy: bool, resnet18: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(resnet18, path, _use_new_zipfile_serialization=not legacy)
+    same_logits(path, resnet18)
+
+
+def test_half_precision_is_told(resnet18: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "half.pt"
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in resnet18.state_dict().items()}, path)
+    loaded = load_checkpoint(path)
+    assert all(v.dtype == torch.float32 for k, v in loaded.state_dict.items() if not k.endswith("tracked"))
+    assert any("float16" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50d", "resnext50_32x4d", "resnet20_b"])
+def test_native_round_trip_is_bit_exact(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    spec = zoo.spec(name, num_classes=7)
+    torch.manual_seed(0)
+    first = Checkpoint(spec, tensors_of(build_model(spec)), None, {"format": "timm", "path": "net.pt", "notes": ["a"]})
+    save_checkpoint(first, path)
+    second = load_checkpoint(path)
+    assert second.spec == first.spec
+    assert second.quantization is None
+    assert second.provenance["notes"] == first.provenance["notes"]
+    assert second.provenance["origin"] == {"format": "timm", "path": "net.pt"}
+    assert second.provenance["format"] == "native"
+    assert list(second.state_dict) == list(first.state_dict)
+    for key, value in first.state_dict.items():
+        assert torch.equal(value, second.state_dict[key])
+
+
+def test_the_zoo_is_what_is_recognised(tmp_path: Path) -> None:
+    """Reading a spec off a zoo network's tensors gives that spec again, name and all."""
+    for name in ("resnet20", "resnet32_b", "resnet18", "resnet34", "resnet26", "resnet50", "resnet18_cifar"):
+        spec = zoo.spec(name)
+        torch.save(build_model(spec).state_dict(), tmp_path / "net.pt")
+        assert load_checkpoint(tmp_path / "net.pt").spec == spec
+
+
+def test_a_pickle_with_code_is_refused_by_name(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (print, ("ran",))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"state_dict": {}, "extra": Evil()}, path)
+    with pytest.raises(CheckpointError, match=r"builtins\.print"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("file", ["resnet20_cifar10.pt", "resnet32_cifar10.th"])
+def test_real_cifar_checkpoints(file: str, shared: Path) -> None:
+    loaded = load_checkpoint(shared / "data" / "checkpoints" / file)
+    assert loaded.spec == zoo.spec(file.split("_")[0])
