@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
 from compress.quantize import calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat, ptq
+from compress.quantize.bias import carriers
 from compress.quantize.fake_quant import weight_scale
+from compress.quantize.ptq import divergence
 from compress.resnet import build_model
 from rescompress.core.errors import CheckpointError, ConfigError, DataError
 from rescompress.core.layers import consumers, walk
@@ -271,16 +273,113 @@ def test_inputs_stay_as_they_are():
     checkpoint, batches = checkpoint_of("basic"), images_for(SPECS["basic"])
     tensors = {k: v.clone() for k, v in checkpoint.state_dict.items()}
     quantized = ptq(checkpoint, batches, calibration="max")
+    kept = {k: v.clone() for k, v in quantized.state_dict.items()}
     model = prepare_qat(quantized)
-    torch.optim.SGD(model.parameters(), 1.0)
-    model(batches[0])
+    model(batches[0]).sum().backward()
+    torch.optim.SGD(model.parameters(), 1.0).step()
+    finish_qat(model, quantized)
     assert checkpoint.quantization is None
     for k, v in tensors.items():
         assert torch.equal(checkpoint.state_dict[k], v)
-        assert torch.equal(quantized.state_dict[k], v)
+        assert torch.equal(quantized.state_dict[k], kept[k])
 
 
 def test_the_limit_on_images_is_kept():
     batches = images_for(SPECS["basic"])
     assert sum(map(len, calibrate.images(iter(batches), limit=5))) == 5
     assert sum(map(len, calibrate.images([(b, torch.zeros(len(b))) for b in batches]))) == sum(map(len, batches))
+
+
+@zoo
+def test_bias_correction_gives_every_channel_the_float_mean(arch):
+    checkpoint, batches = checkpoint_of(arch), images_for(SPECS[arch])
+    x = torch.cat(batches)
+    quantized = ptq(checkpoint, batches, calibration="max")
+    plain = ptq(checkpoint, batches, calibration="max", bias_correction=False)
+    assert plain.quantization == quantized.quantization
+    changed = {k for k, v in quantized.state_dict.items() if not torch.equal(v, checkpoint.state_dict[k])}
+    model = build_model(checkpoint.spec, checkpoint.state_dict)
+    names = carriers(model, frozenset(q.tensor for q in quantized.quantization.quantizers if q.kind == "weight"))
+    assert changed == {f"{name}.bias" for name in names}
+    assert all(torch.equal(plain.state_dict[k], v) for k, v in checkpoint.state_dict.items())
+
+    def means(network):
+        seen = {}
+        for name in names:
+            network.get_submodule(name).register_forward_hook(
+                lambda _, __, y, name=name: seen.__setitem__(name, y.double().mean([d for d in range(y.dim()) if d != 1]))
+            )
+        with torch.no_grad():
+            network(x)
+        return seen
+
+    wanted, before, after = (means(m) for m in (model, fake_quant_model(plain), fake_quant_model(quantized)))
+    for name in names:
+        error = (after[name] - wanted[name]).abs().max()
+        assert error <= 5e-3 * wanted[name].abs().max() + 1e-5, name
+    assert sum((before[n] - wanted[n]).abs().sum() for n in names) > 10 * sum((after[n] - wanted[n]).abs().sum() for n in names)
+
+
+def test_a_layer_kept_in_float_keeps_its_bias():
+    kept = ptq(checkpoint_of("basic"), images_for(SPECS["basic"]), calibration="max", keep_float=frozenset({"conv1", "fc"}))
+    for name in ("bn1.bias", "fc.bias"):
+        assert torch.equal(kept.state_dict[name], checkpoint_of("basic").state_dict[name])
+
+
+def test_auto_takes_the_calibration_that_is_nearest_to_the_float_network_on_the_images_to_choose_by():
+    spec = SPECS["bottleneck"]
+    checkpoint, batches = checkpoint_of("bottleneck"), images_for(spec, batches=4)
+    selection = images_for(spec, batches=8)[4:]
+    best = ptq(checkpoint, batches, calibration="auto", selection=selection)
+    note = best.provenance["calibration"]
+    assert len(note["tried"]) == 10
+    model = build_model(spec, checkpoint.state_dict)
+    for tried in note["tried"]:
+        again = ptq(
+            checkpoint,
+            batches,
+            calibration=tried["calibration"],
+            percentile=tried["percentile"] or 99.99,
+            bias_correction=tried["bias_correction"],
+        )
+        assert divergence(fake_quant_model(again), model, selection) == pytest.approx(tried["divergence"], rel=1e-6)
+        assert tried["divergence"] >= note["chosen"]["divergence"]
+        if tried == note["chosen"]:
+            assert again.quantization == best.quantization
+            assert all(torch.equal(v, best.state_dict[k]) for k, v in again.state_dict.items())
+
+
+def test_auto_holds_images_out_where_none_are_given():
+    checkpoint = checkpoint_of("basic")
+    batches = images_for(SPECS["basic"])
+    best = ptq(checkpoint, batches, calibration="auto")
+    assert best.provenance["calibration"]["chosen"]["divergence"] > 0
+    with pytest.raises(DataError, match="too few to choose"):
+        ptq(checkpoint, [batches[0][:4]], calibration="auto")
+    with pytest.raises(ConfigError, match="known: auto, nncf"):
+        ptq(checkpoint, batches, calibration="entropy")
+    with pytest.raises(ConfigError, match="percentile"):
+        ptq(checkpoint, batches, calibration="percentile", percentile=3.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), outlier=st.floats(1.0, 1000.0), levels=st.sampled_from([127, 255]))
+def test_estimators_are_ordered_and_mse_is_the_least_square_error(seed, outlier, levels):
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(seed)).abs()
+    values[0] = values.max() * outlier
+    largest = float(values.max())
+    reach = calibrate.Reach(largest, largest / 2, torch.histc(values, calibrate.BINS, 0.0, largest).double())
+
+    def error(limit):
+        step = limit / levels
+        return float(((values / step).round().clamp(max=levels) * step - values).double().square().mean())
+
+    found = {e: calibrate.range_of(reach, e, levels=levels, percentile=99.9) for e in calibrate.ESTIMATORS}
+    assert found["max"] == largest
+    assert found["mean-max"] == largest / 2
+    bin_width = largest / calibrate.BINS
+    assert float((values <= found["percentile"] + 1e-6 * largest).double().mean()) >= 0.999
+    assert float((values < found["percentile"] - 1.01 * bin_width).double().mean()) <= 0.999
+    assert all(0 < f <= largest for f in found.values())
+    grid = [largest * k / 40 for k in range(4, 41)]
+    assert error(found["mse"]) <= 1.05 * min(error(limit) for limit in grid)

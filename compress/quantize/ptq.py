@@ -1,22 +1,47 @@
-"""Post-training quantization: placement, calibration, scales."""
+"""Post-training quantization: placement, calibration, scales, bias correction, and the choice between calibrations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
 from compress.quantize import calibrate
-from compress.quantize.calibrate import Estimator
-from compress.quantize.fake_quant import weight_scale
-from compress.resnet import build_model
-from rescompress.core.errors import CheckpointError, ConfigError
+from compress.quantize.bias import carriers, correct_biases, one_batch
+from compress.quantize.calibrate import Estimator, Reach
+from compress.quantize.fake_quant import fake_quant_model, weight_scale
+from compress.resnet import ResNet, build_model
+from rescompress.core.errors import CheckpointError, ConfigError, DataError
 from rescompress.core.quantizers import Profile, Quantization, Quantizer, place
+
+Calibration = Literal["nncf", "auto"] | Estimator
+CALIBRATIONS: tuple[Calibration, ...] = ("auto", "nncf", *calibrate.ESTIMATORS)
+
+HELD_OUT = 4
+"""``auto`` without images of its own to choose by keeps every fourth calibration image for that."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to calibrate, and how far the INT8 network's answers are from the float one's on held-out images.
+
+    Attributes:
+        calibration: The estimator.
+        percentile: For ``percentile``, in percent.
+        bias_correction: Whether biases were corrected.
+        divergence: Mean Kullback-Leibler divergence of the predicted distributions, in nats; None where it was not needed.
+    """
+
+    calibration: str
+    percentile: float | None = None
+    bias_correction: bool = True
+    divergence: float | None = None
 
 
 def ptq(
@@ -24,27 +49,33 @@ def ptq(
     batches: Iterable[Tensor | Sequence[Tensor]],
     *,
     profile: Profile = "tensorrt",
-    calibration: Literal["nncf"] | Estimator = "nncf",
+    calibration: Calibration = "nncf",
     percentile: float = 99.99,
+    bias_correction: bool = True,
     keep_float: frozenset[str] = frozenset(),
+    selection: Iterable[Tensor | Sequence[Tensor]] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint with every quantizer of the profile, calibrated.
 
-    The tensors stay the float ones: scales are all that is added, and weights are rounded by who computes with them.
+    The weights stay the float ones; scales are added, and with `bias_correction` the biases of BatchNorm, convolution and
+    linear layers move. What was chosen, and between what, stands in the provenance under ``calibration``.
 
     Args:
         checkpoint: A float network.
         batches: Preprocessed calibration images (N, C, H, W), or pairs whose second part is left aside.
         profile: The runtime family whose placement to use.
-        calibration: ``nncf``: NNCF's calibration, with ranges for places it has none at by the same estimator; or one
-            of ours: ``mean-max``, ``max``, ``percentile``, ``mse``.
+        calibration: ``nncf``: NNCF's calibration, with ranges for places it has none at by the same estimator; one of
+            ours: ``mean-max``, ``max``, ``percentile``, ``mse``; or ``auto``: the best of them, with and without bias
+            correction, by the divergence from the float network on `selection`.
         percentile: In percent, for ``percentile``.
+        bias_correction: Whether to correct biases.
         keep_float: Convolution and linear layers to leave in floating point.
+        selection: For ``auto``: images from the training data to choose by. None holds a quarter of `batches` out.
 
     Raises:
         CheckpointError: Already quantized, or a weight that is not finite.
         DataError: Too few images, or an activation that is not finite or zero everywhere.
-        ConfigError: A layer of `keep_float` that is not there.
+        ConfigError: A layer of `keep_float` that is not there, or an unknown calibration.
     """
     if checkpoint.quantization is not None:
         raise CheckpointError(
@@ -53,23 +84,88 @@ def ptq(
     broken = [k for k, v in checkpoint.state_dict.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise CheckpointError(f"{broken[0]} holds NaN or infinity", remedy="use a checkpoint from before training diverged")
+    if calibration not in CALIBRATIONS:
+        raise ConfigError(f"unknown calibration '{calibration}'", remedy="known: " + ", ".join(CALIBRATIONS))
+    if not 50.0 < percentile <= 100.0:
+        raise ConfigError(f"a percentile of {percentile}", remedy="give one above 50 and up to 100, such as 99.99")
     try:
         placed = place(checkpoint.spec, profile, keep_float=keep_float)
     except ValueError as e:
         raise ConfigError(str(e), where="keep_float") from e
+
     images = calibrate.images(batches)
+    chosen_by: list[Tensor] = []
+    if calibration == "auto":
+        if selection is None:
+            images, chosen_by = _hold_out(images)
+        else:
+            chosen_by = calibrate.images(selection)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     reaches = calibrate.observe(model, images, [q.tensor for q in placed if q.kind == "activation"])
-    if calibration == "nncf":
-        from compress.quantize import nncf_ptq
 
-        ranges = calibrate.activation_ranges(reaches, placed, "mean-max", percentile=percentile)
-        found = nncf_ptq.placement(nncf_ptq.quantize(model, images), model)
-        ranges.update({f.tensor: max(f.range) for f in found if f.kind == "activation" and f.tensor in ranges})
-    else:
-        ranges = calibrate.activation_ranges(reaches, placed, calibration, percentile=percentile)
-    quantizers = scaled(placed, ranges, checkpoint.state_dict)
-    return replace(checkpoint, quantization=Quantization(profile=profile, quantizers=quantizers))
+    def quantized(candidate: Candidate) -> Checkpoint:
+        ranges = _ranges(candidate, model, images, reaches, placed)
+        quantizers = scaled(placed, ranges, checkpoint.state_dict)
+        result = replace(checkpoint, quantization=Quantization(profile=profile, quantizers=quantizers))
+        return _with_biases(result, model, images) if candidate.bias_correction else result
+
+    if calibration != "auto":
+        chosen = Candidate(calibration, percentile if calibration == "percentile" else None, bias_correction)
+        return _noted(quantized(chosen), chosen, ())
+    tried: list[Candidate] = []
+    best: Checkpoint | None = None
+    for candidate in _candidates(percentile):
+        result = quantized(candidate)
+        tried.append(replace(candidate, divergence=divergence(fake_quant_model(result), model, chosen_by)))
+        if tried[-1] == min(tried, key=lambda c: c.divergence or 0.0):
+            best = result
+    assert best is not None
+    return _noted(best, min(tried, key=lambda c: c.divergence or 0.0), tuple(tried))
+
+
+def _candidates(percentile: float) -> list[Candidate]:
+    ways = [("mean-max", None), ("max", None), ("percentile", percentile), ("percentile", 99.999), ("mse", None)]
+    return [Candidate(name, p, corrected) for name, p in dict.fromkeys(ways) for corrected in (False, True)]
+
+
+def _noted(result: Checkpoint, chosen: Candidate, tried: Sequence[Candidate]) -> Checkpoint:
+    note: dict[str, object] = {"chosen": asdict(chosen), "tried": [asdict(c) for c in tried]}
+    return replace(result, provenance={**result.provenance, "calibration": note})
+
+
+def _hold_out(images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    every = torch.cat(list(images))
+    size = len(images[0])
+    held = torch.arange(len(every)) % HELD_OUT == HELD_OUT - 1
+    if int(held.sum()) < calibrate.FEWEST_IMAGES:
+        raise DataError(f"{len(every)} images are too few to choose a calibration by", remedy=calibrate.REMEDY)
+    return list(torch.split(every[~held], size)), list(torch.split(every[held], size))
+
+
+def _ranges(
+    candidate: Candidate,
+    model: ResNet,
+    images: Sequence[Tensor],
+    reaches: Mapping[str, Reach],
+    placed: Sequence[Quantizer],
+) -> dict[str, float]:
+    percentile = 100.0 if candidate.percentile is None else candidate.percentile
+    if candidate.calibration != "nncf":
+        estimator = next(e for e in calibrate.ESTIMATORS if e == candidate.calibration)
+        return calibrate.activation_ranges(reaches, placed, estimator, percentile=percentile)
+    from compress.quantize import nncf_ptq
+
+    ranges = calibrate.activation_ranges(reaches, placed, "mean-max", percentile=percentile)
+    found = nncf_ptq.placement(nncf_ptq.quantize(model, images), model)
+    ranges.update({f.tensor: max(f.range) for f in found if f.kind == "activation" and f.tensor in ranges})
+    return ranges
+
+
+def _with_biases(quantized: Checkpoint, model: ResNet, images: Sequence[Tensor]) -> Checkpoint:
+    assert quantized.quantization is not None
+    names = carriers(model, frozenset(q.tensor for q in quantized.quantization.quantizers if q.kind == "weight"))
+    corrected = correct_biases(fake_quant_model(quantized), model, one_batch(model, images), names)
+    return replace(quantized, state_dict={**quantized.state_dict, **corrected})
 
 
 def scaled(placed: Iterable[Quantizer], ranges: Mapping[str, float], state_dict: Mapping[str, Tensor]) -> tuple[Quantizer, ...]:
@@ -80,11 +176,35 @@ def scaled(placed: Iterable[Quantizer], ranges: Mapping[str, float], state_dict:
         ranges: Per activation tensor, the magnitude of its largest integer.
         state_dict: Where the weights are; each weight's scale maps its channel's largest magnitude to 127.
     """
-    done: dict[tuple[str, str], Quantizer] = {}
+    done: list[Quantizer] = []
     for q in placed:
         if q.kind == "weight":
             scale = tuple(weight_scale(state_dict[f"{q.tensor}.weight"], q.high).tolist())
         else:
             scale = (float(np.float32(ranges[q.shares or q.tensor] / q.high)),)
-        done[q.kind, q.tensor] = q.model_copy(update={"scale": scale})
-    return tuple(done.values())
+        done.append(q.model_copy(update={"scale": scale}))
+    return tuple(done)
+
+
+@torch.no_grad()
+def divergence(quantized: ResNet, model: ResNet, batches: Sequence[Tensor]) -> float:
+    """Return the mean Kullback-Leibler divergence, in nats, of a network's predictions from the float network's.
+
+    Where the network has one output it is a logit against zero; a backbone's features are compared as logits too.
+
+    Args:
+        quantized: In eval mode.
+        model: The float network, in eval mode.
+        batches: Images, each (N, C, H, W).
+    """
+    total, count = 0.0, 0
+    for x_NCHW in batches:
+        ours, wanted = (_log_probabilities(network(x_NCHW)) for network in (quantized, model))
+        total += float(F.kl_div(ours, wanted, reduction="sum", log_target=True))
+        count += len(x_NCHW)
+    return total / count
+
+
+def _log_probabilities(logits_NK: Tensor) -> Tensor:
+    logits = logits_NK.double()
+    return (torch.cat([logits, torch.zeros_like(logits)], 1) if logits.shape[1] == 1 else logits).log_softmax(1)
