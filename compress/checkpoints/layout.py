@@ -164,6 +164,7 @@ class _Reader:
                 f"its shapes make no ResNet: {first['msg'].removeprefix('Value error, ')}",
                 remedy="is it complete? `rescompress formats` lists what is supported",
             ) from e
+        check_input(spec)
         self._note_strides(spec)
         return spec.replace(arch=self.options.arch.get("arch", zoo.name_of(spec)))
 
@@ -351,6 +352,16 @@ def _head_mismatch(found: int, width: int, *, first: bool) -> tuple[str]:
             "pooling it, which is not supported",
         )
     return (f"its head reads {found} features where {width} come in",)
+
+
+def check_input(spec: ModelSpec) -> None:
+    """Raise CheckpointError when the input is so small that nothing of it is left at some layer."""
+    for layer in walk(spec):
+        if min(layer.out_shape) < 1:
+            raise CheckpointError(
+                f"an input of {'x'.join(map(str, spec.input_shape))} is too small: nothing is left of it at {layer.name}",
+                remedy="give a larger --input",
+            )
 
 
 def tensor_shapes(layer: Layer) -> dict[str, Shape]:

@@ -19,6 +19,8 @@ KNOW = "Look up"
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module below rescompress.cli, panel, one line of help)
+    "inspect": ("inspect", KNOW, "What a checkpoint is: architecture, format, layers, prunable groups."),
+    "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
     "compare": ("compare", DECIDE, "Stages of one run, or runs side by side: accuracy, latency, size, MACs."),
     "gate": ("gate", DECIDE, "Compare a run with a baseline and fail when it lost too much."),
 }

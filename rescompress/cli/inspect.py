@@ -1,0 +1,207 @@
+"""`rescompress inspect` and `rescompress formats`: what a checkpoint is, and what can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rescompress.cli import options
+from rescompress.cli.output import output_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer()
+
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess", help="imagenet, cifar, half, rescale, raw or keras-caffe; else as assumed.", show_default=False
+    ),
+]
+ArchOption = Annotated[
+    list[str] | None,
+    typer.Option("--arch-option", metavar="NAME=VALUE", help="A fact the file leaves open; repeatable.", show_default=False),
+]
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)],
+    input_shape: options.InputShape = None,
+    preprocess: Preprocess = None,
+    arch_option: ArchOption = None,
+    allow_pickle: options.AllowPickle = False,
+) -> None:
+    """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
+
+    Example: rescompress inspect resnet50.pt --input 3x224x224
+
+    Where a file leaves something open (input size, preprocessing, where bottlenecks stride), the reading that was taken
+    is told, and --input, --preprocess and --arch-option take its place.
+    """
+    from compress.checkpoints import load_checkpoint
+    from compress.checkpoints.options import parse
+    from rescompress.inspection import describe
+
+    output = output_of(ctx)
+    shape = parse_shape(input_shape) if input_shape else None
+    loaded = load_checkpoint(
+        checkpoint,
+        input_shape=shape,
+        preprocess=preprocess,
+        arch_options=parse(arch_option or []),
+        allow_pickle=allow_pickle,
+    )
+    document = {"path": str(checkpoint), **describe(loaded)}
+    output.result(document, *_pages(document, everything=output.verbosity > 0))
+
+
+@app.command()
+def formats(ctx: typer.Context) -> None:
+    """List the checkpoint formats and architectures that are known here.
+
+    Example: rescompress formats --json
+    """
+    from rich.table import Table
+
+    from compress import zoo
+    from compress.checkpoints.load import FORMATS
+    from compress.checkpoints.options import KNOWN
+    from rescompress.core import plugins
+
+    found = [{"name": n, "description": str(plugins.load(FORMATS, n).DESCRIPTION)} for n in plugins.names(FORMATS)]
+    table = Table("format", "what it reads", title="Checkpoint formats, recognised by keys and shapes", title_justify="left")
+    for entry in found:
+        table.add_row(entry["name"], entry["description"])
+    facts = Table("--arch-option", "meaning", title="Facts a file may leave open", title_justify="left")
+    for name, meaning in KNOWN.items():
+        facts.add_row(name, meaning)
+    document = {
+        "formats": found,
+        "architectures": zoo.names(),
+        "preprocessing": list(zoo.PREPROCESSING_NAMES),
+        "arch_options": KNOWN,
+    }
+    output_of(ctx).result(document, table, facts, "architectures: " + ", ".join(zoo.names()))
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return channels, height and width of a text such as ``3x224x224``.
+
+    Raises:
+        BadInput: It is none.
+    """
+    from rescompress.core.errors import BadInput
+
+    parts = text.lower().replace("*", "x").split("x")
+    sizes = [int(part) if part.isdigit() else 0 for part in parts]
+    if len(sizes) != 3 or not all(0 < size <= 65_536 for size in sizes):
+        raise BadInput(f"{text!r} is no input shape", where="--input", remedy="write channels x height x width: 3x224x224")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:
+    from rich.markup import escape
+
+    totals = document["totals"]
+    lines = [
+        f"[bold]{escape(document['architecture'])}[/bold]",
+        f"format         {document['format']}" + (f" ({document['container']})" if document["container"] else ""),
+        f"input          {_shape(document['input_shape'])}",
+        f"preprocessing  {escape(document['preprocessing']['text'])}",
+        f"totals         {totals['params']:,} parameters, {totals['macs']:,} MACs, {totals['size_bytes'] / 1e6:.2f} MB, "
+        f"{totals['blocks']} blocks",
+    ]
+    if document["quantization"]:
+        q = document["quantization"]
+        lines.append(
+            f"quantized      {q['method']}, profile {q['profile']}: {q['weights']} weights, {q['activations']} activations"
+        )
+    if document["labels"]:
+        more = " ..." if len(document["labels"]) > 10 else ""
+        lines.append(f"labels         {escape(', '.join(document['labels'][:10]))}{more}")
+    lines += [f"note           {escape(str(note))}" for note in document["notes"]]
+    return ["\n".join(lines), _layer_table(document, everything=everything), _group_table(document)]
+
+
+def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
+    from rich.table import Table
+
+    title = "Layers" if everything else "Layers (BatchNorm and ReLU in the line of their convolution; -v: one line each)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer")
+    table.add_column("operation")
+    for name in ("output", "kernel", "stride", "parameters", "MACs"):
+        table.add_column(name, justify="right")
+    blocks = {b["name"]: b for b in document["blocks"]}
+    rows = _rows(document["layers"]) if not everything else [(x, x["op"], x["params"]) for x in document["layers"]]
+    before: str | None = None
+    for layer, operation, params in rows:
+        if layer["block"] != before:
+            table.add_section()
+            before = layer["block"]
+            if before is not None:
+                b = blocks[before]
+                table.add_row(
+                    f"[bold]{before}[/bold]",
+                    f"{b['kind']}, shortcut: {b['shortcut_text']}",
+                    _shape(b["out_shape"]),
+                    "",
+                    "",
+                    f"{b['params']:,}",
+                    f"{b['macs']:,}",
+                    style="bold",
+                )
+        spatial = layer["op"] in ("conv", "max_pool", "avg_pool")
+        table.add_row(
+            ("  " if layer["block"] else "") + layer["name"].removeprefix(f"{layer['block']}."),
+            operation,
+            _shape(layer["out_shape"]),
+            f"{layer['kernel']}x{layer['kernel']}" if spatial else "",
+            str(layer["stride"]) if spatial or layer["op"] == "pad_shortcut" else "",
+            f"{params:,}" if params else "",
+            f"{layer['macs']:,}" if layer["macs"] else "",
+        )
+    totals = document["totals"]
+    table.add_section()
+    table.add_row("total", "", "", "", "", f"{totals['params']:,}", f"{totals['macs']:,}", style="bold")
+    return table
+
+
+def _rows(layers: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, int]]:
+    """Return one row per layer, with BatchNorm and ReLU added to the layer whose output they read."""
+    rows: list[tuple[dict[str, Any], list[str], int]] = []
+    at: dict[str, int] = {}
+    for layer in layers:
+        source = at.get(layer["inputs"][0]) if layer["inputs"] else None
+        if layer["op"] in ("batch_norm", "relu", "dropout") and source is not None and source == len(rows) - 1:
+            row, operations, params = rows[source]
+            word = {"batch_norm": "BN", "relu": "ReLU", "dropout": "dropout"}[layer["op"]]
+            rows[source] = (row, [*operations, word], params + layer["params"])
+            at[layer["name"]] = source
+            continue
+        name = layer["op"].replace("_", " ")
+        rows.append((layer, [f"{name}, {layer['groups']} groups" if layer["groups"] > 1 else name], layer["params"]))
+        at[layer["name"]] = len(rows) - 1
+    return [(row, " + ".join(operations), params) for row, operations, params in rows]
+
+
+def _group_table(document: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Prunable groups of channels", title_justify="left")
+    table.add_column("group")
+    table.add_column("kind")
+    table.add_column("channels", justify="right")
+    table.add_column("removed in steps of", justify="right")
+    for group in document["groups"]:
+        table.add_row(group["name"], group["kind"], str(group["size"]), str(group["unit"]))
+    return table
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(str(n) for n in shape)
