@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "inspect": ("inspect", KNOW, "What a checkpoint is: architecture, format, layers, prunable groups."),
     "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
     "compare": ("compare", DECIDE, "Stages of one run, or runs side by side: accuracy, latency, size, MACs."),
+    "report": ("report", DECIDE, "One HTML page: the trade-off, charts, widths, time per layer; a model card."),
     "gate": ("gate", DECIDE, "Compare a run with a baseline and fail when it lost too much."),
 }
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""

@@ -1,0 +1,50 @@
+"""`rescompress report`: a page to look at, and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs; several are compared.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    history: Annotated[bool, typer.Option("--history", help="All runs below the folders, oldest first, with trends.")] = False,
+    model_card: Annotated[
+        Path | None,
+        typer.Option("--model-card", metavar="FILE", help="Also write a model card, such as README.md.", show_default=False),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
+
+    Example: rescompress report rescompress-out -o report.html --model-card README.md
+    """
+    from rescompress.core.artifact import write_text
+    from rescompress.report import history as past
+    from rescompress.report.html import page
+
+    output = output_of(ctx)
+    if history:
+        found = [run for folder in runs for run in past.find_runs(folder)]
+        loaded = sorted(past.load_runs(list(dict.fromkeys(found))), key=lambda run: (run[1].created, run[0]))
+    else:
+        loaded = past.load_runs(runs)
+    text = page(loaded, history=history)
+    write_text(out, text)
+    document = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}
+    if model_card is not None:
+        from rescompress.report.card import model_card as card
+
+        write_text(model_card, card(*loaded[-1]))
+        document["model_card"] = str(model_card)
+    output.result(document, *[str(document[k]) for k in ("report", "model_card") if k in document])

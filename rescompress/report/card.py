@@ -1,0 +1,126 @@
+"""A model card: what the network is, its figures with their provenance, how it was made, what to beware of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rescompress.core.manifest import Manifest, StageResult
+from rescompress.report.columns import provenance, scaled
+from rescompress.report.tables import DENSE, rows_of, run_row, target_name, to_markdown
+
+
+def model_card(name: str, manifest: Manifest) -> str:
+    """Return the model card of a run as Markdown, with front matter that model hubs read.
+
+    Args:
+        name: Of the run.
+        manifest: The run.
+    """
+    tags = ["resnet", "image-classification", "onnx"]
+    stages = {s.stage for s in manifest.stages if s.status == "done"}
+    tags += [tag for tag, stage in (("pruned", "prune"), ("int8", "quantize")) if stage in stages]
+    parts = [
+        "---",
+        "pipeline_tag: image-classification",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        _what(manifest),
+        "",
+        "## Figures",
+        "",
+        to_markdown(rows_of(manifest)).rstrip(),
+        "",
+        "In brackets: points of difference from the dense network for accuracies, the ratio to it for the rest. "
+        "Accuracies are given with their standard error.",
+        "",
+        "## Where the figures come from",
+        "",
+        *_origins(manifest),
+        "",
+        "## How it was made",
+        "",
+        f"With rescompress {manifest.rescompress_version or '(version unknown)'}, {manifest.created or 'at an unknown time'}.",
+        "",
+        *_list(manifest.config),
+        "",
+        "Environment:",
+        "",
+        *_list(manifest.environment),
+        "",
+        "## Files",
+        "",
+        *_files(manifest),
+        "",
+        "## Beware",
+        "",
+        *_limits(manifest),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _what(manifest: Manifest) -> str:
+    dense = manifest.stage(DENSE)
+    arch = dense.details.get("arch") if dense else None
+    made = [
+        word
+        for stage, word in (("prune", "pruned"), ("finetune", "fine-tuned"), ("quantize", "quantized to INT8"))
+        if any(s.stage == stage and s.status == "done" for s in manifest.stages)
+    ]
+    row = run_row(manifest, "")
+    text = f"A {arch or 'ResNet'} for image classification" + (f", {', '.join(made)}." if made else ".")
+    macs = row.metrics.get("macs")
+    params = row.metrics.get("params")
+    if macs is not None and params is not None:
+        text += f" It has {scaled(params.value)} parameters and takes {scaled(macs.value)} multiply-accumulates per image."
+    return text
+
+
+def _origins(manifest: Manifest) -> list[str]:
+    lines = ["- MACs, parameters and file sizes are counted."]
+    measured = next((s.metrics["top1"] for s in reversed(manifest.stages) if "top1" in s.metrics), None)
+    if measured is not None:
+        data = manifest.config.get("data")
+        lines.append(
+            f"- Accuracies are measured on {measured.n or 'an unknown number of'} samples" + (f" of `{data}`." if data else ".")
+        )
+    for stage in manifest.stages:
+        latency = stage.metrics.get("p50_ms")
+        if latency is not None:
+            band = "" if latency.low is None or latency.high is None else f", {latency.low:.3g} to {latency.high:.3g} ms"
+            lines.append(f"- Latency on {target_name(stage) or stage.stage}: {provenance(latency)}{band}.")
+    return lines
+
+
+def _list(values: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key, value in values.items():
+        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        lines.append(f"- {key}: `{text}`" if text else f"- {key}")
+    return lines or ["- not recorded"]
+
+
+def _files(manifest: Manifest) -> list[str]:
+    kinds = ("onnx", "engine", "checkpoint")
+    found: list[tuple[StageResult, str]] = []
+    for stage in manifest.stages:
+        found += [
+            (stage, f"- `{a.path}` ({a.kind}, {a.size_bytes} bytes, sha256 `{a.sha256}`)")
+            for a in stage.outputs
+            if a.kind in kinds
+        ]
+    return [line for _, line in found] or ["- none recorded"]
+
+
+def _limits(manifest: Manifest) -> list[str]:
+    lines = ["- The accuracy holds for data like the evaluation data; on other data it must be measured again."]
+    if any(m.provenance == "predicted" for s in manifest.stages for m in s.metrics.values()):
+        lines.append("- Predicted latencies come from a model of the device; measure on the device before relying on them.")
+    for stage in manifest.stages:
+        if stage.status != "done":
+            lines.append(f"- Stage `{stage.stage}` was {stage.status}: {stage.reason or 'no reason given'}.")
+    return lines

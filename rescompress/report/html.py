@@ -1,0 +1,590 @@
+"""One self-contained HTML page for a run, for runs side by side, or for a history: no script or image from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from itertools import groupby
+from string import Template
+from typing import Any, TypeGuard
+
+from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.metric import Metric
+from rescompress.report import charts
+from rescompress.report.charts import Axis, Bar, Point
+from rescompress.report.columns import (
+    Column,
+    columns_of,
+    duration,
+    percent,
+    provenance,
+    scaled,
+    size,
+)
+from rescompress.report.history import run_rows, trends
+from rescompress.report.tables import (
+    DENSE,
+    DENSE_PREFIX,
+    DOMINATED_MARK,
+    Row,
+    best,
+    columns_for,
+    dominated,
+    figure,
+    footnotes,
+    rows_of,
+    run_row,
+    target_name,
+)
+
+NORMAL_95 = 1.96
+MOST_LABELS = 14
+"""With more points than this in a chart, only the first, the last and the front are labelled."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page.
+
+    Attributes:
+        name: Its anchor.
+        title: Its heading.
+        body: HTML.
+    """
+
+    name: str
+    title: str
+    body: str
+
+
+def page(runs: Sequence[tuple[str, Manifest]], *, history: bool = False) -> str:
+    """Return the page.
+
+    Args:
+        runs: Name and manifest of each; with several, a comparison comes first and the last run's own sections follow.
+        history: Whether the runs are in order of time: trends are drawn.
+    """
+    name, manifest = runs[-1]
+    sections = [
+        s for s in (*(_comparison(runs, history=history) if len(runs) > 1 else ()), *_run_sections(name, manifest)) if s
+    ]
+    if len(runs) > 1:
+        heading = f"{len(runs)} runs, {runs[0][0]} to {name}" if history else " and ".join(n for n, _ in runs[:4])
+        subtitle = f"Compressed with rescompress {escape(manifest.rescompress_version)}. "
+        subtitle += f"The sections after the comparison show the run <strong>{escape(name)}</strong>."
+    else:
+        heading = name
+        subtitle = f"Compressed with rescompress {escape(manifest.rescompress_version)}, {escape(_when(manifest))}."
+    links = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in sections)
+    body = "\n".join(
+        f'<section aria-labelledby="{s.name}"><h2 id="{s.name}">{escape(s.title)}</h2>\n{s.body}\n</section>' for s in sections
+    )
+    return Template(_file("page.html")).substitute(
+        title=escape(f"{heading} · rescompress"),
+        style=_file("page.css"),
+        script=_file("page.js"),
+        heading=escape(heading),
+        subtitle=subtitle + _headline(manifest),
+        links=links,
+        sections=_tiles(manifest) + body,
+        footer=f"Written by rescompress {escape(manifest.rescompress_version)}. Every figure is counted, measured, predicted "
+        "or published, and marked as such; this file needs no network.",
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files("rescompress.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _when(manifest: Manifest) -> str:
+    return manifest.created[:16].replace("T", " ") + " UTC" if manifest.created else "at an unknown time"
+
+
+def _headline(manifest: Manifest) -> str:
+    """Return what came of the dense network, in one sentence."""
+    row = run_row(manifest, "")
+    if manifest.stage(DENSE) is None or not row.against_dense:
+        return ""
+    parts = []
+    for column in columns_of(row.metrics):
+        against = row.against_dense.get(column.metric)
+        if against is None or not column.brief:
+            continue
+        if column.against_dense == "difference":
+            parts.append(f"{column.title} {against:+.2f} points")
+        else:
+            parts.append(f"{column.title} {100 * against:.0f} %")
+    return f" Against the dense network: {escape(', '.join(parts))}."
+
+
+def _tiles(manifest: Manifest) -> str:
+    row = run_row(manifest, "")
+    dense = manifest.stage(DENSE)
+    tiles = []
+    for column in (c for c in columns_of(row.metrics) if c.brief):
+        metric = row.metrics[column.metric]
+        base = _dense_value(manifest, dense, column)
+        origin = f"dense: {escape(_plain(column, base))}" if base is not None else ""
+        value = _plain(column, metric)
+        against = row.against_dense.get(column.metric)
+        small = "" if against is None else f" <small>({escape(_against_text(column, against))})</small>"
+        tiles.append(
+            f'<li><span class="name">{escape(column.title)}</span> <span class="value">{escape(value)}{small}</span> '
+            f'<span class="from">{origin}</span>{_tag(metric) if column.per_target else ""}</li>'
+        )
+    return f'<ul class="tiles" aria-label="Figures of the result">{"".join(tiles)}</ul>\n' if tiles else ""
+
+
+def _dense_value(manifest: Manifest, dense: StageResult | None, column: Column) -> Metric | None:
+    base, _, target = column.metric.partition(":")
+    if target:
+        stage = manifest.stage(f"target:{target}")
+        return stage.metrics.get(DENSE_PREFIX + base) if stage else None
+    return dense.metrics.get(base) if dense else None
+
+
+def _plain(column: Column, metric: Metric) -> str:
+    """Return a figure alone, without its standard error or provenance."""
+    return column.text(metric.model_copy(update={"provenance": "measured", "std_error": None}))
+
+
+def _tag(metric: Metric) -> str:
+    title = escape(provenance(metric), quote=True)
+    return f'<span class="tag {metric.provenance}" title="{title}">{metric.provenance}</span>'
+
+
+def _against_text(column: Column, against: float) -> str:
+    return f"{against:+.2f} points" if column.against_dense == "difference" else f"{against:.2f}x"
+
+
+# Tables -----------------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Row], label: str) -> str:
+    """Return rows as a sortable table, every figure with its provenance."""
+    columns = columns_for(rows, wide=True)
+    runs, created = len({r.run for r in rows}) > 1, len({r.created for r in rows}) > 1
+    notes = any(r.note for r in rows)
+    marked, beaten = best(rows), dominated(rows)
+    heads = [("run", False)] * runs + [("made", False)] * created + [("stage", False)] + [(c.title, True) for c in columns]
+    heads += [("where the latency comes from", False)] * notes
+    head = "".join(
+        f'<th scope="col"{" class=figure" if numeric else ""}><button type="button">{escape(title)}</button></th>'
+        for title, numeric in heads
+    )
+    body = []
+    for i, row in enumerate(rows):
+        kind = "dominated" if i in beaten else "failed" if row.status == "failed" else ""
+        cells = [_name_cell(row.run, head=True)] * runs
+        cells += [_name_cell(row.created[:16].replace("T", " "))] * created
+        stage = f"{row.stage} {DOMINATED_MARK}" if i in beaten else row.stage
+        cells.append(_name_cell(stage, head=not runs))
+        cells += [_figure_cell(row, c, best=(i, c.metric) in marked) for c in columns]
+        cells += [_name_cell(row.note, kind="from")] * notes
+        body.append(f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>")
+    foot = "".join(f'<p class="note">{escape(note)}</p>' for note in footnotes(rows))
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
+        f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>{foot}'
+    )
+
+
+def _name_cell(text: str, *, head: bool = False, kind: str = "") -> str:
+    tag = 'th scope="row"' if head else "td"
+    style = f' class="{kind}"' if kind else ""
+    return f'<{tag}{style} data-value="{escape(text, quote=True)}">{escape(text)}</{tag[:2]}>'
+
+
+def _figure_cell(row: Row, column: Column, *, best: bool) -> str:
+    metric = row.metrics.get(column.metric)
+    if metric is None:
+        return '<td class="figure"></td>'
+    text = escape(column.text(metric.model_copy(update={"provenance": "measured"})))
+    if metric.provenance in ("predicted", "published"):
+        band = "" if metric.low is None or metric.high is None else f" {duration(metric.low)[:-3]} to {duration(metric.high)}"
+        text = f"{text} {_tag(metric)}<span class=against>{escape(band)}</span>"
+    if best:
+        text = f'<span class="best">{text}<span class="hidden"> (best)</span></span>'
+    against = row.against_dense.get(column.metric)
+    beside = "" if against is None else f'<span class="against">{escape(_against_text(column, against))}</span>'
+    return f'<td class="figure" data-value="{metric.value!r}">{text}{beside}</td>'
+
+
+def _data_table(head: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> str:
+    """Return the figures of a chart as a table that opens on demand."""
+    heads = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(c)}</td>" for c in rest)}</tr>'
+        for first, *rest in rows
+    )
+    label = escape(f"{summary}, as a table", quote=True)
+    return (
+        f'<details><summary>{label}</summary><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def _figure(chart: str, caption: str, table: str) -> str:
+    return f'<figure class="card">{chart}<figcaption>{escape(caption)}</figcaption>{table}</figure>'
+
+
+# Sections of one run ----------------------------------------------------------------------------------------------------
+
+
+def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
+    rows = rows_of(manifest, name)
+    yield Section("trade-off", "Every stage", _stage_table(manifest, rows))
+    yield _trade_off_charts(manifest)
+    yield _widths(manifest)
+    yield _curves(manifest)
+    yield _layers(manifest)
+    yield _training(manifest)
+    yield Section("environment", "Environment and settings", _environment(manifest))
+    yield Section("manifest", "Files and manifest", _manifest(manifest))
+
+
+def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> str:
+    notes = [n for s in manifest.stages for n in _texts(s.details.get("notes"))]
+    listed = "".join(f"<li>{escape(n)}</li>" for n in dict.fromkeys(notes))
+    told = f'<ul class="note">{listed}</ul>' if listed else ""
+    intro = "Accuracy with its standard error; in the second line of a cell, points or times the dense network's figure. "
+    intro += "A star marks the best of values that may be compared."
+    return f'<p class="note">{intro}</p>{_table(rows, "Every stage of the run")}{told}'
+
+
+def _percent_axis() -> Axis:
+    return Axis("top-1, %", lambda v: f"{v:.1f}".removesuffix(".0"))
+
+
+def _trade_off_charts(manifest: Manifest) -> Section | None:
+    done = [s for s in manifest.stages if s.status == "done" and "top1" in s.metrics]
+    plots = []
+    for metric, axis in (
+        ("size_bytes", Axis("file size", lambda v: size(_bytes(v)), from_zero=True)),
+        ("macs", Axis("MACs", scaled, from_zero=True)),
+    ):
+        points = [
+            _stage_point(s, s.metrics[metric], s.metrics["top1"], columns_of({metric})[0]) for s in done if metric in s.metrics
+        ]
+        plots.append(_scatter(f"by-{metric}", f"Accuracy against {axis.title}", points, axis))
+    for stage in manifest.stages:
+        if target_name(stage) is not None and "p50_ms" in stage.metrics:
+            points = _latency_points(manifest, stage)
+            title = f"latency on {target_name(stage)}"
+            axis = Axis(f"{title}, ms", lambda v: f"{v:g}", from_zero=True)
+            plots.append(_scatter(f"by-latency-{_slug(stage.stage)}", f"Accuracy against {title}", points, axis))
+    found = [p for p in plots if p]
+    if not found:
+        return None
+    legend = (
+        "Up and to the left is better; the dashed line is the Pareto front. Circles are measured or counted, diamonds "
+        "predicted, squares published; vertical lines are 95 % intervals of the accuracy, horizontal lines a prediction's band."
+    )
+    return Section("charts", "Trade-off", f'<p class="note">{legend}</p><div class="charts">{"".join(found)}</div>')
+
+
+def _bytes(value: float) -> Metric:
+    return Metric(value=value, unit="bytes", provenance="counted")
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
+
+
+def _stage_point(stage: StageResult, cost: Metric, top1: Metric, column: Column) -> Point:
+    return _point(stage.stage, cost, top1, column, base=stage.stage == DENSE)
+
+
+def _point(label: str, cost: Metric, top1: Metric, column: Column, *, base: bool = False) -> Point:
+    shape: charts.Shape = {"predicted": "diamond", "published": "square"}.get(cost.provenance, "circle")  # type: ignore[assignment]
+    band = (cost.low, cost.high) if cost.provenance == "predicted" and cost.low is not None and cost.high is not None else None
+    return Point(
+        x=cost.value,
+        y=100 * top1.value,
+        label=label,
+        told=f"{label}: top-1 {percent(top1)}, {column.text(cost)} ({provenance(cost)})",
+        y_error=100 * NORMAL_95 * (top1.std_error or 0.0),
+        x_band=band,
+        shape=shape,
+        tone="base" if base else "plain",
+    )
+
+
+def _latency_points(manifest: Manifest, stage: StageResult) -> list[Point]:
+    """Return the network on a target, and what was measured beside it: the dense one, and the same one in float32."""
+    column = columns_of({"p50_ms"})[0]
+    points = []
+    dense = manifest.stage(DENSE)
+    beside = stage.metrics.get(DENSE_PREFIX + "p50_ms")
+    if dense is not None and beside is not None and "top1" in dense.metrics:
+        points.append(_point("dense", beside, dense.metrics["top1"], column, base=True))
+    twin, floating = stage.metrics.get("fp32_p50_ms"), _last_float(manifest)
+    if twin is not None and floating is not None:
+        points.append(_point(f"{floating.stage} (float32)", twin, floating.metrics["top1"], column))
+    top1 = figure(manifest, stage, "top1")
+    if top1 is not None:
+        precision = stage.metrics["p50_ms"].precision
+        points.append(_point(f"result ({precision})" if precision else "result", stage.metrics["p50_ms"], top1, column))
+    return points
+
+
+def _last_float(manifest: Manifest) -> StageResult | None:
+    found = [s for s in manifest.stages if s.stage in ("prune", "finetune") and s.status == "done" and "top1" in s.metrics]
+    return found[-1] if found else None
+
+
+def _scatter(name: str, title: str, points: Sequence[Point], axis: Axis) -> str:
+    """Return a scatter chart with its table; nothing when there are fewer than two different points."""
+    merged = [_merged(list(group)) for _, group in groupby(sorted(points, key=_place), key=_place)]
+    if len(merged) < 2:
+        return ""
+    if len(merged) > MOST_LABELS:
+        ends = {points[0].told, points[-1].told}
+        merged = [p if p.told in ends else _unlabelled(p) for p in merged]
+    lowest, highest = min(merged, key=lambda p: p.x), max(merged, key=lambda p: p.y)
+    described = f"{len(merged)} points. Cheapest: {lowest.told}. Most accurate: {highest.told}."
+    chart = charts.scatter(name, title, described, merged, axis, _percent_axis())
+    rows = [[p.label, f"{p.y:.2f} %", p.told.partition(": ")[2]] for p in points]
+    return _figure(chart, f"{title}.", _data_table(("what", "top-1", "figures"), rows, title))
+
+
+def _place(point: Point) -> tuple[float, float, str]:
+    return point.x, point.y, point.shape
+
+
+def _merged(points: list[Point]) -> Point:
+    labels = list(dict.fromkeys(p.label for p in points))
+    label = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}" if len(labels) > 2 else ", ".join(labels)
+    first = points[0]
+    told = "; ".join(dict.fromkeys(p.told for p in points))
+    return Point(first.x, first.y, label, told, first.y_error, first.x_band, first.shape, first.tone)
+
+
+def _unlabelled(point: Point) -> Point:
+    return Point(point.x, point.y, "", point.told, 0.0, point.x_band, point.shape, point.tone)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Return the entries of a mapping that are finite numbers; an empty mapping for anything else."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(k): float(v) for k, v in values.items() if _finite(v)}
+
+
+def _finite(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number that can be drawn."""
+    return isinstance(value, int | float) and -1e30 < value < 1e30
+
+
+def _channels(stage: StageResult) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the channels per group before and after pruning."""
+    before = {k: v for k, v in _numbers(stage.details.get("widths_before")).items() if v > 0}
+    return before, {k: v for k, v in _numbers(stage.details.get("widths_after")).items() if v >= 0}
+
+
+def _texts(values: Any) -> list[str]:
+    """Return the texts of a list; nothing for anything else."""
+    return [v for v in values if isinstance(v, str)] if isinstance(values, list | tuple) else []
+
+
+def _pruning(manifest: Manifest) -> StageResult | None:
+    return next((s for s in manifest.stages if _channels(s)[0]), None)
+
+
+def _widths(manifest: Manifest) -> Section | None:
+    stage = _pruning(manifest)
+    if stage is None:
+        return None
+    before, after = _channels(stage)
+    rows = [
+        Bar(name, after.get(name, 0.0), wide, f"{wide:.0f} → {after[name]:.0f}" if name in after else f"{wide:.0f} → gone")
+        for name, wide in before.items()
+    ]
+    kept, all_of = sum(r.value for r in rows), sum(before.values())
+    described = f"{len(rows)} groups of channels, from {all_of:.0f} to {kept:.0f} channels in all."
+    chart = charts.bars("widths-chart", "Channels per group before and after pruning", described, rows)
+    table = [[r.label, f"{before[r.label]:.0f}", f"{r.value:.0f}", f"{100 * r.value / before[r.label]:.0f} %"] for r in rows]
+    caption = "Pale: before. Strong: what is left."
+    figure = _figure(chart, caption, _data_table(("group", "before", "after", "kept"), table, "Channels per group"))
+    dropped = _texts(stage.details.get("dropped_blocks"))
+    whole = f"<p>Whole blocks removed: {escape(', '.join(dropped))}.</p>" if dropped else ""
+    return Section("widths", "Width per layer", f"{whole}{figure}")
+
+
+def _curves(manifest: Manifest) -> Section | None:
+    stage = _pruning(manifest)
+    if stage is None:
+        return None
+    curves = stage.details.get("curves")
+    found: dict[str, list[float]] = {}
+    for name, entry in (curves or {}).items() if isinstance(curves, Mapping) else ():
+        errors = entry.get("error") if isinstance(entry, Mapping) else None
+        if isinstance(errors, list) and len(errors) > 1 and all(_finite(e) for e in errors):
+            found[str(name)] = [float(e) for e in errors]
+    positive = [e for errors in found.values() for e in errors if e > 0]
+    if not positive:
+        return None
+    extent = (max(min(positive), max(positive) * 1e-4), max(positive))
+    before, after = _channels(stage)
+    drawn, table = [], []
+    for i, (name, errors) in enumerate(found.items()):
+        removed = round(before[name] - after.get(name, 0.0)) if name in before else None
+        chosen = None if removed is None else round(removed * (len(errors) - 1) / before[name])
+        drawn.append(f"<li>{charts.curve(f'curve-{i}', name, errors, chosen, extent)}</li>")
+        at = "" if chosen is None else f"{errors[min(chosen, len(errors) - 1)]:.3g}"
+        table.append([name, "" if removed is None else str(removed), at, f"{errors[-1]:.3g}"])
+    note = (
+        f"What it costs, in output error, to remove channels of each group (from left to right, least harmful first). "
+        f"All on one logarithmic scale from {extent[0]:.1g} to {extent[1]:.1g}; the mark shows how many were removed."
+    )
+    head = ("group", "removed", "error there", "error of removing all")
+    return Section(
+        "curves",
+        "Error curves",
+        f'<p class="note">{note}</p><ul class="curves">{"".join(drawn)}</ul>{_data_table(head, table, "Error curves")}',
+    )
+
+
+def _layers(manifest: Manifest) -> Section | None:
+    parts = []
+    for stage in manifest.stages:
+        layers = stage.details.get("layers")
+        rows = []
+        for layer in layers if isinstance(layers, list) else ():
+            ms = layer.get("ms", layer.get("p50_ms")) if isinstance(layer, Mapping) else None
+            if _finite(ms) and ms >= 0:
+                rows.append(Bar(str(layer.get("name", "?")), float(ms), None, duration(float(ms))))
+        total = stage.metrics.get("p50_ms")
+        if not rows or sum(r.value for r in rows) <= 0:
+            continue
+        spent = sum(r.value for r in rows)
+        longest = sorted(rows, key=lambda r: -r.value)[:3]
+        title = f"Time per layer on {target_name(stage) or stage.stage}"
+        described = (
+            f"{len(rows)} layers, {duration(spent)} in all. Longest: " + ", ".join(f"{r.label} {r.text}" for r in longest) + "."
+        )
+        chart = charts.bars(f"layers-{_slug(stage.stage)}", title, described, rows)
+        origin = f"{described} {provenance(total).capitalize()}." if total is not None else described
+        table = [[r.label, r.text, f"{100 * r.value / spent:.1f} %"] for r in rows]
+        tag = f" {_tag(total)}" if total is not None else ""
+        figure = _figure(chart, origin, _data_table(("layer", "time", "share"), table, title))
+        parts.append(f"<div><h3>{escape(title)}{tag}</h3>{figure}</div>")
+    return Section("layers", "Where the time goes", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+
+
+def _training(manifest: Manifest) -> Section | None:
+    parts = []
+    for stage in manifest.stages:
+        epochs = stage.details.get("epochs")
+        entries = [_numbers(e) for e in epochs] if isinstance(epochs, list) else []
+        names = [
+            n for n in dict.fromkeys(k for e in entries for k in e) if n not in ("epoch", "step", "steps", "seconds", "lr")
+        ]
+        for name in names:
+            values = [
+                (float(i + 1), e[name], f"epoch {i + 1}: {name} {e[name]:.4g}") for i, e in enumerate(entries) if name in e
+            ]
+            if len(values) < 2:
+                continue
+            title = f"{stage.stage}: {name.replace('_', ' ')} per epoch"
+            chart = charts.lines(
+                f"train-{_slug(stage.stage)}-{_slug(name)}",
+                title,
+                f"From {values[0][1]:.4g} to {values[-1][1]:.4g} in {len(values)} epochs.",
+                values,
+                Axis("epoch", lambda v: f"{v:g}"),
+                Axis(name.replace("_", " "), lambda v: f"{v:.3g}"),
+            )
+            table = [[f"{x:g}", f"{y:.4g}"] for x, y, _ in values]
+            parts.append(_figure(chart, f"{title}.", _data_table(("epoch", name), table, title)))
+    return Section("training", "Training", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    entries = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            text = ", ".join(f"{k}: {v}" for k, v in value.items())
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        entries.append(f"<dt>{escape(str(key))}</dt><dd>{escape(text)}</dd>")
+    return f"<dl>{''.join(entries)}</dl>" if entries else "<p>Not recorded.</p>"
+
+
+def _environment(manifest: Manifest) -> str:
+    return f"<h3>Environment</h3>{_definitions(manifest.environment)}<h3>Settings</h3>{_definitions(manifest.config)}"
+
+
+def _manifest(manifest: Manifest) -> str:
+    rows = []
+    for stage in manifest.stages:
+        files = [f"{a.path} ({size(_bytes(a.size_bytes))}, sha256 {a.sha256[:12]}…)" for a in stage.outputs]
+        rows.append([stage.stage, stage.status, stage.reason or "", f"{stage.duration_s:.1f} s", "; ".join(files)])
+    table = _data_table(("stage", "status", "reason", "took", "files"), rows, "Stages and the files they wrote")
+    text = escape(json.dumps(manifest.model_dump(exclude_none=True), indent=1))
+    return (
+        f'{table}<details><summary>The whole manifest</summary><pre tabindex="0" aria-label="Manifest">{text}</pre></details>'
+    )
+
+
+# Several runs -----------------------------------------------------------------------------------------------------------
+
+
+def _comparison(runs: Sequence[tuple[str, Manifest]], *, history: bool) -> Iterator[Section | None]:
+    rows = run_rows(runs)
+    yield Section("runs", "History" if history else "Runs side by side", _table(rows, "Runs, one in each row"))
+    if history:
+        yield _trend_charts(rows)
+    yield _run_charts(rows)
+
+
+def _trend_charts(rows: Sequence[Row]) -> Section | None:
+    parts = []
+    for trend in trends(rows):
+        column = trend.column
+        factor = 100.0 if column.against_dense == "difference" else 1.0
+        values = [(float(i + 1), factor * m.value, f"{rows[i].run}: {column.text(m)}") for i, m in trend.points]
+        title = f"{column.title} from run to run"
+        newest = f"{len(values)} runs, newest {column.text(trend.points[-1][1])}"
+        changes = [trend.change_text(c) for c in (trend.since_first, trend.since_previous)]
+        described = f"{newest}, {changes[0]} since the first, {changes[1]} since the previous."
+        chart = charts.lines(
+            f"trend-{_slug(column.metric)}", title, described, values, Axis("run", lambda v: f"{v:g}"), _value_axis(column)
+        )
+        table = [[rows[i].run, column.text(m)] for i, m in trend.points]
+        parts.append(_figure(chart, f"{title}: {described}", _data_table(("run", column.title), table, title)))
+    return Section("trends", "Trends", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+
+
+def _value_axis(column: Column) -> Axis:
+    if column.against_dense == "difference":
+        return Axis(f"{column.title}, %", lambda v: f"{v:.4g}")
+    if column.metric.startswith("p50_ms"):
+        return Axis("ms", lambda v: f"{v:.3g}")
+    if column.metric == "size_bytes":
+        return Axis(column.title, lambda v: size(_bytes(v)))
+    return Axis(column.title, scaled)
+
+
+def _run_charts(rows: Sequence[Row]) -> Section | None:
+    plots = []
+    for column in columns_for(rows, wide=False):
+        if not column.is_cost or column.metric == "params":
+            continue
+        points = [
+            _point(r.run, r.metrics[column.metric], r.metrics["top1"], column)
+            for r in rows
+            if {column.metric, "top1"} <= set(r.metrics)
+        ]
+        text = (lambda v: f"{v:g}") if column.per_target else _value_axis(column).text
+        title = f"{column.title}, ms" if column.per_target else column.title
+        plots.append(
+            _scatter(
+                f"runs-by-{_slug(column.metric)}", f"Accuracy against {column.title}", points, Axis(title, text, from_zero=True)
+            )
+        )
+    found = [p for p in plots if p]
+    return Section("run-charts", "Trade-off of the runs", f'<div class="charts">{"".join(found)}</div>') if found else None
