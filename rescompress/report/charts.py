@@ -28,7 +28,7 @@ class Axis:
     Attributes:
         title: What it shows, with the unit.
         text: A tick's value as people read it.
-        from_zero: Whether it starts at zero.
+        from_zero: Whether it starts at zero, unless every value is far from it.
     """
 
     title: str
@@ -79,7 +79,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def _extent(values: Sequence[float], *, from_zero: bool, room: float = 0.08) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if from_zero and low >= 0:
+    if from_zero and 0 <= low <= high / 2:
         return 0.0, (high * (1 + room)) or 1.0
     span = (high - low) or abs(high) * 0.1 or 1.0
     return low - room * span, high + room * span

@@ -48,6 +48,25 @@ def scaled(value: float) -> str:
     return _digits(value) if value % 1 else f"{value:.0f}"
 
 
+def plain_tick(value: float) -> str:
+    """Return a number as it stands on an axis: no digit more than it needs."""
+    return f"{value:.6g}"
+
+
+def count_tick(value: float) -> str:
+    """Return a count as it stands on an axis: ``2.5 M``, no digit more than it needs."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * (1 - 1e-9):
+            return f"{value / limit:.6g} {prefix}"
+    return f"{value:.6g}"
+
+
+def size_tick(value: float) -> str:
+    """Return a number of bytes as it stands on an axis: ``500 kB``."""
+    text = count_tick(value)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
 def _digits(value: float) -> str:
     """Return at least three significant digits, at most two of them after the point."""
     size = abs(value)

@@ -18,11 +18,13 @@ from rescompress.report.charts import Axis, Bar, Point
 from rescompress.report.columns import (
     Column,
     columns_of,
+    count_tick,
     duration,
     percent,
+    plain_tick,
     provenance,
-    scaled,
     size,
+    size_tick,
 )
 from rescompress.report.history import run_rows, trends
 from rescompress.report.tables import (
@@ -41,6 +43,8 @@ from rescompress.report.tables import (
 )
 
 NORMAL_95 = 1.96
+TALL_ROWS = 24
+"""A table with more rows than this scrolls by itself, under a heading that stays."""
 MOST_LABELS = 14
 """With more points than this in a chart, only the first, the last and the front are labelled."""
 
@@ -179,15 +183,16 @@ def _table(rows: Sequence[Row], label: str) -> str:
     for i, row in enumerate(rows):
         kind = "dominated" if i in beaten else "failed" if row.status == "failed" else ""
         cells = [_name_cell(row.run, head=True)] * runs
-        cells += [_name_cell(row.created[:16].replace("T", " "))] * created
+        cells += [_name_cell(row.created[:16].replace("T", " "), kind="made")] * created
         stage = f"{row.stage} {DOMINATED_MARK}" if i in beaten else row.stage
         cells.append(_name_cell(stage, head=not runs))
         cells += [_figure_cell(row, c, best=(i, c.metric) in marked) for c in columns]
         cells += [_name_cell(row.note, kind="from")] * notes
         body.append(f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>")
     foot = "".join(f'<p class="note">{escape(note)}</p>' for note in footnotes(rows))
+    kind = "scroll tall" if len(rows) > TALL_ROWS else "scroll"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
+        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
         f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>{foot}'
     )
 
@@ -256,15 +261,15 @@ def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> str:
 
 
 def _percent_axis() -> Axis:
-    return Axis("top-1, %", lambda v: f"{v:.1f}".removesuffix(".0"))
+    return Axis("top-1, %", plain_tick)
 
 
 def _trade_off_charts(manifest: Manifest) -> Section | None:
     done = [s for s in manifest.stages if s.status == "done" and "top1" in s.metrics]
     plots = []
     for metric, axis in (
-        ("size_bytes", Axis("file size", lambda v: size(_bytes(v)), from_zero=True)),
-        ("macs", Axis("MACs", scaled, from_zero=True)),
+        ("size_bytes", Axis("file size", size_tick, from_zero=True)),
+        ("macs", Axis("MACs", count_tick, from_zero=True)),
     ):
         points = [
             _stage_point(s, s.metrics[metric], s.metrics["top1"], columns_of({metric})[0]) for s in done if metric in s.metrics
@@ -274,7 +279,7 @@ def _trade_off_charts(manifest: Manifest) -> Section | None:
         if target_name(stage) is not None and "p50_ms" in stage.metrics:
             points = _latency_points(manifest, stage)
             title = f"latency on {target_name(stage)}"
-            axis = Axis(f"{title}, ms", lambda v: f"{v:g}", from_zero=True)
+            axis = Axis(f"{title}, ms", plain_tick, from_zero=True)
             plots.append(_scatter(f"by-latency-{_slug(stage.stage)}", f"Accuracy against {title}", points, axis))
     found = [p for p in plots if p]
     if not found:
@@ -495,8 +500,8 @@ def _training(manifest: Manifest) -> Section | None:
                 title,
                 f"From {values[0][1]:.4g} to {values[-1][1]:.4g} in {len(values)} epochs.",
                 values,
-                Axis("epoch", lambda v: f"{v:g}"),
-                Axis(name.replace("_", " "), lambda v: f"{v:.3g}"),
+                Axis("epoch", plain_tick),
+                Axis(name.replace("_", " "), plain_tick),
             )
             table = [[f"{x:g}", f"{y:.4g}"] for x, y, _ in values]
             parts.append(_figure(chart, f"{title}.", _data_table(("epoch", name), table, title)))
@@ -535,9 +540,9 @@ def _manifest(manifest: Manifest) -> str:
 
 def _comparison(runs: Sequence[tuple[str, Manifest]], *, history: bool) -> Iterator[Section | None]:
     rows = run_rows(runs)
-    yield Section("runs", "History" if history else "Runs side by side", _table(rows, "Runs, one in each row"))
     if history:
         yield _trend_charts(rows)
+    yield Section("runs", "Every run" if history else "Runs side by side", _table(rows, "Runs, one in each row"))
     yield _run_charts(rows)
 
 
@@ -552,7 +557,7 @@ def _trend_charts(rows: Sequence[Row]) -> Section | None:
         changes = [trend.change_text(c) for c in (trend.since_first, trend.since_previous)]
         described = f"{newest}, {changes[0]} since the first, {changes[1]} since the previous."
         chart = charts.lines(
-            f"trend-{_slug(column.metric)}", title, described, values, Axis("run", lambda v: f"{v:g}"), _value_axis(column)
+            f"trend-{_slug(column.metric)}", title, described, values, Axis("run", plain_tick), _value_axis(column)
         )
         table = [[rows[i].run, column.text(m)] for i, m in trend.points]
         parts.append(_figure(chart, f"{title}: {described}", _data_table(("run", column.title), table, title)))
@@ -561,12 +566,12 @@ def _trend_charts(rows: Sequence[Row]) -> Section | None:
 
 def _value_axis(column: Column) -> Axis:
     if column.against_dense == "difference":
-        return Axis(f"{column.title}, %", lambda v: f"{v:.4g}")
+        return Axis(f"{column.title}, %", plain_tick)
     if column.metric.startswith("p50_ms"):
-        return Axis("ms", lambda v: f"{v:.3g}")
+        return Axis("ms", plain_tick)
     if column.metric == "size_bytes":
-        return Axis(column.title, lambda v: size(_bytes(v)))
-    return Axis(column.title, scaled)
+        return Axis(column.title, size_tick)
+    return Axis(column.title, count_tick)
 
 
 def _run_charts(rows: Sequence[Row]) -> Section | None:
@@ -579,7 +584,7 @@ def _run_charts(rows: Sequence[Row]) -> Section | None:
             for r in rows
             if {column.metric, "top1"} <= set(r.metrics)
         ]
-        text = (lambda v: f"{v:g}") if column.per_target else _value_axis(column).text
+        text = plain_tick if column.per_target else _value_axis(column).text
         title = f"{column.title}, ms" if column.per_target else column.title
         plots.append(
             _scatter(
