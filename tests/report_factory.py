@@ -81,6 +81,7 @@ def write_run(
     n: int = 1000,
     p50_ms: float = 1.2,
     runs_ms: Sequence[float] | None = None,
+    created: str = "2026-01-02T03:04:05Z",
     macs: int = 34_000_000,
     params: int = 230_000,
     size_bytes: int = 260_000,
@@ -100,7 +101,7 @@ def write_run(
     layers = [{"name": k, "ms": 0.02 + 0.001 * i} for i, k in enumerate(widths)]
     manifest = Manifest(
         rescompress_version="0.1.0",
-        created="2026-01-02T03:04:05Z",
+        created=created,
         config={"checkpoint": "resnet32.th", "data": "cifar10", "seed": 0, "prune": {"method": "reconstruct", "macs": 0.5}},
         environment={"python": "3.12.1", "platform": "Linux", "cpu": "Xeon", "threads": 2, "packages": {"torch": "2.14.0"}},
         stages=(
@@ -131,6 +132,8 @@ def write_run(
                 outcomes=last,
                 size_bytes=size_bytes,
                 p50_ms=latency(half),
+                dense_p50_ms=latency(2.2 * half, precision="fp32"),
+                fp32_p50_ms=latency(1.7 * half, precision="fp32"),
                 p99_ms=latency(half * 1.4),
                 details={"latency_runs": list(runs_ms or [half * (1 + 0.004 * k) for k in range(-2, 3)]), "layers": layers},
             ),

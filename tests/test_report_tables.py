@@ -18,6 +18,7 @@ from report_factory import latency, write_run
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.report.columns import COLUMNS, conditions, duration, scaled
+from rescompress.report.history import trends
 from rescompress.report.tables import Row, best, dominated, rows_of, sort_rows, to_csv, to_document, to_markdown, to_rich
 
 
@@ -40,8 +41,8 @@ def test_rows_carry_figures_and_stand_against_dense(tmp_path: Path) -> None:
 
 def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions() -> None:
     def ratio(base: Metric) -> float | None:
-        dense = StageResult(stage="dense", status="done", metrics={"p50_ms:cpu": base})
-        target = StageResult(stage="target:cpu", status="done", metrics={"p50_ms": latency(2.0)})
+        dense = StageResult(stage="dense", status="done")
+        target = StageResult(stage="target:cpu", status="done", metrics={"p50_ms": latency(2.0), "dense_p50_ms": base})
         return rows_of(Manifest(stages=(dense, target)))[1].against_dense.get("p50_ms")
 
     assert ratio(latency(4.0, precision="fp32")) == 0.5
@@ -57,8 +58,8 @@ def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
     assert "~0.310 ms (0.248 to 0.403) predicted" in markdown
     assert "measured on cpu: openvino int8, 2 threads, batch 1" in markdown
     table = {r["stage"]: r for r in csv.DictReader(io.StringIO(to_csv(rows)))}
-    assert table["target:cpu"]["latency_provenance"] == "measured"
-    assert table["target:jetson"]["latency_provenance"] == "predicted"
+    assert table["target:cpu"]["p50_ms_provenance"] == "measured"
+    assert table["target:jetson"]["p50_ms_provenance"] == "predicted"
     assert float(table["dense"]["macs"]) == 69_000_000
     document = {r["stage"]: r for r in to_document(rows)}
     assert document["target:jetson"]["metrics"]["p50_ms"]["provenance"] == "predicted"
@@ -112,7 +113,7 @@ def test_sorting_puts_the_best_first_and_the_missing_last(tmp_path: Path) -> Non
 def test_markdown_cells_stay_in_their_columns() -> None:
     rows = rows_of(Manifest(stages=(StageResult(stage="target:a|b", status="failed", reason="no\nroom | here"),)))
     lines = to_markdown(rows).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 3, lines
     assert lines[2].replace("\\|", "").count("|") == lines[0].count("|")
 
 
@@ -183,3 +184,45 @@ def test_cli_refuses_what_is_no_run(tmp_path: Path) -> None:
         assert word in done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
+
+
+def test_runs_side_by_side_have_one_latency_column_per_target(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", size_bytes=200_000, p50_ms=0.9, created="2026-01-03T00:00:00Z")
+    rows = {r["run"]: r for r in json.loads(cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json").stdout)["rows"]}
+    assert set(rows) == {"a", "b"}
+    assert rows["a"]["dominated"]
+    assert rows["b"]["best"] == ["p50_ms:cpu", "size_bytes"] or set(rows["b"]["best"]) == {
+        "p50_ms:cpu",
+        "p99_ms:cpu",
+        "size_bytes",
+    }
+    assert rows["b"]["against_dense"]["p50_ms:cpu"] == pytest.approx(1 / 2.2)
+    assert rows["b"]["against_dense"]["macs"] == pytest.approx(34 / 69), "MACs come from the stage before the target"
+    markdown = cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "md").stdout
+    assert "latency p50 cpu" in markdown
+    assert "latency p50 jetson: predicted for Jetson Orin Nano 8GB" in markdown
+    assert cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--stages").stdout.count("finetune") == 2
+
+
+def test_history_is_in_order_of_time_and_tells_trends(tmp_path: Path) -> None:
+    for k, size in enumerate((260_000, 250_000, 300_000)):
+        write_run(tmp_path / f"run{2 - k}", size_bytes=size, created=f"2026-01-0{k + 1}T00:00:00Z")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "manifest.json").write_text("broken")
+    document = json.loads(cli("compare", "--history", str(tmp_path), "--json").stdout)
+    assert [r["run"] for r in document["rows"]] == ["run2", "run1", "run0"]
+    size = next(t for t in document["trends"] if t["metric"] == "size_bytes")
+    assert size["values"] == [260_000, 250_000, 300_000]
+    assert size["since_first"] == pytest.approx(300 / 260)
+    assert size["since_previous"] == pytest.approx(300 / 250)
+    assert "▁" in cli("compare", "--history", str(tmp_path)).stdout
+    assert cli("compare", "--history", str(tmp_path / ".hidden" / "x")).returncode == 5
+
+
+def test_history_leaves_out_latencies_of_other_conditions(tmp_path: Path) -> None:
+    def row(value: float, **facts: object) -> Row:
+        return Row(run="r", stage="target:cpu", metrics={"p50_ms:cpu": latency(value, **facts)})  # type: ignore[arg-type]
+
+    found = trends([row(9.0, device="old"), row(2.0), row(1.0)])
+    assert [m.value for _, m in found[0].points] == [2.0, 1.0]

@@ -1,15 +1,20 @@
-"""`rescompress compare`: stages of one run, or runs side by side."""
+"""`rescompress compare`: stages of one run, runs side by side, or runs over time."""
 
 from __future__ import annotations
 
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rescompress.cli.output import output_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rescompress.report.history import Trend
 
 app = typer.Typer()
 
@@ -32,41 +37,84 @@ def compare(
     form: Annotated[Format, typer.Option("--format", "-f", help="Form of the table.")] = Format.table,
     sort: Annotated[
         str | None,
-        typer.Option("--sort", metavar="METRIC", help="Best value of this metric first: top1, macs, size_bytes, p50_ms ..."),
+        typer.Option(
+            "--sort", metavar="METRIC", help="Best value first: top1, macs, size_bytes, p50_ms:cpu ...", show_default=False
+        ),
     ] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="Every stage of several runs, not one row per run.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="All runs below the folders, oldest first, with trends.")] = False,
 ) -> None:
-    """Show accuracy, latency, size, MACs and parameters of every stage, beside the dense network.
+    """Show accuracy, latency, size, MACs and parameters beside the dense network: of every stage of a run, or of runs.
 
     Example: rescompress compare runs/half runs/third --format md
     """
     from rescompress.core.errors import BadInput, nearest
-    from rescompress.core.manifest import load_manifest
+    from rescompress.report import history as past
     from rescompress.report import tables
-    from rescompress.report.columns import COLUMNS
 
     output = output_of(ctx)
-    if sort is not None and sort not in {c.metric for c in COLUMNS}:
-        raise BadInput(f"no such metric: {sort}", where="--sort", remedy=nearest(sort, [c.metric for c in COLUMNS]))
-    manifests = [load_manifest(path) for path in runs]
-    rows = [row for name, manifest in zip(run_names(runs), manifests, strict=True) for row in tables.rows_of(manifest, name)]
-    if not rows:
-        raise BadInput("the run holds no stage yet", where=str(runs[0]), remedy="run the pipeline first")
+    if history:
+        found = [run for folder in runs for run in past.find_runs(folder)]
+        loaded = sorted(past.load_runs(list(dict.fromkeys(found))), key=lambda run: (run[1].created, run[0]))
+    else:
+        loaded = past.load_runs(runs)
+    if stages or (len(loaded) == 1 and not history):
+        rows = [row for name, manifest in loaded for row in tables.rows_of(manifest, name)]
+    else:
+        rows = past.run_rows(loaded)
     if sort is not None:
+        known = [c.metric for c in tables.columns_for(rows, wide=True)]
+        if sort not in known:
+            raise BadInput(f"no such metric in these runs: {sort}", where="--sort", remedy=nearest(sort, known))
         rows = tables.sort_rows(rows, sort)
+    going = past.trends(rows) if history and sort is None else []
     if form is Format.json:
         output.json = True
     wide = output.verbosity > 0
     if output.json or form is Format.table:
-        output.result({"rows": tables.to_document(rows)}, tables.to_rich(rows, wide=wide))
+        document = {"rows": tables.to_document(rows)} | ({"trends": _trend_document(going)} if history else {})
+        output.result(document, tables.to_rich(rows, wide=wide), *([_trend_table(going)] if going else []))
+    elif form is Format.csv:
+        sys.stdout.write(tables.to_csv(rows))
     else:
-        sys.stdout.write(tables.to_csv(rows) if form is Format.csv else tables.to_markdown(rows, wide=wide))
+        sys.stdout.write(tables.to_markdown(rows, wide=wide) + _trend_markdown(going))
 
 
-def run_names(paths: list[Path]) -> list[str]:
-    """Return a short, unique name per run: as many trailing parts of its folder as it takes."""
-    folders = [(p if p.is_dir() else p.parent).resolve() for p in paths]
-    for depth in range(1, 32):
-        names = ["/".join(f.parts[-depth:]) for f in folders]
-        if len(set(names)) == len(set(folders)):
-            return names
-    return [str(f) for f in folders]
+def _trend_document(going: Sequence[Trend]) -> list[dict[str, Any]]:
+    return [
+        {
+            "metric": t.column.metric,
+            "unit": "points" if t.column.against_dense == "difference" else "ratio",
+            "since_first": t.since_first,
+            "since_previous": t.since_previous,
+            "values": [m.value for _, m in t.points],
+        }
+        for t in going
+    ]
+
+
+TREND_HEAD = ("figure", "newest", "since the first", "since the previous", "trend")
+
+
+def _trend_cells(trend: Trend) -> list[str]:
+    changes = [trend.change_text(trend.since_first), trend.change_text(trend.since_previous)]
+    return [trend.column.title, trend.column.text(trend.points[-1][1]), *changes, trend.bars]
+
+
+def _trend_table(going: Sequence[Trend]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in TREND_HEAD:
+        table.add_column(name, justify="left" if name in ("figure", "trend") else "right")
+    for trend in going:
+        table.add_row(*_trend_cells(trend))
+    return table
+
+
+def _trend_markdown(going: Sequence[Trend]) -> str:
+    if not going:
+        return ""
+    lines = ["", "| " + " | ".join(TREND_HEAD) + " |", "|---|---:|---:|---:|---|"]
+    return "\n".join([*lines, *("| " + " | ".join(_trend_cells(t)) + " |" for t in going)]) + "\n"

@@ -21,13 +21,13 @@ from rescompress.gate import ratios, tango
 from rescompress.gate.limits import Limits
 from rescompress.gate.tango import Paired
 from rescompress.report.columns import count, duration, provenance, size
+from rescompress.report.tables import TARGET_PREFIX, figure
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 CONFIDENCE = 0.95
 """One-sided for verdicts, two-sided for the interval that is shown."""
 
-TARGET_PREFIX = "target:"
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
 
@@ -135,7 +135,7 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
         ("params", "params", limits.max_params),
     ):
         if limit is not None and not math.isinf(limit):
-            pair = _figure(candidate.manifest, stages[0], metric), _figure(baseline.manifest, stages[1], metric)
+            pair = figure(candidate.manifest, stages[0], metric), figure(baseline.manifest, stages[1], metric)
             if pair[0] is None or pair[1] is None:
                 notes.append(f"{name} is not compared: {_lacking(pair, candidate, baseline)} no {metric}")
             else:
@@ -168,13 +168,6 @@ def _stage_of(run: Run, name: str | None) -> StageResult:
         known = [s.stage for s in with_accuracy]
         raise BadInput(f"has no stage '{name}' with an accuracy", where=run.name, remedy=nearest(name, known))
     return result
-
-
-def _figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
-    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
-    position = manifest.stages.index(stage)
-    before = [s for s in manifest.stages[:position] if not s.stage.startswith(TARGET_PREFIX) and s.status == "done"]
-    return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
 
 
 def _lacking(pair: tuple[Metric | None, Metric | None], candidate: Run, baseline: Run) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rescompress.core.metric import Metric
@@ -22,6 +22,7 @@ class Column:
         better: Which way is better.
         text: The figure as people read it, unit included.
         against_dense: How it stands to the dense network: points of difference, a ratio, or not at all.
+        per_target: Whether it belongs to a target: a run has one for each.
         brief: Whether it stands in a table by default; the rest needs ``-v``, CSV or JSON.
     """
 
@@ -30,7 +31,13 @@ class Column:
     better: Better
     text: Callable[[Metric], str]
     against_dense: Comparison = "ratio"
+    per_target: bool = False
     brief: bool = True
+
+    @property
+    def is_cost(self) -> bool:
+        """Whether it counts when rows are weighed against each other: what a table shows and less of is better."""
+        return self.brief and self.better == "lower"
 
 
 def percent(metric: Metric) -> str:
@@ -116,18 +123,26 @@ COLUMNS: tuple[Column, ...] = (
     Column("macs", "MACs", "lower", count),
     Column("params", "parameters", "lower", count),
     Column("size_bytes", "file size", "lower", size),
-    Column("p50_ms", "latency p50", "lower", latency),
-    Column("p90_ms", "p90", "lower", latency, brief=False),
-    Column("p99_ms", "p99", "lower", latency, brief=False),
-    Column("throughput", "images/s", "higher", rate, brief=False),
+    Column("p50_ms", "latency p50", "lower", latency, per_target=True),
+    Column("p90_ms", "p90", "lower", latency, per_target=True, brief=False),
+    Column("p99_ms", "p99", "lower", latency, per_target=True, brief=False),
+    Column("images_per_s", "images/s", "higher", rate, per_target=True, brief=False),
 )
 """Every column, from left to right. What stands beside them (run, stage, where the latency comes from) is of the row."""
 
 
-def column(metric: str) -> Column | None:
-    """Return the column of a metric, or None; ``p50_ms:cpu``, a latency on a named target, is shown as ``p50_ms`` is."""
-    base = metric.partition(":")[0]
-    return next((c for c in COLUMNS if c.metric == base), None)
+def columns_of(metrics: Collection[str]) -> list[Column]:
+    """Return the columns that show these metrics, in order.
+
+    Where a row is a whole run it has a latency per target, named ``p50_ms:cpu``: each gets a column of its own.
+    """
+    found = []
+    for column in COLUMNS:
+        if column.metric in metrics:
+            found.append(column)
+        for name in sorted(m for m in metrics if m.startswith(f"{column.metric}:")):
+            found.append(replace(column, metric=name, title=f"{column.title} {name.partition(':')[2]}"))
+    return found
 
 
 def conditions(metric: Metric) -> tuple[object, ...]:

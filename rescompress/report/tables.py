@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rescompress.core.manifest import Manifest, Status
+from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, conditions, provenance
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, provenance
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DENSE = "dense"
+DENSE_PREFIX = "dense_"
 TARGET_PREFIX = "target:"
 DOMINATED_MARK = "†"
 DOMINATED_NOTE = f"{DOMINATED_MARK} another row is at least as accurate and costs no more"
@@ -23,16 +24,17 @@ DOMINATED_NOTE = f"{DOMINATED_MARK} another row is at least as accurate and cost
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: one stage of one run.
+    """One line of a table: one stage of one run, or one run.
 
     Attributes:
         run: Name of the run.
-        stage: Name of the stage.
+        stage: Name of the stage; of a whole run, the stage whose accuracy counts.
         status: ``done``, ``skipped`` or ``failed``.
         reason: Why it was skipped or failed.
-        metrics: By name.
+        metrics: By name; of a whole run, latencies are named ``p50_ms:<target>``.
         against_dense: Difference in points (accuracy) or ratio to the dense network of the same run, by metric.
         note: Where the latency comes from, or why there is none.
+        created: When the run was made, ISO 8601.
     """
 
     run: str
@@ -42,6 +44,7 @@ class Row:
     metrics: dict[str, Metric] = field(default_factory=dict)
     against_dense: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    created: str = ""
 
 
 def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
@@ -51,31 +54,92 @@ def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
         manifest: The run.
         run: Its name, shown when several runs stand in one table.
     """
-    dense = manifest.stage(DENSE)
-    reference = dense.metrics if dense is not None else {}
-    rows = []
-    for result in manifest.stages:
-        target = result.stage.removeprefix(TARGET_PREFIX) if result.stage.startswith(TARGET_PREFIX) else None
-        against = {}
-        for column in COLUMNS:
-            value = result.metrics.get(column.metric)
-            base = reference.get(f"{column.metric}:{target}") or reference.get(column.metric)
-            if value is not None and base is not None and result.stage != DENSE:
-                compared = _against(column, value, base)
-                if compared is not None:
-                    against[column.metric] = compared
-        rows.append(
-            Row(
-                run=run,
-                stage=result.stage,
-                status=result.status,
-                reason=result.reason,
-                metrics=dict(result.metrics),
-                against_dense=against,
-                note=_note(result.status, result.reason, result.metrics, result.details),
-            )
+    return [
+        Row(
+            run=run,
+            stage=result.stage,
+            status=result.status,
+            reason=result.reason,
+            metrics=dict(result.metrics),
+            against_dense=_all_against(result.metrics, _dense_metrics(manifest, result)),
+            note=_note(result),
+            created=manifest.created,
         )
-    return rows
+        for result in manifest.stages
+    ]
+
+
+def run_row(manifest: Manifest, run: str) -> Row:
+    """Return a whole run as one row: the figures of its last stage with accuracy, and its latency on every target.
+
+    Args:
+        manifest: The run.
+        run: Its name.
+    """
+    done = [s for s in manifest.stages if s.status == "done"]
+    last = next((s for s in reversed(done) if "top1" in s.metrics), done[-1] if done else None)
+    metrics: dict[str, Metric] = {}
+    base: dict[str, Metric] = {}
+    if last is not None:
+        for column in COLUMNS:
+            if column.per_target:
+                continue
+            value = figure(manifest, last, column.metric)
+            if value is not None:
+                metrics[column.metric] = value
+        base |= _dense_metrics(manifest, None) if last.stage != DENSE else {}
+    for result in done:
+        target = target_name(result)
+        for column in COLUMNS:
+            if target is not None and column.per_target and column.metric in result.metrics:
+                metrics[f"{column.metric}:{target}"] = result.metrics[column.metric]
+                dense = _dense_metrics(manifest, result).get(column.metric)
+                if dense is not None:
+                    base[f"{column.metric}:{target}"] = dense
+    bad = [f"{s.stage} {s.status}: {s.reason}" for s in manifest.stages if s.status == "failed"]
+    return Row(
+        run=run,
+        stage=last.stage if last is not None else "",
+        status="failed" if bad else "done",
+        reason="; ".join(bad) or None,
+        metrics=metrics,
+        against_dense=_all_against(metrics, base),
+        note="; ".join(bad),
+        created=manifest.created,
+    )
+
+
+def target_name(result: StageResult) -> str | None:
+    """Return the target that a stage is about, or None."""
+    return result.stage.removeprefix(TARGET_PREFIX) if result.stage.startswith(TARGET_PREFIX) else None
+
+
+def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
+    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
+    position = manifest.stages.index(stage)
+    before = [s for s in manifest.stages[:position] if target_name(s) is None and s.status == "done"]
+    return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
+
+
+def _dense_metrics(manifest: Manifest, result: StageResult | None) -> dict[str, Metric]:
+    """Return what a stage's figures are compared with: the dense stage's, and latencies measured beside its own."""
+    dense = manifest.stage(DENSE)
+    if result is not None and result.stage == DENSE:
+        return {}
+    base = dict(dense.metrics) if dense is not None else {}
+    if result is not None:
+        base |= {k.removeprefix(DENSE_PREFIX): m for k, m in result.metrics.items() if k.startswith(DENSE_PREFIX)}
+    return base
+
+
+def _all_against(metrics: Mapping[str, Metric], base: Mapping[str, Metric]) -> dict[str, float]:
+    found = {}
+    for column in columns_of(metrics):
+        if column.metric in base:
+            compared = _against(column, metrics[column.metric], base[column.metric])
+            if compared is not None:
+                found[column.metric] = compared
+    return found
 
 
 def _against(column: Column, value: Metric, base: Metric) -> float | None:
@@ -86,15 +150,15 @@ def _against(column: Column, value: Metric, base: Metric) -> float | None:
     return value.value / base.value if base.value > 0 else None
 
 
-def _note(status: Status, reason: str | None, metrics: dict[str, Metric], details: dict[str, Any]) -> str:
+def _note(result: StageResult) -> str:
     parts = []
-    if status != "done":
-        parts.append(f"{status}: {reason}" if reason else status)
-    latency = metrics.get("p50_ms")
+    if result.status != "done":
+        parts.append(f"{result.status}: {result.reason}" if result.reason else result.status)
+    latency = result.metrics.get("p50_ms")
     if latency is not None:
         parts.append(provenance(latency))
-    engine = details.get("engine_status")
-    if isinstance(engine, str) and engine and engine != reason:
+    engine = result.details.get("engine_status")
+    if isinstance(engine, str) and engine and engine != result.reason:
         parts.append(engine)
     return "; ".join(parts)
 
@@ -105,27 +169,36 @@ def dominated(rows: Sequence[Row]) -> set[int]:
     Row A beats row B when its top-1 is at least as high, every cost that B has (MACs, parameters, size, latency) A has
     under the same conditions and is no higher, and something is strictly better.
     """
-    return {i for i, row in enumerate(rows) if any(_beats(other, row) for j, other in enumerate(rows) if j != i)}
+    costs = [
+        {
+            c.metric: (conditions(row.metrics[c.metric]), row.metrics[c.metric].value)
+            for c in columns_of(row.metrics)
+            if c.is_cost
+        }
+        for row in rows
+    ]
+    tops = [row.metrics["top1"].value if "top1" in row.metrics else None for row in rows]
 
-
-def _beats(a: Row, b: Row) -> bool:
-    top_a, top_b = a.metrics.get("top1"), b.metrics.get("top1")
-    if top_a is None or top_b is None or top_a.value < top_b.value:
-        return False
-    better = top_a.value > top_b.value
-    costs = [c.metric for c in COLUMNS if c.brief and c.better == "lower" and c.metric in b.metrics]
-    for name in costs:
-        cost_a, cost_b = a.metrics.get(name), b.metrics[name]
-        if cost_a is None or conditions(cost_a) != conditions(cost_b) or cost_a.value > cost_b.value:
+    def beats(a: int, b: int) -> bool:
+        top_a, top_b = tops[a], tops[b]
+        if top_a is None or top_b is None or top_a < top_b or not costs[b]:
             return False
-        better = better or cost_a.value < cost_b.value
-    return better and bool(costs)
+        better = top_a > top_b
+        for name, (under, cost) in costs[b].items():
+            other = costs[a].get(name)
+            if other is None or other[0] != under or other[1] > cost:
+                return False
+            better = better or other[1] < cost
+        return better
+
+    everyone = range(len(rows))
+    return {b for b in everyone if any(a != b and beats(a, b) for a in everyone)}
 
 
 def best(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """Return (position of row, metric) of each best value among at least two that may be compared and differ."""
     marked: set[tuple[int, str]] = set()
-    for column in COLUMNS:
+    for column in columns_for(rows, wide=True):
         groups: dict[tuple[object, ...], list[tuple[int, float]]] = {}
         for i, row in enumerate(rows):
             metric = row.metrics.get(column.metric)
@@ -141,12 +214,13 @@ def best(rows: Sequence[Row]) -> set[tuple[int, str]]:
 
 def columns_for(rows: Sequence[Row], *, wide: bool) -> list[Column]:
     """Return the columns that at least one row fills; all of those when `wide`, the brief ones otherwise."""
-    return [c for c in COLUMNS if (wide or c.brief) and any(c.metric in r.metrics for r in rows)]
+    found = columns_of({name for row in rows for name in row.metrics})
+    return [c for c in found if wide or c.brief]
 
 
 def sort_rows(rows: Sequence[Row], metric: str) -> list[Row]:
     """Return the rows with the best value of `metric` first; rows without it come last, in their old order."""
-    column = next(c for c in COLUMNS if c.metric == metric)
+    column = columns_of({metric})[0]
     sign = -1 if column.better == "higher" else 1
 
     def place(row: Row) -> tuple[bool, float]:
@@ -170,17 +244,43 @@ def cell_text(row: Row, column: Column) -> str:
     return f"{text} ({against:.2f}x)" if against < 9.995 else f"{text} ({against:.1f}x)"
 
 
-def _grid(rows: Sequence[Row], *, wide: bool) -> tuple[list[str], list[list[str]], list[Column]]:
-    """Return headings and cells, and the figure columns among them."""
-    columns = columns_for(rows, wide=wide)
-    runs = len({r.run for r in rows}) > 1
+@dataclass(frozen=True)
+class _Grid:
+    """A table before it takes a form: headings, cells, and which columns are figures."""
+
+    head: list[str]
+    body: list[list[str]]
+    columns: list[Column | None]
+
+
+def _grid(rows: Sequence[Row], *, wide: bool, mark: str = DOMINATED_MARK) -> _Grid:
+    figures = columns_for(rows, wide=wide)
+    runs, created = len({r.run for r in rows}) > 1, len({r.created for r in rows}) > 1
     beaten = dominated(rows)
-    head = (["run"] if runs else []) + ["stage"] + [c.title for c in columns] + ["latency from"]
+    head = ["run"] * runs + ["made"] * created + ["stage"] + [c.title for c in figures]
+    columns: list[Column | None] = [*[None] * (len(head) - len(figures)), *figures]
+    notes = any(row.note for row in rows)
+    if notes:
+        head.append("latency from" if any("p50_ms" in r.metrics for r in rows) else "note")
+        columns.append(None)
     body = []
     for i, row in enumerate(rows):
-        label = f"{row.stage} {DOMINATED_MARK}" if i in beaten else row.stage
-        body.append(([row.run] if runs else []) + [label] + [cell_text(row, c) for c in columns] + [row.note])
-    return head, body, columns
+        label = f"{row.stage} {mark}" if i in beaten else row.stage
+        names = [row.run] * runs + [row.created[:16].replace("T", " ")] * created + [label]
+        body.append(names + [cell_text(row, c) for c in figures] + [row.note] * notes)
+    return _Grid(head, body, columns)
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader must know below a table: where latencies per target come from, and what the dagger means."""
+    notes = []
+    for column in columns_for(rows, wide=False):
+        if ":" in column.metric:
+            found = dict.fromkeys(provenance(r.metrics[column.metric]) for r in rows if column.metric in r.metrics)
+            notes.append(f"{column.title}: {' | '.join(found)}")
+    if dominated(rows):
+        notes.append(DOMINATED_NOTE)
+    return notes
 
 
 def to_rich(rows: Sequence[Row], *, wide: bool = False, title: str | None = None) -> Table:
@@ -189,77 +289,74 @@ def to_rich(rows: Sequence[Row], *, wide: bool = False, title: str | None = None
     from rich.table import Table
     from rich.text import Text
 
-    head, body, columns = _grid(rows, wide=wide)
-    first = len(head) - len(columns) - 1
+    grid = _grid(rows, wide=wide)
     marked, beaten = best(rows), dominated(rows)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False)
-    for k, name in enumerate(head):
-        figure = first <= k < len(head) - 1
-        table.add_column(name, justify="right" if figure else "left", no_wrap=k < first, overflow="fold")
-    for i, cells in enumerate(body):
-        texts = []
-        for k, cell in enumerate(cells):
-            figure = first <= k < len(head) - 1
-            bold = figure and (i, columns[k - first].metric) in marked
-            texts.append(Text(cell, style="bold green" if bold else ""))
-        style = "dim" if i in beaten else "red" if rows[i].status == "failed" else ""
-        table.add_row(*texts, style=style)
-    if beaten:
-        table.caption = DOMINATED_NOTE
+    for k, (name, column) in enumerate(zip(grid.head, grid.columns, strict=True)):
+        note = column is None and k == len(grid.head) - 1
+        table.add_column(name, justify="right" if column else "left", no_wrap=column is None and not note, overflow="fold")
+    for i, cells in enumerate(grid.body):
+        texts = [
+            Text(cell, style="bold green" if column and (i, column.metric) in marked else "")
+            for cell, column in zip(cells, grid.columns, strict=True)
+        ]
+        table.add_row(*texts, style="dim" if i in beaten else "red" if rows[i].status == "failed" else "")
+    table.caption = Text("\n".join(footnotes(rows)))
     return table
 
 
 def to_markdown(rows: Sequence[Row], *, wide: bool = False) -> str:
     """Return the table as Markdown: best values bold, dominated rows with a dagger."""
-    head, body, columns = _grid(rows, wide=wide)
-    first = len(head) - len(columns) - 1
+    grid = _grid(rows, wide=wide)
     marked = best(rows)
     lines = [
-        "| " + " | ".join(head) + " |",
-        "|" + "|".join("---:" if first <= k < len(head) - 1 else "---" for k in range(len(head))) + "|",
+        "| " + " | ".join(grid.head) + " |",
+        "|" + "|".join("---:" if column else "---" for column in grid.columns) + "|",
     ]
-    for i, cells in enumerate(body):
+    for i, cells in enumerate(grid.body):
         out = []
-        for k, cell in enumerate(cells):
+        for cell, column in zip(cells, grid.columns, strict=True):
             text = cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-            figure = first <= k < len(head) - 1
-            out.append(f"**{text}**" if figure and (i, columns[k - first].metric) in marked else text)
+            out.append(f"**{text}**" if column and (i, column.metric) in marked else text)
         lines.append("| " + " | ".join(out) + " |")
-    if dominated(rows):
-        lines += ["", DOMINATED_NOTE]
+    for note in footnotes(rows):
+        lines += ["", note.replace("|", "\\|")]
     return "\n".join(lines) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return the table as CSV: plain numbers in base units, provenance in columns of its own."""
+    """Return the table as CSV: plain numbers in base units, provenance of every latency in columns of its own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = columns_for(rows, wide=True)
-    names = ["run", "stage", "status", "reason"]
+    names = ["run", "created", "stage", "status", "reason"]
     for column in columns:
         names.append(column.metric)
-        if column.metric == "top1":
-            names += ["top1_std_error", "top1_n"]
         if column.against_dense != "none":
             names.append(f"{column.metric}_{'points' if column.against_dense == 'difference' else 'ratio'}_to_dense")
-    circumstances = ["provenance", "device", "runtime", "precision", "threads", "batch", "power_mode", "low", "high", "n"]
-    names += [f"latency_{c}" for c in circumstances] + ["dominated"]
-    writer.writerow(names)
+        names += [f"{column.metric}_{fact}" for fact in _facts(column)]
+    writer.writerow([*names, "dominated"])
     beaten = dominated(rows)
     for i, row in enumerate(rows):
-        cells: list[object] = [row.run, row.stage, row.status, row.reason]
+        cells: list[object] = [row.run, row.created, row.stage, row.status, row.reason]
         for column in columns:
             metric = row.metrics.get(column.metric)
             cells.append(None if metric is None else _number(metric.value))
-            if column.metric == "top1":
-                cells += [metric.std_error, metric.n] if metric is not None else [None, None]
             if column.against_dense != "none":
                 cells.append(row.against_dense.get(column.metric))
-        latency = row.metrics.get("p50_ms")
-        cells += [None if latency is None else getattr(latency, c) for c in circumstances]
-        cells.append(int(i in beaten))
-        writer.writerow(["" if c is None else c for c in cells])
+            cells += [None if metric is None else getattr(metric, fact) for fact in _facts(column)]
+        writer.writerow(["" if c is None else c for c in [*cells, int(i in beaten)]])
     return out.getvalue()
+
+
+def _facts(column: Column) -> tuple[str, ...]:
+    """Return what is told beside a figure in CSV."""
+    base = column.metric.partition(":")[0]
+    if base == "top1":
+        return ("std_error", "n")
+    if base == "p50_ms":
+        return ("provenance", "device", "runtime", "precision", "threads", "batch", "power_mode", "low", "high", "n")
+    return ()
 
 
 def _number(value: float) -> int | float:
@@ -272,6 +369,7 @@ def to_document(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "run": row.run,
+            "created": row.created,
             "stage": row.stage,
             "status": row.status,
             "reason": row.reason,
