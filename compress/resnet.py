@@ -62,7 +62,7 @@ class ResNet(nn.Module):
         """
         values: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            value = x_NCHW if layer.name == INPUT else self._run(layer, [values[name] for name in layer.inputs])
+            value = x_NCHW if layer.name == INPUT else self.compute(layer, [values[name] for name in layer.inputs])
             key = layer.name.replace(".", "/")
             if key in self.activations:
                 value = self.activations[key](value)
@@ -75,7 +75,8 @@ class ResNet(nn.Module):
                     values.pop(name, None)
         return values[self.layers[-1].name]
 
-    def _run(self, layer: Layer, inputs: list[Tensor]) -> Tensor:
+    def compute(self, layer: Layer, inputs: list[Tensor]) -> Tensor:
+        """Return what one layer makes of its inputs, for those who run the network piece by piece."""
         x = inputs[0]
         match layer.op:
             case "conv" | "batch_norm" | "linear":

@@ -1,1 +1,29 @@
-"""Structured channel pruning."""
+"""Structured pruning: channels and blocks removed from a network, within a budget."""
+
+from compress.prune.apply import apply, pruned_spec
+from compress.prune.cost import CostFunction
+from compress.prune.engine import PruneResult, load_method, method_names, prune
+from compress.prune.groups import ChannelGroup, Scope, find_groups, prunable
+from compress.prune.method import Context, Curves, ErrorCurve, Method
+from compress.prune.plan import Budget, PruningPlan, load_plan
+
+__all__ = [
+    "Budget",
+    "ChannelGroup",
+    "Context",
+    "CostFunction",
+    "Curves",
+    "ErrorCurve",
+    "Method",
+    "PruneResult",
+    "PruningPlan",
+    "Scope",
+    "apply",
+    "find_groups",
+    "load_method",
+    "load_plan",
+    "method_names",
+    "prunable",
+    "prune",
+    "pruned_spec",
+]

@@ -1,0 +1,400 @@
+"""Groups, plans, application and allocation, against oracles in float64 over every kind of network."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.checkpoints.base import Checkpoint
+from compress.prune import Budget, PruningPlan, apply, find_groups, method_names, prunable, prune, pruned_spec
+from compress.prune.allocate import _knapsack, allowed_widths, nearest_width
+from compress.prune.apply import channels_kept
+from compress.prune.cost import MACS, PARAMS
+from compress.prune.groups import Sizes, droppable
+from compress.prune.method import Curves, ErrorCurve
+from compress.resnet import build_model, tensors_of
+from rescompress.core.errors import BadInput, BudgetError, DataError
+from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
+
+PIXELS = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def cifar_spec(blocks=2, widths=(8, 12, 16), side=8):
+    stages, stream = [], widths[0]
+    for s, w in enumerate(widths):
+        stage = []
+        for i in range(blocks):
+            stride = 2 if s and not i else 1
+            before = (w - stream) // 2
+            pad = tuple(c - before if before <= c < before + stream else -1 for c in range(w)) if stride == 2 else None
+            shortcut = "pad" if pad else "identity"
+            name = f"layer{s + 1}.{i}"
+            stage.append(Block(name=name, kind="basic", widths=(w, w), stride=stride, shortcut=shortcut, channel_map=pad))
+            stream = w
+        stages.append(tuple(stage))
+    stem = Stem(convs=(StemConv(width=widths[0], kernel=3, stride=1),), max_pool=False)
+    return ModelSpec(
+        arch="cifar",
+        input_shape=(3, side, side),
+        stem=stem,
+        stages=tuple(stages),
+        head=Head(num_classes=5),
+        preprocessing=PIXELS,
+    )
+
+
+def imagenet_spec(kind, *, groups=1, deep=False, pool=False, batch_norm=True, head=None, blocks=2, side=16):
+    out = 1 if kind == "basic" else 2
+    convs = (4, 6, 8) if deep else (8,)
+    stem = Stem(
+        convs=tuple(StemConv(width=w, kernel=3, stride=1 if i else 2) for i, w in enumerate(convs)),
+        batch_norm=batch_norm,
+        conv_bias=not batch_norm,
+    )
+    stages, stream = [], convs[-1]
+    for s, w in enumerate((8, 12)):
+        stage = []
+        for i in range(blocks):
+            stride = 2 if s and not i else 1
+            inner = (w,) if kind == "basic" else (w, 2 * w)
+            stage.append(
+                Block(
+                    name=f"layer{s + 1}.{i}",
+                    kind=kind,
+                    widths=(*inner, w * out),
+                    stride=stride,
+                    stride_at=0 if kind == "basic" else 1,
+                    groups=groups,
+                    shortcut="projection" if stride == 2 or stream != w * out else "identity",
+                    shortcut_pool=pool,
+                    batch_norm=batch_norm,
+                    conv_bias=not batch_norm,
+                )
+            )
+            stream = w * out
+        stages.append(tuple(stage))
+    return ModelSpec(
+        arch=kind,
+        input_shape=(3, side, side),
+        stem=stem,
+        stages=tuple(stages),
+        head=Head(num_classes=5) if head is None else head,
+        preprocessing=PIXELS,
+    )
+
+
+SPECS = {
+    "cifar-pad": cifar_spec(),
+    "basic-projection": imagenet_spec("basic"),
+    "bottleneck": imagenet_spec("bottleneck"),
+    "resnext": imagenet_spec("bottleneck", groups=4),
+    "resnet-d": imagenet_spec("bottleneck", deep=True, pool=True),
+    "no-batch-norm": imagenet_spec("basic", batch_norm=False),
+    "deep-head": imagenet_spec("basic", head=Head(num_classes=3, hidden=(7,))),
+    "backbone": imagenet_spec("bottleneck").replace(head=None),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+
+
+def random_checkpoint(spec, seed=0, dtype=torch.float64):
+    """A network with every BatchNorm tensor random: fresh ones hide slicing bugs."""
+    torch.manual_seed(seed)
+    model = build_model(spec).to(dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.5)
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+    return Checkpoint(spec, tensors_of(model))
+
+
+def random_plan(spec, seed, *, drop=True):
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for g in prunable(find_groups(walk(spec)), "all"):
+        if rng.random() < 0.8:
+            keep[g.name] = tuple(sorted(rng.choice(g.size, size=rng.integers(1, g.size + 1), replace=False).tolist()))
+    dropped = []
+    for name in droppable(spec):
+        stage = next(s for s in spec.stages if name in [b.name for b in s])
+        if drop and rng.random() < 0.4 and any(b.name not in [*dropped, name] for b in stage):
+            dropped.append(name)
+    return PruningPlan(
+        arch=spec.arch, spec_digest=spec.digest, method="by hand", scope="all", keep=keep, dropped_blocks=tuple(dropped)
+    )
+
+
+def masked(checkpoint, plan):
+    """The dense network as a function, with the removed channels forced to zero and dropped blocks bypassed."""
+    model = build_model(checkpoint.spec, checkpoint.state_dict)
+    keep = channels_kept(checkpoint.spec, plan)
+    by_name = {layer.name: layer for layer in model.layers}
+    seen = {}
+
+    def observe(name, value):
+        layer = by_name[name]
+        if layer.block in plan.dropped_blocks and name.endswith(".relu"):
+            return seen[by_name[f"{layer.block}.conv1"].inputs[0]]
+        if layer.op in ("batch_norm", "conv", "pad_shortcut") and len(keep[name]) < value.shape[1]:
+            mask = torch.zeros(value.shape[1], dtype=value.dtype)
+            mask[keep[name]] = 1
+            value = value * mask[:, None, None]
+        seen[name] = value
+        return value
+
+    def run(x):
+        out = model(x, observe)
+        return out if checkpoint.spec.head else out[:, keep[model.layers[-1].name]]
+
+    return run
+
+
+@every_spec
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=8, deadline=None)
+def test_pruned_network_equals_the_masked_dense_one(spec, seed):
+    checkpoint = random_checkpoint(spec, seed)
+    plan = random_plan(spec, seed)
+    x = torch.randn(2, *spec.input_shape, dtype=torch.float64)
+    pruned = apply(checkpoint, plan)
+    small = build_model(pruned.spec, pruned.state_dict)(x)
+    assert torch.allclose(small, masked(checkpoint, plan)(x), rtol=1e-9, atol=1e-10)
+
+
+@every_spec
+def test_keeping_everything_changes_nothing(spec):
+    checkpoint = random_checkpoint(spec)
+    plan = PruningPlan(arch="x", spec_digest=spec.digest, method="none", keep={})
+    pruned = apply(checkpoint, plan)
+    assert pruned.spec == spec
+    assert pruned.state_dict.keys() == checkpoint.state_dict.keys()
+    assert all(torch.equal(pruned.state_dict[k], v) for k, v in checkpoint.state_dict.items())
+
+
+@every_spec
+def test_groups_partition_every_slot_once(spec):
+    layers = walk(spec)
+    groups = find_groups(layers)
+    tensors = [t for g in groups for t in g.channels]
+    assert sorted(tensors) == sorted(layer.name for layer in layers)
+    for layer in layers:
+        makers = [g for g in groups if layer.name in g.producers]
+        readers = [g for g in groups if layer.name in g.consumers]
+        assert len(makers) == (layer.op == "conv")
+        assert len(readers) == (layer.op in ("conv", "linear"))
+    for g in groups:
+        assert all(g.size * c == next(x.out_shape[0] for x in layers if x.name == t) for t, c in g.channels.items())
+
+
+@every_spec
+def test_inner_groups_stay_in_their_block(spec):
+    layers = {layer.name: layer for layer in walk(spec)}
+    inner = prunable(find_groups(list(layers.values())), "inner")
+    per_block = {"basic": 1, "bottleneck": 1 if spec.blocks[0].groups > 1 else 2}[spec.blocks[0].kind]
+    assert len(inner) == per_block * len(spec.blocks) + len(spec.stem.convs) - 1
+    for g in inner:
+        assert len({layers[t].block for t in (*g.channels, *g.consumers)}) == 1
+
+
+@every_spec
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=8, deadline=None)
+def test_cost_of_resized_layers_is_that_of_the_pruned_network(spec, seed):
+    plan = random_plan(spec, seed, drop=False)
+    sizes = Sizes(spec)
+    units = {name: len(keep) for name, keep in plan.keep.items()}
+    resized = [sizes.resized(layer, units) for layer in sizes.layers]
+    after = pruned_spec(spec, plan)
+    assert [(x.in_shape, x.out_shape, x.groups) for x in resized] == [(x.in_shape, x.out_shape, x.groups) for x in walk(after)]
+    assert MACS(resized) == total_macs(walk(after))
+    segments = sizes.segments()
+    assert [layer for s in segments for layer in s] == sizes.layers
+    assert PARAMS(walk(after)) == sum(p.numel() for p in build_model(after).parameters())
+
+
+@given(seed=st.integers(0, 10**6), name=st.sampled_from(sorted(SPECS)))
+@settings(max_examples=20, deadline=None)
+def test_plan_survives_json(seed, name):
+    plan = random_plan(SPECS[name], seed)
+    assert PruningPlan.model_validate(json.loads(plan.model_dump_json())) == plan
+
+
+def test_inputs_are_not_mutated():
+    checkpoint = random_checkpoint(SPECS["bottleneck"], dtype=torch.float32)
+    before = {k: v.clone() for k, v in checkpoint.state_dict.items()}
+    x = torch.randn(16, *checkpoint.spec.input_shape)
+    kept = x.clone()
+    result = prune(checkpoint, budget=Budget(kind="macs", value=0.5), align=1, calibration_x=x)
+    for value in result.checkpoint.state_dict.values():
+        value.zero_()
+    assert torch.equal(x, kept)
+    assert all(torch.equal(checkpoint.state_dict[k], v) for k, v in before.items())
+
+
+@every_spec
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_meets_its_budget(spec, method):
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    x = torch.randn(24, *spec.input_shape)
+    for kind, cost in (("macs", total_macs), ("params", total_params)):
+        result = prune(checkpoint, method=method, budget=Budget(kind=kind, value=0.6), align=2, calibration_x=x)
+        after = cost(walk(result.checkpoint.spec))
+        assert after <= 0.6 * cost(walk(spec))
+        assert result.cost_after == after
+        y = build_model(result.checkpoint.spec, result.checkpoint.state_dict)(x)
+        assert torch.isfinite(y).all()
+
+
+@given(fraction=st.floats(0.35, 1.0), scope=st.sampled_from(["inner", "all"]), drop=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_budget_is_never_exceeded_and_well_used(fraction, scope, drop):
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    result = prune(
+        checkpoint, method="magnitude", budget=Budget(kind="macs", value=fraction), scope=scope, align=1, drop_blocks=drop
+    )
+    assert result.macs_after <= fraction * result.macs_before
+    assert result.macs_after >= (fraction - 0.06) * result.macs_before
+
+
+def test_impossible_budget_names_the_smallest_reachable():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    with pytest.raises(BudgetError) as caught:
+        prune(checkpoint, method="magnitude", budget=Budget(kind="macs", value=0.01), align=1)
+    smallest = float(str(caught.value.remedy).split("smallest reachable is ")[1].split(" ")[0])
+    result = prune(checkpoint, method="magnitude", budget=Budget(kind="macs", value=smallest + 1e-3), align=1)
+    assert result.macs_after / result.macs_before == pytest.approx(smallest, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("macs", 0.0), ("macs", 1.5), ("ratio", 1.0), ("ratio", -0.1), ("macs", float("nan"))]
+)
+def test_senseless_budgets_are_refused(kind, value):
+    with pytest.raises(BudgetError):
+        Budget(kind=kind, value=value)
+
+
+def test_ratio_of_resnet50_keeps_aligned_widths():
+    spec = imagenet_spec("bottleneck")
+    wide = spec.replace_blocks({b.name: b.model_copy(update={"widths": (64, 64, b.widths[-1])}) for b in spec.blocks})
+    result = prune(random_checkpoint(wide, dtype=torch.float32), method="magnitude", budget=Budget(kind="ratio", value=0.3))
+    assert set(result.widths.values()) == {48}
+    assert result.ratio == 0.25
+
+
+def test_ties_keep_more():
+    assert nearest_width((8, 16, 24), 12) == 16
+    assert nearest_width((8, 16, 24), 11.9) == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "align", "strict", "used"),
+    [(64, 8, False, 8), (16, 8, False, 4), (16, 8, True, 8), (64, 32, False, 16), (3, 8, False, 1)],
+)
+def test_alignment_leaves_a_choice(size, align, strict, used):
+    spec = cifar_spec(widths=(size, size, size))
+    group = prunable(find_groups(walk(spec)), "inner")[0]
+    widths, reached = allowed_widths(group, align, strict=strict)
+    assert reached == used
+    assert widths[-1] == size
+    assert all(w % used == 0 for w in widths[:-1])
+
+
+def test_small_groups_are_noted():
+    result = prune(
+        random_checkpoint(cifar_spec(widths=(16, 32, 64)), dtype=torch.float32),
+        method="magnitude",
+        budget=Budget(kind="ratio", value=0.3),
+    )
+    assert any("aligned to 4" in n for n in result.notes)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 10)), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.floats(0.1, 1.0),
+)
+@settings(max_examples=100, deadline=None)
+def test_knapsack_against_brute_force(items, fraction):
+    import itertools
+
+    options = [(np.array([e for e, _ in item]), np.array([c for _, c in item])) for item in items]
+    limit = fraction * sum(max(c for _, c in item) for item in items)
+    best = min(
+        (
+            sum(o[0][i] for o, i in zip(options, pick, strict=True))
+            for pick in itertools.product(*[range(len(o[0])) for o in options])
+            if sum(o[1][i] for o, i in zip(options, pick, strict=True)) <= limit * 0.995
+        ),
+        default=None,
+    )
+    chosen = _knapsack(options, limit)
+    if chosen is None:
+        assert best is None
+        return
+    assert sum(o[1][i] for o, i in zip(options, chosen, strict=True)) <= limit * (1 + 1e-9)
+    if best is not None:
+        assert sum(o[0][i] for o, i in zip(options, chosen, strict=True)) <= best + 1e-9
+
+
+def test_plan_for_another_network_is_refused():
+    plan = random_plan(SPECS["cifar-pad"], 0)
+    with pytest.raises(BadInput, match="another network"):
+        apply(random_checkpoint(SPECS["bottleneck"]), plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep": {"nothing": (0,)}},
+        {"keep": {"layer1.0.conv1": ()}},
+        {"keep": {"layer1.0.conv1": (1, 0)}},
+        {"keep": {"layer1.0.conv1": (0, 99)}},
+        {"dropped_blocks": ("layer2.0",)},
+        {"dropped_blocks": ("layer1.0", "layer1.1")},
+    ],
+)
+def test_broken_plans_are_refused(change):
+    spec = SPECS["cifar-pad"]
+    plan = PruningPlan(arch="x", spec_digest=spec.digest, method="none", keep={}).model_copy(update=change)
+    with pytest.raises(BadInput):
+        apply(random_checkpoint(spec), plan)
+
+
+def test_methods_that_need_data_say_so():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    budget = Budget(kind="macs", value=0.5)
+    with pytest.raises(BadInput, match="needs images"):
+        prune(checkpoint, budget=budget)
+    with pytest.raises(DataError, match="NaN"):
+        prune(checkpoint, budget=budget, calibration_x=torch.full((4, 3, 8, 8), float("nan")))
+    with pytest.raises(DataError, match="shape"):
+        prune(checkpoint, budget=budget, calibration_x=torch.zeros(4, 3, 9, 9))
+    with pytest.raises(BadInput, match="did you mean"):
+        prune(checkpoint, method="magnitud", budget=budget)
+    with pytest.raises(BadInput, match="target"):
+        prune(checkpoint, method="magnitude", budget=Budget(kind="latency", value=0.5))
+
+
+def test_nan_weights_are_reported():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    checkpoint.state_dict["layer2.0.conv1.weight"][0] = float("nan")
+    with pytest.raises(DataError, match="NaN"):
+        prune(checkpoint, budget=Budget(kind="macs", value=0.5), align=1, calibration_x=torch.randn(8, 3, 8, 8))
+
+
+def test_single_image_warns_and_works():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    result = prune(checkpoint, budget=Budget(kind="macs", value=0.5), align=1, calibration_x=torch.randn(1, 3, 8, 8))
+    assert any("only 1 calibration" in n for n in result.notes)
+
+
+def test_error_curves_are_checked():
+    with pytest.raises(ValueError, match="never falls"):
+        ErrorCurve((0, 1, 2), (0.0, 2.0, 1.0))
+    with pytest.raises(ValueError, match="none"):
+        ErrorCurve((0, 0), (0.0, 1.0))
+    assert Curves({"a": ErrorCurve((1, 0), (0.0, 1.0))}).groups["a"].keep(1) == (0,)
