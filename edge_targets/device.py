@@ -88,7 +88,7 @@ class Device(Frozen):
         l2_mb: Second-level cache of the GPU.
         int8_macs: Dense INT8 tensor multiply-accumulates per multiprocessor and clock.
         fp16_macs: Dense FP16 multiply-accumulates per multiprocessor and clock.
-        fp32_macs: FP32 multiply-accumulates per multiprocessor and clock.
+        fp32_macs: FP32 multiply-accumulates per multiprocessor and clock, in TF32 where the GPU has it.
         dla_count: Deep-learning accelerators.
         modes: Power modes; the first is the one with the highest clocks.
         default_mode: The mode a new board starts in.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rescompress.core.layers import Layer, consumers
+from rescompress.core.layers import INPUT, Layer
 
 KernelKind = Literal["conv", "linear", "pool", "move"]
 
@@ -56,9 +56,19 @@ class Kernel:
         return self.pixels * self.width * self.taps * self.in_width // self.groups
 
 
-def fuse(layers: Sequence[Layer]) -> list[Kernel]:
-    """Return the kernels that run `layers`, in order of computation."""
-    readers = consumers(layers)
+def fuse(layers: Sequence[Layer], *, add_fuses: bool = True) -> list[Kernel]:
+    """Return the kernels that run `layers`, in order of computation.
+
+    Args:
+        add_fuses: Whether a residual Add runs inside the convolution before it; it does not where both its inputs are
+            rounded to INT8.
+        layers: A whole walk, or a run of it: inputs made by layers that are not in the list are fine.
+    """
+    readers: dict[str, list[Layer]] = {layer.name: [] for layer in layers}
+    for layer in layers:
+        for name in layer.inputs:
+            if name in readers:
+                readers[name].append(layer)
     absorbed: set[str] = set()
     kernels: list[Kernel] = []
     for layer in layers:
@@ -68,19 +78,18 @@ def fuse(layers: Sequence[Layer]) -> list[Kernel]:
         if layer.op in ("input", "dropout", "batch_norm") or layer.name in absorbed:
             continue
         skip = False
-        tail = layer
-        if layer.op in ("conv", "linear"):
-            tail, skip = _absorb(layer, readers, absorbed)
-        kernels.append(_kernel(layer, skip=skip, first=layer.inputs[:1] == ("input",)))
+        if layer.op in ("conv", "linear", "add"):
+            skip = _absorb(layer, readers, absorbed, add_fuses=add_fuses)
+        kernels.append(_kernel(layer, skip=skip, first=layer.inputs[:1] == (INPUT,)))
     return kernels
 
 
-def _absorb(layer: Layer, readers: dict[str, list[Layer]], absorbed: set[str]) -> tuple[Layer, bool]:
-    """Mark what fuses into the kernel of `layer`; return its last layer and whether it reads a skip connection."""
+def _absorb(layer: Layer, readers: dict[str, list[Layer]], absorbed: set[str], *, add_fuses: bool) -> bool:
+    """Mark what fuses into the kernel of `layer`; return whether it then reads a skip connection."""
     tail, skip = layer, False
     while len(readers[tail.name]) == 1:
         after = readers[tail.name][0]
-        joins = after.op == "add" and not skip and after.inputs[0] == tail.name
+        joins = add_fuses and not skip and after.op == "add" and layer.op == "conv" and after.inputs[0] == tail.name
         if not joins and after.op not in ("batch_norm", "relu", "dropout"):
             break
         skip = skip or joins
@@ -88,7 +97,7 @@ def _absorb(layer: Layer, readers: dict[str, list[Layer]], absorbed: set[str]) -
         tail = after
         if after.op == "relu":
             break
-    return tail, skip
+    return skip
 
 
 def _kernel(layer: Layer, *, skip: bool, first: bool) -> Kernel:

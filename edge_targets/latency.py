@@ -1,0 +1,449 @@
+"""Predicted latency of a network on a device that is not here, per kernel and in total, with an error band.
+
+One kernel takes::
+
+    overhead * (1 GHz / f)^1.25  +  padded MACs / (SMs * f * rate * e)  +  bytes / (bandwidth * b)
+
+with f the GPU clock, rate the dense MACs per multiprocessor and clock, e and b the fractions of compute and bandwidth that
+real kernels reach. Channels are padded to the multiple that the kernels work on; a convolution in FP16 whose channels are
+not a multiple of it also pays a kernel that pads them. Everything is a sum, so the cost of a network is the sum over its
+kernels, and a width function costs microseconds.
+
+The constants (overhead, e, b) are fitted per GPU architecture to published latencies by `edge_targets.fit`; its
+cross-validation gives the bands. docs/latency.md has the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edge_targets.device import Device, Precision
+from edge_targets.kernels import Kernel, fuse
+from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.layers import Layer
+from rescompress.core.metric import Metric
+
+CONSTANTS = Path(__file__).parent / "data" / "latency_constants.json"
+
+BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+GROUP_ALIGN = 8
+"""Channels per group of a grouped convolution are padded to this: such kernels do not use the 32-channel vectors."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is fitted for one GPU architecture.
+
+    Attributes:
+        overhead_us: Of one kernel at a GPU clock of 1 GHz.
+        bandwidth: Fraction of the memory bandwidth that kernels reach.
+        compute: Per precision, the fraction of the dense peak that kernels reach.
+    """
+
+    overhead_us: float
+    bandwidth: float
+    compute: Mapping[Precision, float]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The whole fitted model.
+
+    Attributes:
+        version: Changes whenever a constant does.
+        clock_exponent: How the overhead grows as the GPU clock falls.
+        architectures: Constants per GPU architecture.
+        bands: Per architecture and precision, the half-width of the band in log space.
+    """
+
+    version: str
+    clock_exponent: float
+    architectures: Mapping[str, Constants]
+    bands: Mapping[str, Mapping[str, float]]
+
+
+@cache
+def fitted_model() -> Model:
+    """Return the model that ships with this package."""
+    document = json.loads(CONSTANTS.read_text(encoding="utf-8"))
+    return Model(
+        version=document["version"],
+        clock_exponent=document["clock_exponent"],
+        architectures={name: Constants(**c) for name, c in document["architectures"].items()},
+        bands=document["bands"],
+    )
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Clocks and multiprocessors that differ from a named power mode.
+
+    Attributes:
+        sm_count: Active multiprocessors.
+        gpu_mhz: GPU clock.
+        emc_mhz: Memory clock.
+    """
+
+    sm_count: int | None = None
+    gpu_mhz: float | None = None
+    emc_mhz: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no hardware has.
+
+        Raises:
+            BadInput: A value is not positive.
+        """
+        for name, value in (("--sm-count", self.sm_count), ("--gpu-mhz", self.gpu_mhz), ("--emc-mhz", self.emc_mhz)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise BadInput(f"must be a positive number, not {value}", where=name, remedy="leave it out for the power mode's")
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Predicted time of one kernel.
+
+    Attributes:
+        name: Of the layer it starts with.
+        kind: ``conv``, ``linear``, ``pool``, ``move`` or ``pad``.
+        ms: All of it.
+        overhead_ms: Launch and start.
+        compute_ms: Arithmetic.
+        memory_ms: Traffic.
+    """
+
+    name: str
+    kind: str
+    ms: float
+    overhead_ms: float
+    compute_ms: float
+    memory_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyPrediction:
+    """Predicted latency of one call.
+
+    Attributes:
+        p50_ms: Of the whole network.
+        low_ms: Lower end of the band.
+        high_ms: Upper end.
+        kernels: Per kernel, in order.
+        device: Name of the device.
+        precision: What it computes in.
+        batch: Images per call.
+        power_mode: Name of the mode, ``custom`` where something was overridden.
+        sm_count: Active multiprocessors.
+        gpu_mhz: GPU clock.
+        emc_mhz: Memory clock.
+        model: Version of the constants.
+    """
+
+    p50_ms: float
+    low_ms: float
+    high_ms: float
+    kernels: tuple[KernelTime, ...]
+    device: str
+    precision: Precision
+    batch: int
+    power_mode: str
+    sm_count: int
+    gpu_mhz: float
+    emc_mhz: float
+    model: str
+
+    def metric(self) -> Metric:
+        """Return the latency as a predicted `Metric` with its band."""
+        return Metric(
+            value=self.p50_ms,
+            unit="ms",
+            provenance="predicted",
+            low=self.low_ms,
+            high=self.high_ms,
+            device=self.device,
+            runtime="tensorrt",
+            precision=self.precision,
+            batch=self.batch,
+            power_mode=self.power_mode,
+            model=self.model,
+        )
+
+
+class Rates(NamedTuple):
+    """The price of each unit of work, in ms.
+
+    Attributes:
+        overhead_ms: Per kernel.
+        mac_ms: Per padded multiply-accumulate.
+        byte_ms: Per byte moved.
+        align: Channels are padded to multiples of this.
+        element_bytes: Of one weight or activation.
+        pad_kernels: Whether unaligned channels cost a kernel of their own.
+    """
+
+    overhead_ms: float
+    mac_ms: float
+    byte_ms: float
+    align: int
+    element_bytes: int
+    pad_kernels: bool
+
+
+class Work(NamedTuple):
+    """What one kernel does for a batch.
+
+    Attributes:
+        macs: Multiply-accumulates, channels padded.
+        bytes: Read and written, channels padded.
+        pad_bytes: Moved by a kernel that pads the input's channels; 0 where none is needed.
+    """
+
+    macs: int
+    bytes: int
+    pad_bytes: int
+
+
+def padded(channels: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `channels`."""
+    return -(-channels // multiple) * multiple
+
+
+def work_of(kernel: Kernel, *, batch: int, align: int, element_bytes: int, pad_kernels: bool) -> Work:
+    """Return what `kernel` does for `batch` images."""
+    into, out = kernel.in_width, kernel.width
+    if kernel.kind in ("conv", "linear"):
+        unaligned = not kernel.first and into % align != 0
+        into = into if kernel.first else padded(into, align)
+        out = padded(out, align)
+        per_group = into if kernel.groups == 1 else padded(kernel.in_width // kernel.groups, min(align, GROUP_ALIGN))
+        weights = out * kernel.taps * per_group
+        read = batch * kernel.in_pixels * into
+        moved = read + batch * kernel.pixels * out * (2 if kernel.skip else 1) + weights
+        pad = 2 * read if unaligned and pad_kernels and kernel.kind == "conv" else 0
+        return Work(batch * kernel.pixels * weights, moved * element_bytes, pad * element_bytes)
+    if not kernel.first:
+        into, out = padded(into, align), padded(out, align)
+    moved = batch * (kernel.in_pixels * into + kernel.pixels * out * (2 if kernel.skip else 1))
+    return Work(0, moved * element_bytes, 0)
+
+
+def rates(
+    device: Device,
+    precision: Precision,
+    *,
+    power_mode: str | None = None,
+    overrides: Overrides | None = None,
+    model: Model | None = None,
+) -> Rates:
+    """Return the prices of a device in one power mode.
+
+    Raises:
+        TargetError: The device has no latency model, lacks the precision, or has no such power mode.
+    """
+    model = model or fitted_model()
+    sms, gpu_mhz, emc_mhz, _ = clocks(device, power_mode, overrides)
+    constants = _constants(device, model)
+    if device.bandwidth_gb_s is None or device.max_emc_mhz is None:
+        raise _no_model(device)
+    bandwidth = device.bandwidth_gb_s.value * emc_mhz / device.max_emc_mhz.value
+    efficiency = constants.compute.get(precision)
+    rate = device.macs_per_clock(precision)
+    if efficiency is None:
+        raise _no_model(device)
+    return Rates(
+        overhead_ms=constants.overhead_us / 1000.0 * (1000.0 / gpu_mhz) ** model.clock_exponent,
+        mac_ms=1.0 / (sms * gpu_mhz * 1e3 * rate * efficiency),
+        byte_ms=1.0 / (bandwidth * 1e6 * constants.bandwidth),
+        align=device.align[precision],
+        element_bytes=BYTES[precision],
+        pad_kernels=precision == "fp16",
+    )
+
+
+def clocks(device: Device, power_mode: str | None, overrides: Overrides | None) -> tuple[int, float, float, str]:
+    """Return multiprocessors, GPU MHz, memory MHz and the name of the mode that a prediction is for.
+
+    Raises:
+        TargetError: The device has no latency model or no such power mode.
+    """
+    if not device.modes:
+        raise _no_model(device)
+    mode = device.mode(power_mode)
+    if overrides is None or overrides == Overrides():
+        return mode.sm_count, mode.gpu_mhz, mode.emc_mhz, mode.name
+    return (
+        overrides.sm_count or mode.sm_count,
+        overrides.gpu_mhz or mode.gpu_mhz,
+        overrides.emc_mhz or mode.emc_mhz,
+        f"{mode.name}, changed",
+    )
+
+
+def _no_model(device: Device) -> TargetError:
+    return TargetError(
+        f"no latency is predicted for {device.title}",
+        where=f"--target {device.name}",
+        remedy="measure there with `rescompress bench`, or name a Jetson",
+    )
+
+
+LIKE = {"blackwell": "ampere"}
+"""Architectures without published ResNet latencies, and whose constants stand in; their bands are twice as wide."""
+
+
+def _constants(device: Device, model: Model) -> Constants:
+    found = model.architectures.get(LIKE.get(device.architecture, device.architecture))
+    if found is None:
+        raise _no_model(device)
+    return found
+
+
+def band(device: Device, precision: Precision, model: Model | None = None) -> float:
+    """Return the half-width of the error band in log space: low = p50 / exp(band), high = p50 * exp(band)."""
+    model = model or fitted_model()
+    known = model.bands[LIKE.get(device.architecture, device.architecture)][precision]
+    return known * (2.0 if device.architecture in LIKE else 1.0)
+
+
+def kernel_times(kernels: Sequence[Kernel], price: Rates, *, batch: int) -> list[KernelTime]:
+    """Return the predicted time of each kernel, pad kernels included."""
+    times = []
+    for kernel in kernels:
+        work = work_of(
+            kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
+        )
+        if work.pad_bytes:
+            move = work.pad_bytes * price.byte_ms
+            times.append(KernelTime(f"{kernel.name} pad", "pad", price.overhead_ms + move, price.overhead_ms, 0.0, move))
+        compute, memory = work.macs * price.mac_ms, work.bytes * price.byte_ms
+        total = price.overhead_ms + compute + memory
+        times.append(KernelTime(kernel.name, kernel.kind, total, price.overhead_ms, compute, memory))
+    return times
+
+
+def predict(
+    layers: Sequence[Layer],
+    device: Device,
+    *,
+    precision: Precision,
+    batch: int = 1,
+    power_mode: str | None = None,
+    overrides: Overrides | None = None,
+) -> LatencyPrediction:
+    """Return the predicted latency of a network on `device`.
+
+    Args:
+        layers: The walk over its spec (`rescompress.core.layers.walk`).
+        device: A device with a latency model: a Jetson.
+        precision: What it computes in.
+        batch: Images per call, at least 1.
+        power_mode: Of the device; the one with the highest clocks when None.
+        overrides: Clocks and multiprocessors that differ from the mode.
+
+    Raises:
+        TargetError: The device has no latency model, lacks the precision, or has no such power mode.
+        BadInput: The batch is smaller than 1.
+    """
+    return predict_kernels(
+        fuse(layers), device, precision=precision, batch=batch, power_mode=power_mode, overrides=overrides
+    )
+
+
+def predict_kernels(
+    kernels: Sequence[Kernel],
+    device: Device,
+    *,
+    precision: Precision,
+    batch: int = 1,
+    power_mode: str | None = None,
+    overrides: Overrides | None = None,
+) -> LatencyPrediction:
+    """Return the predicted latency of kernels that were read from somewhere else than a spec; otherwise as `predict`."""
+    if batch < 1:
+        raise BadInput(f"a batch of {batch} images", where="--batch", remedy="give 1 or more")
+    price = rates(device, precision, power_mode=power_mode, overrides=overrides)
+    sms, gpu_mhz, emc_mhz, mode = clocks(device, power_mode, overrides)
+    times = tuple(kernel_times(kernels, price, batch=batch))
+    total = sum(t.ms for t in times)
+    width = math.exp(band(device, precision))
+    return LatencyPrediction(
+        p50_ms=total,
+        low_ms=total / width,
+        high_ms=total * width,
+        kernels=times,
+        device=device.name,
+        precision=precision,
+        batch=batch,
+        power_mode=mode,
+        sm_count=sms,
+        gpu_mhz=gpu_mhz,
+        emc_mhz=emc_mhz,
+        model=fitted_model().version,
+    )
+
+
+def cost_function(
+    device: Device,
+    *,
+    precision: Precision,
+    batch: int = 1,
+    power_mode: str | None = None,
+    overrides: Overrides | None = None,
+) -> Callable[[Sequence[Layer]], float]:
+    """Return a function from layers to predicted milliseconds, for a budget in latency.
+
+    The cost of a walk is the sum over its segments (a convolution with what fuses into it), so it can be called with
+    either. It takes some 0.2 ms for a ResNet-50.
+
+    Raises:
+        TargetError: As `rates`.
+    """
+    price = rates(device, precision, power_mode=power_mode, overrides=overrides)
+
+    def cost(layers: Sequence[Layer]) -> float:
+        total = 0.0
+        for kernel in fuse(layers):
+            macs, moved, pad = work_of(
+                kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
+            )
+            total += price.overhead_ms + macs * price.mac_ms + moved * price.byte_ms
+            if pad:
+                total += price.overhead_ms + pad * price.byte_ms
+        return total
+
+    return cost
+
+
+def as_document(prediction: LatencyPrediction) -> dict[str, Any]:
+    """Return a prediction as JSON values, with the keys that cli.md fixes."""
+    return {
+        "p50_ms": prediction.p50_ms,
+        "low_ms": prediction.low_ms,
+        "high_ms": prediction.high_ms,
+        "provenance": "predicted",
+        "device": prediction.device,
+        "precision": prediction.precision,
+        "batch": prediction.batch,
+        "power_mode": prediction.power_mode,
+        "sm_count": prediction.sm_count,
+        "gpu_mhz": prediction.gpu_mhz,
+        "emc_mhz": prediction.emc_mhz,
+        "model": prediction.model,
+        "layers": [
+            {
+                "name": k.name,
+                "kind": k.kind,
+                "ms": k.ms,
+                "overhead_ms": k.overhead_ms,
+                "compute_ms": k.compute_ms,
+                "memory_ms": k.memory_ms,
+            }
+            for k in prediction.kernels
+        ],
+    }

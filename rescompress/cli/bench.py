@@ -1,0 +1,141 @@
+"""``rescompress bench``: measured latency on what is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rescompress.cli.options import InputShape, Threads
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    ctx: typer.Context,
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="One or more .onnx files.")],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Where to run; give it twice to compare.")] = ["cpu"],  # noqa: B006
+    batch: Annotated[int | None, typer.Option("--batch", "--batch-size", min=1, help="Images per call.", show_default="the file's, or 1")] = None,
+    input_shape: InputShape = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Seconds of samples per model and target.")] = 3.0,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns that each model gets, interleaved.")] = 5,
+) -> None:
+    """Measure the latency of ONNX files: p50, p90, p99 and spread, each in its own process, in interleaved rounds.
+
+    Example: rescompress bench model_fp32.onnx model_int8.onnx --target cpu --target cpu-ort --threads 2
+    """
+    from edge_targets.benchmark import Candidate, Effort, compare
+    from edge_targets.catalog import load_target
+    from edge_targets.onnx_kernels import kernels_of
+    from rescompress.cli.shapes import parse_shape
+
+    shape = parse_shape(input_shape)
+    candidates, labels = [], []
+    for path in models:
+        read = kernels_of(path, input_shape=shape)
+        for name in target:
+            chosen = load_target(name)
+            _check_measurable(chosen.name, chosen.runtime)
+            candidates.append(
+                Candidate(path, chosen.runtime, read.input_shape, batch or read.batch or 1, threads, read.precision)
+            )
+            labels.append((str(path), chosen.name))
+    with output_of(ctx).console().status(f"measuring {len(candidates)} x {seconds:g} s"):
+        measured = compare(candidates, effort=Effort(seconds=seconds, rounds=rounds))
+    rows = [_row(path, name, metrics) for (path, name), metrics in zip(labels, measured, strict=True)]
+    notes = _notes(rows)
+    document = {**rows[0], "notes": notes} if len(rows) == 1 else {"rows": rows, "notes": notes}
+    output_of(ctx).result(document, _table(rows), *notes)
+
+
+def _check_measurable(name: str, runtime: str) -> None:
+    """Refuse a target that cannot run here.
+
+    Raises:
+        ToolMissing: Its runtime, or the device, is not here.
+    """
+    from edge_targets.backends import PACKAGE
+    from rescompress.core import plugins
+    from rescompress.core.errors import ToolMissing
+
+    found = plugins.load(PACKAGE, runtime, what="runtime").available()
+    if not found:
+        raise ToolMissing(
+            f"{name} cannot be measured here: {found.reason}",
+            where=f"--target {name}",
+            remedy=f"{found.remedy}; on the board itself: `rescompress deploy`; without it: `rescompress predict`",
+        )
+
+
+def _row(path: str, name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    p50 = metrics["p50_ms"]
+    return {
+        "model": path,
+        "target": name,
+        "p50_ms": p50.value,
+        "p50_low_ms": p50.low,
+        "p50_high_ms": p50.high,
+        "p90_ms": metrics["p90_ms"].value,
+        "p99_ms": metrics["p99_ms"].value,
+        "mean_ms": metrics["mean_ms"].value,
+        "spread": metrics["spread"].value,
+        "images_per_s": metrics["images_per_s"].value,
+        "n": p50.n,
+        "device": p50.device,
+        "runtime": p50.runtime,
+        "precision": p50.precision,
+        "threads": p50.threads,
+        "batch": p50.batch,
+        "provenance": p50.provenance,
+    }
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what a reader should see at once: runtimes in which INT8 is slower than float, and the better one."""
+    notes = []
+    for name in dict.fromkeys(r["target"] for r in rows):
+        floats = [r for r in rows if r["target"] == name and r["precision"] != "int8"]
+        ints = [r for r in rows if r["target"] == name and r["precision"] == "int8"]
+        if not floats or not ints:
+            continue
+        best_float, best_int = (min(group, key=lambda r: r["p50_ms"]) for group in (floats, ints))
+        if best_int["p50_low_ms"] > best_float["p50_high_ms"]:
+            notes.append(
+                f"INT8 is slower than {best_float['precision']} on {name}: {best_int['p50_ms']:.3f} ms against "
+                f"{best_float['p50_ms']:.3f} ms"
+            )
+    if len({r["target"] for r in rows}) > 1:
+        best = min(rows, key=lambda r: r["p50_ms"] / r["batch"])
+        notes.append(f"fastest: {best['model']} on {best['target']} ({best['p50_ms']:.3f} ms)")
+    return notes
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    first = rows[0]
+    title = f"measured on {first['device']}, {first['threads']} threads"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("model", "target", "precision"):
+        table.add_column(column, overflow="fold")
+    for column in ("batch", "p50 ms", "95 % interval", "p90 ms", "p99 ms", "spread", "images/s", "n"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        table.add_row(
+            r["model"],
+            r["target"],
+            r["precision"],
+            str(r["batch"]),
+            f"{r['p50_ms']:.3f}",
+            f"{r['p50_low_ms']:.3f}-{r['p50_high_ms']:.3f}",
+            f"{r['p90_ms']:.3f}",
+            f"{r['p99_ms']:.3f}",
+            f"{r['spread']:.0%}",
+            f"{r['images_per_s']:.0f}",
+            str(r["n"]),
+        )
+    return table
