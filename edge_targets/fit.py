@@ -196,7 +196,8 @@ def _work(
     assert device.max_emc_mhz is not None
     kernels = fuse(walk(spec), add_fuses=add_fuses)
     work = [
-        work_of(k, batch=batch, align=device.align[precision], element_bytes=BYTES[precision], pad_kernels=False) for k in kernels
+        work_of(k, batch=batch, align=device.align[precision], element_bytes=BYTES[precision], pad_kernels=False)
+        for k in kernels
     ]
     bandwidth = device.bandwidth_gb_s.value * emc_mhz / device.max_emc_mhz.value
     return (
@@ -376,8 +377,8 @@ def table(found: Report) -> str:
         lines.append(f"{g.name:82s} {g.latency_ms:8.3f} " + " ".join(f"{e:+7.0%}" for e in errors))
     orin = np.array([g.architecture == "ampere" and g.precision == "int8" for g in found.groups])
     low = np.array([g.precision != "fp32" for g in found.groups])
-    for title, errors in (("groups", found.group_errors), ("devices", found.device_errors), ("models", found.model_errors)):
-        size = np.abs(errors)
+    for title, held in (("groups", found.group_errors), ("devices", found.device_errors), ("models", found.model_errors)):
+        size = np.abs(held)
         lines.append(
             f"{title} held out: median {np.median(size[orin]):.1%} (Orin INT8), {np.median(size[low]):.1%} (FP16 and INT8), "
             f"{np.median(size):.1%} (all); worst {size[low].max():.1%} (FP16 and INT8), {size.max():.1%} (all)"

@@ -102,7 +102,9 @@ class Overrides:
         """
         for name, value in (("--sm-count", self.sm_count), ("--gpu-mhz", self.gpu_mhz), ("--emc-mhz", self.emc_mhz)):
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise BadInput(f"must be a positive number, not {value}", where=name, remedy="leave it out for the power mode's")
+                raise BadInput(
+                    f"must be a positive number, not {value}", where=name, remedy="leave it out for the power mode's"
+                )
 
 
 @dataclass(frozen=True)
@@ -315,9 +317,7 @@ def kernel_times(kernels: Sequence[Kernel], price: Rates, *, batch: int) -> list
     """Return the predicted time of each kernel, pad kernels included."""
     times = []
     for kernel in kernels:
-        work = work_of(
-            kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
-        )
+        work = work_of(kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels)
         if work.pad_bytes:
             move = work.pad_bytes * price.byte_ms
             times.append(KernelTime(f"{kernel.name} pad", "pad", price.overhead_ms + move, price.overhead_ms, 0.0, move))
@@ -350,9 +350,7 @@ def predict(
         TargetError: The device has no latency model, lacks the precision, or has no such power mode.
         BadInput: The batch is smaller than 1.
     """
-    return predict_kernels(
-        fuse(layers), device, precision=precision, batch=batch, power_mode=power_mode, overrides=overrides
-    )
+    return predict_kernels(fuse(layers), device, precision=precision, batch=batch, power_mode=power_mode, overrides=overrides)
 
 
 def predict_kernels(

@@ -69,7 +69,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ModelFileError: It is missing or no ONNX file.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise ModelFileError("no such file", where=str(path), remedy="name an .onnx file")
@@ -108,7 +108,9 @@ def kernels_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -
     if input_shape is not None:
         if any(d and d != want for d, want in zip(shape, input_shape, strict=True)):
             raise ModelFileError(
-                f"takes {'x'.join(map(str, shape))}, not {'x'.join(map(str, input_shape))}", where=str(path), remedy="leave --input out"
+                f"takes {'x'.join(map(str, shape))}, not {'x'.join(map(str, input_shape))}",
+                where=str(path),
+                remedy="leave --input out",
             )
         shape = input_shape
     if not all(shape):
@@ -250,7 +252,16 @@ class _Reader:
             weight = self.shape(node.input[1])
             groups = next((a.i for a in node.attribute if a.name == "group"), 1)
             return Kernel(
-                name, "conv", pixels, into[1], out[1], math.prod(weight[2:]), groups, in_pixels=in_pixels, skip=skip, first=first
+                name,
+                "conv",
+                pixels,
+                into[1],
+                out[1],
+                math.prod(weight[2:]),
+                groups,
+                in_pixels=in_pixels,
+                skip=skip,
+                first=first,
             )
         if node.op_type in GEMMS:
             rows = math.prod(out[1:-1])
@@ -258,7 +269,9 @@ class _Reader:
         width_in, width_out = (into[1] if len(into) > 1 else 1), (out[1] if len(out) > 1 else 1)
         kind = "pool" if node.op_type in POOLS else "move"
         skip = skip or (node.op_type in ("Add", "Sum", "Mul") and len(node.input) > 1)
-        return Kernel(name, "pool" if kind == "pool" else "move", pixels, width_in, width_out, in_pixels=in_pixels, skip=skip, first=first)
+        return Kernel(
+            name, "pool" if kind == "pool" else "move", pixels, width_in, width_out, in_pixels=in_pixels, skip=skip, first=first
+        )
 
     def precision(self) -> Precision:
         """Return what most of the arithmetic computes in."""

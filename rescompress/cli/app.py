@@ -21,6 +21,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module below rescompress.cli, panel, one line of help)
     "inspect": ("inspect", KNOW, "What a checkpoint is: architecture, format, layers, prunable groups."),
     "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
+    "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
+    "predict": ("targets", MEASURE, "Predicted latency on a device that is not here, with an error band."),
+    "bench": ("bench", MEASURE, "Measured latency of ONNX files on what is here."),
     "compare": ("compare", DECIDE, "Stages of one run, or runs side by side: accuracy, latency, size, MACs."),
     "report": ("report", DECIDE, "One HTML page: the trade-off, charts, widths, time per layer; a model card."),
     "gate": ("gate", DECIDE, "Compare a run with a baseline and fail when it lost too much."),

@@ -18,7 +18,9 @@ def bench(
     ctx: typer.Context,
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="One or more .onnx files.")],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Where to run; give it twice to compare.")] = ["cpu"],  # noqa: B006
-    batch: Annotated[int | None, typer.Option("--batch", "--batch-size", min=1, help="Images per call.", show_default="the file's, or 1")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", "--batch-size", min=1, help="Images per call.", show_default="the file's, or 1")
+    ] = None,
     input_shape: InputShape = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Seconds of samples per model and target.")] = 3.0,
@@ -31,9 +33,9 @@ def bench(
     from edge_targets.benchmark import Candidate, Effort, compare
     from edge_targets.catalog import load_target
     from edge_targets.onnx_kernels import kernels_of
-    from rescompress.cli.shapes import parse_shape
+    from rescompress.cli.inspect import parse_shape
 
-    shape = parse_shape(input_shape)
+    shape = parse_shape(input_shape) if input_shape else None
     candidates, labels = [], []
     for path in models:
         read = kernels_of(path, input_shape=shape)

@@ -20,7 +20,9 @@ app = typer.Typer()
 @app.command()
 def targets(
     ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="One target, in full: modes, releases, sources.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One target, in full: modes, releases, sources.", show_default=False)
+    ] = None,
 ) -> None:
     """List the edge targets: device, runtime, precisions, alignment, power modes.
 
@@ -31,7 +33,9 @@ def targets(
     chosen = [load_target(name)] if name else all_targets()
     documents = [_document(t) for t in chosen]
     if name is None:
-        documents += [{**_document(load_target(alias)), "name": alias, "alias_of": load_target(alias).name} for alias in ALIASES]
+        documents += [
+            {**_document(load_target(alias)), "name": alias, "alias_of": load_target(alias).name} for alias in ALIASES
+        ]
     output = output_of(ctx)
     output.result(documents, *([_details(chosen[0])] if name else [_table(chosen)]))
     if name is None:
@@ -68,7 +72,9 @@ def _table(found: list[Target]) -> Any:
     for target in found:
         device = target.device
         runtime = f"TensorRT {target.tensorrt_version}" if target.tensorrt_version else target.runtime
-        gpu = f"{device.mode().sm_count} SM, {device.mode().gpu_mhz:g} MHz" if device.modes else (device.compute_capability or "")
+        gpu = (
+            f"{device.mode().sm_count} SM, {device.mode().gpu_mhz:g} MHz" if device.modes else (device.compute_capability or "")
+        )
         table.add_row(
             target.name,
             device.title,
@@ -114,13 +120,17 @@ def predict(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, .onnx file, or arch:NAME such as arch:resnet50.")],
     target: Annotated[str, typer.Option("--target", "-t", help="A Jetson (`rescompress targets`).")] = "jetson",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, int8; auto: what the file is, else the fastest.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, fp16, int8; auto: what the file is, else the fastest.")
+    ] = "auto",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per call.")] = 1,
     input_shape: InputShape = None,
     power_mode: Annotated[
         str | None, typer.Option("--power-mode", help="Of the device.", show_default="highest clocks")
     ] = None,
-    sm_count: Annotated[int | None, typer.Option("--sm-count", help="Active multiprocessors.", show_default="the mode's")] = None,
+    sm_count: Annotated[
+        int | None, typer.Option("--sm-count", help="Active multiprocessors.", show_default="the mode's")
+    ] = None,
     gpu_mhz: Annotated[float | None, typer.Option("--gpu-mhz", help="GPU clock.", show_default="the mode's")] = None,
     emc_mhz: Annotated[float | None, typer.Option("--emc-mhz", help="Memory clock.", show_default="the mode's")] = None,
     slowest: Annotated[int, typer.Option("--slowest", min=0, help="Kernels to show.")] = 10,
@@ -152,10 +162,10 @@ def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[
     """Return the kernels of a model and the precision it is written in (None where that is open)."""
     from edge_targets.kernels import fuse
     from edge_targets.onnx_kernels import kernels_of
-    from rescompress.cli.shapes import parse_shape
+    from rescompress.cli.inspect import parse_shape
     from rescompress.core.layers import walk
 
-    shape = parse_shape(input_shape)
+    shape = parse_shape(input_shape) if input_shape else None
     if model.startswith("arch:"):
         from compress.zoo import spec
 
@@ -185,13 +195,21 @@ def _prediction_table(document: dict[str, Any], slowest: int) -> Any:
     for k in shown:
         share = f"{k['ms'] / document['p50_ms']:.1%}"
         table.add_row(
-            k["name"], k["kind"], f"{k['ms']:.4f}", share, f"{k['overhead_ms']:.4f}", f"{k['compute_ms']:.4f}", f"{k['memory_ms']:.4f}"
+            k["name"],
+            k["kind"],
+            f"{k['ms']:.4f}",
+            share,
+            f"{k['overhead_ms']:.4f}",
+            f"{k['compute_ms']:.4f}",
+            f"{k['memory_ms']:.4f}",
         )
     return table
 
 
 def _summary(document: dict[str, Any]) -> str:
-    mode = f"{document['power_mode']}: {document['sm_count']} SM, GPU {document['gpu_mhz']:g} MHz, EMC {document['emc_mhz']:g} MHz"
+    mode = (
+        f"{document['power_mode']}: {document['sm_count']} SM, GPU {document['gpu_mhz']:g} MHz, EMC {document['emc_mhz']:g} MHz"
+    )
     return (
         f"\n{document['p50_ms']:.3f} ms predicted (band {document['low_ms']:.3f} to {document['high_ms']:.3f}) on "
         f"{document['device']}, {document['precision']}, batch {document['batch']}, {mode}"

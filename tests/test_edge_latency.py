@@ -1,0 +1,194 @@
+"""Predicted latency: published errors as promised, and the properties a cost for pruning must have."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.zoo import spec
+from edge_targets import fit
+from edge_targets.catalog import all_targets, load_device
+from edge_targets.kernels import Kernel, fuse
+from edge_targets.latency import CONSTANTS, Overrides, cost_function, kernel_times, padded, predict, rates
+from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.layers import total_macs, walk
+
+JETSONS = [t.device for t in all_targets() if t.device.modes]
+ORIN = load_device("jetson-agx-orin-64gb")
+RESNET50 = walk(spec("resnet50"))
+
+
+@pytest.fixture(scope="module")
+def published():
+    return fit.report()
+
+
+def test_held_out_errors_stay_within_what_the_docs_promise(published):
+    orin = np.array([g.architecture == "ampere" and g.precision == "int8" for g in published.groups])
+    low = np.array([g.precision != "fp32" for g in published.groups])
+    errors = np.abs(published.group_errors)
+    assert orin.sum() >= 9
+    assert np.median(errors[orin]) <= 0.12
+    assert np.median(errors[low]) <= 0.20
+    assert errors.max() <= 0.45
+    assert published.coverage >= 0.85
+    assert published.half_width <= 0.30
+
+
+def test_the_stored_constants_are_what_the_fit_gives(published):
+    stored = json.loads(CONSTANTS.read_text())
+    for name, constants in published.fitted.architectures.items():
+        for key, value in vars(constants).items():
+            assert stored["architectures"][name][key] == pytest.approx(value, rel=1e-2), (name, key)
+
+
+def test_holding_out_really_refits(published):
+    errors_seen = np.expm1(fit.log_errors(published.groups, fit.fit(published.groups)))
+    assert np.median(np.abs(errors_seen)) < np.median(np.abs(published.group_errors))
+
+
+def test_kernels_of_a_resnet18_are_those_of_the_published_engine_log():
+    # 20 convolutions, max pool, global pool, linear, and the reformat of the input; Add and ReLU are fused
+    kernels = fuse(walk(spec("resnet18")))
+    assert [k.kind for k in kernels].count("conv") == 20
+    assert len(kernels) == 24
+    assert sum(k.skip for k in kernels) == 8
+    assert sum(k.macs for k in kernels) == total_macs(walk(spec("resnet18")))
+    assert len(fuse(walk(spec("resnet18")), add_fuses=False)) == 32
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet18", "resnet50", "resnext50_32x4d", "resnet50d"])
+def test_macs_of_kernels_are_those_of_the_layers(arch):
+    layers = walk(spec(arch))
+    assert sum(k.macs for k in fuse(layers)) == total_macs(layers)
+
+
+def total(device=ORIN, layers=RESNET50, **kwargs):
+    return predict(layers, device, **{"precision": "int8", **kwargs}).p50_ms
+
+
+@given(device=st.sampled_from(JETSONS), batch=st.integers(1, 64), more=st.integers(1, 64), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_monotone_in_batch_and_clocks(device, batch, more, data):
+    precision = data.draw(st.sampled_from(device.precisions))
+    base = total(device, precision=precision, batch=batch)
+    assert total(device, precision=precision, batch=batch + more) > base
+    mode = device.mode()
+    for faster in (
+        Overrides(gpu_mhz=mode.gpu_mhz * 1.1),
+        Overrides(emc_mhz=mode.emc_mhz * 1.1),
+        Overrides(sm_count=mode.sm_count + 1),
+    ):
+        assert total(device, precision=precision, batch=batch, overrides=faster) < base
+
+
+conv = st.builds(
+    Kernel,
+    name=st.just("c"),
+    kind=st.just("conv"),
+    pixels=st.integers(1, 12544),
+    in_width=st.integers(1, 2048),
+    width=st.integers(1, 2048),
+    taps=st.sampled_from([1, 9]),
+    in_pixels=st.integers(1, 12544),
+    skip=st.booleans(),
+)
+
+
+@given(device=st.sampled_from(JETSONS), kernel=conv, data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_widths(device, kernel, data):
+    precision = data.draw(st.sampled_from(device.precisions))
+    price = rates(device, precision)
+
+    def ms(k):
+        return sum(t.ms for t in kernel_times([k], price, batch=1))
+
+    aligned = dataclasses.replace(
+        kernel, in_width=padded(kernel.in_width, price.align), width=padded(kernel.width, price.align)
+    )
+    assert ms(kernel) >= ms(aligned)
+    assert ms(dataclasses.replace(aligned, width=aligned.width + price.align)) > ms(aligned)
+    assert ms(dataclasses.replace(aligned, in_width=aligned.in_width + price.align)) > ms(aligned)
+    if precision == "fp16" and kernel.in_width % price.align:
+        assert ms(kernel) >= ms(aligned) + price.overhead_ms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_unaligned_block_costs_at_least_the_padded_one(precision):
+    dense = spec("resnet18")
+    block = dense.block("layer3.1")
+
+    def with_width(n):
+        return walk(dense.replace_blocks({block.name: block.model_copy(update={"widths": (n, block.widths[1])})}))
+
+    at = {n: total(layers=with_width(n), precision=precision) for n in (191, 192, 224, 256)}
+    assert at[192] <= at[191]
+    assert at[192] < at[224] < at[256]
+    if precision == "fp16":
+        assert at[191] > at[192] + rates(ORIN, "fp16").overhead_ms * 0.99
+
+
+def test_the_cost_function_is_the_prediction_and_a_sum_over_segments():
+    cost = cost_function(ORIN, precision="int8", batch=4)
+    assert cost(RESNET50) == pytest.approx(total(batch=4), rel=1e-9)
+    segments, current = [], []
+    for layer in RESNET50:
+        if layer.op in ("input", "conv", "max_pool", "global_pool", "linear") and current:
+            segments.append(current)
+            current = []
+        current.append(layer)
+    segments.append(current)
+    parts = sum(cost([x for x in s if not (x.op == "add" and s[0].name.endswith("downsample.0"))]) for s in segments)
+    assert parts == pytest.approx(cost(RESNET50), rel=0.25)
+
+
+def test_a_call_of_the_cost_function_takes_less_than_a_millisecond():
+    cost = cost_function(ORIN, precision="int8")
+    best = min(_timed(cost) for _ in range(30))
+    assert best < 1e-3
+
+
+def _timed(cost):
+    start = time.perf_counter()
+    cost(RESNET50)
+    return time.perf_counter() - start
+
+
+def test_power_modes_change_multiprocessors_as_well_as_clocks():
+    fast, slow = total(), total(power_mode="30w")
+    by_clock_alone = total(overrides=Overrides(gpu_mhz=612))
+    assert fast < by_clock_alone < slow
+    assert predict(RESNET50, ORIN, precision="int8", power_mode="30W").sm_count == 8
+
+
+@pytest.mark.parametrize("device", JETSONS, ids=lambda d: d.name)
+def test_every_board_predicts_in_every_precision_it_has(device):
+    for precision in device.precisions:
+        found = predict(walk(spec("resnet20")), device, precision=precision)
+        assert 0 < found.low_ms < found.p50_ms < found.high_ms
+        assert found.metric().provenance == "predicted"
+        assert sum(k.ms for k in found.kernels) == pytest.approx(found.p50_ms)
+
+
+def test_a_stand_in_architecture_has_a_wider_band():
+    thor = predict(RESNET50, load_device("jetson-thor-t5000"), precision="int8")
+    orin = predict(RESNET50, ORIN, precision="int8")
+    assert thor.high_ms / thor.p50_ms > 1.3 * orin.high_ms / orin.p50_ms
+
+
+def test_what_cannot_be_predicted_is_refused():
+    with pytest.raises(TargetError, match="no latency is predicted"):
+        predict(RESNET50, load_device("cpu"), precision="int8")
+    with pytest.raises(TargetError, match="does not compute in int8"):
+        predict(RESNET50, load_device("jetson-nano"), precision="int8")
+    with pytest.raises(TargetError, match="no power mode"):
+        total(power_mode="999W")
+    with pytest.raises(BadInput):
+        total(batch=0)
+    with pytest.raises(BadInput):
+        Overrides(gpu_mhz=-1.0)
