@@ -53,11 +53,7 @@ def compare(
     from rescompress.report import tables
 
     output = output_of(ctx)
-    if history:
-        found = [run for folder in runs for run in past.find_runs(folder)]
-        loaded = sorted(past.load_runs(list(dict.fromkeys(found))), key=lambda run: (run[1].created, run[0]))
-    else:
-        loaded = past.load_runs(runs)
+    loaded = past.history(runs) if history else past.load_runs(runs)
     if stages or (len(loaded) == 1 and not history):
         rows = [row for name, manifest in loaded for row in tables.rows_of(manifest, name)]
     else:

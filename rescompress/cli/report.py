@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,12 @@ def report(
         Path | None,
         typer.Option("--model-card", metavar="FILE", help="Also write a model card, such as README.md.", show_default=False),
     ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track", metavar="KIND:ADDRESS", help="Record the runs: mlflow:URI, tensorboard:FOLDER.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
 
@@ -34,17 +40,24 @@ def report(
     from rescompress.report.html import page
 
     output = output_of(ctx)
-    if history:
-        found = [run for folder in runs for run in past.find_runs(folder)]
-        loaded = sorted(past.load_runs(list(dict.fromkeys(found))), key=lambda run: (run[1].created, run[0]))
-    else:
-        loaded = past.load_runs(runs)
+    if track is not None:
+        from rescompress.track import check
+
+        check(track)
+    loaded = past.history(runs) if history else past.load_runs(runs)
     text = page(loaded, history=history)
     write_text(out, text)
-    document = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}
+    document: dict[str, Any] = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}
     if model_card is not None:
         from rescompress.report.card import model_card as card
 
         write_text(model_card, card(*loaded[-1]))
         document["model_card"] = str(model_card)
+    if track is not None:
+        from rescompress.track import log
+
+        folders = past.find_all(runs) if history else [path if path.is_dir() else path.parent for path in runs]
+        document["tracked"] = [log(track, folder) for folder in folders]
+        for text in document["tracked"]:
+            output.hint(f"recorded: {text}")
     output.result(document, *[str(document[k]) for k in ("report", "model_card") if k in document])

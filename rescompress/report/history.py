@@ -57,13 +57,22 @@ def load_runs(paths: Sequence[Path]) -> list[tuple[str, Manifest]]:
     return runs
 
 
-def history(folder: Path) -> list[tuple[str, Manifest]]:
-    """Return name and manifest of every run below `folder`, oldest first.
+def find_all(folders: Sequence[Path]) -> list[Path]:
+    """Return the folders of all runs at or below several folders, each once.
 
     Raises:
-        BadInput: There is none, or a manifest is damaged.
+        BadInput: One of them holds no run.
     """
-    return sorted(load_runs(find_runs(folder)), key=lambda run: (run[1].created, run[0]))
+    return list(dict.fromkeys(run for folder in folders for run in find_runs(folder)))
+
+
+def history(folders: Sequence[Path]) -> list[tuple[str, Manifest]]:
+    """Return name and manifest of every run at or below the folders, oldest first.
+
+    Raises:
+        BadInput: A folder holds no run, or a manifest is damaged.
+    """
+    return sorted(load_runs(find_all(folders)), key=lambda run: (run[1].created, run[0]))
 
 
 @dataclass(frozen=True)
