@@ -206,6 +206,33 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What of a network decides how its data is read; equal for a network and its pruned versions.
+
+    Attributes:
+        shape: Channels, height, width.
+        outputs: Of the classifier; 0 without one.
+        preprocessing: How pixels become inputs.
+        labels: Name of each output, where the checkpoint has them.
+    """
+
+    shape: tuple[int, int, int]
+    outputs: int
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Inputs:
+        """Return what `spec` says."""
+        return cls(spec.input_shape, spec.head.num_classes if spec.head else 0, spec.preprocessing, spec.labels)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; a single output tells two apart."""
+        return 2 if self.outputs == 1 else self.outputs
+
+
 def normalise(x_NCHW: Tensor, p: Preprocessing) -> Tensor:
     """Return uint8 pixels as the network's float32 input: ``(x * scale - mean) / std`` in the spec's channel order."""
     x = x_NCHW.to(torch.float32)
@@ -263,7 +290,7 @@ class _Samples:
 
 def load_dataset(
     source: str,
-    spec: ModelSpec,
+    spec: ModelSpec | Inputs,
     *,
     seed: int = 0,
     labels: Mapping[str, str] | None = None,
@@ -279,8 +306,9 @@ def load_dataset(
     Raises:
         DataError: Nothing is there, it holds no images, or its classes do not fit the checkpoint.
     """
+    inputs = Inputs.of(spec) if isinstance(spec, ModelSpec) else spec
     if source == DIGITS:
-        return _digits(spec, seed)
+        return _digits(inputs)
     if source.startswith("builtin:"):
         raise DataError(f"unknown built-in data '{source}'", where="--data", remedy=nearest(source, [DIGITS]))
     path = Path(source)
@@ -289,13 +317,13 @@ def load_dataset(
     if path.is_file():
         if path.suffix != ".npz":
             raise DataError("is no data set", where=source, remedy=f"data is {_FORMS}")
-        return _npz(path, spec, seed)
+        return _npz(path, inputs, seed)
     val_dir = next((path / n for n in ("val", "valid", "validation", "test") if (path / n).is_dir()), None)
     if (path / "train").is_dir() and val_dir is not None:
-        train = _split(_scan(path / "train"), spec, labels)
-        return Dataset(train, _split(_scan(val_dir), spec, labels))
+        train = _split(_scan(path / "train"), inputs, labels)
+        return Dataset(train, _split(_scan(val_dir), inputs, labels))
     one = next((p for p in (path / "train", val_dir) if p is not None and p.is_dir()), path)
-    return _halves(_split(_scan(one), spec, labels), seed, source)
+    return _halves(_split(_scan(one), inputs, labels), seed, source)
 
 
 def _halves(whole: Split, seed: int, source: str) -> Dataset:
@@ -336,40 +364,39 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
     return [(root / name, label) for name, label in pairs]
 
 
-def _split(found: _Samples, spec: ModelSpec, labels: Mapping[str, str] | None) -> Split:
-    index, classes = match_classes(sorted(set(found.names)), spec, labels, str(found.root))
+def _split(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) -> Split:
+    index, classes = match_classes(sorted(set(found.names)), inputs, labels, str(found.root))
     keep = [i for i, name in enumerate(found.names) if name in index]
     paths = tuple(found.paths[i] for i in keep)
     y_N = np.array([index[found.names[i]] for i in keep], dtype=np.int64)
     identity = samples_digest(
         [f"{p.relative_to(found.root).as_posix()}={y}:{p.stat().st_size}" for p, y in zip(paths, y_N, strict=True)]
     )
-    channels, height, width = spec.input_shape
-    files = FileStore(paths, spec.input_shape, spec.preprocessing)
+    channels, height, width = inputs.shape
+    files = FileStore(paths, inputs.shape, inputs.preprocessing)
     small = len(paths) * channels * height * width <= MEMORY_BUDGET_BYTES
     store: Store = CachedStore(files) if small else files
-    return Split(store, y_N, classes, spec.preprocessing, identity)
+    return Split(store, y_N, classes, inputs.preprocessing, identity)
 
 
 def match_classes(
-    folders: Sequence[str], spec: ModelSpec, labels: Mapping[str, str] | None, where: str
+    folders: Sequence[str], inputs: Inputs, labels: Mapping[str, str] | None, where: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the output number of each class folder, and the name of each output.
 
     Args:
         folders: Names of the class folders, sorted.
-        spec: The network; its labels are matched by name, without them folders count in sorted order.
+        inputs: The network's; its labels are matched by name, without them folders count in sorted order.
         labels: Label for each folder; folders it does not name are left out.
         where: For the error.
 
     Raises:
         DataError: Folders do not fit the outputs.
     """
-    outputs = spec.head.num_classes if spec.head else 0
-    if not outputs:
+    if not inputs.outputs:
         raise DataError("the checkpoint has no classifier head, so labels mean nothing to it", where=where)
-    wanted = 2 if outputs == 1 else outputs
-    known = spec.labels
+    wanted = inputs.classes
+    known = inputs.labels
     if labels is not None:
         names = known or tuple(str(i) for i in range(wanted))
         unknown = [v for v in labels.values() if v not in names]
@@ -397,7 +424,7 @@ def match_classes(
     return {f: i for i, f in enumerate(folders)}, tuple(folders)
 
 
-def _npz(path: Path, spec: ModelSpec, seed: int) -> Dataset:
+def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {
@@ -410,18 +437,18 @@ def _npz(path: Path, spec: ModelSpec, seed: int) -> Dataset:
     classes = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else None
     if {"x_train", "y_train", "x_val", "y_val"} <= arrays.keys():
         return Dataset(
-            _array_split(arrays["x_train"], arrays["y_train"], classes, spec, str(path)),
-            _array_split(arrays["x_val"], arrays["y_val"], classes, spec, str(path)),
+            _array_split(arrays["x_train"], arrays["y_train"], classes, inputs, str(path)),
+            _array_split(arrays["x_val"], arrays["y_val"], classes, inputs, str(path)),
         )
     if not {"x", "y"} <= arrays.keys():
         raise DataError("has no arrays x and y", where=str(path), remedy="write it with numpy.savez(x=..., y=...)")
-    return _halves(_array_split(arrays["x"], arrays["y"], classes, spec, str(path)), seed, str(path))
+    return _halves(_array_split(arrays["x"], arrays["y"], classes, inputs, str(path)), seed, str(path))
 
 
 def _array_split(
-    x: NDArray[np.generic], y: NDArray[np.generic], classes: tuple[str, ...] | None, spec: ModelSpec, where: str
+    x: NDArray[np.generic], y: NDArray[np.generic], classes: tuple[str, ...] | None, inputs: Inputs, where: str
 ) -> Split:
-    channels = spec.input_shape[0]
+    channels = inputs.shape[0]
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.dtype != np.uint8 or x.shape[3] not in (1, 3):
@@ -430,30 +457,29 @@ def _array_split(
         raise DataError("holds no images", where=where, remedy="x is uint8 of shape (N, H, W, C)")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
-    outputs = spec.head.num_classes if spec.head else 0
-    wanted = 2 if outputs == 1 else outputs
+    wanted = inputs.classes
     if y.min() < 0 or int(y.max()) >= wanted:
         raise DataError(f"labels run from {y.min()} to {y.max()}, the network has {wanted} classes", where=where)
     mode = "RGB" if channels == 3 else "L"
     images = (Image.fromarray(im.squeeze(2) if im.shape[2] == 1 else im).convert(mode) for im in x)
-    pixels = np.stack([fit(image, spec.input_shape, spec.preprocessing) for image in images])
+    pixels = np.stack([fit(image, inputs.shape, inputs.preprocessing) for image in images])
     y_N = y.astype(np.int64)
     identity = samples_digest([hashlib.sha256(pixels.tobytes()).hexdigest(), hashlib.sha256(y_N.tobytes()).hexdigest()])
-    names = classes or spec.labels or tuple(str(i) for i in range(wanted))
-    return Split(MemoryStore(pixels), y_N, names, spec.preprocessing, identity)
+    names = classes or inputs.labels or tuple(str(i) for i in range(wanted))
+    return Split(MemoryStore(pixels), y_N, names, inputs.preprocessing, identity)
 
 
-def _digits(spec: ModelSpec, seed: int) -> Dataset:
+def _digits(inputs: Inputs) -> Dataset:
     """Return scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels), 80 % to train and 20 % to evaluate."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    if (spec.head.num_classes if spec.head else 0) != 10:
+    if inputs.outputs != 10:
         raise DataError(
             "are ten digits, the network has another number of classes", where=DIGITS, remedy="give your own --data"
         )
     grey = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
-    whole = _array_split(grey, np.asarray(bunch.target), tuple(str(i) for i in range(10)), spec, DIGITS)
+    whole = _array_split(grey, np.asarray(bunch.target), tuple(str(i) for i in range(10)), inputs, DIGITS)
     whole = dataclasses.replace(whole, flips=False)
     train, val = whole.part(0.2, 0)
     return Dataset(train, val)

@@ -99,7 +99,7 @@ class QuantizeConfig(Frozen):
     epochs: float = Field(1.0, gt=0.0)
     profile: Literal["auto", "tensorrt", "openvino"] = "auto"
     calib: int = Field(512, ge=2)
-    calibration: Literal["auto", "max", "percentile", "mse"] = "percentile"
+    calibration: Literal["nncf", "mean-max", "max", "percentile", "mse"] = "nncf"
     keep_float: tuple[str, ...] = ()
     lr: float = Field(0.002, gt=0.0)
     batch_size: int = Field(128, ge=2)

@@ -83,6 +83,10 @@ class Manifest(Frozen):
             stages.append(result)
         return self.model_copy(update={"stages": tuple(stages)})
 
+    def without(self, name: str) -> Manifest:
+        """Return a manifest that has no stage called `name`."""
+        return self.model_copy(update={"stages": tuple(s for s in self.stages if s.stage != name)})
+
     def save(self, folder: Path) -> Path:
         """Write ``manifest.json`` into `folder`, atomically, and return its path."""
         path = folder / MANIFEST_NAME

@@ -1,0 +1,274 @@
+"""``prune``, ``finetune`` and ``quantize``: one stage each, in the workspace."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rescompress.cli import options as opt
+from rescompress.cli import workspace
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+class Scope(StrEnum):
+    """Which channels may go."""
+
+    inner = "inner"
+    all = "all"
+
+
+class Mode(StrEnum):
+    """How INT8 is reached."""
+
+    ptq = "ptq"
+    qat = "qat"
+
+
+class Profile(StrEnum):
+    """Whose placement of quantizers."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    openvino = "openvino"
+
+
+class Calibration(StrEnum):
+    """How activation ranges are estimated."""
+
+    nncf = "nncf"
+    mean_max = "mean-max"
+    max = "max"
+    percentile = "percentile"
+    mse = "mse"
+
+
+Fraction = Annotated[float | None, typer.Option(show_default=False)]
+
+
+@app.command()
+def prune(
+    ctx: typer.Context,
+    checkpoint: opt.Checkpoint,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="Fraction of every group's channels to remove.", show_default=False)
+    ] = None,
+    macs: Annotated[float | None, typer.Option("--macs", help="Fraction of the MACs that stays.", show_default=False)] = None,
+    params: Annotated[
+        float | None, typer.Option("--params", help="Fraction of the parameters that stays.", show_default=False)
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option("--latency", help="Fraction of the predicted latency on --target that stays.", show_default=False),
+    ] = None,
+    target: opt.Target = None,
+    data: opt.Data = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="See `rescompress methods`.", show_default="reconstruct; magnitude without data"),
+    ] = None,
+    scope: Annotated[Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")] = Scope.inner,
+    align: Annotated[str, typer.Option("--align", help="Widths are multiples of this; auto asks the target.")] = "auto",
+    calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
+    drop_blocks: Annotated[
+        bool | None, typer.Option("--drop-blocks/--keep-blocks", help="Whether whole blocks may go.", show_default="by budget")
+    ] = None,
+    finetune_epochs: Annotated[
+        float | None, typer.Option("--finetune-epochs", help="Fine-tune afterwards, distilled.", show_default=False)
+    ] = None,
+    plan_in: Annotated[Path | None, typer.Option("--plan-in", help="Follow this plan.", show_default=False)] = None,
+    plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
+    output: opt.OutFile = None,
+    labels: opt.Labels = None,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
+    allow_pickle: opt.AllowPickle = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Remove channels and let the rest make up for them.
+
+    Example: rescompress prune --ratio 0.3 resnet50.pt
+    Example: rescompress prune resnet32.th --macs 0.5 --data photos/ --target jetson -o half.safetensors
+    """
+    from rescompress.config import FinetuneConfig, PruneConfig
+    from rescompress.core.errors import BadInput
+    from rescompress.plan import Builder
+
+    out = output_of(ctx)
+    if method is None:
+        method = "reconstruct" if data is not None else "magnitude"
+        if data is None:
+            out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
+    if latency is not None and target is None:
+        raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
+    if finetune_epochs is not None and data is None:
+        raise BadInput("fine-tuning needs images", where="--finetune-epochs", remedy="give --data")
+    config = _config(
+        PruneConfig,
+        method=method, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
+        align=int(align) if align.isdigit() else align, drop_blocks=drop_blocks,
+        plan=str(plan_in) if plan_in else None,
+    )  # fmt: skip
+    opening = workspace.opening(
+        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
+    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    builder = Builder(opening, settings)
+    stages = [builder.dense(), builder.prune(config, [target] if target else [], "dense")]
+    last = "prune"
+    if finetune_epochs is not None:
+        stages.append(builder.finetune(_config(FinetuneConfig, epochs=finetune_epochs), "prune", "dense"))
+        last = "finetune"
+    report, prints = workspace.run_here(stages, out)
+    if not prints:
+        return
+    before, result = workspace.final(report.manifest, "dense"), workspace.final(report.manifest, "prune")
+    path = workspace.deliver(workspace.file_of(workspace.final(report.manifest, last), "checkpoint"), output)
+    if plan_out is not None:
+        workspace.deliver(workspace.file_of(result, "plan"), plan_out)
+    document = {
+        "output": str(path),
+        "macs_before": int(before.metrics["macs"].value),
+        "macs_after": int(result.metrics["macs"].value),
+        "params_before": int(before.metrics["params"].value),
+        "params_after": int(result.metrics["params"].value),
+        "method": config.method,
+        "widths": result.details["widths_after"],
+        "widths_before": result.details["widths_before"],
+        "dropped_blocks": result.details["dropped_blocks"],
+        "seconds": result.details["seconds"],
+        "achieved_ratio": result.details["achieved_ratio"],
+        "notes": result.details["notes"],
+        "plan": str(workspace.file_of(result, "plan")),
+    }
+    document |= _tops(before, workspace.final(report.manifest, last))
+    achieved = f"removed {100 * document['achieved_ratio']:.1f} % of the prunable channels; {path}"
+    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", last]), achieved)
+
+
+@app.command()
+def finetune(
+    ctx: typer.Context,
+    checkpoint: opt.Checkpoint,
+    data: opt.NeededData,
+    epochs: Annotated[float, typer.Option("--epochs", "-e", min=0.001, help="Passes over the training images.")] = 2.0,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="Checkpoint to distil from, such as the dense one.", show_default=False)
+    ] = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 0.02,
+    train_batch: Annotated[int, typer.Option("--train-batch", min=2, help="Images per training step.")] = 128,
+    output: opt.OutFile = None,
+    labels: opt.Labels = None,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    allow_pickle: opt.AllowPickle = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Train a pruned network back; interrupted, it goes on where it was.
+
+    Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
+    Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
+    """
+    from rescompress.config import FinetuneConfig
+    from rescompress.plan import Builder
+
+    out = output_of(ctx)
+    config = _config(FinetuneConfig, epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None)
+    opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    stage = Builder(opening, settings).finetune(config, opening, workspace.opening(teacher) if teacher else None)
+    report, prints = workspace.run_here([stage], out)
+    if not prints:
+        return
+    result = workspace.final(report.manifest, "finetune")
+    path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
+    document = {"output": str(path), "top1": result.metrics["top1"].value, "n": result.metrics["top1"].n}
+    document |= {"epochs": result.details["epochs"]}
+    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", "finetune"]), str(path))
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    checkpoint: opt.Checkpoint,
+    data: opt.NeededData,
+    mode: Annotated[Mode, typer.Option("--mode", help="ptq: calibrate; qat: calibrate, then train.")] = Mode.ptq,
+    epochs: Annotated[float, typer.Option("--epochs", "-e", min=0.001, help="Passes over the training images, for qat.")] = 1.0,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="Float checkpoint to distil from.", show_default="the network itself")
+    ] = None,
+    target: opt.Target = None,
+    profile: Annotated[Profile, typer.Option("--profile", help="Whose placement of quantizers.")] = Profile.auto,
+    calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
+    calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = Calibration.nncf,
+    keep_float: Annotated[
+        str | None, typer.Option("--keep-float", help="Layers to leave in float, by name, with commas.", show_default=False)
+    ] = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of qat.")] = 0.002,
+    output: opt.OutFile = None,
+    labels: opt.Labels = None,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    allow_pickle: opt.AllowPickle = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Quantize to INT8, so that what was calibrated or trained is what runs.
+
+    Example: rescompress quantize half.safetensors --data photos/ --mode qat --epochs 1 --teacher resnet32.th
+    """
+    from rescompress.config import QuantizeConfig
+    from rescompress.plan import Builder, profile_for
+
+    out = output_of(ctx)
+    config = _config(
+        QuantizeConfig,
+        mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
+        keep_float=tuple(n.strip() for n in (keep_float or "").split(",") if n.strip()),
+        teacher=str(teacher) if teacher else None,
+    )  # fmt: skip
+    opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    builder = Builder(opening, settings)
+    placed = profile_for(config, [target] if target else [])
+    stage = builder.quantize(config, placed, opening, workspace.opening(teacher) if teacher else opening)
+    report, prints = workspace.run_here([stage], out)
+    if not prints:
+        return
+    result = workspace.final(report.manifest, "quantize")
+    path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
+    document: dict[str, Any] = {"output": str(path), "mode": mode.value, "profile": placed}
+    document |= {"top1_before": result.details.get("float_top1"), "top1_after": result.metrics["top1"].value}
+    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", "finetune", "quantize"]), str(path))
+
+
+def _tops(before: Any, after: Any) -> dict[str, float]:
+    tops = {"top1_before": before.metrics.get("top1"), "top1_after": after.metrics.get("top1")}
+    return {k: v.value for k, v in tops.items() if v is not None}
+
+
+def _config(kind: Any, **values: Any) -> Any:
+    """Return a validated config of that kind; options that are wrong get the error of an option."""
+    from pydantic import ValidationError
+
+    from rescompress.core.errors import BadInput
+
+    try:
+        return kind(**values)
+    except ValidationError as e:
+        error = e.errors()[0]
+        place = "--" + "-".join(str(p) for p in error["loc"]).replace("_", "-") if error["loc"] else "options"
+        raise BadInput(str(error["msg"]).removeprefix("Value error, "), where=place, remedy="see --help") from e

@@ -1,0 +1,208 @@
+"""``export`` and ``evaluate``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rescompress.cli import options as opt
+from rescompress.cli import workspace
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+class Precision(StrEnum):
+    """What the exported file computes in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class Runtime(StrEnum):
+    """What runs the model."""
+
+    auto = "auto"
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    tensorrt = "tensorrt"
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
+    ] = None,
+    target: opt.Target = None,
+    precision: Annotated[Precision, typer.Option("--precision", help="auto: what suits both.")] = Precision.auto,
+    batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
+    data: opt.Data = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.", show_default=False)] = None,
+    require_engine: Annotated[
+        bool, typer.Option("--require-engine", help="Fail (exit 4) where no engine can be built.", show_default=False)
+    ] = False,
+    labels: opt.Labels = None,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
+    allow_pickle: opt.AllowPickle = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Write ONNX for a target, check it, and build and measure, or predict, what it becomes there.
+
+    Example: rescompress export --target jetson
+    Example: rescompress export int8.safetensors --target cpu --data photos/ -o deploy/
+    """
+    from rescompress.plan import Builder
+
+    out = output_of(ctx)
+    path = checkpoint or newest_checkpoint(workspace.WORKSPACE)
+    if checkpoint is None:
+        out.hint(f"exporting {path}")
+    if target is None:
+        target = "cpu"
+        out.hint("no --target: exporting for cpu (OpenVINO)")
+    opening = workspace.opening(
+        path, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
+    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    options = {"batch": parse_batch(batch), "opset": opset, "precision": precision.value}
+    stage = Builder(opening, settings).target(target, opening, options, require_engine=require_engine)
+    report, _ = workspace.run_here([stage], out)
+    result = workspace.final(report.manifest, stage.name)
+    folder = workspace.file_of(result, "onnx").parent
+    if output is not None:
+        for artifact in result.outputs:
+            source = workspace.WORKSPACE / artifact.path
+            if source.is_relative_to(folder):
+                workspace.deliver(source, output / source.relative_to(folder))
+        folder = output
+    details = result.details
+    latency = result.metrics.get("p50_ms")
+    document = {
+        "target": details["target"],
+        "onnx": str(folder / "model.onnx"),
+        "engine": str(folder / Path(details["engine"]).name) if details.get("engine") else None,
+        "engine_status": details["engine_status"],
+        "precision": details["precision"],
+        "opset": details["opset"],
+        "size_bytes": int(result.metrics["size_bytes"].value),
+        "macs": int(result.metrics["macs"].value),
+        "parity": details["parity"],
+        "lint": details.get("lint", []),
+        "latency": _latency(latency),
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+        "notes": details["notes"],
+    }
+    if "top1" in result.metrics:
+        document["top1"] = result.metrics["top1"].value
+    out.result(
+        document,
+        workspace.trade_off(report.manifest, ["dense", "prune", "finetune", "quantize", stage.name]),
+        *_words(document),
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint that was written last in a workspace.
+
+    Raises:
+        BadInput: There is no workspace, or no checkpoint in it.
+    """
+    from rescompress.core.errors import BadInput
+    from rescompress.core.manifest import MANIFEST_NAME, load_manifest
+
+    remedy = "name a checkpoint, or run `rescompress prune CKPT` here first"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BadInput("no checkpoint given, and no workspace here", where=str(folder), remedy=remedy)
+    stages = [s for s in load_manifest(folder).stages if s.output("checkpoint") is not None and s.status == "done"]
+    if not stages:
+        raise BadInput("the workspace holds no checkpoint", where=str(folder), remedy=remedy)
+    return workspace.file_of(max(enumerate(stages), key=lambda item: (item[1].finished, item[0]))[1], "checkpoint", folder)
+
+
+def parse_batch(text: str) -> int | str:
+    """Return the batch size that text stands for.
+
+    Raises:
+        BadInput: It is neither a number nor ``dynamic``.
+    """
+    from rescompress.core.errors import BadInput
+
+    if text == "dynamic":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise BadInput(f"'{text}' is no batch size", where="--batch", remedy="give a number from 1, or dynamic")
+    return int(text)
+
+
+def _latency(metric: Any) -> dict[str, Any] | None:
+    if metric is None:
+        return None
+    keys = ("device", "runtime", "precision", "threads", "batch", "low", "high", "model", "power_mode", "n")
+    return {"p50_ms": metric.value, "provenance": metric.provenance} | {k: getattr(metric, k) for k in keys}
+
+
+def _words(document: dict[str, Any]) -> list[str]:
+    parity = document["parity"]
+    lines = [
+        f"{document['onnx']}: {document['size_bytes'] / 1e6:.2f} MB, {document['precision']}, opset {document['opset']}",
+        f"parity with torch on {parity['images']}: top-1 agreement {100 * parity['top1_agreement']:.2f} %, "
+        f"largest difference {parity['max_abs']:.2g}",
+        f"engine: {document['engine_status']}",
+    ]
+    lines += [f"lint: {f['severity']}: {f['rule']}: {f['message']}" for f in document["lint"]]
+    return lines
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or .onnx file.", show_default=False)],
+    data: opt.NeededData,
+    split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    runtime: Annotated[Runtime, typer.Option("--runtime", help="auto: torch, or onnxruntime for .onnx.")] = Runtime.auto,
+    labels: opt.Labels = None,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    allow_pickle: opt.AllowPickle = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+) -> None:
+    """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file.
+
+    Example: rescompress evaluate rescompress-out/cpu/model.onnx --data photos/
+    """
+    from rescompress.cli.progress import reporting
+    from rescompress.evaluation import evaluate_file
+
+    out = output_of(ctx)
+    opening = workspace.opening(model, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    with reporting(out) as reporter:
+        found = evaluate_file(opening, settings, split=split, runtime=runtime.value, reporter=reporter)
+    top1 = found.metrics["top1"]
+    document = {k: m.value for k, m in found.metrics.items()} | {
+        "n": top1.n,
+        "runtime": top1.runtime,
+        "std_error": top1.std_error,
+        "split": split,
+    }
+    assert top1.std_error is not None
+    words = f"top-1 {100 * top1.value:.2f} ± {100 * top1.std_error:.2f} %  (n = {top1.n}, {top1.runtime})"
+    if "top5" in found.metrics:
+        words += f"   top-5 {100 * found.metrics['top5'].value:.2f} %"
+    out.result(document, words)

@@ -1,0 +1,98 @@
+"""``run`` and ``init``: the whole pipeline from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rescompress.cli import options as opt
+from rescompress.cli import workspace
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the run.", show_default="rescompress-out/<config>"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.", show_default=False),
+    ] = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    batch_size: opt.BatchSize = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="the config's")] = None,
+) -> None:
+    """Take a checkpoint through every stage of a config; run it again to go on where it stopped.
+
+    Example: rescompress run examples/quickstart.yaml --set prune.macs=0.3
+    """
+    from rescompress.cli.progress import reporting
+    from rescompress.config import load_config
+    from rescompress.pipeline import run_stages
+    from rescompress.plan import Settings, run_plan
+    from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
+
+    out = output_of(ctx)
+    loaded = load_config(config, tuple(overrides or ()))
+    if seed is not None:
+        loaded = loaded.model_copy(update={"seed": seed})
+    folder = output or workspace.WORKSPACE / config.stem
+    settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size)
+    stages = run_plan(loaded, settings)
+    together = workspace.peers()
+    if together is not None and not together.is_main:
+        out.verbosity = -1
+    with reporting(out) as reporter:
+        report = run_stages(stages, folder, loaded.model_dump(mode="json"), reporter=reporter, peers=together)
+    if together is not None and not together.is_main:
+        return
+    rows = rows_of(report.manifest)
+    if report.ran:
+        from rescompress.core.artifact import write_text
+
+        write_text(folder / "table.md", to_markdown(rows))
+    else:
+        out.hint(f"nothing to do: all {len(report.reused)} stages are up to date")
+    document = {
+        "folder": str(folder),
+        "manifest": str(folder / "manifest.json"),
+        "ran": list(report.ran),
+        "reused": list(report.reused),
+        "stages": [s.model_dump(mode="json") for s in report.manifest.stages],
+        "rows": to_document(rows),
+    }
+    out.result(document, to_rich(rows, title=str(folder)))
+
+
+@app.command()
+def init(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default=False)] = None,
+    target: opt.Target = None,
+    data: opt.Data = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Config to write.")] = Path("rescompress.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.", show_default=False)] = False,
+) -> None:
+    """Write a commented config for a checkpoint.
+
+    Example: rescompress init resnet50.pt --data photos/ --target jetson
+    """
+    from rescompress.core.artifact import write_text
+    from rescompress.core.errors import BadInput
+    from rescompress.starter import starter_config
+
+    out = output_of(ctx)
+    if output.exists() and not force:
+        raise BadInput("is there already", where=str(output), remedy="choose another -o, or --force")
+    text = starter_config(checkpoint, data, target, output.parent)
+    write_text(output, text)
+    out.result({"output": str(output), "config": text}, f"{output} is written; next: rescompress run {output}")

@@ -1,0 +1,142 @@
+"""What the commands for one stage share: the workspace, running stages with progress, and copying a result out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rescompress.cli.output import Output
+
+if TYPE_CHECKING:
+    from rescompress.core.manifest import Manifest, StageResult
+    from rescompress.pipeline import Peers, RunReport
+    from rescompress.plan import Opening, Settings
+    from rescompress.stage import Stage
+
+WORKSPACE = Path("rescompress-out")
+
+
+def settings(
+    data: str | None,
+    *,
+    labels: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    batch_size: int | None = None,
+) -> Settings:
+    """Return the settings that options stand for.
+
+    Raises:
+        BadInput: The labels cannot be read, or there is no such device.
+    """
+    from rescompress.core.errors import BadInput
+    from rescompress.plan import Settings
+
+    if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
+        raise BadInput(f"unknown device '{device}'", where="--device", remedy="use auto, cpu, cuda, cuda:1 or mps")
+    if data is not None and not data.startswith("builtin:"):
+        data = str(Path(data).expanduser().resolve())
+    return Settings(data, parse_labels(labels), seed, device, threads, batch_size)
+
+
+def parse_labels(text: str | None) -> dict[str, str] | None:
+    """Return folder -> label from ``folder=label,...`` or from a JSON or YAML file that holds the mapping.
+
+    Raises:
+        BadInput: It is neither.
+    """
+    from rescompress.core.errors import BadInput
+
+    if text is None:
+        return None
+    path = Path(text)
+    if path.is_file():
+        import yaml
+
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return {str(k): str(v) for k, v in dict(document).items()}
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+            raise BadInput(f"holds no mapping: {e}", where=text, remedy="write lines of the form 'folder: label'") from e
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise BadInput(f"'{text}' is no mapping", where="--labels", remedy="write folder=label,folder=label or name a file")
+    return {k.strip(): v.strip() for k, v in pairs}
+
+
+def opening(
+    path: Path,
+    *,
+    input_shape: str | None = None,
+    preprocess: str | None = None,
+    arch_options: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Opening:
+    """Return the checkpoint file and what the user states about it."""
+    from rescompress.core.errors import BadInput
+    from rescompress.plan import Opening, parse_shape
+
+    wrong = next((o for o in arch_options if "=" not in o), None)
+    if wrong is not None:
+        raise BadInput(f"'{wrong}' is no assignment", where="--arch-option", remedy="write it like stride_at=1")
+    shape = parse_shape(input_shape) if input_shape else None
+    return Opening(path, shape, preprocess, tuple(arch_options), allow_pickle)
+
+
+def peers() -> Peers | None:
+    """Return the processes that ``torchrun`` or ``accelerate launch`` started together with this one, if any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from compress.processes import TorchPeers
+
+    return TorchPeers()
+
+
+def run_here(stages: Sequence[Stage], output: Output, folder: Path = WORKSPACE) -> tuple[RunReport, bool]:
+    """Run stages in the workspace; return the report, and whether this process is the one that prints."""
+    from rescompress.cli.progress import reporting
+    from rescompress.pipeline import run_stages
+
+    together = peers()
+    if together is not None and not together.is_main:
+        output.verbosity = -1
+    with reporting(output) as reporter:
+        report = run_stages(stages, folder, {}, reporter=reporter, peers=together, keep_others=True)
+    return report, together is None or together.is_main
+
+
+def final(manifest: Manifest, stage: str) -> StageResult:
+    """Return the stage's result."""
+    result = manifest.stage(stage)
+    assert result is not None, stage
+    return result
+
+
+def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
+    """Return the path of the stage's file of that kind."""
+    artifact = result.output(kind)
+    assert artifact is not None, (result.stage, kind)
+    return folder / artifact.path
+
+
+def deliver(source: Path, wanted: Path | None) -> Path:
+    """Copy a result to where the user wants it, whole or not at all; return where it is."""
+    if wanted is None:
+        return source
+    from rescompress.core.artifact import atomic_path
+
+    with atomic_path(wanted) as temporary:
+        shutil.copyfile(source, temporary)
+    return wanted
+
+
+def trade_off(manifest: Manifest, names: Sequence[str]) -> Any:
+    """Return the trade-off table of some of the stages."""
+    from rescompress.report.tables import rows_of, to_rich
+
+    chosen = manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage in names)})
+    return to_rich(rows_of(chosen))

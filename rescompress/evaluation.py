@@ -1,0 +1,93 @@
+"""Accuracy of a file: a checkpoint in torch, or an ONNX file in a runtime."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import onnx
+
+from compress.checkpoints import load_checkpoint
+from compress.data import Inputs, load_dataset
+from compress.evaluate import Evaluation, TorchRunner, evaluate
+from edge_targets.backends import PACKAGE as BACKENDS
+from rescompress.core import plugins
+from rescompress.core.errors import BadInput, ModelFileError, nearest
+from rescompress.core.runner import Runner
+from rescompress.core.spec import ModelSpec
+from rescompress.plan import Opening, Settings
+from rescompress.reporter import Reporter
+from rescompress.stages import Common, network_of
+
+EVAL_PIXELS = 4_000_000
+
+
+def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
+    """Return the accuracy of a checkpoint or an ONNX file.
+
+    Args:
+        opening: The file.
+        settings: Data and device.
+        split: ``val`` or ``train``.
+        runtime: ``auto``, ``torch`` or a file of `edge_targets.backends`.
+        reporter: Where progress goes.
+
+    Raises:
+        BadInput: The file, the data or the combination of file and runtime is wrong.
+        ToolMissing: The runtime is not installed.
+    """
+    if split not in ("train", "val"):
+        raise BadInput(f"unknown split '{split}'", where="--split", remedy=nearest(split, ["train", "val"]))
+    if settings.data is None:
+        raise BadInput("this needs images", where="--data", remedy="give --data")
+    common = Common(settings.data, settings.labels, settings.seed, settings.device, settings.threads, settings.batch_size)
+    runner, inputs = _open(opening, common, runtime)
+    data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
+    for note in data.notes:
+        reporter.note(note)
+    _, height, width = inputs.shape
+    batch = settings.batch_size or max(1, min(256, EVAL_PIXELS // (height * width)))
+    progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
+    with runner:
+        return evaluate(runner, data.train if split == "train" else data.val, batch_size=batch, progress=progress)
+
+
+def _open(opening: Opening, common: Common, runtime: str) -> tuple[Runner, Inputs]:
+    if opening.path.suffix == ".onnx":
+        if runtime == "torch":
+            raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
+        name = "onnxruntime" if runtime == "auto" else runtime
+        inputs = onnx_inputs(opening.path)
+        backend = plugins.load(BACKENDS, name, what="runtime")
+        return backend.runner(opening.path, threads=common.threads), inputs
+    if runtime not in ("auto", "torch"):
+        raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
+    checkpoint = load_checkpoint(
+        opening.path,
+        input_shape=opening.input_shape,
+        preprocess=opening.preprocess,
+        arch_options=dict(o.split("=", 1) for o in opening.arch_options),
+        allow_pickle=opening.allow_pickle,
+    )
+    return TorchRunner(network_of(checkpoint), common.torch_device()), Inputs.of(checkpoint.spec)
+
+
+def onnx_inputs(path: Path) -> Inputs:
+    """Return how data is read for an ONNX file, from the spec that rescompress stores in it.
+
+    Raises:
+        ModelFileError: It is no ONNX file, or not one of ours.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as e:
+        raise ModelFileError("no such file", where=str(path), remedy="check the path") from e
+    except Exception as e:  # protobuf raises its own kinds
+        raise ModelFileError(f"is no ONNX file: {e}", where=str(path), remedy="export it again") from e
+    stored = {p.key: p.value for p in model.metadata_props}
+    if "rescompress.spec" not in stored:
+        raise ModelFileError(
+            "does not say how its images are preprocessed", where=str(path), remedy="evaluate files that rescompress exported"
+        )
+    return Inputs.of(ModelSpec.model_validate(json.loads(stored["rescompress.spec"])))

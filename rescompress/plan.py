@@ -1,0 +1,219 @@
+"""From settings to stages: the order of a run, and the one or two stages of each command.
+
+Nothing heavy is imported here; a stage's work is looked up in `rescompress.stages` when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edge_targets.catalog import load_target
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
+from rescompress.core.errors import BadInput
+from rescompress.core.quantizers import Profile
+from rescompress.fingerprint import cpu_name, data_identity, file_identity
+from rescompress.stage import Context, Outcome, Stage
+
+if TYPE_CHECKING:
+    from edge_targets.device import Target
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A checkpoint file and what the user states about it.
+
+    Attributes:
+        path: The file.
+        input_shape: CxHxW.
+        preprocess: Name of a preprocessing.
+        arch_options: ``key=value`` each.
+        allow_pickle: Whether code in the file may run.
+    """
+
+    path: Path
+    input_shape: tuple[int, int, int] | None = None
+    preprocess: str | None = None
+    arch_options: tuple[str, ...] = ()
+    allow_pickle: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it contributes to a content key."""
+        stated = asdict(self)
+        del stated["path"]
+        return stated | {"sha256": file_identity(str(self.path))}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages of a run or command share; see `rescompress.stages.Common`."""
+
+    data: str | None = None
+    labels: Mapping[str, str] | None = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    batch_size: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it contributes to a content key: the content of the data, not its place."""
+        data = data_identity(self.data) if self.data is not None else None
+        return {"data": data, "labels": dict(self.labels or {}), "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds stages that share settings and, for the first, a checkpoint file.
+
+    Attributes:
+        opening: The checkpoint that the first stage reads.
+        settings: What all share.
+    """
+
+    opening: Opening
+    settings: Settings
+    _identity: dict[str, Any] = field(default_factory=dict)
+
+    def _common(self) -> dict[str, Any]:
+        if not self._identity:
+            self._identity.update(self.settings.identity)
+        return self._identity
+
+    def _stage(
+        self,
+        name: str,
+        function: str,
+        arguments: Mapping[str, Any],
+        depends: Mapping[str, Any],
+        sources: Mapping[str, str | Opening | None],
+        *,
+        after: Sequence[str] = (),
+        collective: bool = False,
+    ) -> Stage:
+        """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None."""
+        identities = {k: v.identity for k, v in sources.items() if isinstance(v, Opening)}
+        names = [v for v in sources.values() if isinstance(v, str)]
+        settings = self.settings
+
+        def run(context: Context) -> Outcome:
+            stages = importlib.import_module("rescompress.stages")
+            resolved = {k: _source(stages, v) for k, v in sources.items()}
+            common = stages.Common(**asdict(settings))
+            return cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
+
+        everything = {"common": self._common(), "sources": identities, **depends}
+        return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective)
+
+    def dense(self) -> Stage:
+        """Return the stage that evaluates and counts the network as it came."""
+        return self._stage("dense", "dense", {}, {}, {"source": self.opening})
+
+    def prune(self, config: PruneConfig, targets: Sequence[str], source: str | Opening) -> Stage:
+        """Return the pruning stage."""
+        plan = file_identity(config.plan) if config.plan else None
+        depends = {"config": config.model_dump(), "plan": plan, "targets": _facts(targets)}
+        return self._stage("prune", "pruned", {"config": config, "targets": tuple(targets)}, depends, {"source": source})
+
+    def finetune(self, config: FinetuneConfig, source: str | Opening, teacher: str | Opening | None) -> Stage:
+        """Return the fine-tuning stage."""
+        sources = {"source": source, "teacher": teacher}
+        depends = {"config": config.model_dump()}
+        return self._stage("finetune", "finetuned", {"config": config}, depends, sources, collective=True)
+
+    def quantize(self, config: QuantizeConfig, profile: Profile, source: str | Opening, teacher: str | Opening | None) -> Stage:
+        """Return the quantization stage."""
+        arguments = {"config": config, "profile": profile}
+        depends = {"config": config.model_dump(), "profile": profile}
+        sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
+        return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
+
+    def export(self, source: str | Opening, options: Mapping[str, Any]) -> Stage:
+        """Return the stage that writes and checks the ONNX file."""
+        return self._stage("export", "exported", {"options": dict(options)}, {"options": dict(options)}, {"source": source})
+
+    def target(self, name: str, source: str | Opening, options: Mapping[str, Any], *, require_engine: bool = False) -> Stage:
+        """Return the stage of one edge target; a measurement belongs to this machine, so its key names it."""
+        chosen = load_target(name)
+        arguments = {"name": name, "options": target_options(chosen, options), "require_engine": require_engine}
+        machine = {"cpu": cpu_name(), "threads": self.settings.threads}
+        depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
+        return self._stage(f"target:{chosen.name}", "target", arguments, depends, {"source": source}, after=["dense"])
+
+
+def _source(stages: Any, what: str | Opening | None) -> Any:
+    if what is None:
+        return None
+    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(**asdict(what))
+
+
+def _facts(targets: Sequence[str]) -> list[dict[str, Any]]:
+    return [load_target(name).model_dump() for name in targets]
+
+
+def target_options(chosen: Target, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return export options as `chosen` wants them: the opset its runtime reads, unless the user named one."""
+    return {**options, "opset": options.get("opset") or chosen.opset}
+
+
+def profile_for(config: QuantizeConfig, targets: Sequence[str]) -> Profile:
+    """Return where quantizers go: what the config says, or what the targets run; a TensorRT target decides."""
+    if config.profile != "auto":
+        return config.profile
+    profiles = [load_target(name).profile for name in targets]
+    return "tensorrt" if "tensorrt" in profiles or not profiles else profiles[0]
+
+
+def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
+    """Return the stages of a run.
+
+    Raises:
+        BadInput: The checkpoint or a target is not there, or two stages would have one name.
+    """
+    shape = parse_shape(config.input) if config.input else None
+    opening = Opening(Path(config.checkpoint), shape, config.preprocess)
+    builder = Builder(opening, settings)
+    stages = [builder.dense()]
+    last = "dense"
+    if config.prune is not None:
+        stages.append(builder.prune(config.prune, config.targets, last))
+        last = "prune"
+    if config.finetune is not None:
+        stages.append(builder.finetune(config.finetune, last, teacher_of(config.finetune.teacher)))
+        last = "finetune"
+    if config.quantize is not None:
+        profile = profile_for(config.quantize, config.targets)
+        stages.append(builder.quantize(config.quantize, profile, last, teacher_of(config.quantize.teacher)))
+        last = "quantize"
+    options = {"batch": config.batch}
+    stages.append(builder.export(last, options))
+    stages += [builder.target(name, last, options) for name in config.targets]
+    names = [stage.name for stage in stages]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise BadInput(f"{twice} is asked for twice", where="targets", remedy="name each target once; 'jetson' is one of them")
+    return stages
+
+
+def teacher_of(text: str | None) -> str | Opening | None:
+    """Return the teacher that a config names: the dense network, a file, or none."""
+    if text is None or text == "none":
+        return None
+    return "dense" if text == "dense" else Opening(Path(text))
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return (C, H, W) from text such as ``3x224x224``.
+
+    Raises:
+        BadInput: It is no such text.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise BadInput(f"'{text}' is no input shape", where="--input", remedy="write it like 3x224x224")
+    c, h, w = (int(p) for p in parts)
+    return c, h, w

@@ -1,0 +1,101 @@
+"""The stage that writes the ONNX file, recounts it and proves it equal to the torch network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from compress.checkpoints.base import Checkpoint
+from compress.evaluate import TorchRunner
+from export.parity import OrtRunner, Parity, compare
+from export.recount import recount
+from export.to_onnx import ExportOptions
+from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.metric import Metric, counted
+from rescompress.stage import Context, Outcome
+from rescompress.stages.shared import (
+    Common,
+    Source,
+    dataset,
+    evaluate_runner,
+    network_of,
+    onnx_of,
+    outcomes_file,
+    prepare,
+    write_onnx,
+)
+
+PARITY_IMAGES = 1000
+
+
+def exported(context: Context, *, source: Source, common: Common, options: Mapping[str, Any]) -> Outcome:
+    """The ONNX file, recounted, checked and compared with the torch network."""
+    prepare(common)
+    checkpoint = source.load(context)
+    path = context.folder / "model.onnx"
+    proto, metrics, details = write_export(checkpoint, export_options(options), path, common)
+    files = [("onnx", path)]
+    if common.data is not None:
+        found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
+        metrics |= found.metrics
+        files.append(("outcomes", outcomes_file(context, "export", found)))
+    return Outcome(metrics, files, details)
+
+
+def export_options(options: Mapping[str, Any]) -> ExportOptions:
+    """Return the options with what was left out at its default."""
+    return ExportOptions(**{k: v for k, v in options.items() if v is not None})
+
+
+def write_export(
+    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Common
+) -> tuple[onnx.ModelProto, dict[str, Metric], dict[str, Any]]:
+    """Write the ONNX file, recount it, compare it with torch; return it with its row and details."""
+    proto = onnx_of(checkpoint, options)
+    write_onnx(proto, path)
+    parity, images = check_parity(proto, checkpoint, common)
+    layers = walk(checkpoint.spec)
+    recounted = recount(proto).macs
+    if recounted != total_macs(layers):
+        raise AssertionError(f"the ONNX file has {recounted} MACs, the spec {total_macs(layers)}")
+    metrics = {
+        "macs": counted(recounted, "macs"),
+        "params": counted(total_params(layers), "params"),
+        "size_bytes": counted(path.stat().st_size, "bytes"),
+    }
+    details = {
+        "parity": parity.document() | {"images": images},
+        "opset": options.opset,
+        "batch": options.batch,
+        "precision": precision_of(checkpoint, options),
+        "profile": checkpoint.quantization.profile if checkpoint.quantization else None,
+        "arch": checkpoint.spec.arch,
+        "input_shape": list(checkpoint.spec.input_shape),
+    }
+    return proto, metrics, details
+
+
+def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> str:
+    """Return what an exported file computes in."""
+    if options.precision != "auto":
+        return options.precision
+    return "int8" if checkpoint.quantization is not None else "fp32"
+
+
+def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Common) -> tuple[Parity, str]:
+    """Return how far onnxruntime on the file is from torch, and on which images that was seen."""
+    if common.data is not None:
+        split = dataset(common, checkpoint.spec).val.take(PARITY_IMAGES, common.seed)
+        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec))]
+        images = f"{len(split)} images of the evaluation split"
+    else:
+        count = 32 if checkpoint.spec.input_shape[1] > 64 else 256
+        generator = torch.Generator().manual_seed(common.seed)
+        noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
+        batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec))]
+        images = f"{count} images of random noise (no data was given)"
+    return compare(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), images

@@ -1,0 +1,178 @@
+"""The stages that make networks: dense, pruned, fine-tuned, quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from compress.data import Inputs, Split
+from compress.prune import Budget, find_groups, prune
+from compress.quantize import fake_quant_model, finish_qat, prepare_qat, ptq
+from compress.resnet import ResNet, build_model, tensors_of
+from compress.train import TrainSettings, TrainState, train
+from edge_targets.catalog import load_target
+from edge_targets.latency import cost_function
+from export.to_onnx import ExportOptions
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
+from rescompress.core.artifact import write_text
+from rescompress.core.errors import BadInput
+from rescompress.core.layers import walk
+from rescompress.core.quantizers import Profile
+from rescompress.core.spec import ModelSpec
+from rescompress.stage import Context, Outcome
+from rescompress.stages.shared import Common, Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+
+
+def dense(context: Context, *, source: Source, common: Common) -> Outcome:
+    """The network as it came: its accuracy, its counts, its float32 ONNX file."""
+    prepare(common)
+    checkpoint = source.load(context)
+    path = context.folder / "dense.onnx"
+    write_onnx(onnx_of(checkpoint, ExportOptions()), path)
+    details: dict[str, Any] = {"provenance": dict(checkpoint.provenance), "arch": checkpoint.spec.arch}
+    return finish(context, "dense", checkpoint, common, details, files=[("onnx", path)])
+
+
+def pruned(context: Context, *, source: Source, common: Common, config: PruneConfig, targets: tuple[str, ...]) -> Outcome:
+    """The network with channels removed and the rest compensated."""
+    prepare(common)
+    checkpoint = source.load(context)
+    known = [load_target(name) for name in targets]
+    align = config.align if isinstance(config.align, int) else max([t.align() for t in known] or [8])
+    calibration = None
+    if common.data is not None:
+        calibration = dataset(common, checkpoint.spec).train.take(config.calib, common.seed).tensor()
+    kind, value = config.budget
+    cost = None
+    if kind == "latency":
+        device = known[0].device
+        cost = cost_function(device, precision=known[0].check_precision())
+    drop_blocks = config.drop_blocks if config.drop_blocks is not None else kind == "latency"
+    result = prune(
+        checkpoint,
+        method=config.method,
+        budget=Budget(kind=kind, value=value),
+        scope=config.scope,
+        align=align,
+        strict_align=isinstance(config.align, int),
+        calibration_x=calibration,
+        drop_blocks=drop_blocks,
+        seed=common.seed,
+        cost=cost,
+        progress=context.reporter.progress,
+    )
+    for note in result.notes:
+        context.reporter.note(note)
+    plan_path = context.folder / "plan.json"
+    write_text(plan_path, result.plan.model_dump_json(indent=1) + "\n")
+    details = {
+        "method": config.method,
+        "budget": {kind: value},
+        "align": align,
+        "widths_before": {g.name: g.size * g.widest for g in find_groups(walk(checkpoint.spec)) if g.name in result.widths},
+        "widths_after": dict(result.widths),
+        "dropped_blocks": list(result.plan.dropped_blocks),
+        "achieved_ratio": result.ratio,
+        "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
+        "seconds": result.seconds,
+        "notes": list(result.notes),
+    }
+    return finish(context, "prune", result.checkpoint, common, details, files=[("plan", plan_path)])
+
+
+def finetuned(context: Context, *, source: Source, teacher: Source | None, common: Common, config: FinetuneConfig) -> Outcome:
+    """The network trained on the data, distilled from the teacher."""
+    prepare(common)
+    checkpoint = source.load(context)
+    if checkpoint.quantization is not None:
+        raise BadInput("is quantized", where=str(source.path), remedy="use `quantize --mode qat` on the float checkpoint")
+    settings = TrainSettings(
+        epochs=config.epochs,
+        lr=config.lr,
+        batch_size=config.batch_size,
+        distill=config.distill,
+        temperature=config.temperature,
+        seed=common.seed,
+        device=common.device,
+    )
+    model = build_model(checkpoint.spec, checkpoint.state_dict)
+    split = dataset(common, checkpoint.spec).train
+    log, resume = train_network(context, "finetune", model, split, settings, teacher_network(context, teacher, checkpoint.spec))
+    done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
+    return finish(context, "finetune", done, common, {"epochs": log, "lr": config.lr}, transient=[resume])
+
+
+def quantized(
+    context: Context,
+    *,
+    source: Source,
+    teacher: Source | None,
+    common: Common,
+    config: QuantizeConfig,
+    profile: Profile,
+) -> Outcome:
+    """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
+    prepare(common)
+    checkpoint = source.load(context)
+    data = dataset(common, checkpoint.spec)
+    calibration = data.train.take(config.calib, common.seed)
+    context.reporter.progress("calibrate", 0, 1)
+    details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
+    if context.main:
+        details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
+    int8 = ptq(
+        checkpoint,
+        [x for x, _ in calibration.batches(64)],
+        profile=profile,
+        calibration=config.calibration,
+        keep_float=frozenset(config.keep_float),
+    )
+    resume = None
+    if config.mode == "qat":
+        if context.main:
+            before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec)
+            details["ptq_top1"] = before.top1
+        settings = TrainSettings(
+            epochs=config.epochs,
+            lr=config.lr,
+            batch_size=config.batch_size,
+            freeze_bn_after=0.5,
+            distill=1.0 if teacher else 0.0,
+            seed=common.seed,
+            device=common.device,
+        )
+        model = prepare_qat(int8)
+        network = teacher_network(context, teacher, checkpoint.spec)
+        details["epochs"], resume = train_network(context, "quantize", model, data.train, settings, network)
+        int8 = finish_qat(model, int8)
+    return finish(context, "quantize", int8, common, details, transient=[resume] if resume else [])
+
+
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec) -> ResNet | None:
+    """Return the network to distil from, once it is seen to fit; None without a teacher."""
+    if teacher is None:
+        return None
+    checkpoint = teacher.load(context)
+    ours, theirs = Inputs.of(spec), Inputs.of(checkpoint.spec)
+    if (ours.shape, ours.outputs) != (theirs.shape, theirs.outputs):
+        raise BadInput(
+            f"the teacher maps {theirs.shape} to {theirs.outputs} classes, the network {ours.shape} to {ours.outputs}",
+            where="teacher",
+            remedy="give a teacher with the same inputs and classes",
+        )
+    return network_of(checkpoint)
+
+
+def train_network(
+    context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: ResNet | None
+) -> tuple[list[dict[str, float]], Path]:
+    """Train `model` in place; return the log of its epochs and the file its state was kept in."""
+
+    def tell(state: TrainState) -> None:
+        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %"
+        context.reporter.progress(name, state.step, state.steps, text)
+
+    resume = context.resume_file(name)
+    log = train(model, split, settings, teacher=teacher, progress=tell, resume_file=resume)
+    return log.epochs, resume

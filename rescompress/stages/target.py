@@ -1,0 +1,197 @@
+"""The stage of one edge target: built and measured here, or prepared for the device and predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoints import load_checkpoint
+from compress.checkpoints.base import Checkpoint
+from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.benchmark import Candidate
+from edge_targets.benchmark import compare as measure_latency
+from edge_targets.build_script import build_script
+from edge_targets.catalog import load_target
+from edge_targets.device import Target
+from edge_targets.latency import predict
+from edge_targets.trtexec import InputShapes
+from export.to_onnx import ExportOptions
+from rescompress.core import plugins
+from rescompress.core.artifact import write_text
+from rescompress.core.errors import BadInput, ToolMissing
+from rescompress.core.layers import walk
+from rescompress.core.metric import Metric
+from rescompress.stage import Context, Outcome
+from rescompress.stages.export import export_options, write_export
+from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+
+
+def target(
+    context: Context,
+    *,
+    name: str,
+    source: Source,
+    common: Common,
+    options: Mapping[str, Any],
+    require_engine: bool = False,
+) -> Outcome:
+    """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
+    prepare(common)
+    chosen = load_target(name)
+    checkpoint = source.load(context)
+    if options["precision"] == "int8" and checkpoint.quantization is None:
+        raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
+    chosen_options = _for_target(export_options(options), checkpoint, chosen)
+    path = context.folder / chosen.name / "model.onnx"
+    _, metrics, details = write_export(checkpoint, chosen_options, path, common)
+    details |= {
+        "target": chosen.name,
+        "alias": chosen.alias,
+        "device": chosen.device.title,
+        "runtime": chosen.runtime,
+        "notes": _profile_notes(checkpoint, chosen),
+    }
+    files = [("onnx", path)]
+    if chosen.builds_here:
+        _build_and_measure(context, chosen, checkpoint, common, chosen_options, path, metrics, files, details)
+    else:
+        _prepare_and_predict(context, chosen, checkpoint, chosen_options, path, metrics, files, details)
+    if require_engine and details.get("engine") is None:
+        raise ToolMissing(str(details["engine_status"]), where=f"--target {name}", remedy="build it on the device: `deploy`")
+    for note in details["notes"]:
+        context.reporter.note(note)
+    return Outcome(metrics, files, details)
+
+
+def _for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -> ExportOptions:
+    """Return the options with precision ``auto`` resolved: INT8 for a quantized network, else the target's best float."""
+    if options.precision != "auto":
+        chosen.check_precision("int8" if "int8" in options.precision else options.precision)
+        return options
+    if checkpoint.quantization is not None:
+        chosen.check_precision("int8")
+        return dataclasses.replace(options, precision="int8")
+    return dataclasses.replace(options, precision="fp16" if "fp16" in chosen.precisions else "fp32")
+
+
+def _dense_file(context: Context, kind: str) -> Path | None:
+    result = context.done.stage("dense")
+    artifact = result.output(kind) if result else None
+    return context.folder / artifact.path if artifact else None
+
+
+def _profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
+    trained = checkpoint.quantization.profile if checkpoint.quantization else None
+    if trained is None or trained == chosen.profile:
+        return []
+    return [
+        f"the network is quantized for the {trained} profile, {chosen.name} runs the {chosen.profile} profile faster: "
+        f"expect more latency here than with `quantize --profile {chosen.profile}`"
+    ]
+
+
+def _build_and_measure(
+    context: Context,
+    chosen: Target,
+    checkpoint: Checkpoint,
+    common: Common,
+    options: ExportOptions,
+    path: Path,
+    metrics: dict[str, Metric],
+    files: list[tuple[str, Path]],
+    details: dict[str, Any],
+) -> None:
+    backend = plugins.load(BACKENDS, chosen.runtime, what="runtime")
+    precision = chosen.check_precision("int8" if "int8" in details["precision"] else details["precision"])
+    batch = options.batch if isinstance(options.batch, int) else 1
+    available = backend.available()
+    if not available:
+        details |= {"engine": None, "engine_status": f"not built: {available.reason}"}
+        return
+    built = backend.build(path, path.parent, target=chosen, precision=precision, batch=batch)
+    details |= {"engine": built.path.relative_to(context.folder).as_posix() if built.path else None}
+    details |= {"engine_status": built.status, "build": built.details}
+    files += [("engine", f) for f in engine_files(built.path)]
+    if chosen.runtime == "tensorrt_rtx":
+        return
+    runs = [Candidate(path, chosen.runtime, checkpoint.spec.input_shape, batch, common.threads, str(details["precision"]))]
+    names = [""]
+    dense_path = _dense_file(context, "onnx")
+    if dense_path is not None and batch == 1:
+        runs.append(dataclasses.replace(runs[0], path=dense_path, precision="fp32"))
+        names.append("dense_")
+    float_path = _float_twin(context, checkpoint, options, path)
+    if float_path is not None:
+        runs.append(dataclasses.replace(runs[0], path=float_path, precision="fp32"))
+        names.append("fp32_")
+    context.reporter.progress(f"measure {chosen.name}", 0, 1)
+    for prefix, measured in zip(names, measure_latency(runs), strict=True):
+        metrics |= {prefix + key: value for key, value in measured.items()}
+    if float_path is not None:
+        float_path.unlink()
+        if metrics["p50_ms"].value > metrics["fp32_p50_ms"].value:
+            details["notes"].append(
+                f"INT8 is slower than float32 with {chosen.runtime} on this machine: {metrics['p50_ms'].value:.2f} ms against "
+                f"{metrics['fp32_p50_ms'].value:.2f} ms"
+            )
+    if common.data is not None:
+        runner = backend.runner(path, threads=common.threads)
+        stage = f"target:{chosen.name}"
+        found = evaluate_runner(context, runner, dataset(common, checkpoint.spec).val, common, checkpoint.spec)
+        metrics |= found.metrics
+        files.append(("outcomes", outcomes_file(context, stage, found)))
+
+
+def _prepare_and_predict(
+    context: Context,
+    chosen: Target,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    path: Path,
+    metrics: dict[str, Metric],
+    files: list[tuple[str, Path]],
+    details: dict[str, Any],
+) -> None:
+    """Leave what the board needs beside the ONNX file, and predict its latency there."""
+    precision = chosen.check_precision("int8" if "int8" in options.precision else options.precision)
+    batch = options.batch if isinstance(options.batch, int) else 1
+    script = path.with_name("build.sh")
+    shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
+    write_text(script, build_script(chosen, precision, shapes=shapes))
+    script.chmod(0o755)
+    files.append(("script", script))
+    predicted = predict(walk(checkpoint.spec), chosen.device, precision=precision, batch=batch)
+    metrics["p50_ms"] = predicted.metric()
+    dense_path = _dense_file(context, "checkpoint")
+    if dense_path is not None:
+        best_float = "fp16" if "fp16" in chosen.precisions else "fp32"
+        dense = load_checkpoint(dense_path)
+        before = predict(walk(dense.spec), chosen.device, precision=chosen.check_precision(best_float), batch=batch)
+        metrics["dense_p50_ms"] = before.metric()
+    details |= {
+        "engine": None,
+        "engine_status": f"not built here: engines belong to the board they are built on; run {script.name} there",
+        "power_mode": predicted.power_mode,
+        "tensorrt": chosen.tensorrt_version,
+        "layers": [{"name": k.name, "ms": k.ms} for k in predicted.kernels],
+        "layers_provenance": "predicted",
+    }
+
+
+def _float_twin(context: Context, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Path | None:
+    """Write the same network in float32 beside an INT8 file, to see what INT8 buys; None for a float network."""
+    if checkpoint.quantization is None:
+        return None
+    twin = path.with_name("float32-twin.onnx")
+    twin_options = dataclasses.replace(options, precision="fp32")
+    write_onnx(onnx_of(dataclasses.replace(checkpoint, quantization=None), twin_options), twin)
+    return twin
+
+
+def engine_files(engine: Path | None) -> list[Path]:
+    """Return an engine and what belongs to it (OpenVINO keeps weights in a file of their own)."""
+    if engine is None:
+        return []
+    return [engine, *([engine.with_suffix(".bin")] if engine.suffix == ".xml" else [])]

@@ -1,0 +1,71 @@
+"""The commented config that ``rescompress init`` writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edge_targets.catalog import load_target
+
+_LARGE_SIDE = 64
+
+
+def starter_config(checkpoint: Path | None, data: str | None, target: str | None, folder: Path) -> str:
+    """Return YAML for a checkpoint, with each setting explained.
+
+    Args:
+        checkpoint: The network; opened to see what it is. None leaves a blank.
+        data: As in ``--data``.
+        target: Edge target; cpu and jetson without one.
+        folder: Where the config will stand; paths are written relative to it.
+
+    Raises:
+        BadInput: The checkpoint or the target is not known.
+    """
+    about = "# Settings of a run; `rescompress run` this file, and again to go on after a stop.\n"
+    epochs = 2
+    if checkpoint is not None:
+        from compress.checkpoints import load_checkpoint
+        from rescompress.core.layers import total_macs, walk
+
+        spec = load_checkpoint(checkpoint).spec
+        shape = "x".join(str(n) for n in spec.input_shape)
+        millions = f"{total_macs(walk(spec)) / 1e6:,.0f}"
+        about += f"# {spec.arch}: input {shape}, {millions} million MACs, {spec.preprocessing.name} preprocessing\n"
+        epochs = 2 if spec.input_shape[1] <= _LARGE_SIDE else 5
+    if target is not None:
+        load_target(target)
+    targets = target or "cpu, jetson"
+    return f"""{about}
+checkpoint: {_relative(str(checkpoint), folder) if checkpoint else "CHANGE-ME.pt   # the dense network"}
+data: {_relative(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"}
+seed: 0
+
+# Structured pruning. One budget: macs, params, latency (fractions that remain) or ratio (fraction of channels removed).
+prune:
+  method: reconstruct   # rescompress methods lists the others
+  macs: 0.5
+  scope: inner          # all: the residual stream, too
+  align: auto           # widths that the targets run fast
+  calib: 512            # images, from the training split
+
+# Training of what is left, distilled from the dense network. null leaves it out.
+finetune:
+  epochs: {epochs}
+  teacher: dense
+
+# INT8. mode ptq only calibrates; qat trains with the rounding in place. null leaves it out.
+quantize:
+  mode: qat
+  epochs: 1
+  profile: auto         # tensorrt or openvino: where the rounding sits; auto asks the targets
+
+targets: [{targets}]    # rescompress targets lists all
+batch: 1                # images per call; dynamic leaves it open
+"""
+
+
+def _relative(path: str, folder: Path) -> str:
+    if path.startswith("builtin:"):
+        return path
+    return os.path.relpath(path, folder)

@@ -1,0 +1,60 @@
+"""The run's config: what is read, and how a mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rescompress.config import load_config
+from rescompress.core.errors import ConfigError
+
+GOOD = "checkpoint: net.pt\ndata: builtin:digits\nprune: {macs: 0.5}\nquantize: {mode: ptq}\ntargets: [cpu]\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_paths_and_overrides(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD), ("prune.macs=0.3", "finetune.epochs=5", "quantize=null", "seed=7"))
+    assert config.checkpoint == str(tmp_path / "net.pt")
+    assert config.data == "builtin:digits"
+    assert config.prune is not None
+    assert config.prune.budget == ("macs", 0.3)
+    assert config.finetune is not None
+    assert config.finetune.epochs == 5
+    assert config.quantize is None
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "remedy"),
+    [
+        (GOOD + "prun: {}\n", "unknown key 'prun'", "'prune'"),
+        (GOOD.replace("macs: 0.5", "mcas: 0.5"), "unknown key 'prune.mcas'", "'macs'"),
+        (GOOD.replace("macs: 0.5", "macs: 1.5"), "prune.macs", "mend"),
+        (GOOD.replace("macs: 0.5", "macs: 0.5, ratio: 0.3"), "ratio and macs are budgets", "mend"),
+        (GOOD.replace("mode: ptq", "mode: ptqq"), "quantize.mode", "mend"),
+        (GOOD.replace("data: builtin:digits\n", ""), "'data' is missing", "data: ..."),
+        ("- a\n- b\n", "no mapping", "init"),
+        ("a: [", "no YAML", "init"),
+    ],
+)
+def test_mistakes_name_the_place_and_the_remedy(tmp_path: Path, text: str, message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert message in caught.value.what
+    assert caught.value.remedy is not None
+    assert remedy in caught.value.remedy
+    assert caught.value.exit_code == 5
+
+
+def test_a_missing_file_and_bad_overrides(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    for override in ("prune.macs", "seed.x=1", "prune.macs=[", "=3"):
+        with pytest.raises(ConfigError):
+            load_config(write(tmp_path, GOOD), (override,))

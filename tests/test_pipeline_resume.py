@@ -1,0 +1,167 @@
+"""The pipeline: skip what is known, resume after a kill at any moment, never leave half a file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from rescompress.core.artifact import PARTIAL_PREFIX, atomic_path, write_text
+from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.manifest import load_manifest
+from rescompress.core.metric import counted
+from rescompress.pipeline import run_stages
+from rescompress.reporter import Silent
+from rescompress.stage import Context, Outcome, Stage
+
+
+def writer(name: str, text: str, after: tuple[str, ...] = (), calls: list[str] | None = None) -> Stage:
+    def run(context: Context) -> Outcome:
+        if calls is not None:
+            calls.append(name)
+        inputs = "".join(context.file(a, "checkpoint").read_text() for a in after)
+        path = context.folder / f"{name}.txt"
+        write_text(path, inputs + text)
+        return Outcome({"size_bytes": counted(len(inputs + text), "bytes")}, [("checkpoint", path)])
+
+    return Stage(name, {"text": text}, after, run)
+
+
+def chain(calls: list[str], middle: str = "b") -> list[Stage]:
+    return [
+        writer("one", "a", calls=calls),
+        writer("two", middle, ("one",), calls),
+        writer("three", "c", ("two",), calls),
+        writer("side", "s", ("one",), calls),
+    ]
+
+
+def test_a_second_call_does_nothing(tmp_path: Path) -> None:
+    calls: list[str] = []
+    first = run_stages(chain(calls), tmp_path, {"x": 1}, reporter=Silent())
+    before = (tmp_path / "manifest.json").read_bytes(), (tmp_path / "manifest.json").stat().st_mtime_ns
+    second = run_stages(chain(calls), tmp_path, {"x": 1}, reporter=Silent())
+    assert calls == ["one", "two", "three", "side"] == list(first.ran) == list(second.reused)
+    assert second.ran == ()
+    assert before == ((tmp_path / "manifest.json").read_bytes(), (tmp_path / "manifest.json").stat().st_mtime_ns)
+    assert (tmp_path / "three.txt").read_text() == "abc"
+
+
+def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path: Path) -> None:
+    calls: list[str] = []
+    run_stages(chain(calls), tmp_path, {}, reporter=Silent())
+    calls.clear()
+    report = run_stages(chain(calls, middle="B"), tmp_path, {}, reporter=Silent())
+    assert calls == ["two", "three"]
+    assert [s.stage for s in report.manifest.stages] == ["one", "two", "three", "side"]
+    assert (tmp_path / "three.txt").read_text() == "aBc"
+
+
+def test_a_damaged_or_missing_file_is_made_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    run_stages(chain(calls), tmp_path, {}, reporter=Silent())
+    calls.clear()
+    (tmp_path / "two.txt").write_text("xx")
+    run_stages(chain(calls), tmp_path, {}, reporter=Silent())
+    assert calls == ["two"]  # it comes out as before, so what follows still holds
+    assert (tmp_path / "two.txt").read_text() == "ab"
+
+
+def test_a_failure_is_recorded_and_the_work_before_it_kept(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def fail(context: Context) -> Outcome:
+        raise BadInput("no budget fits", where="--macs")
+
+    stages = [writer("one", "a", calls=calls), Stage("two", {}, ("one",), fail)]
+    with pytest.raises(BadInput):
+        run_stages(stages, tmp_path, {}, reporter=Silent())
+    manifest = load_manifest(tmp_path)
+    assert [(s.stage, s.status) for s in manifest.stages] == [("one", "done"), ("two", "failed")]
+    assert "no budget fits" in str(manifest.stages[1].reason)
+    run_stages([*stages[:1], writer("two", "b", ("one",), calls)], tmp_path, {}, reporter=Silent())
+    assert calls == ["one", "two"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    def nested(context: Context) -> Outcome:
+        with pytest.raises(BadInput, match="another process"):
+            run_stages([writer("x", "y")], tmp_path, {}, reporter=Silent())
+        return Outcome()
+
+    run_stages([Stage("outer", {}, (), nested)], tmp_path, {}, reporter=Silent())
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+
+    def fill_the_disk() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentFailed, match="full") as caught:
+        fill_the_disk()
+    assert caught.value.exit_code == 7
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def _slow_stages() -> list[Stage]:
+    """Stages that write a megabyte in pieces, so that a kill often falls into a write."""
+
+    def run_of(name: str, after: tuple[str, ...]) -> Stage:
+        def run(context: Context) -> Outcome:
+            with (context.folder / "log").open("a") as log:
+                log.write(name + "\n")
+            content = "".join(context.file(a, "checkpoint").read_text()[:10] for a in after) + name * 1000
+            path = context.folder / f"{name}.txt"
+            with atomic_path(path) as temporary, temporary.open("w") as f:
+                for _ in range(20):
+                    f.write(content)
+                    f.flush()
+                    time.sleep(0.002)
+            return Outcome({}, [("checkpoint", path)])
+
+        return Stage(name, {}, after, run)
+
+    names = ["s0", "s1", "s2", "s3"]
+    return [run_of(n, tuple(names[i - 1 : i])) for i, n in enumerate(names)]
+
+
+def _go(folder: str) -> None:
+    run_stages(_slow_stages(), Path(folder), {}, reporter=Silent())
+
+
+def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    calm.mkdir()
+    rough.mkdir()
+    _go(str(calm))
+    finished: dict[str, int] = {}
+    for i in range(20):
+        process = fork.Process(target=_go, args=(str(rough),))
+        process.start()
+        time.sleep(0.011 * (i % 10 + 1))
+        assert process.pid is not None
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        ran = (rough / "log").read_text().split() if (rough / "log").exists() else []
+        for name, times in finished.items():
+            assert ran.count(name) == times, f"{name} was repeated after it had finished"
+        finished = {p.stem: ran.count(p.stem) for p in (rough / ".stages").glob("s*.json")}
+        if (rough / "manifest.json").exists():
+            json.loads((rough / "manifest.json").read_text())
+    _go(str(rough))
+    for name in ("s0", "s1", "s2", "s3"):
+        assert (calm / f"{name}.txt").read_bytes() == (rough / f"{name}.txt").read_bytes()
+    assert not list(rough.rglob(f"{PARTIAL_PREFIX}*"))
+    assert [s.stage for s in load_manifest(rough).stages] == ["s0", "s1", "s2", "s3"]

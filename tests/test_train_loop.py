@@ -1,0 +1,141 @@
+"""The training loop: it learns, it resumes to the bit, and its losses are what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compress.data import Inputs, MemoryStore, Split
+from compress.resnet import ResNet, build_model
+from compress.train import TrainSettings, TrainState, augment, distillation_loss, label_loss, train
+from rescompress.core.errors import BadInput, DataError
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
+
+SPEC = ModelSpec(
+    input_shape=(3, 8, 8),
+    stem=Stem(convs=(StemConv(width=4, kernel=3, stride=1),), max_pool=False),
+    stages=((Block(name="layer1.0", kind="basic", widths=(4, 4)),),),
+    head=Head(num_classes=2, dropout=0.2),
+    preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=None),
+)
+
+
+@pytest.fixture
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 64)
+    x = rng.integers(0, 120, (64, 8, 8, 3), dtype=np.uint8) + (y * 100).astype(np.uint8)[:, None, None, None]
+    return Split(MemoryStore(x), y, ("dark", "bright"), Inputs.of(SPEC).preprocessing, "test")
+
+
+def fresh() -> ResNet:
+    torch.manual_seed(0)
+    return build_model(SPEC)
+
+
+def settings(**changed: object) -> TrainSettings:
+    return TrainSettings(**{"epochs": 3, "batch_size": 16, "device": "cpu", "lr": 0.05} | changed)  # type: ignore[arg-type]
+
+
+def test_it_learns_and_logs_each_epoch(split: Split) -> None:
+    model = fresh()
+    log = train(model, split, settings(epochs=8))
+    assert [e["epoch"] for e in log.epochs] == list(range(1, 9))
+    assert log.epochs[-1]["loss"] < 0.5 * log.epochs[0]["loss"]
+    x, y = next(split.batches(64))
+    assert not model.training
+    assert (model(x).argmax(1) == y).float().mean() > 0.9
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8, 11])
+def test_killed_and_resumed_ends_with_the_same_bits(split: Split, tmp_path: Path, stop: int) -> None:
+    whole = fresh()
+    expected = train(whole, split, settings(), teacher=fresh())
+    resume = tmp_path / "state.pt"
+
+    def kill(state: TrainState) -> None:
+        if state.step == stop + 1:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=kill)
+    second = fresh()
+    log = train(second, split, settings(), teacher=fresh(), resume_file=resume)
+    assert log.resumed_at == stop
+    assert log.epochs == expected.epochs
+    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_state_of_other_settings_is_not_taken_up(split: Split, tmp_path: Path) -> None:
+    resume = tmp_path / "state.pt"
+
+    def kill(state: TrainState) -> None:
+        if state.step == 4:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train(fresh(), split, settings(), resume_file=resume, save_every_s=0.0, progress=kill)
+    assert resume.is_file()
+    assert train(fresh(), split, settings(lr=0.01), resume_file=resume).resumed_at == 0
+
+
+def test_frozen_batch_norm_keeps_its_statistics(split: Split) -> None:
+    model = fresh()
+    before = model.get_submodule("bn1").running_mean.clone()
+    train(model, split, settings(freeze_bn_after=0.0))
+    assert torch.equal(before, model.get_submodule("bn1").running_mean)
+    train(model, split, settings(freeze_bn_after=0.5))
+    assert not torch.equal(before, model.get_submodule("bn1").running_mean)
+
+
+def test_distillation_loss_is_the_scaled_divergence() -> None:
+    student, teacher = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    p, q = F.softmax(student / 3, 1), F.softmax(teacher / 3, 1)
+    expected = 9 * (q * (q / p).log()).sum(1).mean()
+    assert torch.allclose(distillation_loss(student, teacher, 3.0), expected)
+    binary = distillation_loss(student[:, :1], teacher[:, :1], 1.0)
+    ps, qs = torch.sigmoid(student[:, 0]), torch.sigmoid(teacher[:, 0])
+    two = (qs * (qs / ps).log() + (1 - qs) * ((1 - qs) / (1 - ps)).log()).mean()
+    assert torch.allclose(binary, two)
+
+
+def test_label_loss_of_one_output_is_binary() -> None:
+    logits, y = torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 1])
+    assert torch.allclose(label_loss(logits, y), -torch.log(torch.sigmoid(logits)).mean())
+
+
+def test_augmentation_shifts_and_mirrors_whole_images() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(200, 1, 16, 16, dtype=torch.uint8)
+    x[:, :, 5, 3] = 9
+    seen = {tuple(int(v) for v in (image[0] == 9).nonzero()[0]) for image in augment(x, flip=True)}
+    assert {top for top, _ in seen} == {3, 4, 5, 6, 7}
+    assert {left for _, left in seen} == {1, 2, 3, 4, 5, 10, 11, 12, 13, 14}
+    assert all(left <= 5 for _, left in (tuple((im[0] == 9).nonzero()[0].tolist()) for im in augment(x, flip=False)))
+
+
+def test_divergence_and_senseless_settings_are_told(split: Split) -> None:
+    with pytest.raises(BadInput, match="diverged"):
+        train(fresh(), split, settings(lr=1e12))
+    with pytest.raises(BadInput, match="above 0"):
+        train(fresh(), split, settings(epochs=0))
+    with pytest.raises(DataError):
+        train(fresh(), split.subset(np.array([0])), settings())
+
+
+def test_the_teacher_is_left_alone(split: Split) -> None:
+    teacher = fresh()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    train(fresh(), split, settings(), teacher=teacher)
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert isinstance(teacher, nn.Module)
