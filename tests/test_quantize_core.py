@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
-from compress.quantize import calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat, ptq
+from compress.quantize import best_of, calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat, ptq
 from compress.quantize.bias import carriers
 from compress.quantize.fake_quant import weight_scale
-from compress.quantize.ptq import divergence
+from compress.quantize.ptq import divergence, log_probabilities
+from compress.quantize.qat import labelled_loss
 from compress.resnet import build_model
 from rescompress.core.errors import CheckpointError, ConfigError, DataError
 from rescompress.core.layers import consumers, walk
@@ -332,8 +333,10 @@ def test_auto_takes_the_calibration_that_is_nearest_to_the_float_network_on_the_
     selection = images_for(spec, batches=8)[4:]
     best = ptq(checkpoint, batches, calibration="auto", selection=selection)
     note = best.provenance["calibration"]
-    assert len(note["tried"]) == 10
+    assert [t["calibration"] for t in note["tried"][:3]] == ["nncf", "max", "mse"]
+    assert [t["bias_correction"] for t in note["tried"]] == [False] * 5 + [True]
     model = build_model(spec, checkpoint.state_dict)
+    wanted = [log_probabilities(model, x) for x in selection]
     for tried in note["tried"]:
         again = ptq(
             checkpoint,
@@ -342,7 +345,7 @@ def test_auto_takes_the_calibration_that_is_nearest_to_the_float_network_on_the_
             percentile=tried["percentile"] or 99.99,
             bias_correction=tried["bias_correction"],
         )
-        assert divergence(fake_quant_model(again), model, selection) == pytest.approx(tried["divergence"], rel=1e-6)
+        assert divergence(fake_quant_model(again), selection, wanted) == pytest.approx(tried["divergence"], rel=1e-6)
         assert tried["divergence"] >= note["chosen"]["divergence"]
         if tried == note["chosen"]:
             assert again.quantization == best.quantization
@@ -383,3 +386,33 @@ def test_estimators_are_ordered_and_mse_is_the_least_square_error(seed, outlier,
     assert all(0 < f <= largest for f in found.values())
     grid = [largest * k / 40 for k in range(4, 41)]
     assert error(found["mse"]) <= 1.05 * min(error(limit) for limit in grid)
+
+
+def test_the_better_of_two_networks_is_kept_by_answers_then_by_cross_entropy():
+    spec, batches = SPECS["basic"], images_for(SPECS["basic"])
+    fine = ptq(checkpoint_of("basic"), batches, calibration="max")
+    coarse = replace(
+        fine,
+        quantization=fine.quantization.model_copy(
+            update={
+                "quantizers": tuple(
+                    q.model_copy(update={"scale": tuple(s * 60 for s in q.scale)}) if q.kind == "weight" else q
+                    for q in fine.quantization.quantizers
+                )
+            }
+        ),
+    )
+    with torch.no_grad():
+        labelled = [(x, build_model(spec, checkpoint_of("basic").state_dict)(x).argmax(1)) for x in batches]
+    for candidates in ([fine, coarse], [coarse, fine]):
+        assert best_of(candidates, labelled) is fine
+    again = replace(fine)
+    assert best_of([fine, again], labelled) is fine
+    wrong, entropy = labelled_loss(fine, labelled)
+    with torch.no_grad():
+        logits = torch.cat([fake_quant_model(fine)(x) for x, _ in labelled])
+    y = torch.cat([y for _, y in labelled])
+    assert wrong == pytest.approx(float((logits.argmax(1) != y).double().mean()))
+    assert entropy == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), y)))
+    with pytest.raises(DataError, match="no images"):
+        best_of([fine], [])

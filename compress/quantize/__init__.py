@@ -1,7 +1,23 @@
-"""INT8: calibration, fake quantization, quantization-aware training."""
+"""INT8: calibration, fake quantization, quantization-aware training, mixed precision."""
 
 from compress.quantize.fake_quant import fake_quant_model, integer_weights, integers
-from compress.quantize.ptq import ptq
-from compress.quantize.qat import finish_qat, prepare_qat
+from compress.quantize.ptq import CALIBRATIONS, Calibration, ptq
+from compress.quantize.qat import best_of, finish_qat, prepare_qat
+from compress.quantize.sensitivity import LayerSensitivity, MixedPrecision, mixed_precision, restrict, sensitivities
 
-__all__ = ["fake_quant_model", "finish_qat", "integer_weights", "integers", "prepare_qat", "ptq"]
+__all__ = [
+    "CALIBRATIONS",
+    "Calibration",
+    "LayerSensitivity",
+    "MixedPrecision",
+    "best_of",
+    "fake_quant_model",
+    "finish_qat",
+    "integer_weights",
+    "integers",
+    "mixed_precision",
+    "prepare_qat",
+    "ptq",
+    "restrict",
+    "sensitivities",
+]

@@ -65,10 +65,10 @@ def ptq(
         batches: Preprocessed calibration images (N, C, H, W), or pairs whose second part is left aside.
         profile: The runtime family whose placement to use.
         calibration: ``nncf``: NNCF's calibration, with ranges for places it has none at by the same estimator; one of
-            ours: ``mean-max``, ``max``, ``percentile``, ``mse``; or ``auto``: the best of them, with and without bias
-            correction, by the divergence from the float network on `selection`.
+            ours: ``mean-max``, ``max``, ``percentile``, ``mse``; or ``auto``: the best of them by the divergence
+            from the float network on `selection`.
         percentile: In percent, for ``percentile``.
-        bias_correction: Whether to correct biases.
+        bias_correction: Whether to correct biases; under ``auto`` they stay where that is nearer to the float network.
         keep_float: Convolution and linear layers to leave in floating point.
         selection: For ``auto``: images from the training data to choose by. None holds a quarter of `batches` out.
 
@@ -112,20 +112,31 @@ def ptq(
     if calibration != "auto":
         chosen = Candidate(calibration, percentile if calibration == "percentile" else None, bias_correction)
         return _noted(quantized(chosen), chosen, ())
-    tried: list[Candidate] = []
-    best: Checkpoint | None = None
-    for candidate in _candidates(percentile):
-        result = quantized(candidate)
-        tried.append(replace(candidate, divergence=divergence(fake_quant_model(result), model, chosen_by)))
-        if tried[-1] == min(tried, key=lambda c: c.divergence or 0.0):
-            best = result
-    assert best is not None
-    return _noted(best, min(tried, key=lambda c: c.divergence or 0.0), tuple(tried))
+    judge = _Judge(model, chosen_by)
+    first = Candidate(calibration="nncf", bias_correction=False)
+    ways = [first, *(replace(first, calibration=e) for e in calibrate.ESTIMATORS if e not in ("mean-max", "percentile"))]
+    ways += [replace(first, calibration="percentile", percentile=p) for p in sorted({percentile, 99.999})]
+    tried = [judge(candidate, quantized(candidate)) for candidate in ways]
+    if bias_correction:
+        candidate = replace(_best(tried)[0], bias_correction=True)
+        tried.append(judge(candidate, quantized(candidate)))
+    chosen, result = _best(tried)
+    return _noted(result, chosen, [candidate for candidate, _ in tried])
 
 
-def _candidates(percentile: float) -> list[Candidate]:
-    ways = [("mean-max", None), ("max", None), ("percentile", percentile), ("percentile", 99.999), ("mse", None)]
-    return [Candidate(name, p, corrected) for name, p in dict.fromkeys(ways) for corrected in (False, True)]
+def _best(tried: Sequence[tuple[Candidate, Checkpoint]]) -> tuple[Candidate, Checkpoint]:
+    return min(tried, key=lambda pair: pair[0].divergence or 0.0)
+
+
+class _Judge:
+    """Measures candidates against one float network, whose answers it computes once."""
+
+    def __init__(self, model: ResNet, images: Sequence[Tensor]) -> None:
+        self.images = images
+        self.wanted = [log_probabilities(model, x_NCHW) for x_NCHW in images]
+
+    def __call__(self, candidate: Candidate, result: Checkpoint) -> tuple[Candidate, Checkpoint]:
+        return replace(candidate, divergence=divergence(fake_quant_model(result), self.images, self.wanted)), result
 
 
 def _noted(result: Checkpoint, chosen: Candidate, tried: Sequence[Candidate]) -> Checkpoint:
@@ -186,25 +197,26 @@ def scaled(placed: Iterable[Quantizer], ranges: Mapping[str, float], state_dict:
     return tuple(done)
 
 
-@torch.no_grad()
-def divergence(quantized: ResNet, model: ResNet, batches: Sequence[Tensor]) -> float:
+def divergence(quantized: ResNet, batches: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Return the mean Kullback-Leibler divergence, in nats, of a network's predictions from the float network's.
-
-    Where the network has one output it is a logit against zero; a backbone's features are compared as logits too.
 
     Args:
         quantized: In eval mode.
-        model: The float network, in eval mode.
         batches: Images, each (N, C, H, W).
+        wanted: The float network's `log_probabilities` for each batch.
     """
-    total, count = 0.0, 0
-    for x_NCHW in batches:
-        ours, wanted = (_log_probabilities(network(x_NCHW)) for network in (quantized, model))
-        total += float(F.kl_div(ours, wanted, reduction="sum", log_target=True))
-        count += len(x_NCHW)
-    return total / count
+    total = 0.0
+    for x_NCHW, wanted_NK in zip(batches, wanted, strict=True):
+        total += float(F.kl_div(log_probabilities(quantized, x_NCHW), wanted_NK, reduction="sum", log_target=True))
+    return total / sum(len(x_NCHW) for x_NCHW in batches)
 
 
-def _log_probabilities(logits_NK: Tensor) -> Tensor:
-    logits = logits_NK.double()
-    return (torch.cat([logits, torch.zeros_like(logits)], 1) if logits.shape[1] == 1 else logits).log_softmax(1)
+@torch.no_grad()
+def log_probabilities(model: ResNet, x_NCHW: Tensor) -> Tensor:
+    """Return the log of the predicted distribution (N, K), float64.
+
+    Where the network has one output it is a logit against zero, so K is 2; a backbone's features are taken for logits.
+    """
+    logits_NK = model(x_NCHW).double()
+    logits_NK = torch.cat([logits_NK, torch.zeros_like(logits_NK)], 1) if logits_NK.shape[1] == 1 else logits_NK
+    return logits_NK.log_softmax(1)

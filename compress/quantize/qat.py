@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from compress.checkpoints.base import Checkpoint
-from compress.quantize.fake_quant import ActivationQuantizer, WeightQuantizer, attach, require_quantization, weight_scale
+from compress.quantize.fake_quant import (
+    ActivationQuantizer,
+    WeightQuantizer,
+    attach,
+    fake_quant_model,
+    require_quantization,
+    weight_scale,
+)
 from compress.resnet import ResNet, build_model, tensors_of
-from rescompress.core.errors import CheckpointError
+from rescompress.core.errors import CheckpointError, DataError
 from rescompress.core.quantizers import Quantization
 
 
@@ -58,3 +70,45 @@ def finish_qat(model: ResNet, checkpoint: Checkpoint) -> Checkpoint:
         quantizers.append(q.model_copy(update={"scale": tuple(scale.detach().abs().cpu().tolist())}))
     quantization = Quantization(profile=before.profile, quantizers=tuple(quantizers), method="qat")
     return replace(checkpoint, state_dict=state_dict, quantization=quantization)
+
+
+@torch.no_grad()
+def labelled_loss(checkpoint: Checkpoint, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Return the fraction of wrong answers and the mean cross-entropy (nats) of a quantized checkpoint.
+
+    Args:
+        checkpoint: Quantized.
+        batches: Preprocessed images (N, C, H, W) and labels (N,).
+
+    Raises:
+        DataError: No images.
+    """
+    model = fake_quant_model(checkpoint)
+    wrong, entropy, count = 0, 0.0, 0
+    for x_NCHW, y_N in batches:
+        logits_NK = model(x_NCHW).double()
+        if logits_NK.shape[1] == 1:
+            logits_NK = torch.cat([torch.zeros_like(logits_NK), logits_NK], 1)
+        wrong += int((logits_NK.argmax(1) != y_N).sum())
+        entropy += float(F.cross_entropy(logits_NK, y_N.long(), reduction="sum"))
+        count += len(y_N)
+    if count == 0:
+        raise DataError("no images to choose the better of two networks by", remedy="hold some training images out")
+    return wrong / count, entropy / count
+
+
+def best_of(candidates: Sequence[Checkpoint], batches: Sequence[tuple[Tensor, Tensor]]) -> Checkpoint:
+    """Return the candidate with the fewest wrong answers, by cross-entropy where they are equal, the first of equals.
+
+    Choosing is part of training: give images that were held out of the training split, never those that the result is
+    reported on.
+
+    Args:
+        candidates: Quantized checkpoints, such as the results of calibration and of training.
+        batches: Preprocessed images and labels.
+
+    Raises:
+        DataError: No images.
+    """
+    losses = [labelled_loss(candidate, batches) for candidate in candidates]
+    return candidates[min(range(len(candidates)), key=lambda i: losses[i])]
