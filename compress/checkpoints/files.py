@@ -138,7 +138,9 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Opened:
     if head.startswith(b"PK"):
         return _open_zip(path, allow_pickle=allow_pickle)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        raise CheckpointError("is a Keras file, which is not read yet")
+        from compress.checkpoints import hdf5
+
+        return hdf5.open_hdf5(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= max(size, MAX_SAFETENSORS_HEADER):
         return _open_safetensors(path, size)
     if head[0] == 0x80:
@@ -318,7 +320,9 @@ def read_member(path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
 def _open_zip(path: Path, *, allow_pickle: bool) -> Opened:
     members = zip_members(path)
     if "config.json" in members and any(name.endswith(".weights.h5") for name in members):
-        raise CheckpointError("is a Keras file, which is not read yet")
+        from compress.checkpoints import hdf5
+
+        return hdf5.open_keras(path, members)
     programs = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(programs) != 1:
         what = "a numpy archive" if any(n.endswith(".npy") for n in members) else "a zip archive without a checkpoint in it"

@@ -17,6 +17,7 @@ NAMES = ("fc", "linear", "head", "classifier", "cls_head", "heads", "classificat
 _HEAD = re.compile(rf"(?:{'|'.join(NAMES)})\d*(?:$|[._])")
 _NOT_A_HEAD = re.compile(r"proj|predictor|prototypes|queue|aux|momentum|center|contrast", re.IGNORECASE)
 TORCH_DROPOUT = 0.5
+TORCH_EPS = 1e-5
 
 
 @dataclass
@@ -96,7 +97,10 @@ def find_head(tensors: Mapping[str, Stored], features: int) -> Found:
         return Found()
     starts = [m for m in linear if m.shape[1] == features]
     found = Found()
-    chain = _chain(modules, starts[0] if starts else linear[0])
+    start = starts[0] if starts and starts[0].parent != linear[0].parent else linear[0]
+    if start.index is None and starts:
+        start = starts[0]
+    chain = _chain(modules, start)
     _refuse_odd(chain, modules)
     spare = [m.path for m in linear if m not in chain]
     if spare:
@@ -147,7 +151,7 @@ def _read_chain(chain: Sequence[_Module], found: Found) -> None:
             folded = True
             follows = previous is not None and previous.index is not None and module.index == previous.index + 1
             if follows or (previous is not None and module.index is None):
-                found.layers[-1] = _fold_after(found.layers[-1], module)
+                found.layers[-1] = fold_after(found.layers[-1], module.parts, TORCH_EPS)
             else:
                 pending.append(module)
             previous = module
@@ -163,7 +167,7 @@ def _read_chain(chain: Sequence[_Module], found: Found) -> None:
         if previous is not None and _gap(previous, module) >= 3:
             found.dropout = TORCH_DROPOUT
         for norm in pending:
-            weight, bias = _fold_before((weight, bias), norm)
+            weight, bias = fold_before((weight, bias), norm.parts, TORCH_EPS)
         pending = []
         found.layers.append((weight, bias))
         previous = module
@@ -183,35 +187,49 @@ def _gap(before: _Module, after: _Module) -> int:
     return after.index - before.index
 
 
-def _factors(norm: _Module) -> tuple[Tensor, Tensor]:
-    weight, bias, mean, var = (norm.parts[part].read().double() for part in BN_PARTS)
-    scale = weight / (var + 1e-5).sqrt()
+def _factors(norm: Mapping[str, Stored], eps: float) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, var = (norm[part].read().double() for part in BN_PARTS)
+    scale = weight / (var + eps).sqrt()
     return scale, bias - mean * scale
 
 
-def _fold_after(layer: tuple[Stored, Stored], norm: _Module) -> tuple[Stored, Stored]:
+def fold_after(layer: tuple[Stored, Stored], norm: Mapping[str, Stored], eps: float) -> tuple[Stored, Stored]:
+    """Return a linear layer that computes what `layer` and then a BatchNorm compute in evaluation.
+
+    Args:
+        layer: Weight (O, I) and bias (O,).
+        norm: The BatchNorm's tensors by torch's names, (O,) each.
+        eps: Its epsilon.
+    """
     weight, bias = layer
 
     def make_weight() -> Tensor:
-        scale, _ = _factors(norm)
+        scale, _ = _factors(norm, eps)
         return (weight.read().double() * scale[:, None]).float()
 
     def make_bias() -> Tensor:
-        scale, shift = _factors(norm)
+        scale, shift = _factors(norm, eps)
         return (bias.read().double() * scale + shift).float()
 
     return Derived(weight.shape, make_weight), Derived(bias.shape, make_bias)
 
 
-def _fold_before(layer: tuple[Stored, Stored], norm: _Module) -> tuple[Stored, Stored]:
+def fold_before(layer: tuple[Stored, Stored], norm: Mapping[str, Stored], eps: float) -> tuple[Stored, Stored]:
+    """Return a linear layer that computes what a BatchNorm and then `layer` compute in evaluation.
+
+    Args:
+        layer: Weight (O, I) and bias (O,).
+        norm: The BatchNorm's tensors by torch's names, (I,) each.
+        eps: Its epsilon.
+    """
     weight, bias = layer
 
     def make_weight() -> Tensor:
-        scale, _ = _factors(norm)
+        scale, _ = _factors(norm, eps)
         return (weight.read().double() * scale[None, :]).float()
 
     def make_bias() -> Tensor:
-        _, shift = _factors(norm)
+        _, shift = _factors(norm, eps)
         return (bias.read().double() + weight.read().double() @ shift).float()
 
     return Derived(weight.shape, make_weight), Derived(bias.shape, make_bias)

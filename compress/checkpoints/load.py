@@ -11,7 +11,7 @@ from compress.checkpoints import refusals
 from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.files import Opened, open_file
 from compress.checkpoints.options import check
-from compress.checkpoints.roots import flatten, roots
+from compress.checkpoints.roots import flatten, roots, strangers
 from rescompress.core import plugins
 from rescompress.core.errors import CheckpointError
 
@@ -42,6 +42,12 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     if not claims:
         raise refusals.refusal(tensors)
     _, format_, raw, root = _choose(claims, options)
+    parts = strangers(root, [r.prefix for _, _, _, r in claims])
+    if parts and "root" not in options.arch:
+        raise CheckpointError(
+            f"holds a ResNet as a part of a larger network (it also holds {', '.join(parts[:3])}): a detector, a segmenter?",
+            remedy=f"--arch-option root={root.prefix.rstrip('.')} takes the ResNet alone",
+        )
     others = sorted({r.prefix.rstrip(".") for _, _, _, r in claims} - {root.prefix.rstrip(".")})
     notes = list(raw.notes)
     if root.prefix:

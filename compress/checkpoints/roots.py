@@ -113,3 +113,18 @@ def heads_outside(root: Root) -> Iterator[tuple[str, dict[str, Stored]]]:
         beside = {k[len(prefix) :]: v for k, v in root.outside.items() if k.startswith(prefix) and not _USELESS.search(k)}
         if beside:
             yield prefix, beside
+
+
+def strangers(root: Root, others: Iterable[str]) -> list[str]:
+    """Return the keys of convolutions outside of the network: parts of a larger one (a detector, a decoder).
+
+    Args:
+        root: The network.
+        others: Prefixes of other networks in the file, whose parts are known.
+    """
+    known = tuple(prefix for prefix in others if prefix)
+    return [
+        key
+        for key, stored in root.outside.items()
+        if len(stored.shape) >= 3 and not key.startswith(known) and not _USELESS.search(key) and not _AVERAGED.search(key)
+    ]

@@ -1,0 +1,41 @@
+"""Hugging Face transformers' ResNet (``ResNetModel``, ``ResNetForImageClassification``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from compress.checkpoints import torch_layout
+from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
+from compress.checkpoints.layout import Facts, assemble
+
+DESCRIPTION = "Hugging Face ResNet (resnet.embedder..., resnet.encoder.stages.0.layers.0..., classifier.1)"
+MARKER = re.compile(r"encoder\.stages\.\d+\.layers\.\d+\.layer\.0\.convolution\.weight$")
+
+_BLOCK = re.compile(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d)|shortcut)\.(convolution|normalization)\.(\w+)")
+_STEM = re.compile(r"embedder\.embedder\.(convolution|normalization)\.(\w+)")
+
+
+def matches(raw: RawState) -> bool:
+    """Whether the keys are those of transformers' ResNet."""
+    return any(MARKER.match(key) for key in raw.tensors)
+
+
+def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
+    """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
+    renamed = dataclasses.replace(raw, tensors={_rename(key): stored for key, stored in raw.tensors.items()})
+    layout, _, dropout = torch_layout.read(renamed, root)
+    return assemble(raw, layout, Facts("huggingface", dropout=dropout), options)
+
+
+def _rename(key: str) -> str:
+    block, stem = _BLOCK.fullmatch(key), _STEM.fullmatch(key)
+    if stem:
+        return f"{'conv1' if stem[1] == 'convolution' else 'bn1'}.{stem[2]}"
+    if not block:
+        return key
+    name = f"layer{int(block[1]) + 1}.{block[2]}"
+    conv = block[5] == "convolution"
+    if block[3] == "shortcut":
+        return f"{name}.downsample.{0 if conv else 1}.{block[6]}"
+    return f"{name}.{'conv' if conv else 'bn'}{int(block[4]) + 1}.{block[6]}"
