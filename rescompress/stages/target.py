@@ -41,7 +41,7 @@ def target(
     prepare(common)
     chosen = load_target(name)
     checkpoint = source.load(context)
-    if options["precision"] == "int8" and checkpoint.quantization is None:
+    if options.get("precision") == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
     chosen_options = _for_target(export_options(options), checkpoint, chosen)
     path = context.folder / chosen.name / "model.onnx"
