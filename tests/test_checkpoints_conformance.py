@@ -239,7 +239,7 @@ def test_heads(head: Callable[[], nn.Module], tmp_path: Path) -> None:
     model.fc = head()
     lively(model)
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    conforms(tmp_path / "net.pt", model)
+    conforms(tmp_path / "net.pt", model, arch_options={"head_bias": "no"})
 
 
 def test_heads_with_modules_of_their_own(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from compress.checkpoints.base import Derived, Shape, Stored
+from compress.checkpoints.base import Derived, LoadOptions, Shape, Stored
 from compress.checkpoints.layout import BN_PARTS, zeros
 from rescompress.core.errors import CheckpointError
 
@@ -77,7 +77,7 @@ def _modules(tensors: Mapping[str, Stored]) -> list[_Module]:
     return [_Module(path, parts) for path, parts in grouped.items() if "weight" in parts]
 
 
-def find_head(tensors: Mapping[str, Stored], features: int) -> Found:
+def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions) -> Found:
     """Return the classifier among `tensors`, empty when there is none.
 
     A module follows another when it reads as many features as that one makes. BatchNorm between linear layers is folded
@@ -86,12 +86,16 @@ def find_head(tensors: Mapping[str, Stored], features: int) -> Found:
     Args:
         tensors: Candidates by key, in the file's order.
         features: Width of the pooled features.
+        options: What the user states; ``head_bias=no`` allows layers without bias.
 
     Raises:
         CheckpointError: There is a classifier, and it is not of a supported kind.
     """
     candidates = {k: v for k, v in tensors.items() if is_head_key(k)}
     modules = _modules(candidates)
+    orphans = [k for k in candidates if k.endswith(".bias") and f"{k[:-5]}.weight" not in candidates]
+    if orphans:
+        raise CheckpointError(f"incomplete: {orphans[0]} has no weight beside it", remedy="save the whole network")
     linear = [m for m in modules if m.is_linear]
     if not linear:
         return Found()
@@ -105,6 +109,11 @@ def find_head(tensors: Mapping[str, Stored], features: int) -> Found:
     spare = [m.path for m in linear if m not in chain]
     if spare:
         found.notes.append(f"the head is taken to be {chain_name(chain)}; not used: {', '.join(spare[:4])}")
+    without = [m.path for m in chain if m.is_linear and "bias" not in m.parts]
+    if without and all(m.is_linear for m in chain) and options.arch.get("head_bias") != "no":
+        raise CheckpointError(
+            f"incomplete: {without[0]}.bias is missing", remedy="if the layer has none: --arch-option head_bias=no"
+        )
     _read_chain(chain, found)
     for module in chain:
         found.used |= {f"{module.path}.{part}" if module.path else part for part in module.parts}

@@ -164,7 +164,6 @@ class _Reader:
                 f"its shapes make no ResNet: {first['msg'].removeprefix('Value error, ')}",
                 remedy="is it complete? `rescompress formats` lists what is supported",
             ) from e
-        check_input(spec)
         self._note_strides(spec)
         return spec.replace(arch=self.options.arch.get("arch", zoo.name_of(spec)))
 
@@ -354,16 +353,6 @@ def _head_mismatch(found: int, width: int, *, first: bool) -> tuple[str]:
     return (f"its head reads {found} features where {width} come in",)
 
 
-def check_input(spec: ModelSpec) -> None:
-    """Raise CheckpointError when the input is so small that nothing of it is left at some layer."""
-    for layer in walk(spec):
-        if min(layer.out_shape) < 1:
-            raise CheckpointError(
-                f"an input of {'x'.join(map(str, spec.input_shape))} is too small: nothing is left of it at {layer.name}",
-                remedy="give a larger --input",
-            )
-
-
 def tensor_shapes(layer: Layer) -> dict[str, Shape]:
     """Return the name and shape of every tensor of a layer, as torch's modules have them."""
     if not layer.weight_shape:
@@ -406,8 +395,12 @@ def _fit(spec: ModelSpec, layout: Layout) -> dict[str, Stored]:
             f"holds parts that do not fit the network read off the rest: {_some(sorted(available))}",
             remedy="`rescompress formats` lists what is supported",
         )
+    roles = {key: re.sub(r"^layer\d+\.\d+\.", "", key) for key in layout.tensors if key.endswith(".bias")}
+    for name in filled:
+        if re.sub(r"^layer\d+\.\d+\.", "", name) in roles.values():
+            raise CheckpointError(f"incomplete: {name} is missing", remedy="save the whole network")
     if filled:
-        layout.notes.append(f"some convolutions of a block have a bias and others none: zeros were filled in ({_some(filled)})")
+        layout.notes.append(f"some convolutions of a block have a bias and others none: zeros stand in ({_some(filled)})")
     return found
 
 

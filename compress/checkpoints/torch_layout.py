@@ -10,7 +10,7 @@ import re
 from typing import Literal
 
 from compress.checkpoints import heads
-from compress.checkpoints.base import RawState, Root, Stored
+from compress.checkpoints.base import LoadOptions, RawState, Root, Stored
 from compress.checkpoints.layout import Layout
 from compress.checkpoints.roots import heads_outside
 from rescompress.core.errors import CheckpointError
@@ -34,12 +34,13 @@ _CALLED = {
 }
 
 
-def read(raw: RawState, root: Root) -> tuple[Layout, frozenset[str], float]:
+def read(raw: RawState, root: Root, options: LoadOptions) -> tuple[Layout, frozenset[str], float]:
     """Return the layout of a torch ResNet, the blocks whose projection pools first, and the head's dropout.
 
     Args:
         raw: Tensors below the network's root.
         root: Where the network stands in its file; a classifier may stand beside it.
+        options: What the user states.
 
     Raises:
         CheckpointError: The head is of no supported kind.
@@ -56,7 +57,7 @@ def read(raw: RawState, root: Root) -> tuple[Layout, frozenset[str], float]:
         else:
             rest[key] = stored
     _deep_stem(layout, rest)
-    dropout = _head(layout, rest, root)
+    dropout = _head(layout, rest, root, options)
     for key, stored in rest.items():
         if _HARMLESS.fullmatch(key):
             continue
@@ -116,12 +117,12 @@ def _deep_stem(layout: Layout, rest: dict[str, Stored]) -> None:
         del rest[key]
 
 
-def _head(layout: Layout, rest: dict[str, Stored], root: Root) -> float:
+def _head(layout: Layout, rest: dict[str, Stored], root: Root, options: LoadOptions) -> float:
     features = _feature_width(layout)
-    found = heads.find_head(rest, features)
+    found = heads.find_head(rest, features, options)
     if not found.layers:
         for prefix, beside in heads_outside(root):
-            found = heads.find_head(beside, features)
+            found = heads.find_head(beside, features, options)
             if found.layers:
                 layout.notes.append(f"the head stands outside of the backbone ({prefix}{sorted(found.used)[0]})")
                 found.used = set()
@@ -145,15 +146,18 @@ def _feature_width(layout: Layout) -> int:
 
 
 def family(raw: RawState) -> Literal["torchvision", "timm", "cifar"] | None:
-    """Return which of the formats that share this layout a network belongs to; None where there is no stem."""
+    """Return which of the formats that share this layout a network belongs to.
+
+    One without a stem is left to the torchvision format, which says that it is incomplete. None where the keys are others.
+    """
     if raw.metadata.get("format") == "rescompress":
+        return None
+    if not any(MARKER.match(key) for key in raw.tensors):
         return None
     if any(_DEEP.fullmatch(key) for key in raw.tensors):
         return "timm"
-    stem = raw.shape("conv1.weight")
-    if stem is None or len(stem) != 4:
-        return None
     for key, stored in raw.tensors.items():
         if re.fullmatch(r"layer\d+\.\d+\.downsample\.1\.weight", key) and len(stored.shape) == 4:
             return "timm"
-    return "cifar" if stem[2] <= 3 else "torchvision"
+    stem = raw.shape("conv1.weight")
+    return "cifar" if stem is not None and len(stem) == 4 and stem[2] <= 3 else "torchvision"

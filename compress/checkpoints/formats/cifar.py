@@ -25,7 +25,7 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     Preprocessing: networks with pad shortcuts follow the code that made them popular, which takes ImageNet's mean and
     standard deviation; the others are taken to use CIFAR-10's own.
     """
-    layout, pooled, dropout = torch_layout.read(raw, root)
+    layout, pooled, dropout = torch_layout.read(raw, root, options)
     padded = not any(".downsample." in key for key in layout.tensors)
     facts = Facts("cifar", pooled=pooled, dropout=dropout, preprocessing="imagenet" if padded else "cifar")
     return assemble(raw, layout, facts, options)

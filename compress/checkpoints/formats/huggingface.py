@@ -24,7 +24,7 @@ def matches(raw: RawState) -> bool:
 def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
     renamed = dataclasses.replace(raw, tensors={_rename(key): stored for key, stored in raw.tensors.items()})
-    layout, _, dropout = torch_layout.read(renamed, root)
+    layout, _, dropout = torch_layout.read(renamed, root, options)
     return assemble(raw, layout, Facts("huggingface", dropout=dropout), options)
 
 

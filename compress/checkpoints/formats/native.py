@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
-from compress.checkpoints.layout import check_input, read_values, tensor_shapes
+from compress.checkpoints.layout import read_values, tensor_shapes
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import CheckpointError, EnvironmentFailed
 from rescompress.core.layers import walk
@@ -77,7 +77,6 @@ def restate(spec: ModelSpec, options: LoadOptions) -> ModelSpec:
         spec = spec.replace(input_shape=options.input_shape)
     if options.preprocess is not None:
         spec = spec.replace(preprocessing=zoo.preprocessing(options.preprocess, spec.input_shape, assumed=False))
-    check_input(spec)
     return spec
 
 

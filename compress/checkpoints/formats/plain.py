@@ -48,6 +48,6 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
         elif norm:
             key = f"bn1.{norm[1]}"
         renamed[key] = stored
-    layout, pooled, dropout = torch_layout.read(dataclasses.replace(raw, tensors=renamed), root)
+    layout, pooled, dropout = torch_layout.read(dataclasses.replace(raw, tensors=renamed), root, options)
     layout.notes.append("every block is taken to end in a ReLU behind the addition")
     return assemble(raw, layout, Facts("plain", pooled=pooled, dropout=dropout), options)

@@ -33,7 +33,7 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
         outside = {
             k.replace(sibling, f"{root.prefix[:-2]}fc.", 1) if k.startswith(sibling) else k: v for k, v in outside.items()
         }
-    layout, pooled, dropout = torch_layout.read(renamed, dataclasses.replace(root, outside=outside))
+    layout, pooled, dropout = torch_layout.read(renamed, dataclasses.replace(root, outside=outside), options)
     return assemble(raw, layout, Facts("sequential", pooled=pooled, dropout=dropout), options)
 
 

@@ -17,5 +17,5 @@ def matches(raw: RawState) -> bool:
 
 def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
-    layout, pooled, dropout = torch_layout.read(raw, root)
+    layout, pooled, dropout = torch_layout.read(raw, root, options)
     return assemble(raw, layout, Facts("timm", pooled=pooled, dropout=dropout), options)
