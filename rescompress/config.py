@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -88,8 +88,14 @@ class QuantizeConfig(Frozen):
         epochs: Passes over the training split for ``qat``.
         profile: Quantizer placement; ``auto`` takes the first target's.
         calib: Images to calibrate with, from the training split.
-        calibration: How activation ranges are estimated.
-        keep_float: Layers to leave in floating point.
+        calibration: How activation ranges are estimated; ``auto`` takes what is nearest to the float network on training
+            images.
+        percentile: For ``percentile``, in percent.
+        bias_correction: Whether biases make good what rounding does to each channel's mean.
+        keep_float: Layers to leave in floating point: names, how many of the most sensitive, or ``auto``.
+        learnable_scales: Whether ``qat`` trains the scales too.
+        hold_out: Part of the training images that ``qat`` does not see and that choose between it and ``ptq``; 0 keeps
+            what was trained.
         lr: Peak learning rate of ``qat``.
         batch_size: Images per step of ``qat``.
         teacher: As in `FinetuneConfig`.
@@ -99,8 +105,12 @@ class QuantizeConfig(Frozen):
     epochs: float = Field(1.0, gt=0.0)
     profile: Literal["auto", "tensorrt", "openvino"] = "auto"
     calib: int = Field(512, ge=2)
-    calibration: Literal["nncf", "mean-max", "max", "percentile", "mse"] = "nncf"
-    keep_float: tuple[str, ...] = ()
+    calibration: Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"] = "auto"
+    percentile: float = Field(99.99, gt=50.0, le=100.0)
+    bias_correction: bool = True
+    keep_float: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] | tuple[str, ...] = ()
+    learnable_scales: bool = False
+    hold_out: float = Field(0.02, ge=0.0, le=0.5)
     lr: float = Field(0.002, gt=0.0)
     batch_size: int = Field(128, ge=2)
     teacher: str | None = "dense"

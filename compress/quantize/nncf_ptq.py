@@ -12,6 +12,8 @@ from dataclasses import dataclass
 # NNCF reports its use to its makers unless this is set before it is imported (nncf/telemetry/wrapper.py); a calibration
 # has no reason to reach for the network. Who wants that sets the variable to an empty string.
 os.environ.setdefault("NNCF_CI", "1")
+# Importing NNCF makes torch look for a CUDA compiler and warn that there is no GPU to compile for; nothing is compiled here.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import nncf
 import torch

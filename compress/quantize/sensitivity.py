@@ -6,6 +6,7 @@ needs no labels, and sees changes long before a predicted class flips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from compress.resnet import ResNet, build_model
 from rescompress.core.errors import BudgetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Quantization, Quantizer, place
+
+AUTO_DIVERGENCE = 0.01
+"""In nats: what `mixed_precision` aims at unless told otherwise. About one answer in a hundred changes there."""
 
 Cost = Callable[[frozenset[str]], float]
 """What a network costs, such as predicted milliseconds, with the named layers in floating point."""
@@ -155,7 +159,7 @@ def mixed_precision(
 
     With `layers`, that many. With `max_divergence`, the fewest of that order that bring the network within it. With
     `max_cost`, as many as the cost allows, and no more than `max_divergence` wants when both are given. With none of
-    them, the fewest that halve the divergence of the all-INT8 network.
+    them, the fewest that bring the network within `AUTO_DIVERGENCE`, but at most a tenth of the layers.
 
     Args:
         checkpoint: Quantized.
@@ -190,21 +194,27 @@ def mixed_precision(
             )
         affordable = [n for n in range(most + 1) if cost(frozenset(order[:n])) <= max_cost]
         most = max(affordable)
-    wanted = max_divergence
-    if wanted is None and layers is None and max_cost is None:
-        wanted = all_int8 / 2
+
+    def fewest(wanted: float, most: int) -> int | None:
+        return next((n for n in range(most + 1) if probe(probe.without(order[:n])) <= wanted), None)
+
     if layers is not None:
         count = layers
-    elif wanted is None:
-        count = most
-    else:
-        count = next((n for n in range(most + 1) if probe(probe.without(order[:n])) <= wanted), -1)
-        if count < 0:
+    elif max_divergence is not None:
+        enough = fewest(max_divergence, most)
+        if enough is None:
             reached = probe(probe.without(order[:most]))
             raise BudgetError(
-                f"with {most} layers in floating point the divergence is {reached:.3g}, more than {wanted:.3g}",
+                f"with {most} layers in floating point the divergence is {reached:.3g}, more than {max_divergence:.3g}",
                 remedy="allow more, calibrate on more images, or train with --mode qat",
             )
+        count = enough
+    elif max_cost is not None:
+        count = most
+    else:
+        most = min(most, math.ceil(len(order) / 10))
+        enough = fewest(AUTO_DIVERGENCE, most)
+        count = most if enough is None else enough
     keep = tuple(order[:count])
     value = probe(probe.without(keep))
     return MixedPrecision(keep, value, all_int8, cost(frozenset(keep)) if cost is not None else None)

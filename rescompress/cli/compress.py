@@ -40,6 +40,7 @@ class Profile(StrEnum):
 class Calibration(StrEnum):
     """How activation ranges are estimated."""
 
+    auto = "auto"
     nncf = "nncf"
     mean_max = "mean-max"
     max = "max"
@@ -211,9 +212,14 @@ def quantize(
     target: opt.Target = None,
     profile: Annotated[Profile, typer.Option("--profile", help="Whose placement of quantizers.")] = Profile.auto,
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
-    calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = Calibration.nncf,
+    calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = Calibration.auto,
     keep_float: Annotated[
-        str | None, typer.Option("--keep-float", help="Layers to leave in float, by name, with commas.", show_default=False)
+        str | None,
+        typer.Option(
+            "--keep-float",
+            help="Layers to leave in float: names with commas, how many of the most sensitive, or auto.",
+            show_default=False,
+        ),
     ] = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of qat.")] = 0.002,
     output: opt.OutFile = None,
@@ -237,7 +243,7 @@ def quantize(
     config = _config(
         QuantizeConfig,
         mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
-        keep_float=tuple(n.strip() for n in (keep_float or "").split(",") if n.strip()),
+        keep_float=_keep_float(keep_float or ""),
         teacher=str(teacher) if teacher else None,
     )  # fmt: skip
     opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
@@ -258,6 +264,12 @@ def quantize(
 def _tops(before: Any, after: Any) -> dict[str, float]:
     tops = {"top1_before": before.metrics.get("top1"), "top1_after": after.metrics.get("top1")}
     return {k: v.value for k, v in tops.items() if v is not None}
+
+
+def _keep_float(text: str) -> int | str | tuple[str, ...]:
+    if text.strip() == "auto":
+        return "auto"
+    return int(text) if text.strip().isdigit() else tuple(n.strip() for n in text.split(",") if n.strip())
 
 
 def _config(kind: Any, **values: Any) -> Any:

@@ -6,9 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from compress.checkpoints.base import Checkpoint
 from compress.data import Inputs, Split
 from compress.prune import Budget, find_groups, prune
-from compress.quantize import fake_quant_model, finish_qat, prepare_qat, ptq
+from compress.quantize import best_of, fake_quant_model, finish_qat, mixed_precision, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import load_target
@@ -121,13 +124,11 @@ def quantized(
     details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
     if context.main:
         details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
-    int8 = ptq(
-        checkpoint,
-        [x for x, _ in calibration.batches(64)],
-        profile=profile,
-        calibration=config.calibration,
-        keep_float=frozenset(config.keep_float),
-    )
+    images = [x for x, _ in calibration.batches(64)]
+    int8 = calibrated(checkpoint, images, config, profile)
+    assert int8.quantization is not None
+    details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
+    details["chosen"] = int8.provenance["calibration"]
     resume = None
     if config.mode == "qat":
         if context.main:
@@ -142,11 +143,37 @@ def quantized(
             seed=common.seed,
             device=common.device,
         )
-        model = prepare_qat(int8)
+        seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
+        model = prepare_qat(int8, learnable_scales=config.learnable_scales)
         network = teacher_network(context, teacher, checkpoint.spec)
-        details["epochs"], resume = train_network(context, "quantize", model, data.train, settings, network)
-        int8 = finish_qat(model, int8)
+        details["epochs"], resume = train_network(context, "quantize", model, seen, settings, network)
+        trained = finish_qat(model, int8)
+        int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
+        details["kept"] = "qat" if int8 is trained else "ptq"
     return finish(context, "quantize", int8, common, details, transient=[resume] if resume else [])
+
+
+def calibrated(checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile) -> Checkpoint:
+    """Return the calibrated network, with the layers that the config wants in floating point left there."""
+    names = config.keep_float if isinstance(config.keep_float, tuple) else ()
+
+    def calibrate(keep_float: frozenset[str]) -> Checkpoint:
+        return ptq(
+            checkpoint,
+            images,
+            profile=profile,
+            calibration=config.calibration,
+            percentile=config.percentile,
+            bias_correction=config.bias_correction,
+            keep_float=keep_float,
+        )
+
+    int8 = calibrate(frozenset(names))
+    if isinstance(config.keep_float, tuple):
+        return int8
+    count = config.keep_float if isinstance(config.keep_float, int) else None
+    kept = mixed_precision(int8, images[:4], layers=count, reference=checkpoint).keep_float
+    return calibrate(frozenset(kept)) if kept else int8
 
 
 def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec) -> ResNet | None:
