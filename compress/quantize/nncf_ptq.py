@@ -1,5 +1,7 @@
 """NNCF as the calibrating engine: its ranges, brought to the names of our walk. The only file that imports nncf."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import contextlib
