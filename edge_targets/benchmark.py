@@ -1,8 +1,10 @@
-"""Measured latency: each model in a process of its own, in rounds that alternate when several are compared.
+"""Measured latency: each model in processes of its own, in rounds that alternate when several are compared.
 
 Two runtimes in one process disturb each other (idle worker threads of one spin on the cores of the other), and a
 machine drifts within seconds. So every candidate gets a process that sleeps until it is its turn, and the candidates
-take turns in short rounds; a percentile is taken over all rounds of one candidate.
+take turns in short rounds. What differs between two processes of one model (memory layout, the cores it lands on) is
+often more than what differs inside one, so every round starts new processes, and the median of each is kept: gates
+compare those. A percentile is taken over all rounds of one candidate.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ class Effort:
     """How much to measure.
 
     Attributes:
-        warmup_s: Seconds before the first sample counts.
+        warmup_s: Seconds before the first sample of a process counts.
         seconds: Seconds of samples per candidate, over all rounds.
-        rounds: Turns each candidate gets.
+        rounds: Turns each candidate gets, each in a new process.
         min_iterations: Samples per round, even where that takes longer.
     """
 
-    warmup_s: float = 0.5
+    warmup_s: float = 0.3
     seconds: float = 3.0
     rounds: int = 5
     min_iterations: int = 4
@@ -189,27 +191,53 @@ def compare(candidates: Sequence[Candidate], *, effort: Effort | None = None) ->
         ToolMissing: A runtime is not installed.
         EnvironmentFailed: A measuring process died.
     """
+    return [measured.metrics for measured in measure_processes(candidates, effort=effort)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one candidate.
+
+    Attributes:
+        metrics: As `summarize` names them, over all processes.
+        process_medians_ms: Median latency of each process, in order of time.
+    """
+
+    metrics: dict[str, Metric]
+    process_medians_ms: tuple[float, ...]
+
+
+def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None = None) -> list[Measured]:
+    """Return what `compare` returns and the median of every process.
+
+    Raises:
+        BadInput: Unknown runtime, or a model it cannot load.
+        ToolMissing: A runtime is not installed.
+        EnvironmentFailed: A measuring process died.
+    """
     effort = effort or Effort()
     for candidate in candidates:
         plugins.load(PACKAGE, candidate.runtime, what="runtime")
-    samples: list[list[float]] = [[] for _ in candidates]
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(candidate)) for candidate in candidates]
-        for worker in workers:
-            worker.ask({"seconds": effort.warmup_s, "min_iterations": effort.min_iterations})
-        for _ in range(effort.rounds):
+    samples: list[list[list[float]]] = [[] for _ in candidates]
+    for _ in range(effort.rounds):
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(_worker(candidate)) for candidate in candidates]
             for mine, worker in zip(samples, workers, strict=True):
+                worker.ask({"seconds": effort.warmup_s, "min_iterations": effort.min_iterations})
                 each = {"seconds": effort.seconds / effort.rounds, "min_iterations": effort.min_iterations}
-                mine.extend(worker.ask(each)["samples_ms"])
+                mine.append(worker.ask(each)["samples_ms"])
     device = cpu_name()
     return [
-        summarize(
-            mine,
-            device=device,
-            runtime=c.runtime,
-            batch=c.batch,
-            precision=c.precision,
-            threads=cpu_threads(c.threads),
+        Measured(
+            summarize(
+                [ms for process in mine for ms in process],
+                device=device,
+                runtime=c.runtime,
+                batch=c.batch,
+                precision=c.precision,
+                threads=cpu_threads(c.threads),
+            ),
+            tuple(statistics.median(process) for process in mine),
         )
         for mine, c in zip(samples, candidates, strict=True)
     ]
