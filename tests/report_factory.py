@@ -86,6 +86,8 @@ def write_run(
     params: int = 230_000,
     size_bytes: int = 260_000,
     jetson_ms: float = 0.31,
+    dense_runs_ms: Sequence[float] | None = None,
+    openvino: str = "2026.4.1",
 ) -> Manifest:
     """Write a run of five stages and two targets, and one target that was skipped; return its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,13 @@ def write_run(
         rescompress_version="0.1.0",
         created=created,
         config={"checkpoint": "resnet32.th", "data": "cifar10", "seed": 0, "prune": {"method": "reconstruct", "macs": 0.5}},
-        environment={"python": "3.12.1", "platform": "Linux", "cpu": "Xeon", "threads": 2, "packages": {"torch": "2.14.0"}},
+        environment={
+            "python": "3.12.1",
+            "platform": "Linux",
+            "cpu": "Xeon",
+            "threads": 2,
+            "packages": {"torch": "2.14.0", "openvino": openvino},
+        },
         stages=(
             stage(folder, "dense", outcomes=dense, macs=69_000_000, params=464_000, size_bytes=1_870_000),
             stage(
@@ -147,5 +155,15 @@ def write_run(
             StageResult(stage="target:rtx-4090", status="skipped", reason="tensorrt_rtx is not installed"),
         ),
     )
+    if dense_runs_ms is not None:
+        cpu, first = manifest.stages[5], manifest.stages[0]
+        assert cpu.stage == "target:cpu"
+        manifest = manifest.with_stage(
+            cpu.model_copy(update={"details": {**cpu.details, "dense_latency_runs": list(dense_runs_ms)}})
+        )
+        onnx = folder / "dense.onnx"
+        onnx.write_bytes(b"the dense network")
+        artifact = Artifact.of("onnx", onnx, folder)
+        manifest = manifest.with_stage(first.model_copy(update={"outputs": (*first.outputs, artifact)}))
     manifest.save(folder)
     return manifest

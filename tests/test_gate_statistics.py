@@ -236,3 +236,21 @@ def test_a_slowdown_is_found() -> None:
         for _ in range(500)
     ]
     assert np.mean([f > 1.05 for f in found]) >= 0.95
+
+
+def test_drift_between_sessions_does_not_fail_a_repetition() -> None:
+    """A/A with sessions that differ by 10 %: in multiples of the dense network the gate at 1.05 keeps its level."""
+    from rescompress.gate.checks import _measured
+
+    rng = np.random.default_rng(5)
+    raw, relative = [], []
+    for _ in range(1000):
+        session = np.exp(0.1 * rng.standard_normal((2, 1)) + 0.05 * rng.standard_normal((2, 5)))
+        own = session * np.exp(0.01 * rng.standard_normal((2, 5)))
+        dense = 2 * session * np.exp(0.01 * rng.standard_normal((2, 5)))
+        lists = [list(map(float, x)) for x in (*own, *dense)]
+        raw.append(_measured("cpu", lists[0], lists[1], None, 1.05).verdict)
+        relative.append(_measured("cpu", lists[0], lists[1], (lists[2], lists[3]), 1.05).verdict)
+    assert relative.count("fail") <= 50
+    assert relative.count("pass") >= 900
+    assert raw.count("fail") > 200, "without it, drift is taken for a slower network"

@@ -90,6 +90,32 @@ def test_latency_is_judged_over_processes(tmp_path: Path) -> None:
     assert "4 processes were measured, 5 are needed" in few.checks[2].message
 
 
+def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:
+    """Each run measured the same dense network in turns with its own: today everything takes 1.3 times as long."""
+    waves = [1.0, 1.4, 1.1, 0.9, 1.25]
+    own = [0.5 * w for w in waves]
+    today = [1.3 * w for w in (1.05, 0.9, 1.3, 1.0, 1.1)]
+    changes = {"runs_ms": [0.5 * w for w in today], "dense_runs_ms": today}
+    base, cand = outcomes_with(5000, 0, 0)
+    write_run(tmp_path / "base", n=5000, final=base, runs_ms=own, dense_runs_ms=waves)
+
+    def check(name: str, **more: Any) -> Any:
+        write_run(tmp_path / name, n=5000, final=cand, **{**changes, **more})
+        report = judged((tmp_path / name, tmp_path / "base"))
+        return next(c for c in report.checks if c.name == "latency:cpu")
+
+    same = check("same")
+    assert (same.verdict, round(same.value, 6)) == ("pass", 1.0)
+    assert "measured in turns" in same.message
+    slower = check("slower", runs_ms=[0.6 * w for w in today])
+    assert (slower.verdict, round(slower.value, 6)) == ("fail", 1.2)
+    assert check("other-runtime", openvino="2027.0.0").verdict != "pass", (
+        "a slower runtime must not hide behind the dense network"
+    )
+    assert cli(tmp_path / "base", "--save-baseline", tmp_path / "b.json").returncode == 0
+    assert judged((tmp_path / "same", tmp_path / "b.json")).checks[2] == same
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -30,6 +30,12 @@ def run(
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="the config's")] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track", metavar="KIND:ADDRESS", help="Record the run: mlflow:URI, tensorboard:FOLDER.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Take a checkpoint through every stage of a config; run it again to go on where it stopped.
 
@@ -47,6 +53,10 @@ def run(
         loaded = loaded.model_copy(update={"seed": seed})
     folder = output or workspace.WORKSPACE / config.stem
     settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size)
+    if track is not None:
+        from rescompress.track import check
+
+        check(track)
     stages = run_plan(loaded, settings)
     together = workspace.peers()
     if together is not None and not together.is_main:
@@ -62,6 +72,10 @@ def run(
         write_text(folder / "table.md", to_markdown(rows))
     else:
         out.hint(f"nothing to do: all {len(report.reused)} stages are up to date")
+    if track is not None:
+        from rescompress.track import log
+
+        out.hint(f"recorded: {log(track, folder)}")
     document = {
         "folder": str(folder),
         "manifest": str(folder / "manifest.json"),

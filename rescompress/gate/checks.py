@@ -21,12 +21,18 @@ from rescompress.gate import ratios, tango
 from rescompress.gate.limits import Limits
 from rescompress.gate.tango import Paired
 from rescompress.report.columns import count, duration, provenance, size
-from rescompress.report.tables import TARGET_PREFIX, figure
+from rescompress.report.tables import DENSE, TARGET_PREFIX, figure
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 CONFIDENCE = 0.95
 """One-sided for verdicts, two-sided for the interval that is shown."""
+
+OWN = "latency_runs"
+"""Key in `StageResult.details`: median latency of each process, ms."""
+
+BESIDE = "dense_latency_runs"
+"""The same of the dense network, measured in turns with it."""
 
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
@@ -338,7 +344,8 @@ def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) 
             continue
         pair = found[0].get(target), found[1].get(target)
         if pair[0] is not None and pair[1] is not None:
-            checks.append(_latency(target, pair[0], pair[1], limit))
+            same = _beside(candidate.manifest, pair[0]) == _beside(baseline.manifest, pair[1]) is not None
+            checks.append(_latency(target, pair[0], pair[1], limit, drift_is_known=same))
             continue
         lacking = candidate if pair[0] is None else baseline
         why = f"{lacking.name} has no latency on {target}"
@@ -357,7 +364,18 @@ def _targets(manifest: Manifest) -> dict[str, StageResult]:
     }
 
 
-def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float) -> Check:
+def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None:
+    """Return the identity of the dense network that was measured in turns with a target's, and the runtime's version."""
+    dense = manifest.stage(DENSE)
+    onnx = dense.output("onnx") if dense is not None else None
+    packages = manifest.environment.get("packages")
+    version = packages.get(stage.metrics["p50_ms"].runtime) if isinstance(packages, dict) else None
+    if onnx is None or version is None or len(_processes(stage, BESIDE)) != len(_processes(stage, OWN)):
+        return None
+    return onnx.sha256, version
+
+
+def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float, *, drift_is_known: bool) -> Check:
     new, old = candidate.metrics["p50_ms"], baseline.metrics["p50_ms"]
     for fact in ("provenance", "device", "runtime", "threads", "batch", "power_mode"):
         a, b = getattr(new, fact), getattr(old, fact)
@@ -371,33 +389,54 @@ def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: 
         return _predicted(target, new, old, limit)
     if new.provenance != "measured":
         return _undecided(target, limit, f"{new.provenance} figures are not compared", baseline, candidate)
-    runs = _processes(candidate, target), _processes(baseline, target)
+    runs = _processes(candidate, OWN), _processes(baseline, OWN)
     short = min(len(r) for r in runs)
     if short < ratios.LEAST_PROCESSES:
         why = f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed"
         return _undecided(target, limit, why, baseline, candidate)
-    return _measured(target, runs[0], runs[1], limit)
+    beside = (_processes(candidate, BESIDE), _processes(baseline, BESIDE)) if drift_is_known else None
+    return _measured(target, runs[0], runs[1], beside, limit)
 
 
-def _processes(stage: StageResult, target: str) -> list[float]:
+def _processes(stage: StageResult, name: str) -> list[float]:
     """Return the median latency of each process, in ms."""
-    runs = stage.details.get("latency_runs", [])
+    runs = stage.details.get(name, [])
     good = isinstance(runs, list) and all(isinstance(r, int | float) and math.isfinite(r) and r > 0 for r in runs)
     if not good:
-        raise BadInput("latency_runs is no list of positive numbers", where=stage.stage, remedy="measure it again")
+        raise BadInput(f"{name} is no list of positive numbers", where=stage.stage, remedy="measure it again")
     return [float(r) for r in runs]
 
 
-def _measured(target: str, candidate: Sequence[float], baseline: Sequence[float], limit: float) -> Check:
-    value = ratios.ratio(baseline, candidate)
-    lower = ratios.lower_bound(baseline, candidate, CONFIDENCE)
-    upper = ratios.upper_bound(baseline, candidate, CONFIDENCE)
-    low, high = ratios.interval(baseline, candidate, CONFIDENCE)
+def _measured(
+    target: str,
+    candidate: Sequence[float],
+    baseline: Sequence[float],
+    beside: tuple[Sequence[float], Sequence[float]] | None,
+    limit: float,
+) -> Check:
+    """Return the check of two lists of process medians.
+
+    A machine is not equally fast today and yesterday, which no number of processes on one day shows. Where the same dense
+    network was measured in turns with both (`beside`), each process counts in multiples of the dense one of its turn.
+    """
+    new, old = list(candidate), list(baseline)
+    if beside is not None:
+        new = [own / dense for own, dense in zip(candidate, beside[0], strict=True)]
+        old = [own / dense for own, dense in zip(baseline, beside[1], strict=True)]
+    value = ratios.ratio(old, new)
+    lower = ratios.lower_bound(old, new, CONFIDENCE)
+    upper = ratios.upper_bound(old, new, CONFIDENCE)
+    low, high = ratios.interval(old, new, CONFIDENCE)
     verdict: Verdict = "pass" if upper <= limit else "fail" if lower > limit else "inconclusive"
     texts = [f"{duration(median(r))} over {len(r)} processes" for r in (baseline, candidate)]
+    how = "times as long"
+    if beside is not None:
+        drift = median(beside[0]) / median(beside[1])
+        how = (
+            f"times as long in multiples of the dense network measured in turns with each ({drift:.3f} times its earlier self)"
+        )
     message = (
-        f"{texts[1]} against {texts[0]}, {value:.3f} times as long "
-        f"(95 % interval {low:.3f} to {high:.3f}); the limit is {limit:g}"
+        f"{texts[1]} against {texts[0]}, {value:.3f} {how} (95 % interval {low:.3f} to {high:.3f}); the limit is {limit:g}"
     )
     if verdict == "inconclusive":
         message += "; more processes or a quieter machine would decide"
@@ -460,11 +499,13 @@ def _undecided(target: str, limit: float, why: str, baseline: StageResult | None
 
 
 def baseline_of(run: Run) -> Manifest:
-    """Return the run as a baseline that needs no other file: outcomes inside, no other outputs, no details but processes."""
+    """Return the run as a baseline that needs no other file: outcomes inside, no details but processes."""
     stages = []
     for result in run.manifest.stages:
-        details: dict[str, Any] = {k: v for k, v in result.details.items() if k == "latency_runs"}
+        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE)}
         if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
             details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
-        stages.append(result.model_copy(update={"outputs": (), "details": details}))
+        # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.
+        kept = tuple(a for a in result.outputs if a.kind == "onnx" and result.stage == DENSE)
+        stages.append(result.model_copy(update={"outputs": kept, "details": details}))
     return run.manifest.model_copy(update={"stages": tuple(stages)})

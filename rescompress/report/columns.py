@@ -103,9 +103,9 @@ def latency(metric: Metric) -> str:
         band = (
             ""
             if metric.low is None or metric.high is None
-            else f" ({duration(metric.low)[:-3]} to {duration(metric.high)[:-3]})"
+            else f", {duration(metric.low)[:-3]} to {duration(metric.high)[:-3]}"
         )
-        return f"~{text}{band} predicted"
+        return f"~{text} predicted{band}"
     if metric.provenance == "published":
         return f"{text} published"
     return text

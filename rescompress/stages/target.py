@@ -10,8 +10,7 @@ from typing import Any
 from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
 from edge_targets.backends import PACKAGE as BACKENDS
-from edge_targets.benchmark import Candidate
-from edge_targets.benchmark import compare as measure_latency
+from edge_targets.benchmark import Candidate, measure_processes
 from edge_targets.build_script import build_script
 from edge_targets.catalog import load_target
 from edge_targets.device import Target
@@ -127,8 +126,9 @@ def _build_and_measure(
         runs.append(dataclasses.replace(runs[0], path=float_path, precision="fp32"))
         names.append("fp32_")
     context.reporter.progress(f"measure {chosen.name}", 0, 1)
-    for prefix, measured in zip(names, measure_latency(runs), strict=True):
-        metrics |= {prefix + key: value for key, value in measured.items()}
+    for prefix, measured in zip(names, measure_processes(runs), strict=True):
+        metrics |= {prefix + key: value for key, value in measured.metrics.items()}
+        details[f"{prefix}latency_runs"] = list(measured.process_medians_ms)
     if float_path is not None:
         float_path.unlink()
         if metrics["p50_ms"].value > metrics["fp32_p50_ms"].value:
