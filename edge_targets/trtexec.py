@@ -1,7 +1,6 @@
-"""trtexec, NVIDIA's command-line builder: its command lines by version, and the parser of what it prints.
+"""trtexec, NVIDIA's command-line builder: its command lines by version of TensorRT (`edge_targets.tensorrt_versions`).
 
-Commands come from the table in `edge_targets.tensorrt_versions`. The parser reads the formats of 7.x to 11 (see
-docs/targets.md); ``--exportTimes`` JSON is the primary source of latencies, the text is the check.
+What it prints is read by `edge_targets.trtexec_log`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
     "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
     "predict": ("targets", MEASURE, "Predicted latency on a device that is not here, with an error band."),
+    "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
     "bench": ("bench", MEASURE, "Measured latency of ONNX files on what is here."),
     "prune": ("compress", COMPRESS, "Remove channels and let the rest make up for them."),
     "finetune": ("compress", COMPRESS, "Train a pruned network back, distilled from its teacher."),

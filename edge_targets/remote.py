@@ -1,0 +1,492 @@
+"""Builds and measures on the board itself, over SSH, and brings engine and timings back.
+
+Steps: probe the board, copy the ONNX files, build each precision with the flags of the board's TensorRT, time the built
+engines (GPU compute time of every run, from ``--exportTimes``), watch power and memory meanwhile, measure again where the
+spread is large, keep the fastest. The work folder on the board is gone afterwards, whatever happens.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_targets.benchmark import summarize
+from edge_targets.catalog import identify
+from edge_targets.device import Precision, Target
+from edge_targets.ssh import Board, Completed, WorkFolder
+from edge_targets.tensorrt_versions import Capabilities, capabilities
+from edge_targets.trtexec import (
+    LOCATIONS,
+    BuildOptions,
+    InputShapes,
+    TimingOptions,
+    build_command,
+    profile_command,
+    quoted,
+    timing_command,
+)
+from edge_targets.trtexec_log import TrtexecLog, parse_log, read_layer_info, read_profile, read_times
+from rescompress.core.artifact import write_text
+from rescompress.core.errors import EnvironmentFailed, TargetError, ToolMissing
+from rescompress.core.metric import Metric
+
+UNSTABLE = 0.05
+"""Coefficient of variation above which a measurement is repeated, and then called inconclusive."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a board says about itself.
+
+    Attributes:
+        model: From the device tree; None on other machines.
+        device: Its name in the catalogue, or None.
+        trtexec: Path of trtexec.
+        version: Version of TensorRT, as text.
+        power_mode: From nvpmodel, or None where that is not allowed or not there.
+        clocks: From jetson_clocks, likewise.
+        flags: Every flag that ``trtexec --help`` names; empty where it names none.
+        tegrastats: Whether power and memory can be watched.
+        free_bytes: In the folder for temporary files.
+    """
+
+    model: str | None
+    device: str | None
+    trtexec: str
+    version: str
+    power_mode: str | None
+    clocks: str | None
+    flags: frozenset[str]
+    tegrastats: bool
+    free_bytes: int | None
+
+
+PROBE = r"""
+echo "@@model"; tr -d '\000' < /proc/device-tree/model 2>/dev/null; echo
+echo "@@free"; df -Pk "${TMPDIR:-/tmp}" 2>/dev/null | awk 'NR==2 {print $4}'
+echo "@@nvpmodel"; { nvpmodel -q 2>/dev/null || sudo -n nvpmodel -q 2>/dev/null; } | head -n 4
+echo "@@clocks"; sudo -n jetson_clocks --show 2>/dev/null
+echo "@@tegrastats"; command -v tegrastats 2>/dev/null
+echo "@@trtexec"
+for t in LOCATIONS; do p=$(command -v "$t" 2>/dev/null) && { echo "$p"; break; }; done
+echo "@@help"; [ -n "$p" ] && "$p" --help 2>&1
+echo "@@end"
+""".replace("LOCATIONS", " ".join(shlex.quote(t) for t in LOCATIONS))
+
+
+def probe(board: Board) -> Probe:
+    """Return what a board says about itself.
+
+    Raises:
+        EnvironmentFailed: The connection failed.
+        ToolMissing: There is no ssh here, or no trtexec there.
+        TargetError: Its TensorRT is too old, or tells no version.
+    """
+    output = board.run(f"sh -c {shlex.quote(PROBE)}").output
+    parts = {m[1]: m[2].strip() for m in re.finditer(r"^@@(\w+)\n(.*?)(?=^@@)", output, re.MULTILINE | re.DOTALL)}
+    trtexec = parts.get("trtexec", "")
+    if not trtexec:
+        raise ToolMissing(
+            f"no trtexec there (looked for {', '.join(LOCATIONS)})",
+            where=board.host,
+            remedy="install TensorRT on the board (JetPack: apt install tensorrt), or put trtexec on the PATH of ssh",
+        )
+    version = re.search(r"\[TensorRT v(\d+)\]", parts.get("help", ""))
+    if version is None:
+        raise TargetError(
+            f"{trtexec} does not tell its version", where=board.host, remedy="check that it starts there: trtexec --help"
+        )
+    model = parts.get("model") or None
+    mode = re.search(r"NV Power Mode: ?(\S+)", parts.get("nvpmodel", ""))
+    free = parts.get("free", "")
+    return Probe(
+        model=model,
+        device=identify(model) if model else None,
+        trtexec=trtexec,
+        version=_dotted(version[1]),
+        power_mode=mode[1] if mode else None,
+        clocks=parts.get("clocks") or None,
+        flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))),
+        tegrastats=bool(parts.get("tegrastats")),
+        free_bytes=int(free) * 1024 if free.isdigit() else None,
+    )
+
+
+def _dotted(digits: str) -> str:
+    if len(digits) == 6:
+        return f"{int(digits[:2])}.{int(digits[2:4])}.{int(digits[4:])}"
+    return f"{digits[0]}.{digits[1]}.{int(digits[2:])}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to build in one precision.
+
+    Attributes:
+        precision: What it computes in.
+        onnx: The file here.
+        shapes: Profile of a dynamic batch; None for fixed shapes.
+    """
+
+    precision: Precision
+    onnx: Path
+    shapes: InputShapes | None = None
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """How to build and measure.
+
+    Attributes:
+        batches: What to time; the first is the latency that counts. More than one needs a dynamic batch.
+        duration_s: Seconds of samples per measurement.
+        warmup_ms: Before each.
+        workspace_mb: Scratch memory of the builder.
+        dla_core: Deep-learning accelerator to use.
+        sparsity: Use sparse kernels where the weights allow it.
+        build_timeout_s: Until a build counts as hanging.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    duration_s: int = 10
+    warmup_ms: int = 500
+    workspace_mb: int = 1024
+    dla_core: int | None = None
+    sparsity: bool = False
+    build_timeout_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine, built and timed on the board.
+
+    Attributes:
+        precision: What it computes in.
+        engine: The engine, here.
+        metrics: ``p50_ms`` and so on, at the first batch; ``batch<N>_p50_ms`` and ``batch<N>_images_per_s`` at the
+            others; ``power_w``, ``images_per_s_per_w`` and ``memory_mb`` where they were watched.
+        spread: Coefficient of variation of the runs that count.
+        stable: Whether the spread is small enough.
+        log: What trtexec said.
+        files: Everything fetched.
+        details: Layers, clocks, flags; JSON values only.
+    """
+
+    precision: Precision
+    engine: Path
+    metrics: dict[str, Metric]
+    spread: float
+    stable: bool
+    log: TrtexecLog
+    files: tuple[Path, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The outcome on one board.
+
+    Attributes:
+        probe: The board.
+        results: One per precision.
+        best: The fastest.
+        notes: What the user should know.
+        commands: Every command that ran on the board.
+    """
+
+    probe: Probe
+    results: tuple[Measured, ...]
+    best: Measured
+    notes: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+def commands_of(
+    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the build command, one timing command per batch, and the profile command of a job.
+
+    Args:
+        known: What the board's TensorRT understands.
+        job: What to build.
+        options: How.
+        work: Folder on the board.
+        trtexec: trtexec on the board.
+
+    Raises:
+        TargetError: That version cannot do what is asked.
+    """
+    name = f"{work}/model_{job.precision}"
+    build = build_command(
+        known,
+        f"{name}.onnx",
+        f"{name}.engine",
+        BuildOptions(
+            job.precision,
+            shapes=job.shapes,
+            workspace_mb=options.workspace_mb,
+            timing_cache=f"{work}/timing.cache",
+            dla_core=options.dla_core,
+            sparsity=options.sparsity,
+        ),
+        executable=trtexec,
+        layer_info=f"{name}.layers.json",
+    )
+    timing = [
+        TimingOptions(options.warmup_ms, options.duration_s, shapes=job.shapes, batch=batch, dla_core=options.dla_core)
+        for batch in options.batches
+    ]
+    times = [
+        timing_command(known, f"{name}.engine", t, executable=trtexec, times=f"{name}.batch{t.batch}.times.json")
+        for t in timing
+    ]
+    profile = profile_command(known, f"{name}.engine", timing[0], executable=trtexec, profile=f"{name}.profile.json")
+    return build, times, profile
+
+
+def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions) -> list[str]:
+    """Return the commands that would run on the board, for the TensorRT that its default release has.
+
+    Raises:
+        TargetError: The target is no TensorRT board.
+    """
+    known = target.capabilities
+    if known is None:
+        raise TargetError(f"{target.name} does not run TensorRT", where="--target", remedy="name a Jetson")
+    lines = ['WORK=$(mktemp -d "${TMPDIR:-/tmp}/rescompress.XXXXXX")']
+    for job in jobs:
+        build, times, profile = commands_of(known, job, options, work="$WORK", trtexec="trtexec")
+        lines.append(f"cat > $WORK/model_{job.precision}.onnx    # {job.onnx.name}, {job.onnx.stat().st_size} bytes")
+        lines += [" ".join(c) for c in (build, *times, profile)]
+    return [*lines, "rm -rf -- $WORK"]
+
+
+def deploy(
+    board: Board,
+    jobs: Sequence[Job],
+    options: DeployOptions,
+    out: Path,
+    *,
+    target: Target | None = None,
+    found: Probe | None = None,
+    say: Say = lambda text: None,
+) -> Deployment:
+    """Build and measure every job on the board; files land in `out`.
+
+    Args:
+        board: Where.
+        jobs: What; at least one.
+        options: How.
+        out: Folder here.
+        target: The board as the user named it; else it is what the board says.
+        found: What `probe` returned, where that is known.
+        say: Told what happens.
+
+    Raises:
+        EnvironmentFailed: Connection, disk or build failed; logs that exist are kept in `out`.
+        ToolMissing: No ssh here, or no trtexec there.
+        TargetError: The board's TensorRT cannot do what is asked.
+    """
+    found = found or probe(board)
+    known = capabilities(found.version)
+    say(f"{found.model or board.host}: TensorRT {found.version}, power mode {found.power_mode or 'unknown'}")
+    notes = _notes(found, target)
+    device = found.device or (target.name if target else board.host)
+    need = sum(3 * job.onnx.stat().st_size for job in jobs)
+    if found.free_bytes is not None and found.free_bytes < need:
+        raise EnvironmentFailed(
+            f"the disk is full: {found.free_bytes} bytes free, about {need} needed",
+            where=board.host,
+            remedy="free some space on the board and run again",
+        )
+    ran: list[str] = []
+    results = []
+    with WorkFolder(board) as work:
+        session = _Session(work.board, found, known, options, out, work.path, device, ran, say)
+        for job in jobs:
+            results.append(session.measure(job))
+    best = min(results, key=lambda r: r.metrics["p50_ms"].value)
+    notes += [f"{r.precision}: spread {r.spread:.1%} after a second try, inconclusive" for r in results if not r.stable]
+    return Deployment(found, tuple(results), best, tuple(notes), tuple(ran))
+
+
+def _notes(found: Probe, target: Target | None) -> list[str]:
+    notes = []
+    if target is not None and found.device is not None and found.device != target.name:
+        notes.append(f"--target says {target.name}, the board says {found.device} ({found.model})")
+    if found.power_mode is None:
+        notes.append("power mode unknown: nvpmodel is not there or needs sudo without a password")
+    if found.clocks is None:
+        notes.append("clocks unknown: jetson_clocks is not there or needs sudo without a password; clocks may float")
+    return notes
+
+
+@dataclass
+class _Session:
+    """The work on one board, inside its work folder."""
+
+    board: Board
+    found: Probe
+    known: Capabilities
+    options: DeployOptions
+    out: Path
+    work: str
+    device: str
+    ran: list[str]
+    say: Say
+
+    def run(self, command: Sequence[str], log: Path, *, timeout_s: float, watch: str | None = None) -> TrtexecLog:
+        """Run trtexec; keep its output in `log`, whatever happened; return what it says.
+
+        Raises:
+            EnvironmentFailed: It failed, or the connection did.
+        """
+        line = quoted(command)
+        self.ran.append(line)
+        if watch is not None:
+            line = (
+                f"tegrastats --interval 100 > {shlex.quote(watch)} 2>/dev/null & t=$!; {line}; r=$?; "
+                "kill $t 2>/dev/null; wait $t 2>/dev/null; exit $r"
+            )
+        done: Completed = self.board.run(f"cd {shlex.quote(self.work)} && {line}", timeout_s=timeout_s)
+        write_text(log, done.output)
+        said = parse_log(done.output)
+        if done.code != 0 or said.status != "passed":
+            if "No space left on device" in done.output or "disk is full" in done.output:
+                raise EnvironmentFailed(
+                    "the disk of the board is full", where=f"{self.board.host}, log in {log}", remedy="free some space there"
+                )
+            reason = said.errors[0] if said.errors else (done.output.strip().splitlines() or ["no output"])[-1]
+            raise EnvironmentFailed(
+                f"trtexec {said.status} with exit code {done.code}: {reason}",
+                where=f"{self.board.host}, log in {log}",
+                remedy="read the log; `rescompress lint` names what a board refuses",
+            )
+        return said
+
+    def measure(self, job: Job) -> Measured:
+        """Build, time and fetch one job."""
+        name = f"model_{job.precision}"
+        build, times, profile = commands_of(self.known, job, self.options, work=self.work, trtexec=self.found.trtexec)
+        self.say(f"copy {job.onnx.name} ({job.precision})")
+        self.board.put(job.onnx, f"{self.work}/{name}.onnx")
+        self.say(f"build {job.precision}")
+        build_log = self.run(build, self.out / f"{name}.build.log", timeout_s=self.options.build_timeout_s)
+        metrics: dict[str, Metric] = {}
+        spread, stable, log = 0.0, True, build_log
+        files = [self.out / f"{name}.build.log"]
+        for batch, command in zip(self.options.batches, times, strict=True):
+            samples, log, path = self.time(name, batch, command)
+            files += [path, path.with_suffix(".log")]
+            here = statistics.pstdev(samples) / statistics.fmean(samples)
+            summary = summarize(
+                samples,
+                device=self.device,
+                runtime="tensorrt",
+                batch=batch,
+                precision=job.precision,
+                power_mode=self.found.power_mode,
+            )
+            if batch == self.options.batches[0]:
+                metrics, spread, stable = {**summary, **metrics}, here, here <= UNSTABLE
+                metrics |= self.power(name, summary)
+            else:
+                metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
+                metrics[f"batch{batch}_images_per_s"] = summary["images_per_s"]
+        self.run(profile, self.out / f"{name}.profile.log", timeout_s=self.options.duration_s * 4 + 120)
+        for suffix in ("profile.json", "layers.json", "engine"):
+            self.board.get(f"{self.work}/{name}.{suffix}", self.out / f"{name}.{suffix}")
+            files.append(self.out / f"{name}.{suffix}")
+        profile_rows = read_profile(self.out / f"{name}.profile.json")
+        layers = read_layer_info(self.out / f"{name}.layers.json")
+        details = {
+            "build_s": build_log.build_s,
+            "sm_count": log.sm_count,
+            "clock_mhz": log.clock_mhz,
+            "throughput_qps": log.throughput_qps,
+            "kernels": len(layers),
+            "int8_kernels": sum(x.weight_type == "Int8" for x in layers),
+            "profile": [{"name": r.name, "ms": r.average_ms, "percent": r.percent} for r in profile_rows],
+            "build_command": quoted(build),
+            "timing_command": quoted(times[0]),
+        }
+        return Measured(job.precision, self.out / f"{name}.engine", metrics, spread, stable, log, tuple(files), details)
+
+    def time(self, name: str, batch: int, command: Sequence[str]) -> tuple[list[float], TrtexecLog, Path]:
+        """Time an engine at one batch; once more where the spread is large, and keep the calmer of the two."""
+        best: tuple[float, list[float], TrtexecLog] | None = None
+        path = self.out / f"{name}.batch{batch}.times.json"
+        for attempt in (1, 2):
+            self.say(f"time {name} at batch {batch}" + (", once more" if attempt == 2 else ""))
+            watch = f"{self.work}/{name}.tegrastats" if self.found.tegrastats else None
+            limit = self.options.duration_s * 4 + 120
+            log = self.run(command, path.with_suffix(".log"), timeout_s=limit, watch=watch)
+            self.board.get(f"{self.work}/{path.name}", path)
+            samples = read_times(path)
+            spread = statistics.pstdev(samples) / statistics.fmean(samples)
+            if best is None or spread < best[0]:
+                best = (spread, samples, log)
+            if spread <= UNSTABLE:
+                break
+        assert best is not None
+        return best[1], best[2], path
+
+    def power(self, name: str, summary: dict[str, Metric]) -> dict[str, Metric]:
+        """Return power and memory while timing, where tegrastats wrote them."""
+        if not self.found.tegrastats:
+            return {}
+        text = self.board.run(["cat", f"{self.work}/{name}.tegrastats"]).output
+        watched = parse_tegrastats(text)
+        base = summary["p50_ms"].model_copy(update={"low": None, "high": None})
+        metrics = {}
+        if watched.power_w is not None:
+            metrics["power_w"] = base.model_copy(update={"value": watched.power_w, "unit": "W", "n": watched.samples})
+            rate = summary["images_per_s"].value / watched.power_w
+            metrics["images_per_s_per_w"] = base.model_copy(update={"value": rate, "unit": "images/s/W"})
+        if watched.memory_mb is not None:
+            metrics["memory_mb"] = base.model_copy(update={"value": watched.memory_mb, "unit": "MB", "n": watched.samples})
+        return metrics
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What tegrastats saw.
+
+    Attributes:
+        power_w: Mean power of the module (rail VDD_IN, or the sum of the rails where there is none).
+        memory_mb: Largest memory in use.
+        samples: Lines.
+    """
+
+    power_w: float | None
+    memory_mb: float | None
+    samples: int
+
+
+def parse_tegrastats(text: str) -> Watched:
+    """Return mean power and largest memory of a tegrastats log.
+
+    A line reads ``RAM 2448/7620MB (...) ... VDD_IN 5017mW/4987mW VDD_CPU_GPU_CV 1234mW/1200mW``: now and average of each
+    rail; older releases write ``POM_5V_IN 2145/2145`` in mW without the unit.
+    """
+    powers, memories = [], []
+    for line in text.splitlines():
+        ram = re.search(r"\bRAM (\d+)/\d+MB", line)
+        if ram:
+            memories.append(float(ram[1]))
+        rails = {n: float(v) / 1000.0 for n, v in re.findall(r"\b(V\w+|POM_\w+) (\d+)(?:mW)?/\d+", line)}
+        total = next((rails[n] for n in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0") if n in rails), None)
+        if total is None and rails:
+            total = sum(rails.values())
+        if total is not None:
+            powers.append(total)
+    return Watched(
+        statistics.fmean(powers) if powers else None, max(memories) if memories else None, max(len(powers), len(memories))
+    )

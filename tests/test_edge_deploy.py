@@ -1,0 +1,317 @@
+"""Deploy over SSH, against a real sshd on the loopback address and a stand-in trtexec (tests/edge_standin_trtexec)."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_targets.remote import parse_tegrastats
+from edge_targets.ssh import Board
+from rescompress.cli.app import main
+from rescompress.core.errors import BadInput
+
+SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
+needs_sshd = pytest.mark.skipif(
+    SSHD is None or shutil.which("ssh") is None, reason="no sshd here (Debian: apt install openssh-server)"
+)
+
+
+def write_onnx(path, *, quantized=False, batch="N", width=8):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((width, 3, 3, 3)).astype(np.float32)
+    constants = [numpy_helper.from_array(rng.standard_normal((10, width)).astype(np.float32), "f")]
+    nodes, x, w = [], "x", "w"
+    if quantized:
+        constants += [
+            numpy_helper.from_array(np.float32(0.05), "s"),
+            numpy_helper.from_array(np.int8(0), "z"),
+            numpy_helper.from_array(np.clip(weight * 40, -127, 127).astype(np.int8), "wq"),
+        ]
+        nodes += [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["wq", "s", "z"], ["w"]),
+        ]
+        x = "xd"
+    else:
+        constants.append(numpy_helper.from_array(weight, "w"))
+    nodes += [
+        helper.make_node("Conv", [x, w], ["c"], pads=[1, 1, 1, 1], name="conv1"),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["q"]),
+        helper.make_node("Gemm", ["q", "f"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])],
+        constants,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+class Server:
+    """A real sshd with a key of its own, and a stand-in trtexec on its PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tools = folder / "tools"
+        self.temporary = folder / "board tmp"
+        self.tools.mkdir()
+        self.temporary.mkdir()
+        for name in ("host", "user", "other"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        (folder / "authorized").write_text((folder / "user.pub").read_text())
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.install()
+        self.knows("host")
+        path = f"{self.tools}:/usr/bin:/bin"
+        (folder / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
+            f"PidFile {folder}/pid\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
+            f'SetEnv PATH={path} "TMPDIR={self.temporary}"\n'
+        )
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=(folder / "log").open("w"))
+        for _ in range(100):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert self.process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        raise AssertionError("sshd does not listen")
+
+    def install(self, version="100300", trouble=None) -> None:
+        shutil.copy(Path(__file__).with_name("edge_standin_trtexec"), self.tools / "trtexec")
+        (self.tools / "trtexec").chmod(0o755)
+        (self.tools / "standin.json").write_text(json.dumps({"version": version, "trouble": trouble}))
+        (self.tools / "calls.log").unlink(missing_ok=True)
+
+    def knows(self, key: str) -> None:
+        """Make the client expect `key` as the key of the server."""
+        kind, content, *_ = (self.folder / f"{key}.pub").read_text().split()
+        (self.folder / "known").write_text(f"[127.0.0.1]:{self.port} {kind} {content}\n")
+
+    @property
+    def ssh_config(self) -> Path:
+        path = self.folder / "ssh_config"
+        path.write_text(
+            f"Host board\n  HostName 127.0.0.1\n  Port {self.port}\n  IdentityFile {self.folder}/user\n"
+            f"  IdentitiesOnly yes\n  UserKnownHostsFile {self.folder}/known\n  GlobalKnownHostsFile /dev/null\n"
+            "  StrictHostKeyChecking yes\n"
+        )
+        return path
+
+    def left_behind(self) -> list[str]:
+        for _ in range(100):
+            names = [p.name for p in self.temporary.iterdir()]
+            if not names:
+                break
+            time.sleep(0.05)
+        return names
+
+    def calls(self) -> list[list[str]]:
+        log = self.tools / "calls.log"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = Server(tmp_path_factory.mktemp("sshd"))
+    yield running
+    running.process.terminate()
+    running.process.wait()
+
+
+@pytest.fixture
+def fresh(server):
+    server.install()
+    server.knows("host")
+    return server
+
+
+def deploy(server, *arguments, host="board", environment=None):
+    """Run the command in this process; return its exit code and output."""
+    words = ["rescompress", "deploy", *map(str, arguments), "--json", "--seconds", "1"]
+    if server is not None:
+        words += ["--host", host, "--ssh-config", str(server.ssh_config)]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", words),
+        mock.patch.dict(os.environ, environment or {}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess(words, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+@needs_sshd
+@pytest.mark.parametrize(
+    "version",
+    ["8201", "110100", *(pytest.param(v, marks=pytest.mark.slow) for v in ("8502", "8602", "100300", "101303"))],
+)
+def test_success_with_every_version_of_tensorrt(fresh, tmp_path, version):
+    fresh.install(version)
+    model = write_onnx(tmp_path / 'my model\'s "best" $(touch pwned) file.onnx', quantized=True)
+    baseline = write_onnx(tmp_path / "float.onnx")
+    out = tmp_path / "out"
+    done = deploy(fresh, model, "--baseline", baseline, "-o", out, "--batches", "1,4")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["provenance"] == "measured"
+    assert found["verdict"] == "measured"
+    weak = version in ("8201", "8502", "8602", "100300")
+    assert {r["precision"] for r in found["results"]} == {"int8", "fp16" if weak else "fp32"}
+    for r in found["results"]:
+        size = (model if r["precision"] == "int8" else baseline).stat().st_size
+        expected = size / 1e5 * (0.5 if weak and r["precision"] == "int8" else 1.0)
+        assert r["p50_ms"] == pytest.approx(expected, rel=0.01)
+        assert r["batch4_p50_ms"] == pytest.approx(expected * 2.5, rel=0.01)
+        assert r["batch4_images_per_s"] > r["images_per_s"]
+        assert Path(r["engine"]).read_bytes().startswith(b"STAND-IN")
+    assert found["p50_ms"] == min(r["p50_ms"] for r in found["results"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    (stage,) = manifest["stages"]
+    assert stage["metrics"]["p50_ms"]["provenance"] == "measured"
+    assert stage["metrics"]["p50_ms"]["runtime"] == "tensorrt"
+    assert {a["kind"] for a in stage["outputs"]} >= {"engine", "log"}
+    assert fresh.left_behind() == []
+    assert len(fresh.calls()) == 2 * (1 + 2 + 1)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@needs_sshd
+@pytest.mark.parametrize(
+    ("trouble", "text"), [("build", "Could not find any implementation"), ("crash", "Assertion"), ("connection", "connection")]
+)
+def test_failures_on_the_board(fresh, tmp_path, trouble, text):
+    fresh.install("8502", trouble)
+    out = tmp_path / "out"
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", out)
+    assert done.returncode == 7, done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fresh.left_behind() == []
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.engine"))
+    if trouble != "connection":
+        assert text in (out / "deploy" / "model_fp16.build.log").read_text()
+
+
+@needs_sshd
+def test_an_unstable_measurement_is_repeated_and_called_inconclusive(fresh, tmp_path):
+    fresh.install("100300", "unstable")
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "inconclusive"
+    assert any("inconclusive" in n for n in found["notes"])
+    timed = [c for c in fresh.calls() if any(a.startswith("--exportTimes") for a in c)]
+    assert len(timed) == 2
+
+
+@needs_sshd
+def test_a_wrong_host_key(fresh, tmp_path):
+    fresh.knows("other")
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out")
+    assert done.returncode == 7
+    assert "host key" in done.stderr
+    assert fresh.calls() == []
+
+
+@needs_sshd
+def test_no_trtexec(fresh, tmp_path):
+    (fresh.tools / "trtexec").unlink()
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out")
+    assert done.returncode == 4
+    assert "trtexec" in done.stderr
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
+def test_a_full_disk_on_the_board(fresh, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", fresh.temporary], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    try:
+        model = write_onnx(tmp_path / "m.onnx", width=2000)
+        assert model.stat().st_size > 64 * 1024
+        done = deploy(fresh, model, "-o", tmp_path / "out")
+        assert fresh.left_behind() == []
+    finally:
+        subprocess.run(["umount", fresh.temporary], check=True)
+    assert done.returncode == 7
+    assert "disk is full" in done.stderr
+
+
+@needs_sshd
+def test_a_copy_that_does_not_fit(fresh, tmp_path):
+    """The disk fills up after the check: the copy itself must notice."""
+    from rescompress.core.errors import EnvironmentFailed
+
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", fresh.temporary], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    try:
+        model = write_onnx(tmp_path / "m.onnx", width=2000)
+        board = Board("board", config=fresh.ssh_config)
+        with pytest.raises(EnvironmentFailed, match="could not store"):
+            board.put(model, f"{fresh.temporary}/it's.onnx")
+    finally:
+        subprocess.run(["umount", fresh.temporary], check=True)
+
+
+@needs_sshd
+def test_what_is_wrong_on_this_side(fresh, tmp_path):
+    model = write_onnx(tmp_path / "m.onnx", batch=1)
+    assert deploy(fresh, tmp_path / "absent.onnx").returncode == 5
+    assert deploy(fresh, model, "--batches", "1,8", "-o", tmp_path / "o").returncode == 5
+    assert deploy(fresh, model, host="-oProxyCommand=touch pwned").returncode == 5
+    assert deploy(None, model).returncode == 5
+    done = deploy(fresh, model, environment={"PATH": str(tmp_path)})
+    assert done.returncode == 4, done.stderr
+    assert "ssh" in done.stderr
+
+
+def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
+    done = deploy(None, write_onnx(tmp_path / "m.onnx"), "--dry-run", "--target", "jetson-nano")
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(done.stdout)["commands"]
+    assert any("--workspace=1024" in line and "--fp16" in line and "--buildOnly" in line for line in lines)
+    assert lines[-1] == "rm -rf -- $WORK"
+
+
+def test_hosts_that_ssh_would_misread_are_refused():
+    for host in ("", "-oProxyCommand=x", "a b"):
+        with pytest.raises(BadInput):
+            Board(host)
+
+
+def test_tegrastats():
+    new = (
+        "01-01-1970 00:00:01 RAM 2448/7620MB (lfb 4x4MB) GR3D_FREQ 99% VDD_IN 5000mW/4900mW VDD_CPU_GPU_CV 1234mW/1200mW\n"
+        "01-01-1970 00:00:02 RAM 2500/7620MB (lfb 4x4MB) GR3D_FREQ 99% VDD_IN 7000mW/5000mW VDD_CPU_GPU_CV 1234mW/1200mW\n"
+    )
+    found = parse_tegrastats(new)
+    assert (found.power_w, found.memory_mb, found.samples) == (6.0, 2500.0, 2)
+    assert parse_tegrastats("RAM 1/2MB POM_5V_IN 2145/2145 POM_5V_GPU 80/80").power_w == pytest.approx(2.145)
+    assert parse_tegrastats("").power_w is None
