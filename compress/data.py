@@ -360,7 +360,11 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
         raise DataError(f"cannot be read: {e}", where=str(root), remedy="write lines of the form file.jpg,label") from e
     missing = [name for name, _ in pairs if not (root / name).is_file()]
     if missing:
-        raise DataError(f"names {len(missing)} files that are not there, such as {missing[0]}", where=str(root / "labels.csv"))
+        raise DataError(
+            f"names {len(missing)} files that are not there, such as {missing[0]}",
+            where=str(root / "labels.csv"),
+            remedy="mend the names, or add the files",
+        )
     return [(root / name, label) for name, label in pairs]
 
 
@@ -394,7 +398,9 @@ def match_classes(
         DataError: Folders do not fit the outputs.
     """
     if not inputs.outputs:
-        raise DataError("the checkpoint has no classifier head, so labels mean nothing to it", where=where)
+        raise DataError(
+            "the checkpoint has no classifier head, so labels mean nothing to it", where=where, remedy="use one with a head"
+        )
     wanted = inputs.classes
     known = inputs.labels
     if labels is not None:
@@ -459,7 +465,11 @@ def _array_split(
         raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
     wanted = inputs.classes
     if y.min() < 0 or int(y.max()) >= wanted:
-        raise DataError(f"labels run from {y.min()} to {y.max()}, the network has {wanted} classes", where=where)
+        raise DataError(
+            f"labels run from {y.min()} to {y.max()}, the network has {wanted} classes",
+            where=where,
+            remedy="give labels from 0",
+        )
     mode = "RGB" if channels == 3 else "L"
     images = (Image.fromarray(im.squeeze(2) if im.shape[2] == 1 else im).convert(mode) for im in x)
     pixels = np.stack([fit(image, inputs.shape, inputs.preprocessing) for image in images])

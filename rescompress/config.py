@@ -163,7 +163,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except FileNotFoundError as e:
         raise ConfigError("no such file", where=str(path), remedy="write one with `rescompress init`") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot be read: {e}", where=str(path)) from e
+        raise ConfigError(f"cannot be read: {e}", where=str(path), remedy="check its name and rights") from e
     except yaml.YAMLError as e:
         raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="compare it with `rescompress init`") from e
     if not isinstance(document, dict):
@@ -196,12 +196,12 @@ def _override(document: dict[str, Any], assignment: str) -> None:
         if inner is None:
             inner = place[folder] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"'{folder}' holds no settings", where=f"--set {key}")
+            raise ConfigError(f"'{folder}' holds no settings", where=f"--set {key}", remedy="compare with the config")
         place = inner
     try:
         place[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"'{text}' is no YAML value", where=f"--set {key}") from e
+        raise ConfigError(f"'{text}' is no YAML value", where=f"--set {key}", remedy="quote it") from e
 
 
 def validate(document: dict[str, Any], where: str) -> RunConfig:

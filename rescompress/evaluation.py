@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import onnx
@@ -12,10 +11,10 @@ from compress.checkpoints import load_checkpoint
 from compress.data import Inputs, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
 from edge_targets.backends import PACKAGE as BACKENDS
+from export.to_onnx import read_metadata
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
-from rescompress.core.spec import ModelSpec
 from rescompress.plan import Opening, Settings
 from rescompress.reporter import Reporter
 from rescompress.stages import Common, network_of
@@ -85,9 +84,9 @@ def onnx_inputs(path: Path) -> Inputs:
         raise ModelFileError("no such file", where=str(path), remedy="check the path") from e
     except Exception as e:  # protobuf raises its own kinds
         raise ModelFileError(f"is no ONNX file: {e}", where=str(path), remedy="export it again") from e
-    stored = {p.key: p.value for p in model.metadata_props}
-    if "rescompress.spec" not in stored:
+    found = read_metadata(model)
+    if found is None:
         raise ModelFileError(
             "does not say how its images are preprocessed", where=str(path), remedy="evaluate files that rescompress exported"
         )
-    return Inputs.of(ModelSpec.model_validate(json.loads(stored["rescompress.spec"])))
+    return Inputs.of(found.spec)

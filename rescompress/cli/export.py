@@ -126,7 +126,8 @@ def newest_checkpoint(folder: Path) -> Path:
     remedy = "name a checkpoint, or run `rescompress prune CKPT` here first"
     if not (folder / MANIFEST_NAME).is_file():
         raise BadInput("no checkpoint given, and no workspace here", where=str(folder), remedy=remedy)
-    stages = [s for s in load_manifest(folder).stages if s.output("checkpoint") is not None and s.status == "done"]
+    done = [s for s in load_manifest(folder).stages if s.status == "done" and s.stage != "dense"]
+    stages = [s for s in done if s.output("checkpoint") is not None]
     if not stages:
         raise BadInput("the workspace holds no checkpoint", where=str(folder), remedy=remedy)
     return workspace.file_of(max(enumerate(stages), key=lambda item: (item[1].finished, item[0]))[1], "checkpoint", folder)

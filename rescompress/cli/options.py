@@ -14,24 +14,58 @@ Data = Annotated[
 ]
 Target = Annotated[str | None, typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False)]
 OutFile = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", help="Where torch computes: auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per step.", show_default="by image size")]
-InputShape = Annotated[str | None, typer.Option("--input", help="Input shape CxHxW, such as 3x224x224.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel="Computation")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where torch computes: auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Computation")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores", rich_help_panel="Computation")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, help="Images per step.", show_default="by image size", rich_help_panel="Computation"),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        "--input", help="Input shape CxHxW, such as 3x224x224.", show_default=False, rich_help_panel="Checkpoint and data"
+    ),
+]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Run code stored in the file. Only if you trust it.", show_default=False),
+    typer.Option(
+        "--allow-pickle",
+        help="Run code stored in the file. Only if you trust it.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
 ]
 Labels = Annotated[
     str | None,
-    typer.Option("--labels", help="Label for each class folder: folder=label,... or a YAML file.", show_default=False),
+    typer.Option(
+        "--labels",
+        help="Label for each class folder: folder=label,... or a YAML file.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
 ]
 Preprocess = Annotated[
-    str | None, typer.Option("--preprocess", help="Preprocessing by name, such as imagenet or cifar.", show_default=False)
+    str | None,
+    typer.Option(
+        "--preprocess",
+        help="Preprocessing by name, such as imagenet or cifar.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
 ]
 ArchOption = Annotated[
-    list[str] | None, typer.Option("--arch-option", help="What the file leaves open, as key=value.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--arch-option",
+        help="What the file leaves open, as key=value.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
 ]
 NeededData = Annotated[
     str,

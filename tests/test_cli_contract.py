@@ -1,0 +1,186 @@
+"""The command line: help is light, names and JSON keys are those of the contract, errors have their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rescompress.cli.app import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")
+DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
+
+
+def call(*args: str, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own and expect an exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rescompress", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    if code is not None:
+        assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, contextlib, io\n"
+        "from rescompress.cli.app import main\n"
+        "sys.argv = ['rescompress', '--help']\n"
+        "out = io.StringIO()\n"
+        "with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit): main()\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])\n"
+        "print(out.getvalue().count('prune'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, mentions = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert int(mentions) >= 1
+
+
+@pytest.fixture(scope="session")
+def helps() -> dict[str, str]:
+    """Return the help text of every command, rendered with heavy packages blocked (Typer itself may use pydantic)."""
+    script = (
+        "import sys, contextlib, io, json\n"
+        f"for m in set({HEAVY!r}) - {{'pydantic'}}: sys.modules[m] = None\n"
+        "from rescompress.cli.app import COMMANDS, _build\n"
+        "from rescompress.cli.output import Output\n"
+        "texts = {}\n"
+        "for name in COMMANDS:\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit): _build(Output())([name, '--help'])\n"
+        "    texts[name] = out.getvalue()\n"
+        "json.dump(texts, sys.stdout)\n"
+    )
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    texts: dict[str, str] = json.loads(done.stdout)
+    return texts
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_with_an_example_and_the_common_options(helps: dict[str, str], name: str) -> None:
+    text = helps[name]
+    assert f"Example: rescompress {name}" in text or f"-m rescompress {name}" in text
+    for option in ("--json", "--verbose", "--quiet", "--debug"):
+        assert option in text
+
+
+def test_the_commands_of_the_contract_are_there() -> None:
+    contract = (
+        "inspect prune finetune quantize sensitivity export evaluate bench deploy lint init run compare report gate targets"
+    )
+    contract += " methods formats doctor predict"
+    assert set(contract.split()) == set(COMMANDS)
+
+
+def test_prune_then_export_as_typed(tmp_path: Path) -> None:
+    from compress.resnet import build_model
+    from compress.zoo import spec
+
+    torch.manual_seed(0)
+    save = {k: v for k, v in build_model(spec("resnet18", num_classes=10)).state_dict().items()}
+    torch.save(save, tmp_path / "resnet18.pt")
+    pruned = json.loads(call("prune", "--ratio", "0.3", "resnet18.pt", "--json", cwd=tmp_path).stdout)
+    assert pruned["method"] == "magnitude"
+    assert pruned["macs_after"] < pruned["macs_before"]
+    assert pruned["params_after"] < pruned["params_before"]
+    assert pruned["widths"]["layer1.0.conv1"] == 48  # 64 x 0.7 = 44.8: the nearest multiple of 8 is 48
+    assert (tmp_path / pruned["output"]).is_file()
+    assert {"dropped_blocks", "seconds"} <= pruned.keys()
+    exported = json.loads(call("export", "--target", "jetson", "--json", cwd=tmp_path).stdout)
+    assert (tmp_path / exported["onnx"]).is_file()
+    assert exported["engine"] is None
+    assert "board" in exported["engine_status"]
+    assert exported["macs"] == pruned["macs_after"]
+    assert exported["size_bytes"] == (tmp_path / exported["onnx"]).stat().st_size
+    assert exported["latency"]["provenance"] == "predicted"
+    assert exported["latency"]["low"] < exported["latency"]["p50_ms"] < exported["latency"]["high"]
+    assert exported["parity"]["top1_agreement"] == 1.0
+    assert isinstance(exported["lint"], list)
+    assert "build.sh" in exported["files"]
+    call("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
+
+
+def test_quantize_export_evaluate_on_digits(tmp_path: Path) -> None:
+    made = json.loads(
+        call("quantize", str(DIGITS), "--data", "builtin:digits", "--json", "-o", "int8.safetensors", cwd=tmp_path).stdout
+    )
+    assert made["output"] == "int8.safetensors"
+    assert made["top1_before"] - made["top1_after"] < 0.02
+    exported = json.loads(
+        call("export", "int8.safetensors", "-t", "cpu-ort", "-d", "builtin:digits", "--json", "-o", "out", cwd=tmp_path).stdout
+    )
+    assert exported["onnx"] == "out/model.onnx"
+    assert exported["parity"]["top1_agreement"] >= 0.999
+    assert exported["latency"]["provenance"] == "measured"
+    assert exported["size_bytes"] < 0.3 * DIGITS.stat().st_size
+    for model, runtime in (("out/model.onnx", "onnxruntime"), ("int8.safetensors", "torch")):
+        found = json.loads(call("evaluate", model, "--data", "builtin:digits", "--json", cwd=tmp_path).stdout)
+        assert (found["n"], found["runtime"]) == (360, runtime)
+        assert found["top1"] == pytest.approx(made["top1_after"], abs=0.006)
+        assert found["top5"] > 0.99
+
+
+def test_bad_input_ends_with_its_code_and_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "cut.safetensors").write_bytes(DIGITS.read_bytes()[:5000])
+    save_file({"a.weight": torch.zeros(3, 3)}, tmp_path / "foreign.safetensors")
+    np.savez(tmp_path / "three.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.array([0, 1, 2, 77]))
+    (tmp_path / "bad.yaml").write_text("checkpoint: x.pt\ndata: builtin:digits\nprunee: {}\n")
+    digits = str(DIGITS)
+    cases = [
+        (("inspect", "none.pt"), 5),
+        (("prune", "text.pt", "--ratio", "0.3"), 5),
+        (("prune", "cut.safetensors", "--ratio", "0.3"), 5),
+        (("prune", "foreign.safetensors", "--ratio", "0.3"), 5),
+        (("prune", digits, "--macs", "0.0001"), 5),
+        (("prune", digits, "--ratio", "1.5"), 5),
+        (("prune", digits, "--ratio", "0.3", "--macs", "0.3"), 5),
+        (("prune", digits, "--ratio", "0.3", "--method", "magnitud"), 5),
+        (("prune", digits, "--ratio", "0.3", "--target", "jetsn"), 5),
+        (("prune", digits, "--nonsense"), 2),
+        (("prune",), 2),
+        (("export",), 5),
+        (("export", digits, "--target", "cpu", "--precision", "int8"), 5),
+        (("export", digits, "--target", "cpu", "--batch", "0"), 5),
+        (("evaluate", digits, "--data", "three.npz"), 5),
+        (("evaluate", digits, "--data", "nowhere"), 5),
+        (("run", "bad.yaml"), 5),
+        (("run", "none.yaml"), 5),
+    ]
+    for args, code in cases:
+        done = call(*args, cwd=tmp_path, code=code)
+        assert done.stdout == "", args
+        if code != 2:
+            assert done.stderr.count("error: ") == 1, (args, done.stderr)
+            assert "  -> " in done.stderr, (args, done.stderr)
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".partial")]
+
+
+def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    done = call("inspect", "evil.pt", cwd=tmp_path, code=5)
+    assert "system" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_foreign_sibling_is_named(tmp_path: Path) -> None:
+    (tmp_path / "export.py").write_text("print('not ours')\n")
+    done = call("doctor", cwd=tmp_path, code=4)
+    assert str(tmp_path / "export.py") in done.stderr
