@@ -147,7 +147,7 @@ def train(
     batch_size = min(settings.batch_size, len(split)) // processes.world * processes.world
     if not batch_size:
         raise BadInput(
-            f"a batch of {settings.batch_size} cannot be split over {processes.world} processes", remedy="use a larger batch"
+            f"a batch of {settings.batch_size} is too small for {processes.world} processes", remedy="use a larger batch"
         )
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
