@@ -416,3 +416,23 @@ def test_the_better_of_two_networks_is_kept_by_answers_then_by_cross_entropy():
     assert entropy == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), y)))
     with pytest.raises(DataError, match="no images"):
         best_of([fine], [])
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_two_forward_passes_before_one_backward_pass(learnable):
+    quantized = ptq(checkpoint_of("basic"), images_for(SPECS["basic"]), calibration="max")
+    model = prepare_qat(quantized, learnable_scales=learnable)
+    first, second, _ = images_for(SPECS["basic"])
+    (model(first).sum() + model(second).sum()).backward()
+
+
+def test_a_learnt_scale_stays_positive_however_large_the_step():
+    quantized = ptq(checkpoint_of("basic"), images_for(SPECS["basic"]), calibration="max")
+    model = prepare_qat(quantized, learnable_scales=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(-1.0)
+    trained = finish_qat(model, quantized)
+    assert all(s > 0 for q in trained.quantization.quantizers for s in q.scale)
+    assert torch.isfinite(model(images_for(SPECS["basic"])[0])).all()

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.quantize.fake_quant import SMALLEST_RANGE
 from compress.resnet import ResNet
 from rescompress.core.errors import DataError
 from rescompress.core.quantizers import Quantizer
@@ -95,7 +96,7 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
             continue
         if not torch.isfinite(largest_N[layer.name]).all():
             raise DataError(f"the activation {layer.name} is not finite on calibration data", remedy="check the checkpoint")
-        if largest_N[layer.name].max() == 0:
+        if largest_N[layer.name].max() <= SMALLEST_RANGE:
             raise DataError(
                 f"the activation {layer.name} is zero on all calibration images, so it has no scale",
                 remedy="calibrate on other images, or check the checkpoint: the network computes nothing there",

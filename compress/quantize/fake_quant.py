@@ -23,6 +23,9 @@ from rescompress.core.quantizers import Quantization, Quantizer
 SMALLEST_RANGE = 1e-30
 """A range below this counts as zero: its reciprocal would leave float32."""
 
+SMALLEST_LEARNT = 1e-12
+"""A learnt scale stays above this: a step of the optimizer must not carry it through zero."""
+
 
 def weight_scale(w: Tensor, high: int = 127) -> Tensor:
     """Return the scale (O,) that maps the largest magnitude of each output channel of `w` to `high`.
@@ -60,6 +63,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the grid of the scale."""
         if self.learnable:
+            self.scale.data.clamp_(min=SMALLEST_LEARNT)
             factor = 1.0 / math.sqrt(x.numel() * self.high)
             y: Tensor = torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero, self.low, self.high, factor)
             return y
@@ -95,6 +99,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Return `w` on the grid of its scales."""
         if self.learnable:
+            self.scale.data.clamp_(min=SMALLEST_LEARNT)
             factor = 1.0 / math.sqrt(w[0].numel() * self.high)
             y: Tensor = torch._fake_quantize_learnable_per_channel_affine(
                 w, self.scale, self.zero, 0, self.low, self.high, factor

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
 from compress.quantize.fake_quant import (
+    SMALLEST_LEARNT,
     ActivationQuantizer,
     WeightQuantizer,
     attach,
@@ -62,12 +63,16 @@ def finish_qat(model: ResNet, checkpoint: Checkpoint) -> Checkpoint:
         if q.kind == "weight":
             fake = model.get_submodule(f"{q.tensor}.weight_quantizer")
             assert isinstance(fake, WeightQuantizer)
-            scale = fake.scale if fake.learnable else weight_scale(state_dict[f"{q.tensor}.weight"], q.high)
+            scale = (
+                fake.scale.clamp(min=SMALLEST_LEARNT)
+                if fake.learnable
+                else weight_scale(state_dict[f"{q.tensor}.weight"], q.high)
+            )
         else:
             module = model.activations[(q.shares or q.tensor).replace(".", "/")]
             assert isinstance(module, ActivationQuantizer)
-            scale = module.scale
-        quantizers.append(q.model_copy(update={"scale": tuple(scale.detach().abs().cpu().tolist())}))
+            scale = module.scale.clamp(min=SMALLEST_LEARNT) if module.learnable else module.scale
+        quantizers.append(q.model_copy(update={"scale": tuple(scale.detach().cpu().tolist())}))
     quantization = Quantization(profile=before.profile, quantizers=tuple(quantizers), method="qat")
     return replace(checkpoint, state_dict=state_dict, quantization=quantization)
 
