@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from edge_targets.device import Precision, Target
+from edge_targets.tensorrt_versions import parse_version
 from edge_targets.trtexec import BuildOptions, InputShapes, TimingOptions, build_command, quoted, timing_command
 from rescompress.core.errors import TargetError
 
@@ -23,7 +24,8 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
     """
     if target.tensorrt_version is None:
         raise TargetError(f"{target.name} has no TensorRT", remedy="name a Jetson")
-    engine = str(PurePosixPath(onnx).with_suffix(".plan"))
+    major, minor = parse_version(target.tensorrt_version)
+    engine = str(PurePosixPath(onnx).with_suffix(".engine"))
     build = build_command(
         target.tensorrt_version, onnx, engine, BuildOptions(precision=precision, shapes=shapes), executable="$TRTEXEC"
     )
@@ -40,7 +42,19 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
             'cd "$(dirname "$0")"',
             "TRTEXEC=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)",
             '[ -x "$TRTEXEC" ] || { echo "trtexec is not here: install TensorRT of JetPack" >&2; exit 4; }',
+            f"WANTED={major}.{minor}",
+            'DIGITS=$("$TRTEXEC" --help 2>&1 | sed -n "s/.*\\[TensorRT v\\([0-9]*\\)\\].*/\\1/p" | head -n 1)',
+            "case $DIGITS in",
+            '  ??????) HERE=$(echo "$DIGITS" | sed "s/^\\(..\\)0*\\([0-9][0-9]*\\)..$/\\1.\\2/") ;;',
+            '  *) HERE=$(echo "$DIGITS" | sed "s/^\\(.\\)\\(.\\).*/\\1.\\2/") ;;',
+            "esac",
+            'if [ "$HERE" != "$WANTED" ] && [ -z "${ANY_TENSORRT:-}" ]; then',
+            '  echo "this script is for TensorRT $WANTED, here is ${HERE:-unknown}: export again for this board," >&2',
+            '  echo "or run with ANY_TENSORRT=1 to try its flags" >&2',
+            "  exit 5",
+            "fi",
             _line(build),
+            f'printf \'{{"tensorrt": "%s"}}\\n\' "$HERE" > {engine}.json',
             _line(timing),
             "",
         ]

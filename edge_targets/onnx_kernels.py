@@ -216,19 +216,17 @@ class _Reader:
                 other = quantized
         if mine:
             return False
-        return other or not self.later_conv(tail, add)
+        return other or self.source(add.input[0])[0] == tail.output[0] or not self.other_is_conv(tail, add)
 
-    def later_conv(self, tail: onnx.NodeProto, add: onnx.NodeProto) -> bool:
-        """Whether the other input of `add` comes from a convolution that stands later in the graph."""
-        place = {n.output[0]: i for i, n in enumerate(self.nodes)}
+    def other_is_conv(self, tail: onnx.NodeProto, add: onnx.NodeProto) -> bool:
+        """Whether the other input of `add` comes straight from a convolution, which could run the Add as well."""
         for name in add.input:
             origin, _ = self.source(name)
-            if origin == tail.output[0] or origin not in place:
+            if origin == tail.output[0] or origin not in self.maker:
                 continue
             while self.maker[origin].op_type == "BatchNormalization":
                 origin, _ = self.source(self.maker[origin].input[0])
-            if self.maker[origin].op_type == "Conv":
-                return place[origin] > place[tail.output[0]]
+            return bool(self.maker[origin].op_type == "Conv")
         return False
 
     def kernels(self) -> list[Kernel]:

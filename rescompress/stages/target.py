@@ -11,14 +11,13 @@ from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
 from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.benchmark import Candidate, measure_processes
-from edge_targets.build_script import build_script
+from edge_targets.bundle import write_bundle
 from edge_targets.catalog import load_target
 from edge_targets.device import Target
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.to_onnx import ExportOptions
 from rescompress.core import plugins
-from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.metric import Metric
@@ -157,11 +156,9 @@ def _prepare_and_predict(
     """Leave what the board needs beside the ONNX file, and predict its latency there."""
     precision = chosen.check_precision("int8" if "int8" in options.precision else options.precision)
     batch = options.batch if isinstance(options.batch, int) else 1
-    script = path.with_name("build.sh")
     shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
-    write_text(script, build_script(chosen, precision, shapes=shapes))
-    script.chmod(0o755)
-    files.append(("script", script))
+    for file in write_bundle(path, checkpoint.spec, chosen, precision, shapes=shapes):
+        files.append(("script" if file.suffix in (".sh", ".py") else "report", file))
     predicted = predict(walk(checkpoint.spec), chosen.device, precision=precision, batch=batch)
     metrics["p50_ms"] = predicted.metric()
     dense_path = _dense_file(context, "checkpoint")
@@ -172,7 +169,7 @@ def _prepare_and_predict(
         metrics["dense_p50_ms"] = before.metric()
     details |= {
         "engine": None,
-        "engine_status": f"not built here: engines belong to the board they are built on; run {script.name} there",
+        "engine_status": "not built here: engines belong to the board they are built on; run build.sh there",
         "power_mode": predicted.power_mode,
         "tensorrt": chosen.tensorrt_version,
         "layers": [{"name": k.name, "ms": k.ms} for k in predicted.kernels],

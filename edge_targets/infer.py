@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+# This file travels to boards as it is, down to Python 3.6: no annotations, no pathlib idioms, no f-strings.
+# ruff: noqa: UP031, PTH100, PTH110, PTH118, PTH120, PTH123, RUF005, RUF046, T201
+# mypy: ignore-errors
+"""Classify images with a TensorRT engine on the board: ``python3 infer.py model.engine image.jpg ...``.
+
+Self-contained: it needs Python 3.6, numpy and the TensorRT Python module of the board (8.2 to 11), and Pillow to read
+images. ``model.json`` beside the engine says how pixels become the network's input and what the classes are called;
+``model.engine.json``, written by ``build.sh``, says which board and which TensorRT the engine was built with.
+
+    python3 infer.py model.engine photo.jpg               # the five best classes of each image
+    python3 infer.py model.engine --npy x.npy --out y.npy  # logits of preprocessed images (N, C, H, W)
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import sys
+
+import numpy as np
+
+HOST_TO_DEVICE = 1
+DEVICE_TO_HOST = 2
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot run here."""
+
+
+class Cuda:
+    """The few calls of the CUDA runtime that an inference needs."""
+
+    def __init__(self, library=None):
+        """Load the runtime library of the system, or take the one given."""
+        self._lib = library if library is not None else self._load()
+
+    @staticmethod
+    def _load():
+        names = ["libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so.10.2"]
+        for name in names + [os.path.join("/usr/local/cuda/lib64", n) for n in names]:
+            try:
+                return ctypes.CDLL(name)
+            except OSError:
+                continue
+        raise EngineError("the CUDA runtime (libcudart.so) is not here; it comes with JetPack")
+
+    def _check(self, code, what):
+        if code != 0:
+            raise EngineError("CUDA error %d while %s" % (code, what))
+
+    def malloc(self, size):
+        """Return the address of `size` bytes on the GPU."""
+        pointer = ctypes.c_void_p()
+        self._check(self._lib.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size)), "allocating %d bytes" % size)
+        return pointer.value
+
+    def free(self, pointer):
+        """Give the memory back."""
+        self._check(self._lib.cudaFree(ctypes.c_void_p(pointer)), "freeing memory")
+
+    def to_device(self, pointer, array):
+        """Copy a contiguous array to the GPU."""
+        self._copy(pointer, array.ctypes.data, array.nbytes, HOST_TO_DEVICE)
+
+    def to_host(self, array, pointer):
+        """Copy from the GPU into a contiguous array."""
+        self._copy(array.ctypes.data, pointer, array.nbytes, DEVICE_TO_HOST)
+
+    def _copy(self, to, source, size, kind):
+        code = self._lib.cudaMemcpy(ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind))
+        self._check(code, "copying")
+
+    def synchronize(self):
+        """Wait for the GPU."""
+        self._check(self._lib.cudaDeviceSynchronize(), "running the engine")
+
+    def capability(self):
+        """Return the compute capability of the GPU, such as ``8.7``."""
+        values = []
+        for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor, ...Minor
+            value = ctypes.c_int()
+            self._check(self._lib.cudaDeviceGetAttribute(ctypes.byref(value), attribute, 0), "asking the GPU")
+            values.append(value.value)
+        return "%d.%d" % tuple(values)
+
+
+def check_record(record, tensorrt_version, capability):
+    """Refuse an engine that was built with another TensorRT or for another GPU: neither is portable.
+
+    `record` is what the builder noted: ``tensorrt`` (such as ``10.3.0``) and ``compute_capability``; keys may be missing.
+    """
+    built = record.get("tensorrt")
+    if built and built.split(".")[:3] != tensorrt_version.split(".")[: len(built.split(".")[:3])]:
+        raise EngineError(
+            "the engine was built with TensorRT %s, here is %s: build it again with build.sh" % (built, tensorrt_version)
+        )
+    gpu = record.get("compute_capability")
+    if gpu and capability and gpu != capability:
+        raise EngineError(
+            "the engine was built for a GPU of compute capability %s, this one has %s: build it again with build.sh"
+            % (gpu, capability)
+        )
+
+
+class Engine:
+    """A loaded engine; call it with images (N, C, H, W) to get logits (N, K)."""
+
+    runtime = "tensorrt"
+
+    def __init__(self, path, trt=None, cuda=None):
+        """Load the engine at `path`; `trt` is the TensorRT module, ``tensorrt`` unless given."""
+        self.trt = trt if trt is not None else importlib.import_module("tensorrt")
+        self.cuda = cuda if cuda is not None else Cuda()
+        record_path = path + ".json"
+        if os.path.exists(record_path):
+            with open(record_path) as f:
+                check_record(json.load(f), self.trt.__version__, self.cuda.capability())
+        with open(path, "rb") as f:
+            content = f.read()
+        self._runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.WARNING))
+        self.engine = self._runtime.deserialize_cuda_engine(content)
+        if self.engine is None:
+            raise EngineError(
+                "%s cannot be loaded by TensorRT %s on this GPU: it was built on another board or version, build it again"
+                % (path, self.trt.__version__)
+            )
+        self.context = self.engine.create_execution_context()
+        self.named = hasattr(self.engine, "num_io_tensors")  # since 8.5; before that, bindings are numbered
+        self._find_tensors()
+        self._memory = {}
+
+    def _find_tensors(self):
+        if self.named:
+            names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+            inputs = [n for n in names if self.engine.get_tensor_mode(n) == self.trt.TensorIOMode.INPUT]
+            shape = self.engine.get_tensor_shape
+            dtype = self.engine.get_tensor_dtype
+        else:
+            names = [self.engine.get_binding_name(i) for i in range(self.engine.num_bindings)]
+            inputs = [n for n in names if self.engine.binding_is_input(n)]
+            shape = self.engine.get_binding_shape
+            dtype = self.engine.get_binding_dtype
+        outputs = [n for n in names if n not in inputs]
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise EngineError("the engine has %d inputs and %d outputs, one each is expected" % (len(inputs), len(outputs)))
+        self.names = names
+        self.input, self.output = inputs[0], outputs[0]
+        self.dtypes = {n: np.dtype(self.trt.nptype(dtype(n))) for n in names}
+        first = tuple(shape(self.input))
+        self.input_shape = first[1:]
+        self.batch = None if first[0] == -1 else first[0]
+        if self.batch is None:
+            self.max_batch = self._profile(self.input)[2][0]
+        else:
+            self.max_batch = self.batch
+
+    def _profile(self, name):
+        if self.named:
+            return self.engine.get_tensor_profile_shape(name, 0)
+        return self.engine.get_profile_shape(0, name)
+
+    def _buffer(self, name, size):
+        held = self._memory.get(name)
+        if held is None or held[1] < size:
+            if held is not None:
+                self.cuda.free(held[0])
+            held = (self.cuda.malloc(size), size)
+            self._memory[name] = held
+        return held[0]
+
+    def _run(self, x):
+        shape = tuple(x.shape)
+        if self.named:
+            self.context.set_input_shape(self.input, shape)
+            out_shape = tuple(self.context.get_tensor_shape(self.output))
+        else:
+            index = self.engine.get_binding_index
+            self.context.set_binding_shape(index(self.input), shape)
+            out_shape = tuple(self.context.get_binding_shape(index(self.output)))
+        x = np.ascontiguousarray(x, dtype=self.dtypes[self.input])
+        y = np.empty(out_shape, dtype=self.dtypes[self.output])
+        addresses = {self.input: self._buffer(self.input, x.nbytes), self.output: self._buffer(self.output, y.nbytes)}
+        self.cuda.to_device(addresses[self.input], x)
+        if self.named:
+            for name, address in addresses.items():
+                self.context.set_tensor_address(name, address)
+            done = self.context.execute_async_v3(0)
+        else:
+            done = self.context.execute_v2([addresses[n] for n in self.names])
+        if not done:
+            raise EngineError("TensorRT could not run the engine on a batch of %d" % shape[0])
+        self.cuda.synchronize()
+        self.cuda.to_host(y, addresses[self.output])
+        return y.astype(np.float32)
+
+    def __call__(self, images):
+        """Return logits (N, K) for preprocessed images (N, C, H, W), in as many calls as the engine's batch asks for."""
+        results = []
+        for start in range(0, len(images), self.max_batch):
+            part = np.asarray(images[start : start + self.max_batch], dtype=np.float32)
+            n = len(part)
+            if self.batch is not None and n < self.batch:
+                part = np.concatenate([part, np.zeros((self.batch - n,) + part.shape[1:], np.float32)])
+            results.append(self._run(part)[:n])
+        return np.concatenate(results)
+
+    def __enter__(self):
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exc):
+        """Free the memory on the GPU."""
+        for pointer, _ in self._memory.values():
+            self.cuda.free(pointer)
+        self._memory = {}
+
+
+def preprocess(image, about):
+    """Return (C, H, W) float32 for a Pillow image, as ``model.json`` says: resize, centre crop, scale, normalise."""
+    from PIL import Image
+
+    how = about["preprocessing"]
+    channels, height, width = about["input_shape"]
+    image = image.convert("L" if channels == 1 else "RGB")
+    filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "nearest": Image.NEAREST}
+    chosen = filters[how["interpolation"]]
+    if how["resize"] is None:
+        image = image.resize((width, height), chosen)
+    else:
+        w, h = image.size
+        short = how["resize"]
+        size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+        image = image.resize(size, chosen)
+        left, top = int(round((size[0] - width) / 2.0)), int(round((size[1] - height) / 2.0))
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
+    if how["channel_order"] == "bgr":
+        pixels = pixels[:, :, ::-1]
+    x = (pixels * how["scale"] - np.asarray(how["mean"], np.float32)) / np.asarray(how["std"], np.float32)
+    return np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32)
+
+
+def main():
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Classify images with a TensorRT engine.")
+    parser.add_argument("engine")
+    parser.add_argument("images", nargs="*")
+    parser.add_argument("--npy", help="preprocessed images (N, C, H, W) instead of image files")
+    parser.add_argument("--out", help="write the logits of --npy here")
+    parser.add_argument("--about", help="model.json (beside the engine by default)")
+    given = parser.parse_args()
+    try:
+        with Engine(given.engine) as engine:
+            if given.npy:
+                logits = engine(np.load(given.npy, allow_pickle=False))
+                np.save(given.out or "logits.npy", logits)
+                return 0
+            about_path = given.about or os.path.join(os.path.dirname(os.path.abspath(given.engine)), "model.json")
+            with open(about_path, encoding="utf-8") as f:
+                about = json.load(f)
+            from PIL import Image
+
+            for name in given.images:
+                logits = engine(preprocess(Image.open(name), about)[None])[0]
+                weights = np.exp(logits - logits.max())
+                share = weights / weights.sum()
+                labels = about.get("labels")
+                for k in np.argsort(-share)[:5]:
+                    print("%s\t%s\t%.4f" % (name, labels[k] if labels else k, share[k]))
+    except (EngineError, OSError, ImportError) as e:
+        print("error: %s" % e, file=sys.stderr)
+        return 4 if isinstance(e, ImportError) else 5
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""The TensorRT adapter: recipes by version, a real builder through tensorrt_rtx, the runner on a double, bundles."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+
+from compress.zoo import spec
+from edge_targets import infer
+from edge_targets.backends import tensorrt as backend
+from edge_targets.backends import tensorrt_rtx
+from edge_targets.bundle import pack, write_bundle
+from edge_targets.catalog import all_targets, load_target
+from edge_targets.kernels import fuse
+from edge_targets.onnx_kernels import kernels_of
+from edge_targets.tensorrt_versions import capabilities
+from edge_targets.trt_build import Recipe, build_engine, recipe_for
+from edge_targets.trtexec import InputShapes
+from export.to_onnx import ExportOptions, to_onnx
+from rescompress.core.errors import ModelFileError, TargetError, ToolMissing
+from rescompress.core.layers import walk
+from rescompress.core.quantizers import Quantization, place
+
+needs_rtx = pytest.mark.skipif(not tensorrt_rtx.available(), reason="tensorrt_rtx is not installed")
+needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
+
+
+def exported(folder, arch="resnet20", *, precision="fp32", batch=1, opset=17, input_shape=None):
+    """Write a network with random weights; return its file and spec."""
+    from compress.resnet import build_model, tensors_of
+
+    network = spec(arch, input_shape=input_shape)
+    model = build_model(network)
+    tensors = {k: v.detach().numpy() for k, v in tensors_of(model).items()}
+    quantization = None
+    if "int8" in precision:
+        layers = {x.name: x for x in walk(network)}
+        quantizers = [
+            q.model_copy(update={"scale": (0.05,) * (1 if q.kind == "activation" else layers[q.tensor].out_shape[0])})
+            for q in place(network, "tensorrt")
+        ]
+        quantization = Quantization(profile="tensorrt", quantizers=tuple(quantizers))
+    path = folder / "model.onnx"
+    onnx.save(to_onnx(network, tensors, quantization, ExportOptions(batch, opset, precision)), path)
+    return path, network
+
+
+@pytest.mark.parametrize(
+    ("version", "network", "int8", "fp16"),
+    [
+        ("8.2", ("EXPLICIT_BATCH",), ("INT8", "FP16"), ("FP16",)),
+        ("8.5", ("EXPLICIT_BATCH",), ("INT8", "FP16"), ("FP16",)),
+        ("8.6", ("EXPLICIT_BATCH",), ("INT8", "FP16"), ("FP16",)),
+        ("10.3", (), ("INT8", "FP16"), ("FP16",)),
+        ("10.13", ("STRONGLY_TYPED",), (), ()),
+        ("11.1", ("STRONGLY_TYPED",), (), ()),
+    ],
+)
+def test_the_recipe_of_each_version(version, network, int8, fp16):
+    known = capabilities(version)
+    assert recipe_for(known, "int8").network_flags == network
+    assert recipe_for(known, "int8").builder_flags == int8
+    assert recipe_for(known, "fp16").builder_flags == fp16
+    assert recipe_for(known, "fp32").builder_flags == ()
+    assert "SPARSE_WEIGHTS" in recipe_for(known, "int8", sparsity=True).builder_flags
+    if known.dla:
+        assert "GPU_FALLBACK" in recipe_for(known, "int8", dla_core=0).builder_flags
+    else:
+        with pytest.raises(TargetError):
+            recipe_for(known, "int8", dla_core=0)
+
+
+@needs_rtx
+@pytest.mark.parametrize("batch", [1, "dynamic"])
+def test_a_real_builder_takes_recipe_profile_and_timing_cache(tmp_path, batch):
+    import tensorrt_rtx as trt
+
+    path, _ = exported(tmp_path, precision="int8", batch=batch)
+    recipe = Recipe(workspace_mb=64)
+    built = build_engine(trt, path.read_bytes(), compute_capability="8.6", recipe=recipe, batch=8, opt_batch=4)
+    convs = [n.name for n in onnx.load(path).graph.node if n.op_type == "Conv"]
+    assert set(built.compute_types(convs).values()) == {"Int8"}
+    sparse = Recipe(workspace_mb=64, builder_flags=("SPARSE_WEIGHTS",))
+    assert build_engine(trt, path.read_bytes(), compute_capability="8.6", recipe=sparse, batch=8).content
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet20", "resnet20_b"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])
+def test_kernels_read_off_an_exported_graph_are_those_of_the_spec(tmp_path, arch, precision):
+    small = None if arch.startswith("resnet20") else (3, 64, 64)
+    path, network = exported(tmp_path, arch, precision=precision, opset=19, input_shape=small)
+    read = kernels_of(path)
+    expected = fuse(walk(network))
+    assert read.precision == precision
+    assert read.input_shape == network.input_shape
+    facts = [
+        (k.kind, k.pixels, k.in_width, k.width, k.taps, k.groups, k.skip) for k in expected if k.kind in ("conv", "linear")
+    ]
+    found = [
+        (k.kind, k.pixels, k.in_width, k.width, k.taps, k.groups, k.skip) for k in read.kernels if k.kind in ("conv", "linear")
+    ]
+    assert sorted(found) == sorted(facts)
+    assert sum(k.macs for k in read.kernels) == sum(k.macs for k in expected)
+    assert abs(len(read.kernels) - len(expected)) <= 2 * sum(x.op == "pad_shortcut" for x in walk(network))
+
+
+class FakeCuda:
+    """Memory of a GPU, kept in a dict; addresses are its keys."""
+
+    def __init__(self, capability="8.7"):
+        self.memory = {}
+        self.of = capability
+
+    def capability(self):
+        return self.of
+
+    def malloc(self, size):
+        self.memory[len(self.memory) + 1] = None
+        return len(self.memory)
+
+    def free(self, pointer):
+        del self.memory[pointer]
+
+    def to_device(self, pointer, array):
+        self.memory[pointer] = array.copy()
+
+    def to_host(self, array, pointer):
+        array[...] = self.memory[pointer]
+
+    def synchronize(self):
+        pass
+
+
+def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
+    """A double of the TensorRT module whose engine returns the mean of each channel."""
+    shapes = {"x": (batch, 3, 4, 4), "y": (batch, 3)}
+
+    class Context:
+        def __init__(self):
+            self.shape = None
+            self.addresses = {}
+
+        def set_input_shape(self, name, shape):
+            self.shape = shape
+            return True
+
+        def set_binding_shape(self, index, shape):
+            return self.set_input_shape("x", shape)
+
+        def get_tensor_shape(self, name):
+            return (self.shape[0], 3)
+
+        def get_binding_shape(self, index):
+            return (self.shape[0], 3)
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+
+        def execute_async_v3(self, stream):
+            return self.execute_v2([self.addresses["x"], self.addresses["y"]])
+
+        def execute_v2(self, addresses):
+            x = cuda.memory[addresses[0]]
+            assert x.shape == self.shape
+            assert batch == -1 or len(x) == batch
+            cuda.memory[addresses[1]] = x.mean(axis=(2, 3))
+            return True
+
+    mode = SimpleNamespace(INPUT="in")
+    common = {"create_execution_context": Context}
+    if named:
+        engine = SimpleNamespace(
+            num_io_tensors=2,
+            get_tensor_name=lambda i: "xy"[i],
+            get_tensor_mode=lambda n: "in" if n == "x" else "out",
+            get_tensor_shape=shapes.__getitem__,
+            get_tensor_dtype=lambda n: np.float32,
+            get_tensor_profile_shape=lambda n, p: [(1, 3, 4, 4), (4, 3, 4, 4), (4, 3, 4, 4)],
+            **common,
+        )
+    else:
+        engine = SimpleNamespace(
+            num_bindings=2,
+            get_binding_name=lambda i: "xy"[i],
+            binding_is_input=lambda n: n == "x",
+            get_binding_index="xy".index,
+            get_binding_shape=shapes.__getitem__,
+            get_binding_dtype=lambda n: np.float32,
+            get_profile_shape=lambda p, n: [(1, 3, 4, 4), (4, 3, 4, 4), (4, 3, 4, 4)],
+            **common,
+        )
+    logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
+    runtime = type(
+        "Runtime",
+        (),
+        {
+            "__init__": lambda self, logger: None,
+            "deserialize_cuda_engine": lambda self, content: engine if content == b"good" else None,
+        },
+    )
+    return SimpleNamespace(__version__=version, Logger=logger, Runtime=runtime, TensorIOMode=mode, nptype=lambda t: t)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["8.5 and later", "8.2"])
+@pytest.mark.parametrize("batch", [-1, 1, 4])
+def test_the_runner_feeds_both_apis_in_batches_the_engine_takes(tmp_path, named, batch):
+    cuda = FakeCuda()
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"good")
+    x = np.random.default_rng(0).standard_normal((7, 3, 4, 4)).astype(np.float32)
+    with backend.load_engine(path, fake_tensorrt(cuda, named=named, batch=batch), cuda) as runner:
+        assert runner.runtime == "tensorrt"
+        np.testing.assert_allclose(runner(x), x.mean(axis=(2, 3)), rtol=1e-6)
+    assert cuda.memory == {}
+
+
+def test_an_engine_of_another_board_or_version_is_refused(tmp_path):
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"good")
+
+    def load(version="10.3.0", capability="8.7"):
+        cuda = FakeCuda(capability)
+        return backend.load_engine(path, fake_tensorrt(cuda, named=True, batch=1, version=version), cuda)
+
+    Path(f"{path}.json").write_text(json.dumps({"tensorrt": "10.3.0", "compute_capability": "8.7"}))
+    load()
+    with pytest.raises(ModelFileError, match=r"built with TensorRT 10.3.0, here is 8.5.2"):
+        load(version="8.5.2")
+    with pytest.raises(ModelFileError, match=r"compute capability 8\.7, this one has 7\.2"):
+        load(capability="7.2")
+    path.write_bytes(b"foreign")
+    with pytest.raises(ModelFileError, match="cannot be loaded"):
+        load()
+    with pytest.raises(ModelFileError, match="no engine"):
+        backend.load_engine(tmp_path / "absent.engine", SimpleNamespace())
+
+
+def test_without_tensorrt_it_says_what_is_missing(tmp_path):
+    if backend.available():
+        pytest.skip("TensorRT is here")
+    with pytest.raises(ToolMissing, match="TensorRT cannot run here"):
+        backend.runner(tmp_path / "m.engine")
+    with pytest.raises(ToolMissing) as e:
+        backend.build(tmp_path / "m.onnx", tmp_path, target=load_target("jetson-nano"), precision="fp16")
+    assert "JetPack" in e.value.remedy or "device" in e.value.remedy
+
+
+def test_the_record_of_an_engine_names_its_origin(tmp_path):
+    path, _ = exported(tmp_path)
+    note = backend.record(SimpleNamespace(__version__="10.3.0"), path, "fp16", compute_capability="8.7")
+    assert note["onnx_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert any("spec" in key for key in note["metadata"])
+
+
+BOARDS = [t for t in all_targets() if t.runtime == "tensorrt"]
+
+
+@needs_shellcheck
+@pytest.mark.parametrize("target", BOARDS, ids=lambda t: t.name)
+def test_every_board_gets_a_complete_bundle(tmp_path, target):
+    network = spec("resnet20")
+    for precision in target.precisions:
+        folder = tmp_path / f"{precision}"
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"onnx")
+        shapes = InputShapes("input", network.input_shape) if precision == "fp16" else None
+        labelled = network.replace(labels=tuple("abcdefghij"))
+        write_bundle(folder / "model.onnx", labelled, target, precision, shapes=shapes)
+        names = {p.name for p in folder.iterdir()}
+        assert names == {"model.onnx", "build.sh", "infer.py", "model.json", "labels.txt", "README.md", "SHA256SUMS"}
+        checked = subprocess.run(["shellcheck", "-s", "sh", folder / "build.sh"], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+        assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True).returncode == 0
+        about = json.loads((folder / "model.json").read_text())
+        assert about["preprocessing"]["mean"]
+        assert about["tensorrt"] == target.tensorrt_version
+
+
+def test_build_sh_builds_with_the_stand_in_and_refuses_another_version(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(Path(__file__).with_name("edge_standin_trtexec"), tools / "trtexec")
+    (tools / "trtexec").chmod(0o755)
+    folder = tmp_path / "my bundle"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"onnx" * 100)
+    target = load_target("jetson-agx-orin-64gb")
+    write_bundle(folder / "model.onnx", spec("resnet20"), target, "int8")
+
+    def run(version, **extra):
+        (tools / "standin.json").write_text(json.dumps({"version": version}))
+        environment = {"PATH": f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin", **extra}
+        return subprocess.run([folder / "build.sh"], capture_output=True, text=True, env=environment)
+
+    done = run("100300")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "model.engine").read_bytes().startswith(b"STAND-IN")
+    assert json.loads((folder / "model.engine.json").read_text()) == {"tensorrt": "10.3"}
+    assert len(json.loads((folder / "times.json").read_text())) == 200
+    other = run("8502")
+    assert other.returncode == 5
+    assert "for TensorRT 10.3, here is 8.5" in other.stderr
+    assert run("101303").returncode == 5
+    assert run("8602", ANY_TENSORRT="1").returncode == 0
+
+
+def test_an_archive_holds_the_folder_and_is_reproducible(tmp_path):
+    folder = tmp_path / "resnet"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"onnx")
+    write_bundle(folder / "model.onnx", spec("resnet20"), load_target("jetson-nano"), "fp16")
+    pack(folder, tmp_path / "a.tar.gz")
+    pack(folder, tmp_path / "b.tar.gz")
+    assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "b.tar.gz").read_bytes()
+    with tarfile.open(tmp_path / "a.tar.gz") as tar:
+        assert "resnet/build.sh" in tar.getnames()
+        assert tar.getmember("resnet/build.sh").mode & 0o111
+
+
+def test_infer_preprocesses_as_the_data_pipeline_does(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    network = spec("resnet20")
+    about = {
+        "input_shape": list(network.input_shape),
+        "preprocessing": network.preprocessing.model_dump(mode="json"),
+    }
+    pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    x = infer.preprocess(Image.fromarray(pixels), about)
+    how = network.preprocessing
+    expected = (pixels.astype(np.float32) * how.scale - np.array(how.mean)) / np.array(how.std)
+    np.testing.assert_allclose(x, expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_infer_is_valid_for_the_python_of_the_oldest_board():
+    import ast
+
+    source = Path(infer.__file__).read_text()
+    ast.parse(source, feature_version=(3, 6))
+    assert "from __future__" not in source
