@@ -67,8 +67,7 @@ def _won_rate(n: float, lost: float, won: float, drop: float) -> float:
     b = (2 * n - lost + won) * drop - lost - won
     c = -won * drop * (1 - drop)
     root = math.sqrt(max(b * b - 4 * a * c, 0.0))
-    rate = -2 * c / (b + root) if b > 0 else (root - b) / (2 * a)
-    return max(rate, 0.0, -drop)
+    return -2 * c / (b + root) if b > 0 else (root - b) / (2 * a)
 
 
 def lower_bound(paired: Paired, confidence: float) -> float:

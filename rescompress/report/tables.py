@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rescompress.core.manifest import Manifest, StageResult, Status
@@ -13,6 +13,7 @@ from rescompress.core.metric import Metric
 from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, provenance
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
 DENSE = "dense"
@@ -232,16 +233,21 @@ def sort_rows(rows: Sequence[Row], metric: str) -> list[Row]:
 
 def cell_text(row: Row, column: Column) -> str:
     """Return a cell as people read it: the figure, and how it stands to the dense network; empty without a figure."""
+    return " ".join(cell_parts(row, column))
+
+
+def cell_parts(row: Row, column: Column) -> list[str]:
+    """Return a cell's figure and, in brackets, how it stands to the dense network, where there is either."""
     metric = row.metrics.get(column.metric)
     if metric is None:
-        return ""
-    text = column.text(metric)
+        return []
+    parts = [column.text(metric)]
     against = row.against_dense.get(column.metric)
-    if against is None:
-        return text
-    if column.against_dense == "difference":
-        return f"{text} ({against:+.2f})"
-    return f"{text} ({against:.2f}x)" if against < 9.995 else f"{text} ({against:.1f}x)"
+    if against is not None and column.against_dense == "difference":
+        parts.append(f"({against:+.2f})")
+    elif against is not None:
+        parts.append(f"({against:.2f}x)" if against < 9.995 else f"({against:.1f}x)")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -283,26 +289,61 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def to_rich(rows: Sequence[Row], *, wide: bool = False, title: str | None = None) -> Table:
-    """Return the table for a terminal: the best value of each column bold, dominated rows dimmed."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def to_rich(rows: Sequence[Row], *, wide: bool = False, title: str | None = None) -> RenderableType:
+    """Return the table for a terminal: the best value of each column bold, dominated rows dimmed.
 
-    grid = _grid(rows, wide=wide)
-    marked, beaten = best(rows), dominated(rows)
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False)
-    for k, (name, column) in enumerate(zip(grid.head, grid.columns, strict=True)):
-        note = column is None and k == len(grid.head) - 1
-        table.add_column(name, justify="right" if column else "left", no_wrap=column is None and not note, overflow="fold")
-    for i, cells in enumerate(grid.body):
-        texts = [
-            Text(cell, style="bold green" if column and (i, column.metric) in marked else "")
-            for cell, column in zip(cells, grid.columns, strict=True)
-        ]
-        table.add_row(*texts, style="dim" if i in beaten else "red" if rows[i].status == "failed" else "")
-    table.caption = Text("\n".join(footnotes(rows)))
-    return table
+    Where a line is too narrow for it, what stands in brackets goes below its figure.
+    """
+    return _TerminalTable(tuple(rows), wide, title)
+
+
+@dataclass(frozen=True)
+class _TerminalTable:
+    """A table that knows its width only when it is printed."""
+
+    rows: tuple[Row, ...]
+    wide: bool
+    title: str | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Yield the table, in the form that fits, and its notes."""
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        table = self._build(stacked=False)
+        if Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
+            table = self._build(stacked=True)
+        yield table
+        several = len({r.run for r in self.rows}) > 1
+        for row in self.rows:
+            if row.note:
+                name = f"{row.run} {row.stage}" if several else row.stage
+                yield Text(f"{name}: {row.note}", style="red" if row.status == "failed" else "dim")
+        for note in footnotes(self.rows):
+            yield Text(note, style="dim")
+
+    def _build(self, *, stacked: bool) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = [replace(row, note="") for row in self.rows]
+        grid = _grid(rows, wide=self.wide)
+        marked, beaten = best(rows), dominated(rows)
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1))
+        for name, column in zip(grid.head, grid.columns, strict=True):
+            title = name.replace(" ", "\n", 1) if stacked and column else name
+            table.add_column(title, justify="right" if column else "left", no_wrap=column is not None, overflow="fold")
+        for i, cells in enumerate(grid.body):
+            texts = []
+            for cell, column in zip(cells, grid.columns, strict=True):
+                bold = column is not None and (i, column.metric) in marked
+                text = cell
+                if stacked and column is not None:
+                    text = "\n".join(p.replace(" predicted, ", "\npredicted\n") for p in cell_parts(rows[i], column))
+                texts.append(Text(text, style="bold green" if bold else ""))
+            table.add_row(*texts, style="dim" if i in beaten else "red" if rows[i].status == "failed" else "")
+        return table
 
 
 def to_markdown(rows: Sequence[Row], *, wide: bool = False) -> str:
