@@ -2,7 +2,7 @@
 
 from compress.prune.apply import apply, pruned_spec
 from compress.prune.cost import CostFunction
-from compress.prune.engine import PruneResult, load_method, method_names, prune
+from compress.prune.engine import PruneResult, load_method, method_names, prune, prune_by_plan
 from compress.prune.groups import ChannelGroup, Scope, find_groups, prunable
 from compress.prune.method import Context, Curves, ErrorCurve, Method
 from compress.prune.plan import Budget, PruningPlan, load_plan
@@ -25,5 +25,6 @@ __all__ = [
     "method_names",
     "prunable",
     "prune",
+    "prune_by_plan",
     "pruned_spec",
 ]

@@ -170,8 +170,19 @@ class Allocator:
 
     def smallest(self) -> Allocation:
         """Return the allocation of least cost."""
-        at = {g: 0 for g in self._widths}
-        return self._settle(at, [int(np.argmin(self._options(c, at, set())[1])) for c in self._chunks], set())
+        at = dict.fromkeys(self._widths, 0)
+        kept: set[str] = set()
+        while True:
+            found = self._settle(at, [int(np.argmin(self._options(c, at, kept)[1])) for c in self._chunks], kept)
+            emptied = self._emptied(found)
+            if not emptied:
+                return found
+            kept |= emptied
+
+    def _emptied(self, found: Allocation) -> set[str]:
+        """Return a block to keep for every stage that would be empty: the one that matters most."""
+        stages = [stage for stage in self._keep_one_of if stage and set(stage) <= set(found.dropped)]
+        return {max(stage, key=lambda b: self._curves.blocks[b]) for stage in stages}
 
     def solve(self, limit: float) -> Allocation | None:
         """Return the allocation of least error whose cost, summed over segments, is at most `limit`; None if none is.
@@ -184,17 +195,16 @@ class Allocator:
             found = self._solve(limit, kept)
             if found is None:
                 return None
-            emptied = [stage for stage in self._keep_one_of if stage and set(stage) <= set(found.dropped)]
+            emptied = self._emptied(found)
             if not emptied:
                 return found
-            kept |= {max(stage, key=lambda b: self._curves.blocks[b]) for stage in emptied}
+            kept |= emptied
 
     def _solve(self, limit: float, kept: set[str]) -> Allocation | None:
         full = {g: len(w) - 1 for g, w in self._widths.items()}
         starts = [full] if not self._streams else self._stream_search(limit, kept, full)
         best: Allocation | None = None
         for at in starts:
-            stream_error = sum(float(self._errors(g)[at[g]]) for g in self._streams)
             options = [self._options(c, at, kept) for c in self._chunks]
             chosen = _knapsack(options, limit)
             if chosen is None:
@@ -202,7 +212,6 @@ class Allocator:
             found = self._fill(self._settle(at, chosen, kept), limit)
             if best is None or found.error < best.error:
                 best = found
-            del stream_error
         return best
 
     def _stream_search(self, limit: float, kept: set[str], full: dict[str, int]) -> list[dict[str, int]]:

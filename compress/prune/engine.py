@@ -16,6 +16,7 @@ from compress.prune.cost import CostFunction, cost_of
 from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunable
 from compress.prune.method import Context, Curves, Method, Progress
 from compress.prune.plan import Budget, PruningPlan
+from compress.prune.recalibrate import recalibrate
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
@@ -83,7 +84,7 @@ def prune(
     align: int = 8,
     strict_align: bool = False,
     calibration_x: Tensor | None = None,
-    drop_blocks: bool = False,
+    drop_blocks: bool | None = None,
     seed: int = 0,
     cost: CostFunction | None = None,
     progress: Progress | None = None,
@@ -98,7 +99,8 @@ def prune(
         align: Widths are multiples of this; on small groups of the largest halving that leaves four widths.
         strict_align: Never go below `align`.
         calibration_x: Preprocessed images (N, C, H, W), for methods that need them.
-        drop_blocks: Whether whole blocks may go.
+        drop_blocks: Whether whole blocks may go; by default where the budget is latency and the method can tell what
+            a block is worth.
         seed: Of everything random.
         cost: What a latency budget is about; MACs and parameters are built in.
         progress: Called with what is going on, how much is done, and how much there is.
@@ -115,11 +117,14 @@ def prune(
     groups = prunable(list(sizes.groups.values()), scope)
     if not groups:
         raise BadInput("the network has no channels that this scope may prune", remedy="use --scope all")
-    blocks = droppable(checkpoint.spec) if drop_blocks and budget.kind != "ratio" else []
+    may_drop = budget.kind == "latency" if drop_blocks is None else drop_blocks
+    blocks = droppable(checkpoint.spec) if may_drop and budget.kind != "ratio" else []
     context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or (lambda what, done, total: None))
     if engine.NEEDS_DATA:
         notes += _data_notes(context.images())
     curves = engine.curves(context)
+    if drop_blocks and blocks and not curves.blocks:
+        notes.append(f"{method} cannot tell what a block is worth; none is dropped")
     widths, reached = _widths(groups, align, strict=strict_align)
     notes += _align_notes(reached, align)
     function = cost or cost_of(budget.kind) or total_macs
@@ -155,7 +160,11 @@ def prune(
             describe=lambda c: f"{c / before:.3f} of the {'parameters' if budget.kind == 'params' else budget.kind}",
         )
     plan = plan_for(allocation)
-    pruned = engine.compensate(context, plan, apply(checkpoint, plan))
+    cut = apply(checkpoint, plan)
+    pruned = engine.compensate(context, plan, cut)
+    if pruned is cut and calibration_x is not None:
+        pruned = recalibrate(cut, context.images())
+        notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
     after = walk(pruned.spec)
     gone = sum(sizes.groups[g].size - k for g, k in allocation.units.items())
     return PruneResult(
@@ -176,9 +185,45 @@ def prune(
     )
 
 
-def _check(checkpoint: Checkpoint, budget: Budget, align: int, cost: CostFunction | None) -> None:
+def prune_by_plan(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    *,
+    calibration_x: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Return the checkpoint pruned as a plan says, repaired by the plan's method where there are images.
+
+    Args:
+        checkpoint: The network the plan was made for; not changed.
+        plan: What goes.
+        calibration_x: Preprocessed images (N, C, H, W); without them the channels are cut out and nothing else.
+        seed: Of everything random.
+        progress: As for `prune`.
+
+    Raises:
+        BadInput: The plan is for another network, or the checkpoint is quantized.
+    """
+    _check_float(checkpoint)
+    cut = apply(checkpoint, plan)
+    if calibration_x is None:
+        return cut
+    groups = prunable(list(Sizes(checkpoint.spec).groups.values()), plan.scope)
+    context = Context(checkpoint, groups, (), calibration_x, seed, progress or (lambda what, done, total: None))
+    images = context.images()
+    engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
+    repaired = engine.compensate(context, plan, cut)
+    return recalibrate(cut, images) if repaired is cut else repaired
+
+
+def _check_float(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization is not None:
         raise BadInput("this checkpoint is quantized already", remedy="prune the float checkpoint, then quantize")
+
+
+def _check(checkpoint: Checkpoint, budget: Budget, align: int, cost: CostFunction | None) -> None:
+    _check_float(checkpoint)
     if align < 1:
         raise BadInput(f"widths cannot be multiples of {align}", where="--align", remedy="give 1 or more, or auto")
     if budget.kind == "latency" and cost is None:

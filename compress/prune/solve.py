@@ -7,6 +7,7 @@ B columns of a unit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,45 +25,62 @@ def damped(h_DD: Tensor, ridge: float) -> Tensor:
     return h_DD + (ridge * mean if mean > 0 else 1.0) * torch.eye(len(h_DD), dtype=h_DD.dtype)
 
 
-def obs_curve(h_DD: Tensor, w_OD: Tensor, units: int) -> ErrorCurve:
+def obs_curve(readers: Sequence[tuple[Tensor, Tensor]], units: int) -> ErrorCurve:
     """Return the order in which units go, and the summed squared output error when the rest is adjusted to it.
 
-    Removing unit c, with the best adjustment of the others, costs ``trace(w_c (H^-1_cc)^-1 w_c^T)``; after it,
+    Removing unit c, with the best adjustment of the others, costs a reader ``trace(w_c (H^-1_cc)^-1 w_c^T)``; after it,
     ``w -= w_c (H^-1_cc)^-1 H^-1_c:`` and ``H^-1 -= H^-1_:c (H^-1_cc)^-1 H^-1_c:`` (Hassibi & Stork 1993; by blocks as in
-    Kurtic et al. 2023, arXiv:2302.04089, section 3.1).
+    Kurtic et al. 2023, arXiv:2302.04089, section 3.1). Where several layers read the units, their costs add up.
 
     Args:
-        h_DD: Second moment of the inputs, positive definite, float64.
-        w_OD: Weights, float64.
-        units: How many units the columns belong to.
+        readers: Per layer that reads the units: second moment of its inputs (D, D), positive definite, and weights
+            (O, D); float64.
+        units: How many units the columns of each reader belong to.
     """
-    width = len(h_DD) // units
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h_DD))
-    w = w_OD.clone()
+    states = [_Obs(h_DD, w_OD, units) for h_DD, w_OD in readers]
     alive = torch.arange(units)
     step = max(1, math.ceil(units / _STEPS))
     order: list[int] = []
     error = [0.0]
     while len(alive) > 1:
-        k = len(alive)
-        blocks = inverse.view(k, width, k, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        w_KOB = w.view(len(w), k, width).transpose(0, 1)
-        costs = (torch.linalg.solve(blocks, w_KOB.transpose(1, 2)) * w_KOB.transpose(1, 2)).sum((1, 2))
-        go = torch.topk(costs, min(step, k - 1), largest=False, sorted=True).indices
-        columns = (go[:, None] * width + torch.arange(width)).flatten()
-        stay = torch.ones(k, dtype=torch.bool)
+        costs = torch.stack([s.costs() for s in states]).sum(0)
+        go = torch.topk(costs, min(step, len(alive) - 1), largest=False, sorted=True).indices
+        stay = torch.ones(len(alive), dtype=torch.bool)
         stay[go] = False
-        rest = stay.repeat_interleave(width).nonzero().flatten()
-        factor = torch.linalg.cholesky(inverse[columns][:, columns])
-        solved_w = torch.cholesky_solve(w[:, columns].T, factor)
-        joint = float((solved_w.T * w[:, columns]).sum())
-        coupling = inverse[columns][:, rest]
-        w = w[:, rest] - solved_w.T @ coupling
-        inverse = inverse[rest][:, rest] - coupling.T @ torch.cholesky_solve(coupling, factor)
+        joint = sum(s.remove(go, stay) for s in states)
         order += alive[go].tolist()
         error += [error[-1] + max(joint, 0.0) * (i + 1) / len(go) for i in range(len(go))]
         alive = alive[stay]
     return ErrorCurve((*order, int(alive[0])), tuple(error))
+
+
+class _Obs:
+    """What is left of one reader: inverse second moment and adjusted weights of the units still there."""
+
+    def __init__(self, h_DD: Tensor, w_OD: Tensor, units: int) -> None:
+        self.inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(h_DD))
+        self.w_OD = w_OD.clone()
+        self.width = len(h_DD) // units
+
+    def costs(self) -> Tensor:
+        """Return what removing each unit would cost (K,)."""
+        k, b = len(self.inverse_DD) // self.width, self.width
+        blocks_KBB = self.inverse_DD.view(k, b, k, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        w_KBO = self.w_OD.view(-1, k, b).permute(1, 2, 0)
+        costs_K: Tensor = (torch.linalg.solve(blocks_KBB, w_KBO) * w_KBO).sum((1, 2))
+        return costs_K
+
+    def remove(self, go: Tensor, stay: Tensor) -> float:
+        """Remove the units `go`, adjust the ones of the mask `stay`, and return the error."""
+        columns = (go[:, None] * self.width + torch.arange(self.width)).flatten()
+        rest = stay.repeat_interleave(self.width).nonzero().flatten()
+        factor = torch.linalg.cholesky(self.inverse_DD[columns][:, columns])
+        w_OG = self.w_OD[:, columns]
+        solved_GO = torch.cholesky_solve(w_OG.T, factor)
+        coupling_GR = self.inverse_DD[columns][:, rest]
+        self.w_OD = self.w_OD[:, rest] - solved_GO.T @ coupling_GR
+        self.inverse_DD = self.inverse_DD[rest][:, rest] - coupling_GR.T @ torch.cholesky_solve(coupling_GR, factor)
+        return float((solved_GO.T * w_OG).sum())
 
 
 @dataclass(frozen=True)

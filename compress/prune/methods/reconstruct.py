@@ -2,10 +2,10 @@
 
 Needs some hundred images and no labels.
 
-1. One pass over the dense network collects, for every layer that consumes a group, the second moment of its inputs and
-   of the loss's gradient at its output; block-wise Optimal Brain Surgeon turns them into an order and an error curve in
-   one unit for all groups: the expected rise of the loss (a Kronecker-factored Hessian; Martens & Grosse 2015,
-   arXiv:1503.05671).
+1. One pass over the dense network collects, for every layer that reads a group, the second moment of its inputs.
+   Block-wise Optimal Brain Surgeon turns it into an order and an error curve: the share of the reader's output energy
+   (behind the block's addition and ReLU) that is lost when the remaining channels are adjusted. Where several layers
+   read a group, as on the residual stream, their shares add up.
 2. After the widths are chosen, every layer is refitted in the order of computation by least squares on the *pruned*
    network's inputs, against the *dense* network's outputs behind the ReLU; the last convolution of a block against the
    block's output minus the pruned network's own shortcut, so that it also repairs what it inherits.
@@ -24,59 +24,109 @@ from torch.nn import functional as F
 from compress.checkpoints.base import Checkpoint
 from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded
-from compress.prune.groups import ChannelGroup, Sizes
+from compress.prune.groups import Sizes
 from compress.prune.method import Context, Curves, ErrorCurve
 from compress.prune.plan import PruningPlan
 from compress.prune.solve import damped, obs_curve, refit
 from compress.resnet import ResNet, build_model
-from rescompress.core.errors import BadInput, DataError
+from rescompress.core.errors import DataError
 from rescompress.core.layers import Layer, walk
 
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
 
 _RIDGE = 1e-3
-_ROWS = 60_000_000
-"""Most numbers in a matrix of patches."""
+_ROWS = 32_768
+"""Pixels that a layer is fitted to, if there are so many."""
+_ROWS_PER_COLUMN = 12
+"""Pixels per input column, where that is more."""
 _STREAM_BYTES = 4 << 30
 """Most memory for the residual streams of the dense and the pruned network together."""
-_FISHER_MACS = 1_200_000_000_000
-"""Most MACs spent on gradients."""
 
 
 def curves(context: Context) -> Curves:
-    """Return curves in expected rise of the loss per image."""
+    """Return curves in summed relative error of the layers that read a group, behind their ReLU."""
     dense = build_model(context.checkpoint.spec, context.checkpoint.state_dict).requires_grad_(False)
     sizes = Sizes(context.checkpoint.spec)
-    if any(g.kind == "stream" for g in context.groups):
-        raise BadInput("reconstruct prunes the channels inside blocks only", remedy="use --scope inner, or --method magnitude")
     layers = {layer.name: layer for layer in sizes.layers}
     x = _images(context, sizes.layers)
-    wanted = {g.name: _reader(g, layers) for g in context.groups}
-    fisher = _fisher(context, dense, x, [folded(context.checkpoint, layer).output for layer in wanted.values()])
+    readers = {
+        g.name: [_Reader(layers[c], context.checkpoint) for c in g.consumers if layers[c].groups == 1] for g in context.groups
+    }
     generator = torch.Generator().manual_seed(context.seed)
     found: dict[str, ErrorCurve] = {}
+    blocks: dict[str, float] = {}
     for chunk in _chunks(sizes.layers):
-        readers = {name: layer for name, layer in wanted.items() if layer in chunk}
-        rows: dict[str, list[Tensor]] = {name: [] for name in readers}
-        places = {name: _places(layer, len(x), generator) for name, layer in readers.items()}
-        outputs = []
-        for part in _parts(len(x), chunk):
-            inside = _run(dense, chunk, x[part])
-            outputs.append(inside[chunk[-1].name])
-            for name, layer in readers.items():
-                rows[name].append(_patches(inside[layer.inputs[0]], layer, places[name][part]))
-        x = torch.cat(outputs)
-        for name, layer in readers.items():
-            x_ND = torch.cat(rows.pop(name))
-            h = torch.cov(x_ND.T, correction=0).double().view(x_ND.shape[1], x_ND.shape[1])
-            w = folded(context.checkpoint, layer)
-            scaled = fisher[w.output].T @ w.weight_OIKK.flatten(1).double()
-            pixels = layer.out_shape[1] * layer.out_shape[2]
-            curve = obs_curve(damped(h, _RIDGE), scaled, sizes.groups[name].size)
-            found[name] = ErrorCurve(curve.order, tuple(0.5 * pixels * e for e in curve.error))
-            context.progress("measuring channels", len(found), len(wanted))
-    return Curves(found, unit="expected rise of the loss")
+        inside = {layer.name for layer in chunk}
+        before = x
+        x = _collect(dense, chunk, x, [r for rs in readers.values() for r in rs if r.layer.name in inside], generator)
+        if not bool(torch.isfinite(x).all()):
+            raise DataError(
+                f"the dense network's tensors behind {chunk[0].name} hold NaN or infinity",
+                remedy="check the checkpoint and the data",
+            )
+        if _chunk_name(chunk) in context.blocks:
+            blocks[_chunk_name(chunk)] = float((x - before).square().sum() / x.square().sum().clamp_min(1e-30))
+        for group, rs in readers.items():
+            if group not in found and all(r.ready for r in rs):
+                found[group] = obs_curve([r.relative() for r in rs], sizes.groups[group].size)
+                for r in rs:
+                    r.forget()
+                context.progress("measuring channels", len(found), len(readers))
+    return Curves({g.name: found[g.name] for g in context.groups}, blocks, unit="summed relative error of layers")
+
+
+class _Reader:
+    """A layer that reads a group, with the second moment of its inputs once they have been seen."""
+
+    def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
+        self.layer = layer
+        self.old = folded(checkpoint, layer)
+        self._h_DD: Tensor | None = None
+        self._energy = 1.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the inputs have been seen."""
+        return self._h_DD is not None
+
+    def see(self, x_ND: Tensor, output_NO: Tensor) -> None:
+        """Take in inputs, and what the layer (with the shortcut, if one is added) makes of them."""
+        x_ND = x_ND - x_ND.mean(0)
+        self._h_DD = damped((x_ND.T @ x_ND).double() / len(x_ND), _RIDGE)
+        self._energy = max(float(output_NO.square().sum(1).mean()), 1e-30)
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self._h_DD = torch.zeros(0)
+
+    def relative(self) -> tuple[Tensor, Tensor]:
+        """Return second moment and weights such that squared errors are shares of the output's energy."""
+        assert self._h_DD is not None
+        return self._h_DD, self.old.weight_OIKK.flatten(1).double() / self._energy**0.5
+
+
+def _collect(
+    model: ResNet, chunk: Sequence[Layer], x: Tensor, readers: Sequence[_Reader], generator: torch.Generator
+) -> Tensor:
+    """Return the output of a chunk for all images, and show its readers their inputs and outputs."""
+    rows: dict[str, list[Tensor]] = {r.layer.name: [] for r in readers}
+    results: dict[str, list[Tensor]] = {r.layer.name: [] for r in readers}
+    places = {r.layer.name: _places(r.layer, len(x), generator) for r in readers}
+    after = {name: layer for layer in chunk for name in layer.inputs}
+    outputs = []
+    for part in _parts(len(x), chunk):
+        inside = _run(model, chunk, x[part])
+        outputs.append(inside[chunk[-1].name])
+        for r in readers:
+            out = r.old.output
+            while out in after and after[out].op in ("add", "relu"):
+                out = after[out].name
+            rows[r.layer.name].append(_patches(inside[r.layer.inputs[0]], r.layer, places[r.layer.name][part]))
+            results[r.layer.name].append(_pixels(inside[out], places[r.layer.name][part]))
+    for r in readers:
+        r.see(torch.cat(rows.pop(r.layer.name)), torch.cat(results.pop(r.layer.name)))
+    return torch.cat(outputs)
 
 
 def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
@@ -198,11 +248,6 @@ def _solve(work: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, skip_NO
     return Checkpoint(work.spec, {**work.state_dict, **unfolded(work, job.layer, new, mean, var)}, None, work.provenance)
 
 
-def _reader(group: ChannelGroup, layers: dict[str, Layer]) -> Layer:
-    """Return the layer that consumes an inner group."""
-    return next(layers[c] for c in reversed(group.consumers) if layers[c].groups == 1)
-
-
 def _images(context: Context, layers: Sequence[Layer]) -> Tensor:
     """Return as many calibration images as the memory allows."""
     x = context.images()
@@ -232,9 +277,8 @@ def _chunk_name(chunk: Sequence[Layer]) -> str:
 
 
 def _parts(n: int, chunk: Sequence[Layer]) -> Iterator[slice]:
-    """Yield slices of the batch such that the patches of one slice fit in about 256 MB."""
-    largest = max(layer.in_elements * layer.kernel**2 // layer.stride**2 for layer in chunk)
-    size = max(1, min(n, 64_000_000 // max(largest, 1)))
+    """Yield slices of the batch such that the tensors of a chunk fit in some 200 MB."""
+    size = max(1, min(n, 50_000_000 // max(1, sum(layer.out_elements for layer in chunk))))
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
 
@@ -262,82 +306,38 @@ def _advance(model: ResNet, chunk: Sequence[Layer], x_NCHW: Tensor) -> Tensor:
 
 
 def _places(layer: Layer, n: int, generator: torch.Generator) -> Tensor:
-    """Return which output pixels of each image to look at (N, P); all where they fit."""
+    """Return which output pixels of each of `n` images to look at (N, P)."""
     if layer.op == "linear":
         return torch.zeros(n, 1, dtype=torch.int64)
     pixels = layer.out_shape[1] * layer.out_shape[2]
-    columns = layer.in_shape[0] * layer.kernel**2
-    count = max(1, min(pixels, _ROWS // (columns * n)))
+    columns = layer.in_shape[0] // layer.groups * layer.kernel**2
+    count = min(pixels, -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // n))
     if count == pixels:
         return torch.arange(pixels).expand(n, pixels)
     return torch.rand(n, pixels, generator=generator).topk(count, dim=1).indices
 
 
 def _patches(x_NCHW: Tensor, layer: Layer, places_NP: Tensor) -> Tensor:
-    """Return the inputs of a layer's output pixels as rows (N * P, C * k * k)."""
+    """Return the inputs of the named output pixels of a layer as rows (N * P, C * k * k)."""
     if layer.op == "linear":
         return x_NCHW
-    if layer.kernel == 1:
-        return _pixels(x_NCHW[:, :, :: layer.stride, :: layer.stride], places_NP)
-    columns = F.unfold(x_NCHW, layer.kernel, padding=layer.padding, stride=layer.stride)
-    return _pixels(columns.unsqueeze(3), places_NP)
+    padding, k = layer.padding, layer.kernel
+    if padding:
+        x_NCHW = F.pad(x_NCHW, (padding,) * 4)
+    n, c, h, w = x_NCHW.shape
+    y_NP, x_NP = places_NP // layer.out_shape[2] * layer.stride, places_NP % layer.out_shape[2] * layer.stride
+    first_N1 = torch.arange(n)[:, None] * (h * w)
+    rows = x_NCHW.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    out = torch.empty(places_NP.numel(), c, k * k)
+    for i in range(k * k):
+        out[:, :, i] = rows[(first_N1 + (y_NP + i // k) * w + x_NP + i % k).flatten()]
+    return out.flatten(1)
 
 
 def _pixels(x_NCHW: Tensor, places_NP: Tensor) -> Tensor:
     """Return the named pixels as rows (N * P, C)."""
     if x_NCHW.dim() == 2:
         return x_NCHW
-    flat = x_NCHW.flatten(2)
-    if places_NP.shape[1] < flat.shape[2]:
-        flat = flat.gather(2, places_NP[:, None, :].expand(-1, flat.shape[1], -1))
-    return flat.transpose(1, 2).reshape(-1, flat.shape[1])
-
-
-def _fisher(context: Context, dense: ResNet, x: Tensor, tensors: Sequence[str]) -> dict[str, Tensor]:
-    """Return, per tensor, a root R (C, C) of the loss's curvature there: ``R R^T = E[g g^T]`` over images and pixels.
-
-    g is the gradient of the cross entropy with labels drawn from the network's own predictions, so that E[g g^T] is the
-    Fisher matrix and no true label is needed.
-    """
-    generator = torch.Generator().manual_seed(context.seed)
-    macs = sum(layer.macs for layer in dense.layers)
-    x = x[: max(16, _FISHER_MACS // (3 * macs))]
-    wanted = set(tensors)
-    moments: dict[str, Tensor] = {}
-    size = max(1, min(64, 64_000_000 // max(sum(layer.out_elements for layer in dense.layers), 1)))
-    for start in range(0, len(x), size):
-        batch = x[start : start + size].clone().requires_grad_(True)
-        seen: dict[str, Tensor] = {}
-
-        def watch(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            if name in wanted:
-                seen[name] = value
-
-        logits = dense(batch, watch)
-        if not bool(torch.isfinite(logits).all()):
-            raise DataError("the dense network's outputs hold NaN or infinity", remedy="check the checkpoint and the data")
-        loss = _sampled_loss(logits, generator, head=dense.spec.head is not None)
-        gradients = torch.autograd.grad(loss, [seen[name] for name in seen])
-        for name, g in zip(seen, gradients, strict=True):
-            rows = g.flatten(2).transpose(1, 2).reshape(-1, g.shape[1]).double()
-            moments[name] = moments.get(name, 0) + rows.T @ rows / g[0, 0].numel()
-        context.progress("measuring the loss", min(start + size, len(x)), len(x))
-    return {name: _root(m / len(x)) for name, m in moments.items()}
-
-
-def _sampled_loss(logits_NK: Tensor, generator: torch.Generator, *, head: bool) -> Tensor:
-    """Return the summed loss whose gradients have the Fisher matrix as their second moment."""
-    if not head:
-        return (logits_NK * torch.randn(logits_NK.shape, generator=generator)).sum()
-    if logits_NK.shape[1] == 1:
-        p = torch.sigmoid(logits_NK.detach())
-        y = (torch.rand(p.shape, generator=generator) < p).to(p.dtype)
-        return F.binary_cross_entropy_with_logits(logits_NK, y, reduction="sum")
-    y = torch.multinomial(logits_NK.detach().softmax(1), 1, generator=generator).flatten()
-    return F.cross_entropy(logits_NK, y, reduction="sum")
-
-
-def _root(m_CC: Tensor) -> Tensor:
-    value_C, vector_CC = torch.linalg.eigh(m_CC)
-    root: Tensor = vector_CC * value_C.clamp_min(0).sqrt()
-    return root
+    n, c, h, w = x_NCHW.shape
+    rows = x_NCHW.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    return rows[(torch.arange(n)[:, None] * (h * w) + places_NP).flatten()]

@@ -1,0 +1,40 @@
+"""Channels with a small BatchNorm scale go first (network slimming: Liu et al. 2017, arXiv:1708.06519)."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.checkpoints.base import Checkpoint
+from compress.prune.fold import norm_of
+from compress.prune.groups import Sizes
+from compress.prune.method import Context, Curves, curve_of
+from compress.prune.plan import PruningPlan
+from rescompress.core.errors import BadInput
+
+DESCRIPTION = "smallest BatchNorm scale first; needs no data; made for networks trained with a penalty on the scales"
+NEEDS_DATA = False
+
+
+def curves(context: Context) -> Curves:
+    """Return the curves of the squared scales.
+
+    Raises:
+        BadInput: The network has no BatchNorm.
+    """
+    tensors = context.checkpoint.state_dict
+    layers = {layer.name: layer for layer in Sizes(context.checkpoint.spec).layers}
+    found = {}
+    for g in context.groups:
+        score = torch.zeros(g.size, dtype=torch.float64)
+        for name in g.producers:
+            scale = tensors.get(f"{norm_of(layers[name])}.weight")
+            if scale is None:
+                raise BadInput("bn_scale needs BatchNorm, this network has none", remedy="use --method magnitude")
+            score += scale.double().square().view(g.size, -1).sum(1)
+        found[g.name] = curve_of(score)
+    return Curves(found, unit="share of squared BatchNorm scales")
+
+
+def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
+    """Return `pruned`: without data nothing can be adjusted."""
+    return pruned

@@ -1,0 +1,23 @@
+"""Channels go in random order: the baseline that every method must beat."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.checkpoints.base import Checkpoint
+from compress.prune.method import Context, Curves, curve_of
+from compress.prune.plan import PruningPlan
+
+DESCRIPTION = "a random order, by the seed; needs no data; the baseline to beat"
+NEEDS_DATA = False
+
+
+def curves(context: Context) -> Curves:
+    """Return curves of random scores."""
+    generator = torch.Generator().manual_seed(context.seed)
+    return Curves({g.name: curve_of(torch.rand(g.size, generator=generator)) for g in context.groups}, unit="share of chance")
+
+
+def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
+    """Return `pruned`."""
+    return pruned
