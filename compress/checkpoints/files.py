@@ -243,6 +243,7 @@ class ZipStorages:
         """Take the members by storage key."""
         self._path = path
         self._members = members
+        self._archive: _zip | None = None
         self._last: tuple[str, Tensor] | None = None
 
     def declare(self, key: str, itemsize: int) -> None:
@@ -260,7 +261,8 @@ class ZipStorages:
                 f"damaged: storage {key[:50]!r} has {size} bytes instead of {high}", remedy="fetch or save the file again"
             )
         if self._last is None or self._last[0] != key:
-            with _zip(self._path) as archive, archive.open(self._members[key]) as f:
+            self._archive = self._archive or _zip(self._path)  # its directory is parsed once
+            with self._archive.open(self._members[key]) as f:
                 flat = read_bytes(f, size)
             if (low, high) == (0, size):
                 return flat
@@ -310,11 +312,15 @@ def zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def read_member(path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
-    """Return a small member of a zip archive; raises CheckpointError when it is damaged or larger than `limit` bytes."""
+    """Return a member of a zip archive; raises CheckpointError when it is damaged or larger than `limit` bytes."""
     if info.file_size > limit:
         raise CheckpointError(f"the archive's {info.filename[:200]!r} claims {info.file_size} bytes", remedy="save it again")
     with _zip(path) as archive, archive.open(info) as f:
-        return read_bytes(f, info.file_size).numpy().tobytes()
+        try:
+            data: bytes = f.read()
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+            raise CheckpointError(f"damaged: {e}", remedy="fetch or save the file again") from e
+    return data
 
 
 def _open_zip(path: Path, *, allow_pickle: bool) -> Opened:
