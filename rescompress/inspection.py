@@ -49,7 +49,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "blocks": [_block(spec, block, layers) for block in spec.blocks],
         "layers": [_layer(layer) for layer in layers],
-        "groups": groups(spec),
+        "groups": groups(layers),
         "spec_sha256": spec.digest,
     }
 
@@ -145,47 +145,23 @@ def shortcut_line(spec: ModelSpec, block: Block) -> str:
             return f"{start}1x1/{stride} projection {spec.in_width(block.name)} -> {block.widths[-1]}"
 
 
-def groups(spec: ModelSpec) -> list[dict[str, Any]]:
-    """Return the channel groups that pruning may shrink: inner ones (within a block), then the streams.
+def groups(layers: list[Layer]) -> list[dict[str, Any]]:
+    """Return the channel groups that pruning may shrink: inner ones (within a block), and the residual streams.
 
-    In a grouped convolution (ResNeXt) input and output channels go together, in whole convolution groups.
+    Args:
+        layers: ``walk(spec)``.
     """
-    found: list[dict[str, Any]] = []
-    for block in spec.blocks:
-        if block.groups > 1:
-            found.append(
-                {
-                    "name": f"{block.name}.conv1",
-                    "kind": "inner",
-                    "size": block.widths[0],
-                    "unit": block.widths[0] // block.groups,
-                    "with": [f"{block.name}.conv2"],
-                }
-            )
-            continue
-        found += [
-            {"name": f"{block.name}.conv{i + 1}", "kind": "inner", "size": width, "unit": 1, "with": []}
-            for i, width in enumerate(block.widths[:-1])
-        ]
-    return found + _streams(spec)
+    from compress.prune.groups import find_groups, prunable
 
-
-def _streams(spec: ModelSpec) -> list[dict[str, Any]]:
-    """Return the residual streams: a new one begins with every projection."""
-    streams: list[dict[str, Any]] = []
-    stem = f"conv{len(spec.stem.convs)}"
-    current: dict[str, Any] = {
-        "name": f"stream.{stem}",
-        "kind": "stream",
-        "size": spec.stem.convs[-1].width,
-        "unit": 1,
-        "with": [],
-    }
-    streams.append(current)
-    for block in spec.blocks:
-        last = f"{block.name}.conv{len(block.widths)}"
-        if block.shortcut != "identity":
-            current = {"name": f"stream.{block.name}", "kind": "stream", "size": block.widths[-1], "unit": 1, "with": []}
-            streams.append(current)
-        current["with"].append(last)
-    return streams
+    return [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "channels": group.size * group.channels[group.name],
+            "size": group.size,
+            "unit": group.channels[group.name],
+            "producers": list(group.producers),
+            "consumers": list(group.consumers),
+        }
+        for group in prunable(find_groups(layers), "all")
+    ]

@@ -85,8 +85,8 @@ def same_counts(model: nn.Module, loaded: Checkpoint) -> None:
     "name",
     [
         "resnet18",
-        "resnet50",
         "resnext50_32x4d",
+        pytest.param("resnet50", marks=SLOW),
         pytest.param("resnet34", marks=SLOW),
         pytest.param("resnet101", marks=SLOW),
         pytest.param("resnet152", marks=SLOW),
@@ -123,7 +123,7 @@ def test_bottlenecks_that_stride_in_their_first_convolution(tmp_path: Path) -> N
     "name",
     [
         "resnet18d",
-        "resnet50d",
+        pytest.param("resnet50d", marks=SLOW),
         pytest.param("resnet200", marks=SLOW),
         pytest.param("resnet101d", marks=SLOW),
         pytest.param("resnet26t", marks=SLOW),
@@ -450,7 +450,7 @@ def keras_name(name: str, old: bool) -> str:
     return f"conv{int(stage) + 1}_block{int(block) + 1}_{index}_{'bn' if bn else 'conv'}"
 
 
-@pytest.mark.parametrize("form", ["flat", "nested", "old names"])
+@pytest.mark.parametrize("form", [pytest.param("flat", marks=SLOW), "nested", pytest.param("old names", marks=SLOW)])
 def test_keras_2_layouts(form: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     spec = zoo.spec("keras_resnet50", num_classes=5, input_shape=(3, 64, 64))

@@ -57,7 +57,7 @@ def test_the_table_shows_every_block_and_convolution(cli, resnet50: Path) -> Non
     assert "resnet50: 3-4-6-3 bottleneck blocks" in out
     for words in ("layer4.2", "1x1/2 projection 512 -> 1024", "25,557,032", "4,089,184,256", "7x7", "112x112", "--input"):
         assert words in out, words
-    assert out.count("conv3 ") == 16
+    assert out.count("│   conv3 ") == 16
 
 
 def test_v_shows_every_layer(cli, resnet50: Path) -> None:
@@ -81,7 +81,7 @@ def test_groups_are_all_inner_widths_and_streams(cli, resnet50: Path) -> None:
     groups = json.loads(cli("inspect", resnet50, "--json")[1])["groups"]
     inner = [g for g in groups if g["kind"] == "inner"]
     assert len(inner) == 32
-    assert [g["size"] for g in groups if g["kind"] == "stream"] == [64, 256, 512, 1024, 2048]
+    assert [g["channels"] for g in groups if g["kind"] == "stream"] == [64, 256, 512, 1024, 2048]
 
 
 @pytest.mark.parametrize(

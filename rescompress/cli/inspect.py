@@ -199,7 +199,7 @@ def _group_table(document: dict[str, Any]) -> Table:
     table.add_column("channels", justify="right")
     table.add_column("removed in steps of", justify="right")
     for group in document["groups"]:
-        table.add_row(group["name"], group["kind"], str(group["size"]), str(group["unit"]))
+        table.add_row(group["name"], group["kind"], str(group["channels"]), str(group["unit"]))
     return table
 
 
