@@ -499,7 +499,7 @@ def _undecided(target: str, limit: float, why: str, baseline: StageResult | None
 
 
 def baseline_of(run: Run) -> Manifest:
-    """Return the run as a baseline that needs no other file: outcomes inside, no details but processes."""
+    """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, no paths."""
     stages = []
     for result in run.manifest.stages:
         details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE)}
@@ -508,4 +508,5 @@ def baseline_of(run: Run) -> Manifest:
         # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.
         kept = tuple(a for a in result.outputs if a.kind == "onnx" and result.stage == DENSE)
         stages.append(result.model_copy(update={"outputs": kept, "details": details}))
-    return run.manifest.model_copy(update={"stages": tuple(stages)})
+    config = {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in run.manifest.config.items()}
+    return run.manifest.model_copy(update={"stages": tuple(stages), "config": config})
