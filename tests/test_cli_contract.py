@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -182,5 +183,17 @@ def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
 
 def test_a_foreign_sibling_is_named(tmp_path: Path) -> None:
     (tmp_path / "export.py").write_text("print('not ours')\n")
-    done = call("doctor", cwd=tmp_path, code=4)
-    assert str(tmp_path / "export.py") in done.stderr
+    for args in (("doctor",), ("targets",)):
+        done = call(*args, cwd=tmp_path, code=4)
+        assert str(tmp_path / "export.py") in done.stderr
+
+
+def test_the_wheel_holds_our_four_packages_and_nothing_else() -> None:
+    from setuptools import find_packages
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = find_packages(str(ROOT), include=settings["tool"]["setuptools"]["packages"]["find"]["include"])
+    assert {name.partition(".")[0] for name in found} == {"rescompress", "compress", "export", "edge_targets"}
+    folders = {p.parent for top in ("rescompress", "compress", "export", "edge_targets") for p in (ROOT / top).rglob("*.py")}
+    on_disk = {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders}
+    assert on_disk == set(found), "a folder with code lacks its __init__.py"

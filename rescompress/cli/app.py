@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from rescompress.cli.output import Output
+from rescompress.siblings import check_siblings
 
 COMPRESS = "Compress"
 DEPLOY = "Deploy"
@@ -48,6 +49,8 @@ class LazyGroup(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name not in COMMANDS:
             return name, stub, rest
+        if name != "doctor":  # which tells the whole story
+            check_siblings()
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)

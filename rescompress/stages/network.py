@@ -26,6 +26,9 @@ from rescompress.core.spec import ModelSpec
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import Common, Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
 
+SAVE_EVERY_S = 30.0
+"""How often the state of a training is saved."""
+
 
 def dense(context: Context, *, source: Source, common: Common) -> Outcome:
     """The network as it came: its accuracy, its counts, its float32 ONNX file."""
@@ -201,5 +204,5 @@ def train_network(
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)
-    log = train(model, split, settings, teacher=teacher, progress=tell, resume_file=resume)
+    log = train(model, split, settings, teacher=teacher, progress=tell, resume_file=resume, save_every_s=SAVE_EVERY_S)
     return log.epochs, resume

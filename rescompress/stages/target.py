@@ -49,7 +49,7 @@ def target(
         "alias": chosen.alias,
         "device": chosen.device.title,
         "runtime": chosen.runtime,
-        "notes": _profile_notes(checkpoint, chosen),
+        "notes": [*details["notes"], *_profile_notes(checkpoint, chosen)],
     }
     files = [("onnx", path)]
     if chosen.builds_here:

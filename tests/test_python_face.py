@@ -1,0 +1,37 @@
+"""The Python face: what the documentation shows runs as it stands, and importing it is light."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import rescompress
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_documented_example_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+    assert len(blocks) == 1
+    code = blocks[0].replace('"examples/', f'"{ROOT}/examples/')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    fraction, milliseconds = float(done.stdout.split()[0]), float(done.stdout.split()[-1])
+    assert 0.4 < fraction <= 0.5
+    assert milliseconds > 0
+    assert {p.name for p in tmp_path.iterdir()} == {"half.safetensors", "half-int8.onnx"}
+
+
+def test_import_is_light_and_every_name_is_there() -> None:
+    script = "import sys, rescompress; print([m for m in ('torch', 'numpy', 'onnx', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert set(rescompress._HOME) == set(rescompress.__all__)
+    for name in rescompress.__all__:
+        assert getattr(rescompress, name) is not None
