@@ -223,7 +223,8 @@ class _Writer:
                 case _:
                     x = self.plain(layer)
             name = batch_norm_of[layer.name].name if layer.name in batch_norm_of else layer.name
-            if name in self.activations:
+            unchanged = bool(layer.inputs) and x is self.values[layer.inputs[0]]  # a pad shortcut that pads nothing
+            if name in self.activations and not unchanged:
                 x = self.quantized(x, self.activations[name])
             self.values[layer.name] = x
         logits = self.values[last]

@@ -1,1 +1,119 @@
-"""Lint of ONNX files against a target: one file per rule."""
+"""`lint`: will this ONNX file run well on that target? One file per rule; works on anyone's files.
+
+A rule is a module of this package (its name is the file's, with dashes) that offers ``check(graph, facts)``. Severities:
+``error``: the target refuses the file, or silently computes something else or in floating point; ``warning``: it runs,
+but slower, larger or less exactly than it could; ``note``: worth knowing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+import onnx
+
+from export.graph import GraphView
+from rescompress.core import plugins
+
+PACKAGE = "export.lint"
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the rules need to know about a target: plain values, so that this package needs no target catalogue.
+
+    Attributes:
+        title: What people call the target.
+        runtime: What runs the file: ``tensorrt``, ``tensorrt_rtx``, ``openvino``, ``onnxruntime``.
+        max_opset: Newest ONNX opset it reads.
+        precisions: What it computes in: ``fp32``, ``fp16``, ``int8``.
+        align: Per precision, the multiple that channel counts should have.
+        strongly_typed: Whether it takes every type from the file.
+    """
+
+    title: str
+    runtime: str
+    max_opset: int
+    precisions: tuple[str, ...]
+    align: Mapping[str, int]
+    strongly_typed: bool = False
+
+    @property
+    def tensorrt(self) -> bool:
+        """Whether TensorRT, of either kind, runs the file."""
+        return self.runtime in ("tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or could be better.
+
+    Attributes:
+        rule: Which rule found it.
+        severity: ``error``, ``warning`` or ``note``.
+        node: The node it is about; empty for the file as a whole.
+        message: What is wrong, and what it does on the target.
+        remedy: What to do.
+    """
+
+    rule: str
+    severity: Severity
+    node: str
+    message: str
+    remedy: str
+
+    def document(self) -> dict[str, str]:
+        """Return the values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Issue:
+    """What a rule yields: a finding without the rule's name.
+
+    Attributes:
+        severity: As in `Finding`.
+        node: As in `Finding`.
+        message: As in `Finding`.
+        remedy: As in `Finding`.
+    """
+
+    severity: Severity
+    node: str
+    message: str
+    remedy: str
+
+
+class Rule(Protocol):
+    """What a file of this package offers."""
+
+    def check(self, graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
+        """Yield everything this rule finds in the graph for this target."""
+        ...
+
+
+def rule_names() -> list[str]:
+    """Return the names of all rules, sorted."""
+    return sorted(name.replace("_", "-") for name in plugins.names(PACKAGE))
+
+
+def lint(model: onnx.ModelProto, facts: TargetFacts, *, rules: Iterable[str] | None = None) -> list[Finding]:
+    """Return everything the rules find, errors first.
+
+    Args:
+        model: Any ONNX model; external data need not be loaded for most rules.
+        facts: The target.
+        rules: Names of the rules to run; all when None.
+
+    Raises:
+        BadInput: An unknown rule.
+    """
+    graph = GraphView(model)
+    findings = []
+    for name in rule_names() if rules is None else rules:
+        rule = plugins.load(PACKAGE, name.replace("-", "_"), what="lint rule")
+        findings += [Finding(name, i.severity, i.node, i.message, i.remedy) for i in rule.check(graph, facts)]
+    return sorted(findings, key=lambda f: SEVERITIES.index(f.severity))

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "quantize": ("compress", COMPRESS, "Quantize to INT8: calibrate, or train with the rounding in place."),
     "run": ("run", COMPRESS, "Take a checkpoint through every stage of a config; resumes."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
+    "lint": ("lint", DEPLOY, "Will this ONNX file run well on that target? Traps and repairs."),
     "export": ("export", DEPLOY, "Write ONNX for a target, check it, build and measure or predict."),
     "evaluate": ("export", MEASURE, "Top-1 and top-5 of a checkpoint or an ONNX file."),
     "doctor": ("doctor", KNOW, "What is installed, and what each missing piece would enable."),

@@ -1,0 +1,201 @@
+"""`GraphView`: questions about an ONNX graph that lint rules and repair passes ask; made for anyone's file, not only ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from export.recount import shapes_of
+from rescompress.core.errors import ModelFileError
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
+PASSING = frozenset({"Relu", "MaxPool", "Clip", "Identity", "Slice", "Pad", "Flatten", "Reshape", "Gather", "Transpose"})
+"""Operators that hand values on without computing new ones, as far as quantization goes."""
+
+Array = NDArray[Any]
+
+
+class GraphView:
+    """An ONNX model with indices for fast questions; read-only.
+
+    Attributes:
+        model: The model.
+        nodes: Its nodes, in order.
+        producer: Per tensor, the node that makes it.
+        consumers: Per tensor, the nodes that read it.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        """Index the main graph."""
+        self.model = model
+        self.nodes: Sequence[NodeProto] = list(model.graph.node)
+        self.producer = {out: node for node in self.nodes for out in node.output if out}
+        self.consumers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+        self._stored = {i.name: i for i in model.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                for attribute in node.attribute:
+                    if attribute.name == "value":
+                        self._stored[node.output[0]] = attribute.t
+        self.outputs = {o.name for o in model.graph.output}
+
+    @property
+    def opset(self) -> int:
+        """Version of the ONNX operator set."""
+        return next((int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that can be inferred, for one image; empty where inference fails."""
+        try:
+            return shapes_of(self.model)
+        except ModelFileError:
+            return {}
+
+    def stored(self, name: str) -> TensorProto | None:
+        """Return the initializer or constant called `name`, or None."""
+        return self._stored.get(name)
+
+    def constant(self, name: str) -> Array | None:
+        """Return the value of an initializer or constant, or None where `name` is computed."""
+        tensor = self._stored.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def ops(self, *types: str) -> Iterator[NodeProto]:
+        """Yield the nodes of these types, in order."""
+        return (node for node in self.nodes if node.op_type in types and node.domain in ("", "ai.onnx"))
+
+    def made_by(self, name: str, *types: str) -> NodeProto | None:
+        """Return the node that makes the tensor `name` if it is of one of these types."""
+        node = self.producer.get(name)
+        return node if node is not None and node.op_type in types else None
+
+    def scale(self, node: NodeProto) -> Array | None:
+        """Return the scale of a Q or DQ node, or None where it is computed."""
+        return self.constant(node.input[1])
+
+    def zero_point(self, node: NodeProto) -> Array:
+        """Return the zero point of a Q or DQ node; the default of its type where none is given."""
+        if len(node.input) > 2 and node.input[2]:
+            value = self.constant(node.input[2])
+            if value is not None:
+                return value
+        if node.op_type == DEQUANTIZE:
+            stored = self.stored(node.input[0])
+            if stored is not None:
+                return np.zeros((), numpy_helper.to_array(stored).dtype)
+            quantize = self.made_by(node.input[0], QUANTIZE)
+            if quantize is not None:
+                return self.zero_point(quantize)
+        return np.zeros((), np.uint8)
+
+    def is_weight_pair(self, node: NodeProto) -> bool:
+        """Whether a Q or DQ node works on a stored tensor rather than an activation."""
+        source = node.input[0]
+        if node.op_type == DEQUANTIZE:
+            quantize = self.made_by(source, QUANTIZE)
+            source = quantize.input[0] if quantize is not None else source
+        return self.is_stored(source)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether `name` is an initializer or constant, perhaps through Identity, Cast or Transpose."""
+        while name not in self._stored:
+            node = self.made_by(name, "Identity", "Cast", "Transpose", "Reshape")
+            if node is None:
+                return False
+            name = node.input[0]
+        return True
+
+    def activation_quantizers(self) -> Iterator[NodeProto]:
+        """Yield the QuantizeLinear nodes of activations."""
+        return (node for node in self.ops(QUANTIZE) if not self.is_weight_pair(node))
+
+    def weighted(self) -> Iterator[NodeProto]:
+        """Yield convolutions and matrix products whose weight is stored."""
+        return (node for node in self.ops(*WEIGHTED) if self.weight(node) is not None)
+
+    def weight(self, node: NodeProto) -> str | None:
+        """Return the name of the stored weight of a convolution or matrix product, seen through Q and DQ; or None."""
+        name = node.input[1]
+        for types in ((DEQUANTIZE,), (QUANTIZE,)):
+            pair = self.made_by(name, *types)
+            name = pair.input[0] if pair is not None else name
+        return name if self.is_stored(name) else None
+
+    def weight_dq(self, node: NodeProto) -> NodeProto | None:
+        """Return the DequantizeLinear of a layer's weight, or None where the weight is a plain float."""
+        return self.made_by(node.input[1], DEQUANTIZE)
+
+    def input_dq(self, node: NodeProto) -> NodeProto | None:
+        """Return the DequantizeLinear of a layer's data input, looked for through ReLU, Flatten and the like."""
+        name = node.input[0]
+        while (between := self.made_by(name, "Flatten", "Reshape", "Identity", "Squeeze", "Relu", "MaxPool")) is not None:
+            name = between.input[0]
+        return self.made_by(name, DEQUANTIZE)
+
+    def is_int8(self, node: NodeProto) -> bool:
+        """Whether a layer reads both its data and its weight through DequantizeLinear."""
+        return self.weight_dq(node) is not None and self.input_dq(node) is not None
+
+    @cached_property
+    def quantized(self) -> bool:
+        """Whether the graph has activations behind QuantizeLinear."""
+        return any(True for _ in self.activation_quantizers())
+
+    def residual_adds(self) -> Iterator[tuple[NodeProto, str, str]]:
+        """Yield (add, main, skip): Adds of two computed tensors, and which input is the end of the main branch.
+
+        The main branch is the one that ends in a convolution; of two such branches the one with more convolutions since
+        they parted. An Add of which neither input comes from a convolution is left out.
+        """
+        for add in self.ops("Add"):
+            if any(self.is_stored(name) for name in add.input):
+                continue
+            convs = [self._conv_before(name) for name in add.input]
+            if all(conv is None for conv in convs):
+                continue
+            depths = [
+                self._convs_since_fork(name) if conv is not None else -1 for name, conv in zip(add.input, convs, strict=True)
+            ]
+            main = 0 if depths[0] >= depths[1] else 1
+            yield add, add.input[main], add.input[1 - main]
+
+    def _conv_before(self, name: str) -> NodeProto | None:
+        """Return the convolution that makes `name`, looked for through Q/DQ and BatchNorm."""
+        while (node := self.made_by(name, QUANTIZE, DEQUANTIZE, "BatchNormalization", "Identity")) is not None:
+            name = node.input[0]
+        return self.made_by(name, "Conv")
+
+    def _convs_since_fork(self, name: str) -> int:
+        """Count the convolutions from `name` up to a tensor with several readers."""
+        count = 0
+        while (node := self.producer.get(name)) is not None and count < 8:
+            count += node.op_type == "Conv"
+            name = node.input[0]
+            readers = [n for n in self.consumers.get(name, []) if n.op_type != "Shape"]
+            if len(readers) > 1 and all(self.made_by(name, kind) is None for kind in (QUANTIZE,)):
+                break
+        return count
+
+
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """Return the value of a node's attribute, or `default`."""
+    for found in node.attribute:
+        if found.name == name:
+            return onnx.helper.get_attribute_value(found)
+    return default
+
+
+def label(node: NodeProto) -> str:
+    """Return what to call a node in a message: its name, or its type and output."""
+    return node.name or f"{node.op_type}({node.output[0]})"

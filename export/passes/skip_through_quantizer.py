@@ -1,0 +1,31 @@
+"""Lets a residual Add read its skip through the Q/DQ that the same tensor already has for the next convolution."""
+
+from __future__ import annotations
+
+import onnx
+
+from export.graph import DEQUANTIZE, QUANTIZE, GraphView
+from export.lint import TargetFacts
+from export.passes import PassResult
+
+RULES = ("skip-not-quantized",)
+EXACT = False
+
+
+def call(model: onnx.ModelProto, facts: TargetFacts) -> PassResult:
+    """Return a copy whose skips are quantized where a quantizer of that tensor exists."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = GraphView(copy)
+    changed = False
+    for add, main, skip in graph.residual_adds():
+        conv = graph.made_by(main, "Conv")
+        if conv is None or not graph.is_int8(conv):
+            continue
+        for quantize in graph.consumers.get(skip, []):
+            pairs = [n for n in graph.consumers.get(quantize.output[0], []) if n.op_type == DEQUANTIZE]
+            if quantize.op_type == QUANTIZE and pairs:
+                add.input[list(add.input).index(skip)] = pairs[0].output[0]
+                changed = True
+                break
+    return PassResult(copy, changed)
