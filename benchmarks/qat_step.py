@@ -25,32 +25,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from compress import zoo
 from compress.checkpoints.base import Checkpoint
 from compress.quantize import prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
-from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
 
 LIMIT = 1.6
-
-
-def resnet32() -> ModelSpec:
-    """Return ResNet-32 with pad shortcuts (He et al. 2015, arXiv:1512.03385, section 4.2)."""
-    stages, width = [], 16
-    for number, out in enumerate((16, 32, 64), 1):
-        blocks = []
-        for i in range(5):
-            name, front = f"layer{number}.{i}", (out - width) // 2
-            if width == out:
-                blocks.append(Block(name=name, kind="basic", widths=(out, out)))
-            else:
-                channel_map = (-1,) * front + tuple(range(width)) + (-1,) * front
-                blocks.append(
-                    Block(name=name, kind="basic", widths=(out, out), stride=2, shortcut="pad", channel_map=channel_map)
-                )
-            width = out
-        stages.append(tuple(blocks))
-    stem = Stem(convs=(StemConv(width=16, kernel=3, stride=1),), max_pool=False)
-    return ModelSpec(arch="resnet32", input_shape=(3, 32, 32), stem=stem, stages=tuple(stages), head=Head(num_classes=10))
 
 
 def with_nncf(checkpoint: Checkpoint, batches: list[Tensor]) -> nn.Module:
@@ -93,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    spec = resnet32()
+    spec = zoo.spec("resnet32")
     checkpoint = Checkpoint(spec, tensors_of(build_model(spec)))
     batches = [torch.randn(32, *spec.input_shape) for _ in range(2)]
     quantized = ptq(checkpoint, batches, calibration="max")
