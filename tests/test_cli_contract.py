@@ -197,3 +197,22 @@ def test_the_wheel_holds_our_four_packages_and_nothing_else() -> None:
     folders = {p.parent for top in ("rescompress", "compress", "export", "edge_targets") for p in (ROOT / top).rglob("*.py")}
     on_disk = {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders}
     assert on_disk == set(found), "a folder with code lacks its __init__.py"
+
+
+def test_a_plan_is_a_file_that_can_be_followed(tmp_path: Path) -> None:
+    digits = str(DIGITS)
+    made = json.loads(call("prune", digits, "--macs", "0.6", "--plan-out", "plan.json", "--json", cwd=tmp_path).stdout)
+    other = tmp_path / "other"
+    other.mkdir()
+    followed = json.loads(call("prune", digits, "--plan-in", "../plan.json", "--json", cwd=other).stdout)
+    assert followed["widths"] == made["widths"]
+    assert followed["macs_after"] == made["macs_after"]
+    call("prune", digits, "--plan-in", "missing.json", cwd=other, code=5)
+
+
+def test_a_latency_budget_is_met_on_the_target_that_has_a_model(tmp_path: Path) -> None:
+    digits = str(DIGITS)
+    made = json.loads(call("prune", digits, "--latency", "0.9", "-t", "jetson", "--align", "4", "--json", cwd=tmp_path).stdout)
+    assert made["macs_after"] < made["macs_before"]
+    call("prune", digits, "--latency", "0.9", cwd=tmp_path, code=5)
+    call("prune", digits, "--latency", "0.9", "-t", "cpu", cwd=tmp_path, code=5)

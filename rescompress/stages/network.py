@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,26 @@ from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
 from compress.data import Inputs, Split
-from compress.prune import Budget, find_groups, prune
+from compress.prune import (
+    Budget,
+    CostFunction,
+    PruningPlan,
+    find_groups,
+    load_plan,
+    prunable,
+    prune,
+    prune_by_plan,
+)
 from compress.quantize import best_of, fake_quant_model, finish_qat, mixed_precision, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import load_target
+from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import write_text
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import ModelSpec
@@ -49,12 +61,16 @@ def pruned(context: Context, *, source: Source, common: Common, config: PruneCon
     calibration = None
     if common.data is not None:
         calibration = dataset(common, checkpoint.spec).train.take(config.calib, common.seed).tensor()
+    if config.plan is not None:
+        plan = load_plan(Path(config.plan))
+        start = time.perf_counter()
+        smaller = prune_by_plan(
+            checkpoint, plan, calibration_x=calibration, seed=common.seed, progress=context.reporter.progress
+        )
+        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}"]}
+        details["seconds"] = time.perf_counter() - start
+        return _pruned_row(context, common, smaller, plan, details)
     kind, value = config.budget
-    cost = None
-    if kind == "latency":
-        device = known[0].device
-        cost = cost_function(device, precision=known[0].check_precision())
-    drop_blocks = config.drop_blocks if config.drop_blocks is not None else kind == "latency"
     result = prune(
         checkpoint,
         method=config.method,
@@ -63,28 +79,58 @@ def pruned(context: Context, *, source: Source, common: Common, config: PruneCon
         align=align,
         strict_align=isinstance(config.align, int),
         calibration_x=calibration,
-        drop_blocks=drop_blocks,
+        drop_blocks=config.drop_blocks if config.drop_blocks is not None else kind == "latency",
         seed=common.seed,
-        cost=cost,
+        cost=latency_cost(known) if kind == "latency" else None,
         progress=context.reporter.progress,
     )
-    for note in result.notes:
-        context.reporter.note(note)
-    plan_path = context.folder / "plan.json"
-    write_text(plan_path, result.plan.model_dump_json(indent=1) + "\n")
-    details = {
-        "method": config.method,
+    details = plan_details(result.plan, checkpoint.spec) | {
         "budget": {kind: value},
         "align": align,
-        "widths_before": {g.name: g.size * g.widest for g in find_groups(walk(checkpoint.spec)) if g.name in result.widths},
-        "widths_after": dict(result.widths),
-        "dropped_blocks": list(result.plan.dropped_blocks),
-        "achieved_ratio": result.ratio,
         "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
+        "error": result.error,
+        "cost_before": result.cost_before,
+        "cost_after": result.cost_after,
         "seconds": result.seconds,
         "notes": list(result.notes),
     }
-    return finish(context, "prune", result.checkpoint, common, details, files=[("plan", plan_path)])
+    return _pruned_row(context, common, result.checkpoint, result.plan, details)
+
+
+def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
+    """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
+    groups = prunable(find_groups(walk(spec)), plan.scope)
+    kept = {g.name: len(plan.kept(g)) for g in groups}
+    return {
+        "method": plan.method,
+        "scope": plan.scope,
+        "widths_before": {g.name: g.size * g.widest for g in groups},
+        "widths_after": {g.name: kept[g.name] * g.widest for g in groups},
+        "dropped_blocks": list(plan.dropped_blocks),
+        "achieved_ratio": 1.0 - sum(kept.values()) / sum(g.size for g in groups),
+    }
+
+
+def latency_cost(targets: Sequence[Target]) -> CostFunction:
+    """Return the predicted latency on the first target that has a latency model, as a cost of layers.
+
+    Raises:
+        TargetError: No target has one.
+    """
+    modelled = [t for t in targets if t.device.modes] or list(targets)
+    if not modelled:
+        raise TargetError("a latency budget needs a device", where="--latency", remedy="name a target, such as jetson")
+    return cost_function(modelled[0].device, precision=modelled[0].check_precision())
+
+
+def _pruned_row(
+    context: Context, common: Common, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
+) -> Outcome:
+    for note in details["notes"]:
+        context.reporter.note(note)
+    path = context.folder / "plan.json"
+    write_text(path, plan.model_dump_json(indent=1) + "\n")
+    return finish(context, "prune", checkpoint, common, details, files=[("plan", path)])
 
 
 def finetuned(context: Context, *, source: Source, teacher: Source | None, common: Common, config: FinetuneConfig) -> Outcome:
