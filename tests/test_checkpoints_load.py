@@ -137,3 +137,54 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path: Path) -> None:
 def test_real_cifar_checkpoints(file: str, shared: Path) -> None:
     loaded = load_checkpoint(shared / "data" / "checkpoints" / file)
     assert loaded.spec == zoo.spec(file.split("_")[0])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    first, second = (tensors_of(build_model(zoo.spec("resnet20"))) for _ in range(2))
+    return first, second
+
+
+def prefixed(prefix: str, state: dict[str, Tensor], *, head: bool = True) -> dict[str, Tensor]:
+    return {prefix + k: v for k, v in state.items() if head or not k.startswith("fc.")}
+
+
+def test_which_network_of_several(two, tmp_path: Path) -> None:
+    """Plain weights go before averaged ones, students before teachers; options take the other; the rest is told."""
+    raw, averaged = two
+    dino_head = {"module.head.mlp.0.weight": torch.ones(64, 64), "module.head.mlp.0.bias": torch.ones(64)}
+    dino_head |= {"module.head.last_layer.weight_g": torch.ones(9, 1), "module.head.last_layer.weight_v": torch.ones(9, 64)}
+    cases: list[tuple[object, dict[str, str], Tensor, bool]] = [
+        ({"model": raw, "model_ema": averaged}, {}, raw["conv1.weight"], True),
+        ({"model": raw, "model_ema": averaged}, {"weights": "ema"}, averaged["conv1.weight"], True),
+        ({"state_dict_ema": averaged, "state_dict": raw}, {}, raw["conv1.weight"], True),
+        ({"state_dict_ema": averaged, "state_dict": raw}, {"root": "state_dict_ema"}, averaged["conv1.weight"], True),
+        (prefixed("encoder_k.", averaged) | prefixed("encoder_q.", raw), {}, raw["conv1.weight"], True),
+        (
+            {"teacher": prefixed("backbone.", averaged), "student": prefixed("module.backbone.", raw, head=False) | dino_head},
+            {},
+            raw["conv1.weight"],
+            False,
+        ),
+        ((raw, {"epoch": 3}), {}, raw["conv1.weight"], True),
+    ]
+    for content, options, expected, has_head in cases:
+        torch.save(content, tmp_path / "net.pt")
+        loaded = load_checkpoint(tmp_path / "net.pt", arch_options=options)
+        assert torch.equal(loaded.state_dict["conv1.weight"], expected)
+        assert (loaded.spec.head is not None) == has_head
+        told = any("other networks" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
+        assert told == (not isinstance(content, tuple))
+
+
+def test_what_was_left_out_is_told(two, tmp_path: Path) -> None:
+    raw, _ = two
+    torch.save(
+        raw | {"fc_aux.weight": torch.ones(4, 64), "fc_aux.bias": torch.ones(4), "queue": torch.ones(2)}, tmp_path / "n.pt"
+    )
+    loaded = load_checkpoint(tmp_path / "n.pt")
+    assert loaded.spec.head.num_classes == 10  # type: ignore[union-attr]
+    text = " ".join(loaded.provenance["notes"])  # type: ignore[arg-type]
+    assert "fc_aux" in text
+    assert "queue" in text

@@ -16,6 +16,7 @@ NAMES = ("fc", "linear", "head", "classifier", "cls_head", "heads", "classificat
          "output_layer", "logits", "predictions", "dense", "fully_connected", "mlp")  # fmt: skip
 _HEAD = re.compile(rf"(?:{'|'.join(NAMES)})\d*(?:$|[._])")
 _NOT_A_HEAD = re.compile(r"proj|predictor|prototypes|queue|aux|momentum|center|contrast", re.IGNORECASE)
+_SELF_SUPERVISED = re.compile(r"last_layer\.|\.weight_[gv]$|\.original[01]$")  # normalised layers: no classifier has them
 TORCH_DROPOUT = 0.5
 TORCH_EPS = 1e-5
 
@@ -91,7 +92,8 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
     Raises:
         CheckpointError: There is a classifier, and it is not of a supported kind.
     """
-    candidates = {k: v for k, v in tensors.items() if is_head_key(k)}
+    projectors = {k.split(".")[0] for k in tensors if _SELF_SUPERVISED.search(k)}
+    candidates = {k: v for k, v in tensors.items() if is_head_key(k) and k.split(".")[0] not in projectors}
     modules = _modules(candidates)
     orphans = [k for k in candidates if k.endswith(".bias") and f"{k[:-5]}.weight" not in candidates]
     if orphans:

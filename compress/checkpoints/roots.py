@@ -51,6 +51,8 @@ def _walk(content: object) -> Iterator[tuple[str, Stored | None]]:
             inner: Iterable[tuple[object, object]] = _attributes(node)
         elif isinstance(node, Mapping):
             inner = node.items()
+        elif isinstance(node, list | tuple) and len(node) <= MAX_DEPTH:
+            inner = [(str(i), v) for i, v in enumerate(node) if isinstance(v, Mapping | Record)]
         elif hasattr(node, "read") and hasattr(node, "shape"):
             tensor, inner = node, ()
         else:
