@@ -2,7 +2,7 @@
 
 from compress.prune.apply import apply, pruned_spec
 from compress.prune.cost import CostFunction
-from compress.prune.engine import PruneResult, load_method, method_names, prune, prune_by_plan
+from compress.prune.engine import PruneResult, load_method, measure, method_names, prune, prune_by_plan
 from compress.prune.groups import ChannelGroup, Scope, find_groups, prunable
 from compress.prune.method import Context, Curves, ErrorCurve, Method
 from compress.prune.plan import Budget, PruningPlan, load_plan
@@ -22,6 +22,7 @@ __all__ = [
     "find_groups",
     "load_method",
     "load_plan",
+    "measure",
     "method_names",
     "prunable",
     "prune",

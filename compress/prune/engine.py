@@ -185,6 +185,36 @@ def prune(
     )
 
 
+def measure(
+    checkpoint: Checkpoint,
+    *,
+    method: str = "reconstruct",
+    scope: Scope = "inner",
+    calibration_x: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Curves:
+    """Return what a method says removing channels would cost, without removing any.
+
+    Args:
+        checkpoint: A float network; not changed.
+        method: One of `method_names()`.
+        scope: ``inner`` or ``all``.
+        calibration_x: Preprocessed images (N, C, H, W), for methods that need them.
+        seed: Of everything random.
+        progress: As for `prune`.
+
+    Raises:
+        BadInput: The method is unknown or lacks data, or the checkpoint is quantized.
+    """
+    _check_float(checkpoint)
+    groups = prunable(list(Sizes(checkpoint.spec).groups.values()), scope)
+    context = Context(
+        checkpoint, groups, droppable(checkpoint.spec), calibration_x, seed, progress or (lambda what, done, total: None)
+    )
+    return load_method(method).curves(context)
+
+
 def prune_by_plan(
     checkpoint: Checkpoint,
     plan: PruningPlan,

@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bench": ("bench", MEASURE, "Measured latency of ONNX files on what is here."),
     "prune": ("compress", COMPRESS, "Remove channels and let the rest make up for them."),
     "finetune": ("compress", COMPRESS, "Train a pruned network back, distilled from its teacher."),
+    "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
+    "methods": ("sensitivity", KNOW, "Pruning methods known here."),
     "quantize": ("compress", COMPRESS, "Quantize to INT8: calibrate, or train with the rounding in place."),
     "run": ("run", COMPRESS, "Take a checkpoint through every stage of a config; resumes."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),

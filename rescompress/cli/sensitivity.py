@@ -1,0 +1,123 @@
+"""`rescompress sensitivity` and `rescompress methods`: where a network is soft, and what can choose channels."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from rescompress.cli import options
+from rescompress.cli.output import output_of
+
+app = typer.Typer()
+
+
+class Scope(StrEnum):
+    """Which channels are looked at."""
+
+    inner = "inner"
+    all = "all"
+
+
+@app.command()
+def sensitivity(
+    ctx: typer.Context,
+    checkpoint: options.Checkpoint,
+    data: options.Data = None,
+    method: Annotated[str | None, typer.Option("--method", help="`rescompress methods`.", show_default="by the data")] = None,
+    scope: Annotated[Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")] = Scope.inner,
+    calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE.svg", help="Draw the curves.", show_default=False)
+    ] = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    input_shape: options.InputShape = None,
+    allow_pickle: options.AllowPickle = False,
+) -> None:
+    """Show what removing channels of each group would cost, and with -o draw it.
+
+    Example: rescompress sensitivity resnet32.pt --data cifar10 -o curves.svg
+    """
+    from pathlib import Path
+
+    from rescompress.core.errors import BadInput
+
+    sink = output_of(ctx)
+    picture = Path(output) if output else None
+    if picture is not None and picture.suffix.lower() != ".svg":
+        raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg file")
+    import torch
+    from rich.table import Table
+
+    from compress.checkpoints import load_checkpoint
+    from compress.data import load_dataset
+    from compress.prune import measure
+    from compress.prune.picture import svg
+    from rescompress.cli.inspect import parse_shape
+    from rescompress.core.artifact import write_text
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shape = parse_shape(input_shape) if input_shape else None
+    loaded = load_checkpoint(checkpoint, input_shape=shape, allow_pickle=allow_pickle)
+    images = None
+    if data is not None:
+        images = load_dataset(data, loaded.spec, seed=seed).train.take(calib, seed).tensor()
+    elif method is None:
+        sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")
+    chosen = method or ("reconstruct" if images is not None else "magnitude")
+    curves = measure(loaded, method=chosen, scope=scope.value, calibration_x=images, seed=seed)
+    if picture is not None:
+        write_text(picture, svg(curves, f"{loaded.spec.arch}: {chosen}"))
+        sink.hint(f"wrote {picture}")
+    document: dict[str, Any] = {
+        "method": chosen,
+        "unit": curves.unit,
+        "groups": {name: {"order": list(c.order), "error": list(c.error)} for name, c in curves.groups.items()},
+        "blocks": dict(curves.blocks),
+        "picture": str(picture) if picture else None,
+    }
+    table = Table(title=f"{loaded.spec.arch}, {chosen}: {curves.unit}")
+    table.add_column("group")
+    table.add_column("units", justify="right")
+    for head in ("25 % gone", "50 % gone", "75 % gone"):
+        table.add_column(head, justify="right")
+    table.add_column("half gone, beside the others")
+    errors = {
+        name: [c.error[min(round(f * len(c.order)), len(c.order) - 1)] for f in (0.25, 0.5, 0.75)]
+        for name, c in curves.groups.items()
+    }
+    worst = max((e[1] for e in errors.values()), default=0.0) or 1.0
+    for name, row in errors.items():
+        bar = "█" * round(30 * row[1] / worst)
+        table.add_row(name, str(len(curves.groups[name].order)), *(f"{e:.3g}" for e in row), bar)
+    shown: list[Any] = [table]
+    if curves.blocks:
+        blocks = Table(title="leaving out a whole block")
+        blocks.add_column("block")
+        blocks.add_column("error", justify="right")
+        for name, error in curves.blocks.items():
+            blocks.add_row(name, f"{error:.3g}")
+        shown.append(blocks)
+    sink.result(document, *shown)
+
+
+@app.command()
+def methods(ctx: typer.Context) -> None:
+    """List the pruning methods.
+
+    Example: rescompress methods --json
+    """
+    from rich.table import Table
+
+    from compress.prune import load_method, method_names
+
+    rows = [(name, load_method(name)) for name in method_names()]
+    table = Table(title="pruning methods")
+    for head in ("name", "needs images", "what goes first"):
+        table.add_column(head)
+    for name, m in rows:
+        table.add_row(name, "yes" if m.NEEDS_DATA else "no", m.DESCRIPTION)
+    output_of(ctx).result([{"name": n, "needs_data": m.NEEDS_DATA, "description": m.DESCRIPTION} for n, m in rows], table)
