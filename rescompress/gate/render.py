@@ -53,7 +53,7 @@ def to_rich(report: GateReport) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in HEAD:
-        table.add_column(name, justify="left" if name in ("check", "verdict") else "right")
+        table.add_column(name, justify="left" if name in ("check", "verdict") else "right", overflow="fold")
     for check in report.checks:
         table.add_row(check.name, Text(check.verdict, style=STYLES[check.verdict]), *_cells(check))
     return table

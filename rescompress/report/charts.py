@@ -45,7 +45,7 @@ class Point:
         y: Accuracy.
         label: Beside the mark.
         told: Read out and shown when pointed at.
-        y_error: Half the 95 % interval of `y`.
+        y_interval: 95 % interval of `y`.
         x_band: Band of `x`.
         shape: By provenance: circle measured or counted, diamond predicted, square published.
         tone: ``front`` on the Pareto front, ``base`` for the dense network.
@@ -55,7 +55,7 @@ class Point:
     y: float
     label: str
     told: str
-    y_error: float = 0.0
+    y_interval: tuple[float, float] | None = None
     x_band: tuple[float, float] | None = None
     shape: Shape = "circle"
     tone: Tone = "plain"
@@ -151,7 +151,7 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
     """
     height, left, top, right, bottom = 300.0, 50.0, 26.0, 28.0, 42.0
     xs = [v for p in points for v in (p.x, *(p.x_band or ()))]
-    ys = [v for p in points for v in (p.y - p.y_error, p.y + p.y_error)]
+    ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
     frame = _Frame(
         left,
         top,
@@ -181,8 +181,8 @@ def _on_front(point: Point, points: Sequence[Point]) -> bool:
 def _mark(point: Point, frame: _Frame) -> list[str]:
     x, y = frame.x(point.x), frame.y(point.y)
     parts = [f'<g class="mark {point.tone} {point.shape}"><title>{escape(point.told)}</title>']
-    if point.y_error > 0:
-        parts.append(_line(x, frame.y(point.y - point.y_error), x, frame.y(point.y + point.y_error), "error"))
+    if point.y_interval is not None:
+        parts.append(_line(x, frame.y(point.y_interval[0]), x, frame.y(point.y_interval[1]), "error"))
     if point.x_band is not None:
         parts.append(_line(frame.x(point.x_band[0]), y, frame.x(point.x_band[1]), y, "error"))
     if point.shape == "diamond":
@@ -198,8 +198,9 @@ def _labels(points: Sequence[Point], front: Sequence[Point], frame: _Frame) -> l
     """Return the labels, each on the side of its mark where it covers least."""
     taken = [(frame.x(p.x) - 6, frame.y(p.y) - 6, 12.0, 12.0) for p in points]
     for point in points:
-        top, bottom = frame.y(point.y + point.y_error), frame.y(point.y - point.y_error)
-        taken.append((frame.x(point.x) - 2, top, 4.0, bottom - top))
+        if point.y_interval is not None:
+            bottom, top = (frame.y(v) for v in point.y_interval)
+            taken.append((frame.x(point.x) - 2, top, 4.0, bottom - top))
     for a, b in pairwise(front):
         taken.append((frame.x(a.x), frame.y(a.y) - 2, frame.x(b.x) - frame.x(a.x), 4.0))
     parts = []

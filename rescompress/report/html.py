@@ -168,8 +168,17 @@ def _against_text(column: Column, against: float) -> str:
 
 
 def _table(rows: Sequence[Row], label: str) -> str:
-    """Return rows as a sortable table, every figure with its provenance."""
-    columns = columns_for(rows, wide=True)
+    """Return rows as a sortable table, every figure with its provenance; the rarer figures open on demand."""
+    table = _one_table(rows, label, columns_for(rows, wide=False))
+    foot = "".join(f'<p class="note">{escape(note)}</p>' for note in footnotes(rows))
+    everything = columns_for(rows, wide=True)
+    if len(everything) == len(columns_for(rows, wide=False)):
+        return table + foot
+    more = _one_table(rows, f"{label}, all figures", everything)
+    return f"{table}{foot}<details><summary>{escape(label)}, all figures</summary>{more}</details>"
+
+
+def _one_table(rows: Sequence[Row], label: str, columns: Sequence[Column]) -> str:
     runs, created = len({r.run for r in rows}) > 1, len({r.created for r in rows}) > 1
     notes = any(r.note for r in rows)
     marked, beaten = best(rows), dominated(rows)
@@ -189,11 +198,10 @@ def _table(rows: Sequence[Row], label: str) -> str:
         cells += [_figure_cell(row, c, best=(i, c.metric) in marked) for c in columns]
         cells += [_name_cell(row.note, kind="from")] * notes
         body.append(f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>")
-    foot = "".join(f'<p class="note">{escape(note)}</p>' for note in footnotes(rows))
     kind = "scroll tall" if len(rows) > TALL_ROWS else "scroll"
     return (
         f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
-        f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>{foot}'
+        f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
 
@@ -311,11 +319,19 @@ def _point(label: str, cost: Metric, top1: Metric, column: Column, *, base: bool
         y=100 * top1.value,
         label=label,
         told=f"{label}: top-1 {percent(top1)}, {column.text(cost)} ({provenance(cost)})",
-        y_error=100 * NORMAL_95 * (top1.std_error or 0.0),
+        y_interval=_interval(top1),
         x_band=band,
         shape=shape,
         tone="base" if base else "plain",
     )
+
+
+def _interval(top1: Metric) -> tuple[float, float] | None:
+    """Return the 95 % interval of an accuracy in percent, cut at what an accuracy can be."""
+    if not top1.std_error:
+        return None
+    half = NORMAL_95 * top1.std_error
+    return 100 * max(0.0, top1.value - half), 100 * min(1.0, top1.value + half)
 
 
 def _latency_points(manifest: Manifest, stage: StageResult) -> list[Point]:
@@ -365,11 +381,11 @@ def _merged(points: list[Point]) -> Point:
     label = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}" if len(labels) > 2 else ", ".join(labels)
     first = points[0]
     told = "; ".join(dict.fromkeys(p.told for p in points))
-    return Point(first.x, first.y, label, told, first.y_error, first.x_band, first.shape, first.tone)
+    return Point(first.x, first.y, label, told, first.y_interval, first.x_band, first.shape, first.tone)
 
 
 def _unlabelled(point: Point) -> Point:
-    return Point(point.x, point.y, "", point.told, 0.0, point.x_band, point.shape, point.tone)
+    return Point(point.x, point.y, "", point.told, None, point.x_band, point.shape, point.tone)
 
 
 def _numbers(values: Any) -> dict[str, float]:
