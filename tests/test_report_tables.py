@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,18 @@ from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.report.columns import COLUMNS, conditions, duration, scaled
 from rescompress.report.history import trends
-from rescompress.report.tables import Row, best, dominated, rows_of, sort_rows, to_csv, to_document, to_markdown, to_rich
+from rescompress.report.tables import (
+    Row,
+    best,
+    dominated,
+    rows_of,
+    run_row,
+    sort_rows,
+    to_csv,
+    to_document,
+    to_markdown,
+    to_rich,
+)
 
 
 def cli(*args: str) -> subprocess.CompletedProcess[str]:
@@ -158,6 +170,21 @@ def test_the_terminal_table_fits_and_breaks_no_figure(tmp_path: Path, width: int
         "target:rtx-4090: skipped: tensorrt_rtx is not installed",
     ):  # fmt: skip
         assert words in text, (words, text)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 250])
+def test_runs_side_by_side_fit_every_terminal(tmp_path: Path, width: int) -> None:
+    from rich.console import Console
+
+    rows = [run_row(write_run(tmp_path / name, macs=macs), name) for name, macs in (("first-run", 34), ("second-run", 20))]
+    rows.append(replace(rows[0], run="third-run"))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(to_rich(rows))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for words in ("first-run", "second-run", "third-run"):
+        assert words in text, (words, text)
+    assert text.count("88.00 ± 1.03 %") == text.count("1.20 ms") == text.count("~0.310 ms") == 3
 
 
 def test_columns_have_unique_metrics() -> None:

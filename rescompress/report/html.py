@@ -435,6 +435,11 @@ def _widths(manifest: Manifest) -> Section | None:
     return Section("widths", "Width per layer", f"{whole}{figure}")
 
 
+def _step(removed: int, size: float, steps: int) -> int:
+    """Return where on a curve of so many steps `removed` of `size` channels lie; a step may stand for several channels."""
+    return removed if steps >= size else round(removed * steps / size)
+
+
 def _curves(manifest: Manifest) -> Section | None:
     stage = _pruning(manifest)
     if stage is None:
@@ -453,7 +458,7 @@ def _curves(manifest: Manifest) -> Section | None:
     drawn, table = [], []
     for i, (name, errors) in enumerate(found.items()):
         removed = round(before[name] - after.get(name, 0.0)) if name in before else None
-        chosen = None if removed is None else round(removed * (len(errors) - 1) / before[name])
+        chosen = None if removed is None else _step(removed, before[name], len(errors))
         drawn.append(f"<li>{charts.curve(f'curve-{i}', name, errors, chosen, extent)}</li>")
         at = "" if chosen is None else f"{errors[min(chosen, len(errors) - 1)]:.3g}"
         table.append([name, "" if removed is None else str(removed), at, f"{errors[-1]:.3g}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -307,43 +307,103 @@ class _TerminalTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield the table, in the form that fits, and its notes."""
-        from rich.measure import Measurement
         from rich.text import Text
 
-        table = self._build(stacked=False)
-        if Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
-            table = self._build(stacked=True)
-        yield table
-        several = len({r.run for r in self.rows}) > 1
+        rows = [replace(row, note="") for row in self.rows]
+        for stacked in (False, True):
+            head, body = self._cells(rows, stacked=stacked)
+            columns = _grid(rows, wide=self.wide).columns
+            widths = [_width(cells) for cells in zip(head, *body, strict=True)]
+            if stacked:
+                widths = [w if column else min(w, FOLDED) for w, column in zip(widths, columns, strict=True)]
+            if sum(widths) + GAP * len(widths) - 1 <= options.max_width:
+                yield self._build(rows, head, body)
+                break
+        else:
+            yield from self._transposed(rows, options.max_width)
+        several = len({r.run for r in rows}) > 1
         for row in self.rows:
             if row.note:
                 name = f"{row.run} {row.stage}" if several else row.stage
                 yield Text(f"{name}: {row.note}", style="red" if row.status == "failed" else "dim")
-        for note in footnotes(self.rows):
+        for note in footnotes(rows):
             yield Text(note, style="dim")
 
-    def _build(self, *, stacked: bool) -> Table:
-        from rich import box
-        from rich.table import Table
+    def _cells(self, rows: Sequence[Row], *, stacked: bool) -> tuple[list[str], list[list[str]]]:
+        """Return headings and cells; when `stacked`, what stands in brackets goes below its figure."""
+        grid = _grid(rows, wide=self.wide)
+        if not stacked:
+            return grid.head, grid.body
+        head = [h.replace(" ", "\n") if c else h for h, c in zip(grid.head, grid.columns, strict=True)]
+        body = []
+        for row, cells in zip(rows, grid.body, strict=True):
+            body.append([_stacked(row, c) if c else cell for cell, c in zip(cells, grid.columns, strict=True)])
+        return head, body
+
+    def _build(self, rows: Sequence[Row], head: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
         from rich.text import Text
 
-        rows = [replace(row, note="") for row in self.rows]
-        grid = _grid(rows, wide=self.wide)
+        columns = _grid(rows, wide=self.wide).columns
         marked, beaten = best(rows), dominated(rows)
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1))
-        for name, column in zip(grid.head, grid.columns, strict=True):
-            title = name.replace(" ", "\n", 1) if stacked and column else name
+        table = self._empty()
+        for title, column in zip(head, columns, strict=True):
             table.add_column(title, justify="right" if column else "left", no_wrap=column is not None, overflow="fold")
-        for i, cells in enumerate(grid.body):
-            texts = []
-            for cell, column in zip(cells, grid.columns, strict=True):
-                bold = column is not None and (i, column.metric) in marked
-                text = cell
-                if stacked and column is not None:
-                    text = "\n".join(p.replace(" predicted, ", "\npredicted\n") for p in cell_parts(rows[i], column))
-                texts.append(Text(text, style="bold green" if bold else ""))
+        for i, cells in enumerate(body):
+            texts = [
+                Text(cell, style="bold green" if column is not None and (i, column.metric) in marked else "")
+                for cell, column in zip(cells, columns, strict=True)
+            ]
             table.add_row(*texts, style="dim" if i in beaten else "red" if rows[i].status == "failed" else "")
         return table
+
+    def _transposed(self, rows: Sequence[Row], width: int) -> Iterator[Table]:
+        """Yield tables with one column per row and as many columns as fit: for many figures on a narrow line."""
+        from rich.text import Text
+
+        grid = _grid(rows, wide=self.wide)
+        marked = best(rows)
+        names = max(_width(grid.head), 1)
+        each = max(_width([*cells, *(_stacked(r, c) for c in grid.columns if c)]) for r, cells in self._named(rows, grid))
+        many = max(1, (width - names - GAP) // (each + GAP))
+        for start in range(0, len(rows), many):
+            table = self._empty()
+            table.show_header = False
+            table.add_column(overflow="fold")
+            for _ in rows[start : start + many]:
+                table.add_column(justify="right", overflow="fold")
+            for k, (title, column) in enumerate(zip(grid.head, grid.columns, strict=True)):
+                texts = []
+                for i in range(start, min(start + many, len(rows))):
+                    bold = column is not None and (i, column.metric) in marked
+                    cell = _stacked(rows[i], column) if column else grid.body[i][k]
+                    texts.append(Text(cell, style="bold green" if bold else ""))
+                table.add_row(Text(title), *texts)
+            yield table
+
+    def _named(self, rows: Sequence[Row], grid: _Grid) -> Iterator[tuple[Row, list[str]]]:
+        for row, cells in zip(rows, grid.body, strict=True):
+            yield row, [cell for cell, column in zip(cells, grid.columns, strict=True) if column is None]
+
+    def _empty(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        return Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+
+
+GAP = 3
+"""Blanks between the columns of a terminal table."""
+
+FOLDED = 10
+"""A name may be folded to this width before the table takes another form."""
+
+
+def _stacked(row: Row, column: Column) -> str:
+    return "\n".join(p.replace(" predicted, ", "\npredicted\n") for p in cell_parts(row, column))
+
+
+def _width(cells: Iterable[str]) -> int:
+    return max((len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
 def to_markdown(rows: Sequence[Row], *, wide: bool = False) -> str:
