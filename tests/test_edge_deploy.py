@@ -300,6 +300,15 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
     assert lines[-1] == "rm -rf -- $WORK"
 
 
+def test_dry_run_breaks_no_line(tmp_path):
+    model = write_onnx(tmp_path / "m.onnx")
+    words = [sys.executable, "-m", "rescompress.cli.app", "deploy", str(model), "--dry-run", "--target", "jetson-nano"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("trtexec") for line in lines) == 3
+    assert not any(line.startswith("--") for line in lines)
+
+
 def test_hosts_that_ssh_would_misread_are_refused():
     for host in ("", "-oProxyCommand=x", "a b"):
         with pytest.raises(BadInput):

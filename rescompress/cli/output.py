@@ -46,7 +46,8 @@ class Output:
 
         console = Console(highlight=False) if sys.stdout.isatty() else Console(width=_width(), highlight=False)
         for renderable in human:
-            console.print(renderable)
+            # lines of text are never broken: commands among them are there to be copied
+            console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def hint(self, text: str) -> None:
         """Print a line for the person at the keyboard, unless quiet."""
