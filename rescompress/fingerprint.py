@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_targets.benchmark import cpu_name
 from rescompress.core.artifact import file_sha256
 from rescompress.core.errors import BadInput
 
@@ -43,16 +44,6 @@ def data_identity(source: str) -> str:
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size}\n".encode())
     return digest.hexdigest()
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:

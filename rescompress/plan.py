@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edge_targets.benchmark import cpu_name
 from edge_targets.catalog import load_target
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.quantizers import Profile
-from rescompress.fingerprint import cpu_name, data_identity, file_identity
+from rescompress.fingerprint import data_identity, file_identity
 from rescompress.stage import Context, Outcome, Stage
 
 if TYPE_CHECKING:
