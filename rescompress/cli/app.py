@@ -20,26 +20,26 @@ KNOW = "Look up"
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module below rescompress.cli, panel, one line of help)
-    "inspect": ("inspect", KNOW, "What a checkpoint is: architecture, format, layers, prunable groups."),
-    "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
-    "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
-    "predict": ("targets", MEASURE, "Predicted latency on a device that is not here, with an error band."),
-    "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
-    "bench": ("bench", MEASURE, "Measured latency of ONNX files on what is here."),
+    "run": ("run", COMPRESS, "Take a checkpoint through every stage of a config; resumes."),
     "prune": ("compress", COMPRESS, "Remove channels and let the rest make up for them."),
     "finetune": ("compress", COMPRESS, "Train a pruned network back, distilled from its teacher."),
-    "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
-    "methods": ("sensitivity", KNOW, "Pruning methods known here."),
     "quantize": ("compress", COMPRESS, "Quantize to INT8: calibrate, or train with the rounding in place."),
-    "run": ("run", COMPRESS, "Take a checkpoint through every stage of a config; resumes."),
+    "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
-    "lint": ("lint", DEPLOY, "Will this ONNX file run well on that target? Traps and repairs."),
     "export": ("export", DEPLOY, "Write ONNX for a target, check it, build and measure or predict."),
+    "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
+    "lint": ("lint", DEPLOY, "Will this ONNX file run well on that target? Traps and repairs."),
     "evaluate": ("export", MEASURE, "Top-1 and top-5 of a checkpoint or an ONNX file."),
-    "doctor": ("doctor", KNOW, "What is installed, and what each missing piece would enable."),
+    "bench": ("bench", MEASURE, "Measured latency of ONNX files on what is here."),
+    "predict": ("targets", MEASURE, "Predicted latency on a device that is not here, with an error band."),
     "compare": ("compare", DECIDE, "Stages of one run, or runs side by side: accuracy, latency, size, MACs."),
     "report": ("report", DECIDE, "One HTML page: the trade-off, charts, widths, time per layer; a model card."),
     "gate": ("gate", DECIDE, "Compare a run with a baseline and fail when it lost too much."),
+    "inspect": ("inspect", KNOW, "What a checkpoint is: architecture, format, layers, prunable groups."),
+    "formats": ("inspect", KNOW, "Checkpoint formats and architectures known here."),
+    "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
+    "methods": ("sensitivity", KNOW, "Pruning methods known here."),
+    "doctor": ("doctor", KNOW, "What is installed, and what each missing piece would enable."),
 }
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
 
