@@ -22,7 +22,7 @@ from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import accuracy, counted
 from rescompress.report.card import model_card
 from rescompress.report.charts import ticks
-from rescompress.report.html import page
+from rescompress.report.html import _step, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SVG_LEAVES = {"line", "path", "circle", "rect"}
@@ -214,6 +214,21 @@ def test_model_card_has_figures_and_provenance(run: Path) -> None:
         "was skipped: tensorrt_rtx is not installed", "measure on the device before relying on them",
     ):  # fmt: skip
         assert words in card
+
+
+def test_model_card_names_no_path_of_the_machine(run: Path) -> None:
+    manifest = load_manifest(run).model_copy(
+        update={"config": {"checkpoint": "/home/somebody/net.pt", "data": "/data/cifar10"}}
+    )
+    card = model_card("resnet32", manifest)
+    assert "/home" not in card
+    assert "`net.pt`" in card
+    assert "samples of `cifar10`" in card
+
+
+@pytest.mark.parametrize(("removed", "size", "steps", "step"), [(8, 16, 16, 8), (8, 16, 17, 8), (8, 16, 8, 4), (0, 16, 17, 0)])
+def test_what_was_removed_is_marked_where_it_lies_on_the_curve(removed: int, size: int, steps: int, step: int) -> None:
+    assert _step(removed, float(size), steps) == step
 
 
 def cli(*args: object) -> subprocess.CompletedProcess[str]:

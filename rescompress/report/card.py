@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.report.columns import provenance, scaled
-from rescompress.report.tables import DENSE, rows_of, run_row, target_name, to_markdown
+from rescompress.report.tables import DENSE, processes, rows_of, run_row, target_name, to_markdown
 
 
 def model_card(name: str, manifest: Manifest) -> str:
@@ -86,22 +87,36 @@ def _origins(manifest: Manifest) -> list[str]:
     if measured is not None:
         data = manifest.config.get("data")
         lines.append(
-            f"- Accuracies are measured on {measured.n or 'an unknown number of'} samples" + (f" of `{data}`." if data else ".")
+            f"- Accuracies are measured on {measured.n or 'an unknown number of'} samples"
+            + (f" of `{_shown(data)}`." if data else ".")
         )
     for stage in manifest.stages:
         latency = stage.metrics.get("p50_ms")
         if latency is not None:
             band = "" if latency.low is None or latency.high is None else f", {latency.low:.3g} to {latency.high:.3g} ms"
-            lines.append(f"- Latency on {target_name(stage) or stage.stage}: {provenance(latency)}{band}.")
+            spread = processes(stage) or (band if latency.provenance == "predicted" else "")
+            lines.append(f"- Latency on {target_name(stage) or stage.stage}: {provenance(latency)}{spread}.")
     return lines
 
 
 def _list(values: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in values.items():
-        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+        if isinstance(value, Mapping):
+            text = ", ".join(f"{k}: {_shown(v)}" for k, v in value.items() if v is not None)
+        elif value is not None:
+            text = _shown(value)
+        else:
+            continue
         lines.append(f"- {key}: `{text}`" if text else f"- {key}")
     return lines or ["- not recorded"]
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as text; of a path on the machine that made the run, the name alone."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _files(manifest: Manifest) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, provenance
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -157,11 +157,19 @@ def _note(result: StageResult) -> str:
         parts.append(f"{result.status}: {result.reason}" if result.reason else result.status)
     latency = result.metrics.get("p50_ms")
     if latency is not None:
-        parts.append(provenance(latency))
+        parts.append(provenance(latency) + processes(result))
     engine = result.details.get("engine_status")
     if isinstance(engine, str) and engine and engine != result.reason:
         parts.append(engine)
     return "; ".join(parts)
+
+
+def processes(result: StageResult) -> str:
+    """Return the spread between the processes of a measured latency, such as ``, 5 processes 0.149 to 0.287 ms``."""
+    runs = result.details.get("latency_runs")
+    if not isinstance(runs, list) or not runs or not all(isinstance(r, int | float) for r in runs):
+        return ""
+    return f", {len(runs)} processes {duration(min(runs))[:-3]} to {duration(max(runs))}"
 
 
 def dominated(rows: Sequence[Row]) -> set[int]:
