@@ -56,6 +56,7 @@ def conforms(
     loaded = load_checkpoint(path, input_shape=(3, side, side), **options)
     model = build_model(loaded.spec, loaded.state_dict)
     x = pictures(2, 3, side)
+    x[1] *= 30  # images that differ, so that the outputs do
     with torch.no_grad():
         expected, found = original(x), finish(model(x))
     assert found.shape == expected.shape
