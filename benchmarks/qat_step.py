@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import platform
 import statistics
 import time
@@ -69,8 +70,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--skip", action="append", default=[], metavar="VARIANT", help="leave a variant out; repeatable")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # NNCF compiles its kernels once; on a busy machine, slowly
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     spec = zoo.spec("resnet32")
@@ -88,6 +91,9 @@ def main() -> None:
     steps: dict[str, Callable[[], float]] = {}
     absent: dict[str, str] = {}
     for name, make in variants.items():
+        if name in args.skip:
+            absent[name] = "skipped"
+            continue
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
