@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,10 @@ def prune(
     def exact(allocation: Allocation) -> float:
         return float(function(walk(pruned_spec(checkpoint.spec, plan_for(allocation)))))
 
+    def describe(absolute: float) -> str:
+        rounded_up = math.ceil(1000 * absolute / before - 1e-6) / 1000
+        return f"{rounded_up:.3f} of the {'parameters' if budget.kind == 'params' else budget.kind}"
+
     if budget.kind == "ratio":
         allocation = _by_ratio(groups, curves, widths, budget.value)
     else:
@@ -157,7 +162,7 @@ def prune(
             allocator,
             budget.value * before,
             exact,
-            describe=lambda c: f"{c / before:.3f} of the {'parameters' if budget.kind == 'params' else budget.kind}",
+            describe=describe,
         )
     plan = plan_for(allocation)
     cut = apply(checkpoint, plan)
