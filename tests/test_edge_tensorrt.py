@@ -20,6 +20,7 @@ from edge_targets.backends import tensorrt_rtx
 from edge_targets.bundle import pack, write_bundle
 from edge_targets.catalog import all_targets, load_target
 from edge_targets.kernels import fuse
+from edge_targets.latency import predict, predict_kernels
 from edge_targets.onnx_kernels import kernels_of
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trt_build import Recipe, build_engine, recipe_for
@@ -347,3 +348,30 @@ def test_infer_is_valid_for_the_python_of_the_oldest_board():
     source = Path(infer.__file__).read_text()
     ast.parse(source, feature_version=(3, 6))
     assert "from __future__" not in source
+
+
+@needs_shellcheck
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet20", "resnet32"])
+def test_every_board_in_every_precision_gets_a_file_it_reads_and_a_prediction(tmp_path, arch):
+    made = {}
+    for target in BOARDS:
+        for precision in target.precisions:
+            half = target.strongly_typed and precision != "fp32"
+            written = {"fp32": "fp32", "fp16": "fp16" if half else "fp32", "int8": "int8+fp16" if half else "int8"}[precision]
+            key = (target.opset, written)
+            if key not in made:
+                folder = tmp_path / f"{key[0]}-{written}"
+                folder.mkdir()
+                small = None if arch in ("resnet20", "resnet32") else (3, 64, 64)
+                made[key] = exported(folder, arch, precision=written, opset=target.opset, input_shape=small)
+                model = onnx.load(made[key][0])
+                onnx.checker.check_model(model, full_check=True)
+                assert [o.version for o in model.opset_import if o.domain == ""] == [target.opset]
+            path, network = made[key]
+            write_bundle(path, network, target, precision)
+            checked = subprocess.run(["shellcheck", "-s", "sh", path.parent / "build.sh"], capture_output=True, text=True)
+            assert checked.returncode == 0, checked.stdout
+            found = predict_kernels(kernels_of(path).kernels, target.device, precision=precision)
+            assert found.metric().provenance == "predicted"
+            assert found.p50_ms == pytest.approx(predict(walk(network), target.device, precision=precision).p50_ms, rel=0.1)
