@@ -1,5 +1,6 @@
 """INT8: calibration, fake quantization, quantization-aware training, mixed precision."""
 
+from compress.quantize.biases import on_grid
 from compress.quantize.fake_quant import fake_quant_model, integer_weights, integers
 from compress.quantize.ptq import CALIBRATIONS, Calibration, ptq
 from compress.quantize.qat import best_of, finish_qat, prepare_qat
@@ -16,6 +17,7 @@ __all__ = [
     "integer_weights",
     "integers",
     "mixed_precision",
+    "on_grid",
     "prepare_qat",
     "ptq",
     "restrict",

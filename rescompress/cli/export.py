@@ -101,6 +101,7 @@ def export(
         "macs": int(result.metrics["macs"].value),
         "parity": details["parity"],
         "lint": details.get("lint", []),
+        "validity_gate": details.get("validity_gate"),
         "latency": _latency(latency),
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
         "notes": details["notes"],

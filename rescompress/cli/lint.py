@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rescompress.cli.output import output_of
 
-if TYPE_CHECKING:
-    from edge_targets.device import Target
-    from export.lint import TargetFacts
-
 app = typer.Typer(add_completion=False)
-
-NEWEST_OPSET = 25
-"""What runtimes other than TensorRT are taken to read, where no table of theirs says otherwise."""
-
-
-def facts_of(target: Target) -> TargetFacts:
-    """Return what lint rules need to know about a target."""
-    from export.lint import TargetFacts
-
-    known = target.capabilities
-    return TargetFacts(
-        title=f"{target.device.title}{f' (TensorRT {target.tensorrt_version})' if target.tensorrt_version else ''}",
-        runtime=target.runtime,
-        max_opset=known.max_opset if known else NEWEST_OPSET,
-        precisions=target.precisions,
-        align={str(precision): multiple for precision, multiple in target.device.align.items()},
-        strongly_typed=target.strongly_typed,
-    )
 
 
 @app.command("lint")
@@ -56,6 +34,7 @@ def lint_command(
     from export.lint import lint
     from export.load import load_onnx, save_onnx
     from export.passes import repair
+    from rescompress.file_check import facts_of
 
     output = output_of(ctx)
     chosen = load_target(target)

@@ -22,7 +22,7 @@ from compress.prune import (
     prune,
     prune_by_plan,
 )
-from compress.quantize import best_of, fake_quant_model, finish_qat, mixed_precision, prepare_qat, ptq
+from compress.quantize import best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import load_target
@@ -199,7 +199,7 @@ def quantized(
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
         details["kept"] = "qat" if int8 is trained else "ptq"
-    return finish(context, "quantize", int8, common, details, transient=[resume] if resume else [])
+    return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 
 def calibrated(checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile) -> Checkpoint:

@@ -21,6 +21,7 @@ from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.metric import Metric
+from rescompress.file_check import lint_findings, validity_gate
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import export_options, write_export
 from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
@@ -43,8 +44,9 @@ def target(
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
     chosen_options = _for_target(export_options(options), checkpoint, chosen)
     path = context.folder / chosen.name / "model.onnx"
-    _, metrics, details = write_export(checkpoint, chosen_options, path, common)
+    proto, metrics, details = write_export(checkpoint, chosen_options, path, common)
     details |= {
+        "lint": lint_findings(proto, chosen),
         "target": chosen.name,
         "alias": chosen.alias,
         "device": chosen.device.title,
@@ -159,6 +161,9 @@ def _prepare_and_predict(
     shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
     for file in write_bundle(path, checkpoint.spec, chosen, precision, shapes=shapes):
         files.append(("script" if file.suffix in (".sh", ".py") else "report", file))
+    details["validity_gate"] = gate = validity_gate(path, batch=batch)
+    if gate["status"] == "failed":
+        details["notes"].append(f"TensorRT for RTX {gate['runtime_version']} does not take the file: {gate['reason']}")
     predicted = predict(walk(checkpoint.spec), chosen.device, precision=precision, batch=batch)
     metrics["p50_ms"] = predicted.metric()
     dense_path = _dense_file(context, "checkpoint")

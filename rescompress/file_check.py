@@ -1,0 +1,63 @@
+"""Checks an exported file for its target: lint, and the validity gate of TensorRT for RTX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edge_targets.backends import tensorrt_rtx
+from edge_targets.device import Target
+from export.lint import TargetFacts, lint
+from rescompress.core.errors import RescompressError
+
+NEWEST_OPSET = 25
+"""What runtimes other than TensorRT are taken to read, where no table of theirs says otherwise."""
+
+
+def facts_of(target: Target) -> TargetFacts:
+    """Return what lint rules need to know about a target."""
+    known = target.capabilities
+    return TargetFacts(
+        title=f"{target.device.title}{f' (TensorRT {target.tensorrt_version})' if target.tensorrt_version else ''}",
+        runtime=target.runtime,
+        max_opset=known.max_opset if known else NEWEST_OPSET,
+        precisions=target.precisions,
+        align={str(precision): multiple for precision, multiple in target.device.align.items()},
+        strongly_typed=target.strongly_typed,
+    )
+
+
+def lint_findings(model: onnx.ModelProto, target: Target) -> list[dict[str, str]]:
+    """Return everything lint finds in a model for a target, as JSON values."""
+    return [finding.document() for finding in lint(model, facts_of(target))]
+
+
+def validity_gate(path: Path, *, batch: int = 1) -> dict[str, Any]:
+    """Return whether a real TensorRT parser and builder takes a file, and in which type each convolution runs.
+
+    It builds for an Ampere GPU, which need not be here; nothing is measured. The keys: ``status`` (``passed``, ``failed``
+    or ``not run``), ``reason``, ``runtime_version``, ``convolutions`` (type by node), ``int8_convolutions``.
+
+    Args:
+        path: The ONNX file.
+        batch: Largest batch, where the batch is dynamic.
+    """
+    available = tensorrt_rtx.available()
+    if not available:
+        return {"status": "not run", "reason": f"{available.reason} ({available.remedy})"}
+    try:
+        engine = tensorrt_rtx.engine(path, batch=batch)
+    except RescompressError as e:
+        return {"status": "failed", "reason": e.what, "runtime_version": available.version}
+    types = dict(engine.compute_types(tensorrt_rtx.conv_nodes(path)))
+    int8 = sum(t == "Int8" for t in types.values())
+    return {
+        "status": "passed",
+        "reason": f"parsed and built; {int8} of {len(types)} convolutions in INT8",
+        "runtime_version": available.version,
+        "convolutions": types,
+        "int8_convolutions": int8,
+        "weights_bytes": engine.weights_bytes,
+    }

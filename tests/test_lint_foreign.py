@@ -1,0 +1,57 @@
+"""Lint on files that other tools really wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from export_zoo import arrays, cifar_pad, images, network
+from test_lint_rules import BOARD
+
+from export.lint import lint
+from export.passes import repair
+from export.to_onnx import ExportOptions, to_onnx
+
+
+@pytest.mark.slow
+def test_onnxruntime_static_quantization_as_it_comes(tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Images(CalibrationDataReader):
+        def __init__(self, x_NCHW: np.ndarray) -> None:
+            self.batches = iter([{"input": x_NCHW}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.batches, None)
+
+    spec = cifar_pad()
+    model = network(spec)
+    onnx.save(to_onnx(spec, arrays(model), None, ExportOptions("dynamic")), tmp_path / "float.onnx")
+    quantize_static(tmp_path / "float.onnx", tmp_path / "int8.onnx", Images(images(spec, 16).numpy()))
+    found = {f.rule for f in lint(onnx.load(tmp_path / "int8.onnx"), BOARD) if f.severity == "error"}
+    assert {"int32-bias", "nonzero-zero-point"} <= found
+    assert "per-tensor-weights" in {f.rule for f in lint(onnx.load(tmp_path / "int8.onnx"), BOARD)}
+
+    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    reader = Images(images(spec, 16).numpy())
+    quantize_static(tmp_path / "float.onnx", tmp_path / "symmetric.onnx", reader, per_channel=True, extra_options=symmetric)
+    repaired = repair(onnx.load(tmp_path / "symmetric.onnx"), BOARD)
+    assert repaired.modified
+    assert [f for f in lint(repaired.model, BOARD) if f.severity == "error"] == []
+
+
+@pytest.mark.slow
+def test_raw_nncf_export(tmp_path: Path) -> None:
+    nncf = pytest.importorskip("nncf")
+    spec = cifar_pad()
+    model = network(spec)
+    x = images(spec, 16)
+    quantized = nncf.quantize(model, nncf.Dataset([x]), subset_size=1)
+    path = tmp_path / "nncf.onnx"
+    torch.onnx.export(quantized, (x[:1],), path, dynamo=False, opset_version=17, input_names=["input"])
+    findings = lint(onnx.load(path), BOARD)
+    assert "custom-operators" in {f.rule for f in findings if f.severity == "error"}
+    assert any("FakeQuantize" in f.message for f in findings)
