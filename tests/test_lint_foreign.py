@@ -49,9 +49,14 @@ def test_raw_nncf_export(tmp_path: Path) -> None:
     spec = cifar_pad()
     model = network(spec)
     x = images(spec, 16)
-    quantized = nncf.quantize(model, nncf.Dataset([x]), subset_size=1)
     path = tmp_path / "nncf.onnx"
-    torch.onnx.export(quantized, (x[:1],), path, dynamo=False, opset_version=17, input_names=["input"])
+    try:
+        quantized = nncf.quantize(model, nncf.Dataset([x]), subset_size=1)
+        torch.onnx.export(quantized, (x[:1],), path, dynamo=False, opset_version=17, input_names=["input"])
+    except Exception as e:
+        if type(e).__name__ == "ExtensionLoaderTimeoutException":  # NNCF compiles its kernels on first use
+            pytest.skip(f"NNCF could not compile its kernels here: {e}")
+        raise
     findings = lint(onnx.load(path), BOARD)
     assert "custom-operators" in {f.rule for f in findings if f.severity == "error"}
     assert any("FakeQuantize" in f.message for f in findings)
