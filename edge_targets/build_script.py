@@ -53,12 +53,37 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
             '  echo "or run with ANY_TENSORRT=1 to try its flags" >&2',
             "  exit 5",
             "fi",
-            _line(build),
-            f'printf \'{{"tensorrt": "%s"}}\\n\' "$HERE" > {engine}.json',
+            f"rm -f {engine} {engine}.json",
+            'echo "building, which takes minutes; what trtexec says goes to build.log"',
+            f"{_line(build)} > build.log 2>&1 || {{",
+            "  tail -n 20 build.log >&2",
+            '  echo "the build failed, see build.log" >&2',
+            "  exit 7",
+            "}",
+            "# An engine runs on the GPU and the TensorRT it was built with; infer.py reads here which ones these were.",
+            'GPU=$(sed -n "s/.*Compute Capability: *\\([0-9.]*\\).*/\\1/p" build.log | head -n 1)',
+            "MODEL=${DEVICE_TREE_MODEL:-/proc/device-tree/model}",
+            'BOARD=$(if [ -r "$MODEL" ]; then tr -d \'\\000\\012\\042\\134\' < "$MODEL"; fi)',
+            'printf \'{"tensorrt": "%s", "compute_capability": "%s", "board": "%s"}\\n\' "$HERE" "$GPU" "$BOARD" '
+            f"> {engine}.json",
+            *_gpu_check(target),
             _line(timing),
             "",
         ]
     )
+
+
+def _gpu_check(target: Target) -> list[str]:
+    """Return lines that say so where the GPU is not the one the file was exported for."""
+    wanted = target.device.compute_capability
+    if wanted is None:
+        return []
+    return [
+        f'if [ -n "$GPU" ] && [ "$GPU" != "{wanted}" ]; then',
+        f'  echo "note: exported for a GPU of compute capability {wanted}, built here for $GPU (${{BOARD:-no name}}):" >&2',
+        '  echo "the engine runs on this GPU only, and the predicted latency is not the one of this board" >&2',
+        "fi",
+    ]
 
 
 def _line(command: list[str]) -> str:

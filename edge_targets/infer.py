@@ -23,6 +23,8 @@ import numpy as np
 
 HOST_TO_DEVICE = 1
 DEVICE_TO_HOST = 2
+EXIT_MISSING = 4
+EXIT_BAD = 5
 
 
 class EngineError(RuntimeError):
@@ -86,10 +88,20 @@ class Cuda:
         return "%d.%d" % tuple(values)
 
 
-def check_record(record, tensorrt_version, capability):
-    """Refuse an engine that was built with another TensorRT or for another GPU: neither is portable.
+def board_model(path="/proc/device-tree/model"):
+    """Return what the kernel calls this board, or an empty text where it does not say."""
+    try:
+        with open(path, "rb") as f:
+            return f.read().replace(b"\0", b"").decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
 
-    `record` is what the builder noted: ``tensorrt`` (such as ``10.3.0``) and ``compute_capability``; keys may be missing.
+
+def check_record(record, tensorrt_version, capability, board=""):
+    """Refuse an engine that was built with another TensorRT, for another GPU or on another board: it is not portable.
+
+    `record` is what the builder noted: ``tensorrt`` (such as ``10.3.0``), ``compute_capability`` and ``board``; keys may be
+    missing. Boards with one compute capability differ in multiprocessors, and so do the kernels that suit them.
     """
     built = record.get("tensorrt")
     if built and built.split(".")[:3] != tensorrt_version.split(".")[: len(built.split(".")[:3])]:
@@ -102,6 +114,9 @@ def check_record(record, tensorrt_version, capability):
             "the engine was built for a GPU of compute capability %s, this one has %s: build it again with build.sh"
             % (gpu, capability)
         )
+    built_on = record.get("board")
+    if built_on and board and built_on != board:
+        raise EngineError("the engine was built on '%s', this is '%s': build it again with build.sh" % (built_on, board))
 
 
 class Engine:
@@ -116,7 +131,7 @@ class Engine:
         record_path = path + ".json"
         if os.path.exists(record_path):
             with open(record_path) as f:
-                check_record(json.load(f), self.trt.__version__, self.cuda.capability())
+                check_record(json.load(f), self.trt.__version__, self.cuda.capability(), board_model())
         with open(path, "rb") as f:
             content = f.read()
         self._runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.WARNING))
@@ -269,9 +284,9 @@ def main():
                 labels = about.get("labels")
                 for k in np.argsort(-share)[:5]:
                     print("%s\t%s\t%.4f" % (name, labels[k] if labels else k, share[k]))
-    except (EngineError, OSError, ImportError) as e:
+    except (EngineError, OSError, ValueError, ImportError) as e:
         print("error: %s" % e, file=sys.stderr)
-        return 4 if isinstance(e, ImportError) else 5
+        return EXIT_MISSING if isinstance(e, ImportError) else EXIT_BAD
     return 0
 
 

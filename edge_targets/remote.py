@@ -2,19 +2,26 @@
 
 Steps: probe the board, copy the ONNX files, build each precision with the flags of the board's TensorRT, time the built
 engines (GPU compute time of every run, from ``--exportTimes``), watch power and memory meanwhile, measure again where the
-spread is large, keep the fastest. The work folder on the board is gone afterwards, whatever happens.
+spread is large, keep the fastest; where asked for, run images through each engine there. The work folder on the board
+is gone afterwards, whatever happens.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_targets import infer
 from edge_targets.benchmark import summarize
 from edge_targets.catalog import identify
 from edge_targets.device import Precision, Target
@@ -31,14 +38,23 @@ from edge_targets.trtexec import (
     timing_command,
 )
 from edge_targets.trtexec_log import TrtexecLog, parse_log, read_layer_info, read_profile, read_times
-from rescompress.core.artifact import write_text
-from rescompress.core.errors import EnvironmentFailed, TargetError, ToolMissing
+from rescompress.core.artifact import file_sha256, write_text
+from rescompress.core.errors import EnvironmentFailed, RescompressError, TargetError, ToolMissing
 from rescompress.core.metric import Metric
+from rescompress.core.runner import Runner
 
 UNSTABLE = 0.05
 """Coefficient of variation above which a measurement is repeated, and then called inconclusive."""
 
+PIECE_BYTES = 32 << 20
+"""Preprocessed images that travel to a board at a time, as float32."""
+
+PIECE_TIMEOUT_S = 900.0
+"""Until an inference over one piece counts as hanging."""
+
 Say = Callable[[str], None]
+Score = Callable[[Precision, Runner], None]
+"""Evaluates one engine through a runner that runs it on the board."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,7 @@ class DeployOptions:
         dla_core: Deep-learning accelerator to use.
         sparsity: Use sparse kernels where the weights allow it.
         build_timeout_s: Until a build counts as hanging.
+        runs: Processes that time the first batch, one after the other; gates compare their medians.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -161,6 +178,7 @@ class DeployOptions:
     dla_core: int | None = None
     sparsity: bool = False
     build_timeout_s: float = 3600.0
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -172,10 +190,11 @@ class Measured:
         engine: The engine, here.
         metrics: ``p50_ms`` and so on, at the first batch; ``batch<N>_p50_ms`` and ``batch<N>_images_per_s`` at the
             others; ``power_w``, ``images_per_s_per_w`` and ``memory_mb`` where they were watched.
-        spread: Coefficient of variation of the runs that count.
+        spread: Coefficient of variation of the samples that count; the largest one of several runs.
         stable: Whether the spread is small enough.
         log: What trtexec said.
         files: Everything fetched.
+        run_medians_ms: Median of each run at the first batch.
         details: Layers, clocks, flags; JSON values only.
     """
 
@@ -186,6 +205,7 @@ class Measured:
     stable: bool
     log: TrtexecLog
     files: tuple[Path, ...]
+    run_medians_ms: tuple[float, ...]
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -199,6 +219,7 @@ class Deployment:
         best: The fastest.
         notes: What the user should know.
         commands: Every command that ran on the board.
+        unscored: Why an engine could not be evaluated there although that was asked for.
     """
 
     probe: Probe
@@ -206,6 +227,7 @@ class Deployment:
     best: Measured
     notes: tuple[str, ...]
     commands: tuple[str, ...]
+    unscored: RescompressError | None = None
 
 
 def commands_of(
@@ -251,8 +273,20 @@ def commands_of(
     return build, times, profile
 
 
-def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions) -> list[str]:
+def infer_command(work: str, precision: Precision) -> list[str]:
+    """Return the command that runs a piece of the images through the engine of `precision` in the folder `work`."""
+    images, logits = f"{work}/images.npy", f"{work}/logits.npy"
+    return ["python3", f"{work}/infer.py", f"{work}/model_{precision}.engine", "--npy", images, "--out", logits]
+
+
+def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scored: bool = False) -> list[str]:
     """Return the commands that would run on the board, for the TensorRT that its default release has.
+
+    Args:
+        target: The board.
+        jobs: What to build.
+        options: How.
+        scored: Whether accuracy is measured there too.
 
     Raises:
         TargetError: The target is no TensorRT board.
@@ -264,7 +298,12 @@ def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions) -> list
     for job in jobs:
         build, times, profile = commands_of(known, job, options, work="$WORK", trtexec="trtexec")
         lines.append(f"cat > $WORK/model_{job.precision}.onnx    # {job.onnx.name}, {job.onnx.stat().st_size} bytes")
-        lines += [" ".join(c) for c in (build, *times, profile)]
+        lines += [" ".join(c) for c in (build, *times[:1] * options.runs, *times[1:], profile)]
+    if scored:
+        lines.append("cat > $WORK/infer.py")
+    for job in jobs if scored else ():
+        lines.append("cat > $WORK/images.npy    # and the next line: for each piece of the images")
+        lines.append(" ".join(infer_command("$WORK", job.precision)))
     return [*lines, "rm -rf -- $WORK"]
 
 
@@ -276,9 +315,12 @@ def deploy(
     *,
     target: Target | None = None,
     found: Probe | None = None,
+    score: Score | None = None,
     say: Say = lambda text: None,
 ) -> Deployment:
     """Build and measure every job on the board; files land in `out`.
+
+    What keeps `score` from running on the board costs none of the timings: it is told in `Deployment.unscored`.
 
     Args:
         board: Where.
@@ -287,6 +329,7 @@ def deploy(
         out: Folder here.
         target: The board as the user named it; else it is what the board says.
         found: What `probe` returned, where that is known.
+        score: Called per engine, when all timings are done, with a runner that runs it on the board.
         say: Told what happens.
 
     Raises:
@@ -308,13 +351,21 @@ def deploy(
         )
     ran: list[str] = []
     results = []
+    unscored: RescompressError | None = None
     with WorkFolder(board) as work:
         session = _Session(work.board, found, known, options, out, work.path, device, ran, say)
         for job in jobs:
             results.append(session.measure(job))
+        if score is not None:
+            try:
+                session.score(jobs, score)
+            except RescompressError as e:
+                unscored = e
+            except OSError as e:
+                unscored = EnvironmentFailed(f"images cannot be kept here: {e}", remedy="free some space, or set TMPDIR")
     best = min(results, key=lambda r: r.metrics["p50_ms"].value)
     notes += [f"{r.precision}: spread {r.spread:.1%} after a second try, inconclusive" for r in results if not r.stable]
-    return Deployment(found, tuple(results), best, tuple(notes), tuple(ran))
+    return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored)
 
 
 def _notes(found: Probe, target: Target | None) -> list[str]:
@@ -381,20 +432,26 @@ class _Session:
         build_log = self.run(build, self.out / f"{name}.build.log", timeout_s=self.options.build_timeout_s)
         metrics: dict[str, Metric] = {}
         spread, stable, log = 0.0, True, build_log
+        medians: tuple[float, ...] = ()
         files = [self.out / f"{name}.build.log"]
         for batch, command in zip(self.options.batches, times, strict=True):
-            samples, log, path = self.time(name, batch, command)
-            files += [path, path.with_suffix(".log")]
-            here = statistics.pstdev(samples) / statistics.fmean(samples)
+            first = batch == self.options.batches[0]
+            runs = []
+            for number in range(1, (self.options.runs if first else 1) + 1):
+                samples, log, path = self.time(name, batch, command, number)
+                runs.append(samples)
+                files += [path, path.with_suffix(".log")]
+            here = max(statistics.pstdev(r) / statistics.fmean(r) for r in runs)
             summary = summarize(
-                samples,
+                [ms for samples in runs for ms in samples],
                 device=self.device,
                 runtime="tensorrt",
                 batch=batch,
                 precision=job.precision,
                 power_mode=self.found.power_mode,
             )
-            if batch == self.options.batches[0]:
+            if first:
+                medians = tuple(statistics.median(r) for r in runs)
                 metrics, spread, stable = {**summary, **metrics}, here, here <= UNSTABLE
                 metrics |= self.power(name, summary)
             else:
@@ -404,6 +461,7 @@ class _Session:
         for suffix in ("profile.json", "layers.json", "engine"):
             self.board.get(f"{self.work}/{name}.{suffix}", self.out / f"{name}.{suffix}")
             files.append(self.out / f"{name}.{suffix}")
+        files.append(self.note(name, job, build_log))
         profile_rows = read_profile(self.out / f"{name}.profile.json")
         layers = read_layer_info(self.out / f"{name}.layers.json")
         details = {
@@ -417,18 +475,56 @@ class _Session:
             "build_command": quoted(build),
             "timing_command": quoted(times[0]),
         }
-        return Measured(job.precision, self.out / f"{name}.engine", metrics, spread, stable, log, tuple(files), details)
+        engine = self.out / f"{name}.engine"
+        return Measured(job.precision, engine, metrics, spread, stable, log, tuple(files), medians, details)
 
-    def time(self, name: str, batch: int, command: Sequence[str]) -> tuple[list[float], TrtexecLog, Path]:
+    def note(self, name: str, job: Job, log: TrtexecLog) -> Path:
+        """Write beside an engine, here and on the board, what it was built on; who loads it elsewhere is told."""
+        path = self.out / f"{name}.engine.json"
+        built_on = {
+            "tensorrt": self.found.version,
+            "compute_capability": log.compute_capability,
+            "board": self.found.model,
+            "onnx_sha256": file_sha256(job.onnx),
+            "precision": job.precision,
+        }
+        write_text(path, json.dumps(built_on, indent=1) + "\n")
+        self.board.put(path, f"{self.work}/{path.name}")
+        return path
+
+    def score(self, jobs: Sequence[Job], score: Score) -> None:
+        """Run `score` for every engine, with the Python and the TensorRT of the board.
+
+        Raises:
+            ToolMissing: The board has no Python with numpy and TensorRT.
+            EnvironmentFailed: Connection, disk or inference failed.
+        """
+        asked = self.board.run(["python3", "-c", "import numpy, tensorrt; print(tensorrt.__version__)"])
+        if asked.code != 0:
+            said = (asked.output.strip().splitlines() or ["no reason given"])[-1]
+            raise ToolMissing(
+                f"no Python with TensorRT there, so no accuracy: {said}",
+                where=self.board.host,
+                remedy="on the board: sudo apt install python3-libnvinfer python3-numpy; timings are kept",
+            )
+        self.board.put(Path(infer.__file__), f"{self.work}/infer.py")
+        for job in jobs:
+            self.say(f"accuracy of {job.precision} on the board")
+            with _BoardRunner(self, job.precision) as runner:
+                score(job.precision, runner)
+
+    def time(self, name: str, batch: int, command: Sequence[str], number: int) -> tuple[list[float], TrtexecLog, Path]:
         """Time an engine at one batch; once more where the spread is large, and keep the calmer of the two."""
         best: tuple[float, list[float], TrtexecLog] | None = None
-        path = self.out / f"{name}.batch{batch}.times.json"
+        there = f"{self.work}/{name}.batch{batch}.times.json"
+        path = self.out / f"{name}.batch{batch}{f'.run{number}' if number > 1 else ''}.times.json"
         for attempt in (1, 2):
-            self.say(f"time {name} at batch {batch}" + (", once more" if attempt == 2 else ""))
+            which = f", run {number}" if number > 1 else ""
+            self.say(f"time {name} at batch {batch}{which}" + (", once more" if attempt == 2 else ""))
             watch = f"{self.work}/{name}.tegrastats" if self.found.tegrastats else None
             limit = self.options.duration_s * 4 + 120
             log = self.run(command, path.with_suffix(".log"), timeout_s=limit, watch=watch)
-            self.board.get(f"{self.work}/{path.name}", path)
+            self.board.get(there, path)
             samples = read_times(path)
             spread = statistics.pstdev(samples) / statistics.fmean(samples)
             if best is None or spread < best[0]:
@@ -453,6 +549,58 @@ class _Session:
         if watched.memory_mb is not None:
             metrics["memory_mb"] = base.model_copy(update={"value": watched.memory_mb, "unit": "MB", "n": watched.samples})
         return metrics
+
+
+class _BoardRunner:
+    """Runs an engine on the board: images travel there, ``infer.py`` runs them, logits come back."""
+
+    runtime = "tensorrt"
+
+    def __init__(self, session: _Session, precision: Precision) -> None:
+        self._session = session
+        self._command = infer_command(session.work, precision)
+        self._folder = tempfile.TemporaryDirectory(prefix="rescompress-images-")
+        session.ran.append(quoted(self._command))
+
+    def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits (N, K) of preprocessed images (N, C, H, W), computed on the board.
+
+        Raises:
+            ToolMissing: The board lacks a library that infer.py needs.
+            EnvironmentFailed: Connection, disk or inference failed.
+        """
+        session, folder = self._session, Path(self._folder.name)
+        images, logits = folder / "images.npy", folder / "logits.npy"
+        np.save(images, np.ascontiguousarray(batch_NCHW, np.float32), allow_pickle=False)
+        session.board.put(images, f"{session.work}/{images.name}")
+        done = session.board.run(self._command, timeout_s=PIECE_TIMEOUT_S)
+        if done.code != 0:
+            said = (done.output.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+            where = f"{session.board.host}: {' '.join(self._command[:3])}"
+            if done.code == infer.EXIT_MISSING:
+                raise ToolMissing(said, where=where, remedy="install it on the board; timings are kept")
+            full = "the disk of the board is full: " if "No space left on device" in done.output else ""
+            raise EnvironmentFailed(
+                f"{full}no logits (exit code {done.code}): {said}", where=where, remedy="mend it on the board; timings are kept"
+            )
+        session.board.get(f"{session.work}/{logits.name}", logits)
+        try:
+            found: NDArray[np.float32] = np.load(logits, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as e:
+            raise EnvironmentFailed(f"the logits cannot be read: {e}", where=session.board.host, remedy="run again") from e
+        if found.ndim != 2 or len(found) != len(batch_NCHW):
+            raise EnvironmentFailed(
+                f"{len(batch_NCHW)} images gave logits of shape {found.shape}", where=session.board.host, remedy="run again"
+            )
+        return found
+
+    def __enter__(self) -> _BoardRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Remove what was kept here."""
+        self._folder.cleanup()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Deploy over SSH, against a real sshd on the loopback address and a stand-in trtexec (tests/edge_standin_trtexec)."""
+"""Deploy over SSH, against a real sshd on the loopback address and stand-ins for what only a board has.
+
+These are trtexec (tests/edge_standin_trtexec) and the Python module tensorrt (tests/edge_standin_python), which runs ONNX.
+"""
 
 import contextlib
 import io
@@ -14,7 +17,9 @@ from unittest import mock
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets.remote import parse_tegrastats
@@ -23,6 +28,7 @@ from rescompress.cli.app import main
 from rescompress.core.errors import BadInput
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
+STANDIN_PYTHON = Path(__file__).with_name("edge_standin_python")
 needs_sshd = pytest.mark.skipif(
     SSHD is None or shutil.which("ssh") is None, reason="no sshd here (Debian: apt install openssh-server)"
 )
@@ -85,7 +91,7 @@ class Server:
         (folder / "sshd_config").write_text(
             f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
             f"PidFile {folder}/pid\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-            f'SetEnv PATH={path} "TMPDIR={self.temporary}"\n'
+            f'SetEnv PATH={path} HOME={folder} "TMPDIR={self.temporary}"\n'
         )
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
@@ -103,6 +109,16 @@ class Server:
         (self.tools / "trtexec").chmod(0o755)
         (self.tools / "standin.json").write_text(json.dumps({"version": version, "trouble": trouble}))
         (self.tools / "calls.log").unlink(missing_ok=True)
+        self.install_python()
+
+    def install_python(self, modules=STANDIN_PYTHON, version="10.3.0") -> None:
+        """Give the board a python3 whose modules are those here and those in the folder `modules`.
+
+        Its temporary files lie elsewhere: onnxruntime, which stands in for TensorRT, leaves one behind.
+        """
+        variables = f'TMPDIR="{self.folder}" PYTHONPATH="{modules}" STANDIN_TENSORRT={version}'
+        (self.tools / "python3").write_text(f'#!/bin/sh\n{variables} exec "{sys.executable}" "$@"\n')
+        (self.tools / "python3").chmod(0o755)
 
     def knows(self, key: str) -> None:
         """Make the client expect `key` as the key of the server."""
@@ -278,6 +294,128 @@ def test_a_copy_that_does_not_fit(fresh, tmp_path):
             board.put(model, f"{fresh.temporary}/it's.onnx")
     finally:
         subprocess.run(["umount", fresh.temporary], check=True)
+
+
+def labelled(folder, *, precision="fp32", batch="dynamic", images=40):
+    """Write a network and data on which it is wrong exactly where it is said; return file, data and that."""
+    from compress.resnet import build_model, tensors_of
+    from compress.zoo import spec
+    from export.to_onnx import ExportOptions, to_onnx
+
+    torch.manual_seed(0)
+    network = spec("resnet20", input_shape=(3, 16, 16))
+    tensors = {k: v.detach().numpy() for k, v in tensors_of(build_model(network)).items()}
+    tensors["fc.weight"] = np.random.default_rng(1).standard_normal(tensors["fc.weight"].shape).astype(np.float32)
+    path = folder / f"{precision}.onnx"
+    onnx.save(to_onnx(network, tensors, None, ExportOptions(batch, 17, precision)), path)
+    rng = np.random.default_rng(0)
+    x = (rng.random((images, 16, 16, 3)) * rng.integers(20, 256, (images, 1, 1, 3))).astype(np.uint8)
+    how = network.preprocessing
+    pixels = (x * how.scale - np.array(how.mean)) / np.array(how.std)
+    session = onnxruntime.InferenceSession(str(path))
+    logits = np.concatenate([session.run(None, {"input": p[None].transpose(0, 3, 1, 2).astype(np.float32)})[0] for p in pixels])
+    right = rng.random(images) < 0.7
+    y = np.where(right, logits.argmax(1), (logits.argmax(1) + 1) % 10)
+    assert len(set(logits.argmax(1))) > 1
+    assert 0 < right.sum() < images
+    data = folder / "data.npz"
+    np.savez(data, x_train=x[:1], y_train=y[:1], x_val=x, y_val=y)
+    return path, data, right
+
+
+@needs_sshd
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+def test_accuracy_is_measured_on_the_board_piece_by_piece(fresh, tmp_path, monkeypatch, batch):
+    from edge_targets import remote
+    from rescompress.core.manifest import load_manifest
+    from rescompress.core.outcomes import Outcomes
+
+    model, data, right = labelled(tmp_path, batch=batch)
+    monkeypatch.setattr(remote, "PIECE_BYTES", 17 * 4 * 3 * 16 * 16)
+    done = deploy(fresh, model, "--data", data, "-o", tmp_path / "out", "--runs", "3")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["top1"] == pytest.approx(right.mean())
+    assert found["top1_n"] == 40
+    assert found["top1_std_error"] == pytest.approx(np.sqrt(right.mean() * (1 - right.mean()) / 40))
+    (stage,) = load_manifest(tmp_path / "out").stages
+    top1 = stage.metrics["top1"]
+    assert (top1.provenance, top1.runtime, top1.n, top1.precision) == ("measured", "tensorrt", 40, "fp16")
+    assert top1.device == stage.metrics["p50_ms"].device
+    assert "top5" in stage.metrics
+    kept = stage.output("outcomes")
+    outcomes = Outcomes.model_validate_json((tmp_path / "out" / kept.path).read_text())
+    assert outcomes.unpack() == right.tolist()
+    assert len(stage.details["latency_runs"]) == 3
+    timed = [c for c in fresh.calls() if any(a.startswith("--exportTimes") for a in c)]
+    assert len(timed) == 3
+    assert stage.metrics["p50_ms"].n == 600
+    note = json.loads((tmp_path / "out" / "deploy" / "model_fp16.engine.json").read_text())
+    assert (note["tensorrt"], note["compute_capability"]) == ("10.3.0", "8.7")
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
+def test_a_limit_takes_that_many_images(fresh, tmp_path):
+    model, data, _ = labelled(tmp_path)
+    done = deploy(fresh, model, "--data", data, "--limit", "13", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["top1_n"] == 13
+    assert found["top1"] * 13 == pytest.approx(round(found["top1"] * 13))
+    assert len(found["latency_runs"]) == 1
+
+
+@needs_sshd
+@pytest.mark.parametrize(
+    ("python", "code", "text"),
+    [({"modules": "/nonexistent"}, 4, "No module named 'tensorrt'"), ({"version": "8.5.2"}, 7, "built with TensorRT 10.3.0")],
+    ids=["no TensorRT in Python", "another TensorRT in Python"],
+)
+def test_what_keeps_accuracy_from_being_measured_keeps_the_timings(fresh, tmp_path, python, code, text):
+    model, data, _ = labelled(tmp_path)
+    fresh.install_python(**python)
+    done = deploy(fresh, model, "--data", data, "-o", tmp_path / "out")
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert stage["metrics"]["p50_ms"]["provenance"] == "measured"
+    assert "top1" not in stage["metrics"]
+    assert any("accuracy was not measured" in n for n in stage["details"]["notes"])
+    assert json.loads(done.stdout)["top1_n"] is None
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
+def test_a_disk_that_the_images_fill_keeps_the_timings(fresh, tmp_path):
+    model, data, _ = labelled(tmp_path, images=2000)
+    size = 3 * model.stat().st_size + (2 << 20)
+    assert size < 2000 * 4 * 3 * 16 * 16
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", fresh.temporary], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    try:
+        done = deploy(fresh, model, "--data", data, "-o", tmp_path / "out")
+        assert fresh.left_behind() == []
+    finally:
+        subprocess.run(["umount", fresh.temporary], check=True)
+    assert done.returncode == 7
+    assert "disk is full" in done.stderr
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert "p50_ms" in stage["metrics"]
+    assert "top1" not in stage["metrics"]
+
+
+@needs_sshd
+def test_data_that_cannot_be_used_is_refused_before_anything_is_built(fresh, tmp_path):
+    model, data, _ = labelled(tmp_path)
+    foreign = write_onnx(tmp_path / "m.onnx")
+    assert deploy(fresh, foreign, "--data", data, "-o", tmp_path / "o").returncode == 5
+    assert deploy(fresh, model, "--data", tmp_path / "absent.npz", "-o", tmp_path / "o").returncode == 5
+    assert deploy(fresh, model, "--limit", "3", "-o", tmp_path / "o").returncode == 5
+    assert deploy(fresh, model, "--data", data, "--dla", "0", "-o", tmp_path / "o").returncode == 5
+    assert fresh.calls() == []
 
 
 @needs_sshd

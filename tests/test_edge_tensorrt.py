@@ -237,6 +237,10 @@ def test_an_engine_of_another_board_or_version_is_refused(tmp_path):
         load(version="8.5.2")
     with pytest.raises(ModelFileError, match=r"compute capability 8\.7, this one has 7\.2"):
         load(capability="7.2")
+    infer.check_record({"board": "NVIDIA Jetson Orin NX"}, "10.3.0", "8.7", "")
+    infer.check_record({"board": "NVIDIA Jetson Orin NX"}, "10.3.0", "8.7", "NVIDIA Jetson Orin NX")
+    with pytest.raises(infer.EngineError, match=r"built on 'NVIDIA Jetson Orin NX', this is 'NVIDIA Jetson Orin Nano'"):
+        infer.check_record({"board": "NVIDIA Jetson Orin NX"}, "10.3.0", "8.7", "NVIDIA Jetson Orin Nano")
     path.write_bytes(b"foreign")
     with pytest.raises(ModelFileError, match="cannot be loaded"):
         load()
@@ -304,13 +308,36 @@ def test_build_sh_builds_with_the_stand_in_and_refuses_another_version(tmp_path)
     done = run("100300")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "model.engine").read_bytes().startswith(b"STAND-IN")
-    assert json.loads((folder / "model.engine.json").read_text()) == {"tensorrt": "10.3"}
+    noted = json.loads((folder / "model.engine.json").read_text())
+    assert noted == {"tensorrt": "10.3", "compute_capability": "8.7", "board": ""}
+    assert "exported for a GPU" not in done.stderr
     assert len(json.loads((folder / "times.json").read_text())) == 200
     other = run("8502")
     assert other.returncode == 5
     assert "for TensorRT 10.3, here is 8.5" in other.stderr
     assert run("101303").returncode == 5
     assert run("8602", ANY_TENSORRT="1").returncode == 0
+
+    model = tmp_path / "model of the board"
+    model.write_bytes(b'NVIDIA Jetson "Orin\\" NX\0')
+    assert run("100300", DEVICE_TREE_MODEL=str(model)).returncode == 0
+    assert json.loads((folder / "model.engine.json").read_text())["board"] == "NVIDIA Jetson Orin NX"
+    write_bundle(folder / "model.onnx", spec("resnet20"), load_target("jetson-thor-t5000"), "int8")
+    elsewhere = run("101303", ANY_TENSORRT="1")
+    assert elsewhere.returncode == 0
+    assert "built here for 8.7" in elsewhere.stderr
+
+    (tools / "standin.json").write_text(json.dumps({"version": "101303", "trouble": "build"}))
+    failed = subprocess.run(
+        [folder / "build.sh"],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tools}:{Path(sys.executable).parent}:/usr/bin:/bin", "ANY_TENSORRT": "1"},
+    )
+    assert failed.returncode == 7
+    assert "Could not find any implementation" in failed.stderr
+    assert not (folder / "model.engine").exists()
+    assert not (folder / "model.engine.json").exists()
 
 
 def test_an_archive_holds_the_folder_and_is_reproducible(tmp_path):

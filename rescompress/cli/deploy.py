@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompress.cli.options import InputShape
+from rescompress.cli.options import Data, InputShape, Labels, Seed
 from rescompress.cli.output import Output, output_of
 
 if TYPE_CHECKING:
-    from edge_targets.device import Target
+    from compress.data import Split
+    from compress.evaluate import Evaluation
+    from edge_targets.device import Precision, Target
     from edge_targets.remote import Deployment, Job
     from rescompress.core.manifest import StageResult
 
 app = typer.Typer()
 
 DEFAULT_FOLDER = Path("rescompress-out")
+OUTCOMES = ".outcomes.json"
 
 
 @app.command()
@@ -34,6 +37,13 @@ def deploy(
     ] = None,
     batches: Annotated[str, typer.Option("--batches", help="Batches to time; the first is the latency that counts.")] = "1",
     input_shape: InputShape = None,
+    data: Data = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Images of --data to run on the board.", show_default="all")
+    ] = None,
+    labels: Labels = None,
+    seed: Seed = 0,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Processes that time the first batch; gates want 5.")] = 1,
     seconds: Annotated[int, typer.Option("--seconds", min=1, help="Seconds of samples per measurement.")] = 10,
     workspace: Annotated[int, typer.Option("--workspace", min=16, help="Scratch memory of the builder in MiB.")] = 1024,
     dla: Annotated[int | None, typer.Option("--dla", min=0, max=1, help="Use this deep-learning accelerator.")] = None,
@@ -45,7 +55,10 @@ def deploy(
 ) -> None:
     """Build FP16 and INT8 on the board, measure latency, throughput and power there, keep the faster, fetch it.
 
+    With --data, accuracy is measured on the board too: images are preprocessed here and run through its engines.
+
     Example: rescompress deploy model_int8.onnx --baseline model.onnx --host nvidia@orin-nano --batches 1,8
+    Example: rescompress deploy int8.safetensors --host nvidia@orin-nano --data photos/ --limit 2000 --runs 5
     """
     from edge_targets import remote
     from edge_targets.catalog import load_target
@@ -55,13 +68,17 @@ def deploy(
 
     output = output_of(ctx)
     sizes = _batches(batches)
-    options = remote.DeployOptions(sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity)
+    options = remote.DeployOptions(sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs)
+    if limit is not None and data is None:
+        raise BadInput("limits the images of --data", where="--limit", remedy="give --data, or leave --limit out")
+    if dla is not None and data is not None:
+        raise BadInput("accuracy is not measured on a DLA", where="--data", remedy="leave --dla or --data out")
     named = load_target(target) if target else None
     folder = out / "deploy"
     if dry_run:
         assumed = named or load_target("jetson")
         jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, assumed)
-        lines = remote.dry_run(assumed, jobs, options)
+        lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         from rich.markup import escape
 
@@ -74,7 +91,11 @@ def deploy(
     found = remote.probe(board)
     on_board = _on_board(named, found, load_target)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
-    done = remote.deploy(board, jobs, options, folder, target=named, found=found, say=output.hint)
+    images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
+    scores: dict[Precision, Evaluation] = {}
+    score = _scorer(images, scores, output) if images is not None else None
+    done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
+    done = _with_scores(done, scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
     result = _stage(done, on_board, out)
     manifest = load_manifest(out) if (out / MANIFEST_NAME).is_file() else Manifest()
@@ -91,6 +112,72 @@ def deploy(
         "manifest": str(out / MANIFEST_NAME),
     }
     _show(output, document)
+    if done.unscored is not None:
+        raise done.unscored
+
+
+def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> Split:
+    """Return the images to evaluate on, preprocessed as the ONNX files say.
+
+    Raises:
+        BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
+    """
+    from compress.data import load_dataset
+    from rescompress.cli import workspace
+    from rescompress.core.errors import ModelFileError
+    from rescompress.evaluation import onnx_inputs
+
+    inputs = [onnx_inputs(job.onnx) for job in jobs]
+    if any(i != inputs[0] for i in inputs):
+        raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
+    settings = workspace.settings(data, labels=labels, seed=seed)
+    assert settings.data is not None
+    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
+    for note in loaded.notes:
+        output.hint(note)
+    return loaded.val if limit is None else loaded.val.take(limit, seed)
+
+
+def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) -> Any:
+    """Return what `remote.deploy` calls per engine; what it finds goes to `scores`."""
+    from compress.evaluate import evaluate
+    from edge_targets.remote import PIECE_BYTES
+    from rescompress.cli.progress import reporting
+
+    def score(precision: Precision, runner: Any) -> None:
+        first, _ = next(images.batches(1))
+        piece = max(1, PIECE_BYTES // (first.numel() * 4))
+        with reporting(output) as reporter:
+            scores[precision] = evaluate(
+                runner,
+                images,
+                batch_size=piece,
+                progress=lambda n, total: reporter.progress(f"accuracy of {precision} on the board", n, total),
+            )
+
+    return score
+
+
+def _with_scores(done: Deployment, scores: dict[Precision, Evaluation], folder: Path) -> Deployment:
+    """Return the deployment with the accuracy of each engine among its metrics, and the outcomes among its files."""
+    from rescompress.core.artifact import write_text
+
+    results = []
+    for result in done.results:
+        found = scores.get(result.precision)
+        if found is not None:
+            p50 = result.metrics["p50_ms"]
+            where = {"device": p50.device, "power_mode": p50.power_mode, "precision": p50.precision}
+            metrics = result.metrics | {name: m.model_copy(update=where) for name, m in found.metrics.items()}
+            path = folder / f"model_{result.precision}{OUTCOMES}"
+            write_text(path, found.outcomes.model_dump_json(indent=1) + "\n")
+            result = dataclasses.replace(result, metrics=metrics, files=(*result.files, path))
+        results.append(result)
+    best = next(r for r in results if r.precision == done.best.precision)
+    notes = done.notes
+    if done.unscored is not None:
+        notes = (*notes, f"accuracy was not measured on the board: {done.unscored.what}")
+    return dataclasses.replace(done, results=tuple(results), best=best, notes=notes)
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -181,8 +268,10 @@ def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
     from rescompress.core.artifact import Artifact
     from rescompress.core.manifest import StageResult
 
-    kinds = {".engine": "engine", ".log": "log"}
-    files = tuple(Artifact.of(kinds.get(f.suffix, "report"), f, root) for f in done.best.files)
+    def kind(file: Path) -> str:
+        return "outcomes" if file.name.endswith(OUTCOMES) else {".engine": "engine", ".log": "log"}.get(file.suffix, "report")
+
+    files = tuple(Artifact.of(kind(f), f, root) for f in done.best.files)
     return StageResult(
         stage=f"deploy:{target.name}",
         status="done",
@@ -197,6 +286,7 @@ def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
             "precision": done.best.precision,
             "stable": done.best.stable,
             "spread": done.best.spread,
+            "latency_runs": list(done.best.run_medians_ms),
             "results": {r.precision: {n: m.model_dump(mode="json") for n, m in r.metrics.items()} for r in done.results},
             "engine": done.best.details,
             "notes": list(done.notes),
@@ -212,6 +302,8 @@ def _row(done: Deployment, result: Any) -> dict[str, Any]:
         "engine": str(result.engine),
         **metrics,
         "n": result.metrics["p50_ms"].n,
+        "latency_runs": list(result.run_medians_ms),
+        **_accuracy(result.metrics),
         "coefficient_of_variation": result.spread,
         "stable": result.stable,
         "device": result.metrics["p50_ms"].device,
@@ -220,17 +312,24 @@ def _row(done: Deployment, result: Any) -> dict[str, Any]:
     }
 
 
+def _accuracy(metrics: Any) -> dict[str, Any]:
+    """Return the standard error of top-1 and its number of images; both keys are there even where it was not measured."""
+    top1 = metrics.get("top1")
+    return {"top1_std_error": top1.std_error if top1 else None, "top1_n": top1.n if top1 else None}
+
+
 def _show(output: Output, document: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"measured on {document['device']}, TensorRT {document['tensorrt']}, mode {document['power_mode'] or 'unknown'}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("precision", "p50 ms", "p90 ms", "p99 ms", "variation", "images/s", "W", "images/s/W", "engine"):
+    for column in ("precision", "p50 ms", "p90 ms", "p99 ms", "variation", "images/s", "W", "images/s/W", "top-1", "engine"):
         table.add_column(column, overflow="fold")
     for r in document["results"]:
         optional = [f"{r[k]:.2f}" if k in r else "" for k in ("power_w", "images_per_s_per_w")]
+        top1 = f"{100 * r['top1']:.2f} ± {100 * r['top1_std_error']:.2f} % (n = {r['top1_n']})" if "top1" in r else ""
         mark = " (fastest)" if r["precision"] == document["precision"] else ""
         numbers = [f"{r[k]:.3f}" for k in ("p50_ms", "p90_ms", "p99_ms")]
         steady = f"{r['coefficient_of_variation']:.1%}" + ("" if r["stable"] else " inconclusive")
-        table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, r["engine"])
+        table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1, r["engine"])
     output.result(document, table, *document["notes"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.output import output_of
+
+if TYPE_CHECKING:
+    from rescompress.core.manifest import StageResult
 
 app = typer.Typer()
 
@@ -45,7 +48,10 @@ def export(
     batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
     data: opt.Data = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the result.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the result, or FILE.tar.gz.", show_default=False)
+    ] = None,
+    archive: Annotated[bool, typer.Option("--archive", help="Pack the folder as .tar.gz too.", show_default=False)] = False,
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail (exit 4) where no engine can be built.", show_default=False)
     ] = False,
@@ -63,6 +69,7 @@ def export(
 
     Example: rescompress export --target jetson
     Example: rescompress export int8.safetensors --target cpu --data photos/ -o deploy/
+    Example: rescompress export --target jetson -o bundle.tar.gz
     """
     from rescompress.plan import Builder
 
@@ -82,12 +89,15 @@ def export(
     report, _ = workspace.run_here([stage], out)
     result = workspace.final(report.manifest, stage.name)
     folder = workspace.file_of(result, "onnx").parent
-    if output is not None:
+    packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
+    if output is not None and packed is None:
         for artifact in result.outputs:
             source = workspace.WORKSPACE / artifact.path
             if source.is_relative_to(folder):
                 workspace.deliver(source, output / source.relative_to(folder))
         folder = output
+    if packed is not None or archive:
+        packed = _pack(result, packed or folder.parent / f"{folder.resolve().name}.tar.gz")
     details = result.details
     latency = result.metrics.get("p50_ms")
     document = {
@@ -103,6 +113,7 @@ def export(
         "lint": details.get("lint", []),
         "validity_gate": details.get("validity_gate"),
         "latency": _latency(latency),
+        "archive": str(packed) if packed else None,
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
         "notes": details["notes"],
     }
@@ -113,6 +124,26 @@ def export(
         workspace.trade_off(report.manifest, ["dense", "prune", "finetune", "quantize", stage.name]),
         *_words(document),
     )
+
+
+def _pack(result: StageResult, archive: Path) -> Path:
+    """Write the files of an export as one archive, and nothing else that may lie in their folder; return it."""
+    import shutil
+    import tempfile
+
+    from edge_targets.bundle import pack
+
+    folder = workspace.file_of(result, "onnx").parent
+    with tempfile.TemporaryDirectory(prefix="rescompress-archive-") as temporary:
+        staged = Path(temporary) / folder.name
+        for artifact in result.outputs:
+            source = workspace.WORKSPACE / artifact.path
+            if source.is_relative_to(folder):
+                copy = staged / source.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+        pack(staged, archive)
+    return archive
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -164,6 +195,8 @@ def _words(document: dict[str, Any]) -> list[str]:
         f"largest difference {parity['max_abs']:.2g}",
         f"engine: {document['engine_status']}",
     ]
+    if document["archive"]:
+        lines.append(f"archive: {document['archive']}")
     lines += [f"lint: {f['severity']}: {f['rule']}: {f['message']}" for f in document["lint"]]
     return lines
 

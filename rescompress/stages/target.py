@@ -16,7 +16,7 @@ from edge_targets.catalog import load_target
 from edge_targets.device import Target
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
-from export.to_onnx import ExportOptions
+from export.to_onnx import FP16_SCALE_OPSET, ExportOptions
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
@@ -66,13 +66,18 @@ def target(
 
 
 def _for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -> ExportOptions:
-    """Return the options with precision ``auto`` resolved: INT8 for a quantized network, else the target's best float."""
+    """Return the options with precision ``auto`` resolved: INT8 for a quantized network, else the target's best float.
+
+    A strongly typed TensorRT takes types from the file, so what is not INT8 there is written as float16.
+    """
     if options.precision != "auto":
         chosen.check_precision("int8" if "int8" in options.precision else options.precision)
         return options
     if checkpoint.quantization is not None:
         chosen.check_precision("int8")
-        return dataclasses.replace(options, precision="int8")
+        typed = chosen.profile == "tensorrt" and chosen.strongly_typed and "fp16" in chosen.precisions
+        half = typed and options.opset >= FP16_SCALE_OPSET and checkpoint.quantization.profile == "tensorrt"
+        return dataclasses.replace(options, precision="int8+fp16" if half else "int8")
     return dataclasses.replace(options, precision="fp16" if "fp16" in chosen.precisions else "fp32")
 
 

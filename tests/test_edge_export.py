@@ -1,0 +1,94 @@
+"""Exports for boards through the command line: archives, and the precision that suits the board's TensorRT."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import pytest
+
+from edge_targets.catalog import load_target
+from export.to_onnx import ExportOptions
+from rescompress.stages.target import _for_target
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
+
+
+def call(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "rescompress", *map(str, arguments), "--json"],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def unpacked(archive, folder):
+    """Unpack an archive, check its sums, and return the folder in it."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    summed = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=root, capture_output=True, text=True)
+    assert summed.returncode == 0, summed.stdout
+    return root
+
+
+def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
+    crowded = tmp_path / "bundle"
+    crowded.mkdir()
+    (crowded / "private.txt").write_text("not part of it")
+    beside = call("export", DIGITS, "--target", "jetson-nano", "-o", "bundle", "--archive", cwd=tmp_path)
+    assert beside["archive"] == "bundle.tar.gz"
+    assert (tmp_path / beside["onnx"]).is_file()
+    root = unpacked(tmp_path / "bundle.tar.gz", tmp_path / "a")
+    names = {p.name for p in root.iterdir()}
+    assert names >= {"model.onnx", "build.sh", "infer.py", "model.json", "README.md", "SHA256SUMS"}
+    assert names <= set(beside["files"]) - {"private.txt"}
+    assert os.access(root / "build.sh", os.X_OK)
+    alone = call("export", DIGITS, "--target", "jetson-nano", "-o", "given.tar.gz", cwd=tmp_path)
+    assert alone["archive"] == "given.tar.gz"
+    assert (tmp_path / "given.tar.gz").read_bytes() == (tmp_path / "bundle.tar.gz").read_bytes()
+    assert call("export", DIGITS, "--target", "jetson-nano", cwd=tmp_path)["archive"] is None
+
+
+@pytest.mark.parametrize(
+    ("target", "profile", "asked", "written"),
+    [
+        ("jetson-thor-t5000", "tensorrt", "auto", "int8+fp16"),
+        ("rtx-sm86", "tensorrt", "auto", "int8+fp16"),
+        ("jetson-thor-t5000", "openvino", "auto", "int8"),
+        ("jetson-thor-t5000", "tensorrt", "int8", "int8"),
+        ("jetson-thor-t5000", "tensorrt", "fp32", "fp32"),
+        ("jetson-thor-t5000", None, "auto", "fp16"),
+        ("jetson-agx-orin-64gb", "tensorrt", "auto", "int8"),
+        ("cpu", "tensorrt", "auto", "int8"),
+        ("cpu-ort", "openvino", "auto", "int8"),
+    ],
+)
+def test_the_precision_of_a_file_suits_the_target(target, profile, asked, written):
+    chosen = load_target(target)
+    checkpoint = SimpleNamespace(quantization=SimpleNamespace(profile=profile) if profile else None)
+    assert _for_target(ExportOptions(opset=chosen.opset, precision=asked), checkpoint, chosen).precision == written
+    old = _for_target(ExportOptions(opset=17, precision=asked), checkpoint, chosen).precision
+    assert old == (written if written != "int8+fp16" else "int8")
+
+
+def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithmetic(tmp_path):
+    call("quantize", DIGITS, "-d", "builtin:digits", "--profile", "tensorrt", "-o", "int8.safetensors", cwd=tmp_path)
+    found = call("export", "int8.safetensors", "-t", "jetson-thor-t5000", "-d", "builtin:digits", cwd=tmp_path)
+    assert found["precision"] == "int8+fp16"
+    assert found["parity"]["top1_agreement"] >= 0.99
+    assert not [f for f in found["lint"] if f["severity"] == "error"]
+    model = onnx.load(tmp_path / found["onnx"])
+    scales = {n.input[1] for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    types = {i.data_type for i in model.graph.initializer if i.name in scales}
+    assert types == {onnx.TensorProto.FLOAT16}
