@@ -503,7 +503,7 @@ class _Session:
         if asked.code != 0:
             said = (asked.output.strip().splitlines() or ["no reason given"])[-1]
             raise ToolMissing(
-                f"no Python with TensorRT there, so no accuracy: {said}",
+                f"no Python with TensorRT there to measure accuracy with: {said}",
                 where=self.board.host,
                 remedy="on the board: sudo apt install python3-libnvinfer python3-numpy; timings are kept",
             )

@@ -324,7 +324,7 @@ def labelled(folder, *, precision="fp32", batch="dynamic", images=40):
 
 
 @needs_sshd
-@pytest.mark.parametrize("batch", ["dynamic", 1])
+@pytest.mark.parametrize("batch", ["dynamic", pytest.param(1, marks=pytest.mark.slow)])
 def test_accuracy_is_measured_on_the_board_piece_by_piece(fresh, tmp_path, monkeypatch, batch):
     from edge_targets import remote
     from rescompress.core.manifest import load_manifest

@@ -323,13 +323,16 @@ def _show(output: Output, document: dict[str, Any]) -> None:
 
     title = f"measured on {document['device']}, TensorRT {document['tensorrt']}, mode {document['power_mode'] or 'unknown'}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("precision", "p50 ms", "p90 ms", "p99 ms", "variation", "images/s", "W", "images/s/W", "top-1", "engine"):
+    for column in ("precision", "p50 ms", "p90 ms", "p99 ms", "variation", "images/s", "W", "images/s/W", "top-1"):
         table.add_column(column, overflow="fold")
     for r in document["results"]:
         optional = [f"{r[k]:.2f}" if k in r else "" for k in ("power_w", "images_per_s_per_w")]
-        top1 = f"{100 * r['top1']:.2f} ± {100 * r['top1_std_error']:.2f} % (n = {r['top1_n']})" if "top1" in r else ""
+        top1 = f"{100 * r['top1']:.2f} ± {100 * r['top1_std_error']:.2f} %" if "top1" in r else ""
         mark = " (fastest)" if r["precision"] == document["precision"] else ""
         numbers = [f"{r[k]:.3f}" for k in ("p50_ms", "p90_ms", "p99_ms")]
         steady = f"{r['coefficient_of_variation']:.1%}" + ("" if r["stable"] else " inconclusive")
-        table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1, r["engine"])
-    output.result(document, table, *document["notes"])
+        table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1)
+    lines = [f"{r['precision']}: {r['engine']}" for r in document["results"]]
+    if document["top1_n"]:
+        lines.append(f"accuracy of {document['top1_n']} images, computed on the board")
+    output.result(document, table, *lines, *document["notes"])
