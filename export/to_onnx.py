@@ -103,6 +103,11 @@ def to_onnx(
     if precision.startswith("int8"):
         if quantization is None:
             raise BadInput("an INT8 file needs a quantized network", remedy="run `rescompress quantize` first")
+        if precision == "int8+fp16" and quantization.profile != "tensorrt":
+            raise BadInput(
+                f"int8+fp16 is written for the tensorrt profile only, this network has the {quantization.profile} profile",
+                remedy="quantize with --profile tensorrt, or export int8",
+            )
         try:
             quantization.check(spec)
         except ValueError as e:

@@ -132,6 +132,14 @@ def test_every_opset_passes_the_checker_and_computes_the_same(opset: int) -> Non
             np.testing.assert_array_equal(OrtRunner(exported, optimize=False)(x), expected)
 
 
+def test_int8_beside_float16_is_for_the_tensorrt_profile_only() -> None:
+    spec = resnet_d()
+    model = network(spec)
+    unsigned = quantization_of(model, images(spec, 16), "openvino")
+    with pytest.raises(BadInput, match="tensorrt profile only"):
+        to_onnx(spec, arrays(model), unsigned, ExportOptions(1, 19, "int8+fp16"))
+
+
 @every_network
 @pytest.mark.parametrize("precision", ["fp16", "int8+fp16"])
 def test_float16_stays_close(spec: ModelSpec, precision: str) -> None:
