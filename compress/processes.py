@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 
+import torch
 import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(hours=24)
@@ -16,7 +17,9 @@ class TorchPeers:
     def __init__(self) -> None:
         from accelerate import InitProcessGroupKwargs, PartialState
 
-        self._state = PartialState(**InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs())
+        # Without a GPU, Accelerate forms a group only if it is told that the CPU is meant.
+        cpu = not torch.cuda.is_available()
+        self._state = PartialState(cpu=cpu, **InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs())
 
     @property
     def is_main(self) -> bool:

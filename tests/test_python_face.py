@@ -35,3 +35,14 @@ def test_import_is_light_and_every_name_is_there() -> None:
     assert set(rescompress._HOME) == set(rescompress.__all__)
     for name in rescompress.__all__:
         assert getattr(rescompress, name) is not None
+
+
+def test_equal_checkpoints_are_equal_files_in_every_process(tmp_path: Path) -> None:
+    script = "import sys, rescompress as rc; rc.save_checkpoint(rc.load_checkpoint(sys.argv[1]), sys.argv[2])"
+    for i in range(3):
+        source = str(ROOT / "examples" / "resnet20_digits.safetensors")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        args = [sys.executable, "-c", script, source, str(tmp_path / f"{i}.safetensors")]
+        subprocess.run(args, env=environment, check=True, timeout=120)
+    files = [(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)]
+    assert files[0] == files[1] == files[2]

@@ -7,13 +7,12 @@ import re
 from pathlib import Path
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
 from compress.checkpoints.layout import read_values, tensor_shapes
 from rescompress.core.artifact import atomic_path
-from rescompress.core.errors import CheckpointError, EnvironmentFailed
+from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Quantization
 from rescompress.core.spec import ModelSpec
@@ -100,11 +99,22 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     if checkpoint.quantization is not None:
         metadata["quantization"] = checkpoint.quantization.model_dump_json()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state_dict.items()}
+    content = in_fixed_order(serialize(tensors, metadata=metadata))
     with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as e:
-            full = "os error 28" in str(e) or "code: 28" in str(e)
-            raise EnvironmentFailed(
-                "the disk is full" if full else f"cannot write: {e}", where=str(path), remedy="free some space and run again"
-            ) from e
+        temporary.write_bytes(content)
+
+
+def in_fixed_order(content: bytes) -> bytes:
+    """Return a safetensors file with the keys of its metadata sorted, so that equal checkpoints are equal files.
+
+    The library writes them in the order of a hash map, which changes from process to process.
+
+    Args:
+        content: The file: the header's length (8 bytes, little endian), the header as JSON, the tensors.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
