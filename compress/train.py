@@ -154,14 +154,13 @@ def train(
     optimizer = _optimizer(model, settings)
     fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size}"
     log = TrainLog()
-    start = _restore(resume_file, fingerprint, model, optimizer, log)
+    start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log)
     log.resumed_at = start
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
         teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
     wrapped.train()
     meter = _Meter()
-    epoch_sums = _restore_sums(resume_file, start)
     saved_at = time.monotonic()
     for step in range(start, steps):
         epoch, within = divmod(step, per_epoch)
@@ -319,20 +318,16 @@ def _save(
         temporary.write_bytes(buffer.getbuffer())
 
 
-def _restore(path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog) -> int:
-    """Take up the saved state; return the steps it has done, 0 if there is none that fits."""
+def _restore(
+    path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog
+) -> tuple[int, np.ndarray[Any, Any]]:
+    """Take up the saved state; return the steps it has done and the sums of its epoch, zeros if there is none that fits."""
     if path is None or not path.is_file():
-        return 0
+        return 0, np.zeros(3)
     state = torch.load(path, weights_only=True, map_location="cpu")
     if state["fingerprint"] != fingerprint:
-        return 0
+        return 0, np.zeros(3)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     log.epochs = list(state["epochs"])
-    return int(state["step"])
-
-
-def _restore_sums(path: Path | None, start: int) -> np.ndarray[Any, Any]:
-    if path is None or not start:
-        return np.zeros(3)
-    return np.array(torch.load(path, weights_only=True, map_location="cpu")["epoch_sums"])
+    return int(state["step"]), np.array(state["epoch_sums"])

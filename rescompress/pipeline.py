@@ -118,7 +118,6 @@ def _lead(
     stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, keep_others: bool
 ) -> RunReport:
     manifest = _fresh(folder, config, keep_others)
-    before = manifest
     ran, reused = [], []
     for position, stage in enumerate(stages, 1):
         key = _key(stage, manifest)
@@ -139,7 +138,8 @@ def _lead(
             reporter.finished(stage.name, _summary(result))
             manifest = manifest.without(stage.name)  # stages stand in the order in which they were last run
         manifest = manifest.with_stage(result)
-    if ran or manifest.stages != _stored(folder).stages or before.config != _stored(folder).config:
+    stored = _stored(folder)
+    if ran or (manifest.stages, manifest.config) != (stored.stages, stored.config):
         manifest.save(folder)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
