@@ -19,8 +19,6 @@ from rescompress.plan import Opening, Settings
 from rescompress.reporter import Reporter
 from rescompress.stages import Common, network_of
 
-EVAL_PIXELS = 4_000_000
-
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
     """Return the accuracy of a checkpoint or an ONNX file.
@@ -45,11 +43,11 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
         reporter.note(note)
-    _, height, width = inputs.shape
-    batch = settings.batch_size or max(1, min(256, EVAL_PIXELS // (height * width)))
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
-        return evaluate(runner, data.train if split == "train" else data.val, batch_size=batch, progress=progress)
+        return evaluate(
+            runner, data.train if split == "train" else data.val, batch_size=common.eval_batch(inputs.shape), progress=progress
+        )
 
 
 def _open(opening: Opening, common: Common, runtime: str) -> tuple[Runner, Inputs]:

@@ -99,12 +99,12 @@ def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Common)
     """Return how far onnxruntime on the file is from torch, and on which images that was seen."""
     if common.data is not None:
         split = dataset(common, checkpoint.spec).val.take(PARITY_IMAGES, common.seed)
-        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec))]
+        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec.input_shape))]
         images = f"{len(split)} images of the evaluation split"
     else:
         count = 32 if checkpoint.spec.input_shape[1] > 64 else 256
         generator = torch.Generator().manual_seed(common.seed)
         noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
-        batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec))]
+        batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
         images = f"{count} images of random noise (no data was given)"
     return compare(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), images

@@ -87,9 +87,9 @@ class Common:
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def eval_batch(self, spec: ModelSpec) -> int:
+    def eval_batch(self, input_shape: tuple[int, int, int]) -> int:
         """Return images per call: small images go in larger batches."""
-        _, height, width = spec.input_shape
+        _, height, width = input_shape
         return self.batch_size or max(1, min(256, 4_000_000 // (height * width)))
 
 
@@ -135,7 +135,7 @@ def evaluate_runner(context: Context, runner: Runner, split: Split, common: Comm
     """Return the accuracy of anything that runs; progress is told."""
     progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
-        return evaluate(runner, split, batch_size=common.eval_batch(spec), progress=progress)
+        return evaluate(runner, split, batch_size=common.eval_batch(spec.input_shape), progress=progress)
 
 
 def evaluate_model(context: Context, model: ResNet, split: Split, common: Common, spec: ModelSpec) -> Evaluation:
