@@ -70,6 +70,7 @@ class FinetuneConfig(Frozen):
         batch_size: Images per step.
         distill: Weight of the teacher's loss.
         temperature: Of the teacher's softmax.
+        precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
     """
 
     epochs: float = Field(2.0, gt=0.0)
@@ -78,6 +79,7 @@ class FinetuneConfig(Frozen):
     batch_size: int = Field(128, ge=2)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0)
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class QuantizeConfig(Frozen):

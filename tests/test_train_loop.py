@@ -139,3 +139,18 @@ def test_the_teacher_is_left_alone(split: Split) -> None:
     train(fresh(), split, settings(), teacher=teacher)
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     assert isinstance(teacher, nn.Module)
+
+
+def test_bfloat16_computes_in_bfloat16_and_leaves_a_float32_network(split: Split) -> None:
+    seen: set[torch.dtype] = set()
+    model = fresh()
+    hook = model.get_submodule("layer1.0.conv1").register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
+    teacher = fresh()
+    log = train(model, split, settings(epochs=1, precision="bf16"), teacher=teacher)
+    assert seen == {torch.bfloat16}
+    assert np.isfinite(log.epochs[-1]["loss"])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    seen.clear()
+    assert model(torch.zeros(1, *SPEC.input_shape)).dtype == torch.float32
+    assert seen == {torch.float32}
+    hook.remove()

@@ -29,6 +29,13 @@ class Mode(StrEnum):
     qat = "qat"
 
 
+class TrainPrecision(StrEnum):
+    """What training computes in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Profile(StrEnum):
     """Whose placement of quantizers."""
 
@@ -166,6 +173,9 @@ def finetune(
     ] = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 0.02,
     train_batch: Annotated[int, typer.Option("--train-batch", min=2, help="Images per training step.")] = 128,
+    precision: Annotated[
+        TrainPrecision, typer.Option("--precision", help="bf16 is faster on processors with bfloat16 units (AMX, Ampere).")
+    ] = TrainPrecision.fp32,
     output: opt.OutFile = None,
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
@@ -185,7 +195,10 @@ def finetune(
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    config = _config(FinetuneConfig, epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None)
+    config = _config(
+        FinetuneConfig, epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
+        precision=precision.value,
+    )  # fmt: skip
     opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, settings).finetune(config, opening, workspace.opening(teacher) if teacher else None)

@@ -147,6 +147,7 @@ def finetuned(context: Context, *, source: Source, teacher: Source | None, commo
         temperature=config.temperature,
         seed=common.seed,
         device=common.device,
+        precision=config.precision,
     )
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
