@@ -377,6 +377,8 @@ def keras_models() -> dict[str, Any]:
         "functional": functional,
         "rescaled": rescaled,
         "bare": flat,
+        "resnet101": keras.applications.ResNet101(weights=None, classes=10, input_shape=shape),
+        "resnet152": keras.applications.ResNet152(weights=None, classes=10, input_shape=shape),
     }
     for model in models.values():
         for weight in model.weights:
@@ -390,7 +392,7 @@ def keras_models() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
-@pytest.mark.parametrize("name", ["plain", "nested", "functional", "rescaled", "bare"])
+@pytest.mark.parametrize("name", ["plain", "nested", "functional", "rescaled", "bare", "resnet101", "resnet152"])
 def test_keras_itself(name: str, suffix: str, keras_models: dict[str, Any], tmp_path: Path) -> None:
     model, path = keras_models[name], tmp_path / f"model{suffix}"
     if suffix == ".weights.h5":
@@ -404,9 +406,9 @@ def test_keras_itself(name: str, suffix: str, keras_models: dict[str, Any], tmp_
         x = x * 255 if name == "rescaled" else x
         return torch.as_tensor(np.asarray(model(x.permute(0, 2, 3, 1).numpy(), training=False).detach()))
 
-    finish = {"plain": lambda y: y.softmax(1), "rescaled": lambda y: y.softmax(1), "nested": torch.sigmoid}
-    loaded = conforms(path, original, finish=finish.get(name, lambda y: y))
-    assert loaded.spec.arch == "keras_resnet50"
+    finish = {"functional": lambda y: y, "bare": lambda y: y, "nested": torch.sigmoid}
+    loaded = conforms(path, original, finish=finish.get(name, lambda y: y.softmax(1)))
+    assert loaded.spec.arch == f"keras_{name if name.startswith('resnet') else 'resnet50'}"
     assert loaded.spec.preprocessing.name == ("rescale" if name == "rescaled" else "keras-caffe")
     told = any("does not say how images were prepared" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
     assert told == (name != "rescaled")

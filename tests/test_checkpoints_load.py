@@ -88,6 +88,28 @@ def test_a_whole_module_is_read_without_running_it(legacy: bool, resnet18: nn.Mo
     same_logits(path, resnet18)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_whole_timm_module_is_read_without_running_it(legacy: bool, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed: its whole modules are not read")
+    torch.manual_seed(0)
+    model = randomised(timm.create_model("resnet18d", num_classes=10))
+    torch.save(model, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+    same_logits(tmp_path / "model.pt", model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("how", ["script", "trace", "freeze"])
+def test_a_torchscript_archive_gives_its_weights(how: str, resnet18: nn.Module, tmp_path: Path) -> None:
+    scripted = torch.jit.trace(resnet18, images(1, 3, 64, 64)) if how == "trace" else torch.jit.script(resnet18)
+    if how == "freeze":  # constants are folded into its code: no weights with names are left
+        torch.jit.save(torch.jit.freeze(scripted), tmp_path / "net.pt")
+        with pytest.raises(CheckpointError):
+            load_checkpoint(tmp_path / "net.pt")
+        return
+    torch.jit.save(scripted, tmp_path / "net.pt")
+    same_logits(tmp_path / "net.pt", resnet18)
+
+
 def test_half_precision_is_told(resnet18: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "half.pt"
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in resnet18.state_dict().items()}, path)
