@@ -5,6 +5,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
+WORKERS ?= 2
 
 .PHONY: demo test test-slow check format clean
 
@@ -17,10 +18,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/rescompress run examples/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: $(VENV)/.installed
 	$(PY) -m ruff check .

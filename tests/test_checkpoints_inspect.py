@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,14 @@ import torch
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-from rescompress.cli.app import main
-
 Outcome = tuple[int, str, str]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def cli(rescompress):
     def run(*args: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["rescompress", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            main()
-        captured = capsys.readouterr()
-        return int(e.value.code or 0), captured.out, captured.err
+        done = rescompress(*args, code=None)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rescompress.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")
+Command = Callable[..., subprocess.CompletedProcess[str]]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 
@@ -114,27 +116,31 @@ def test_prune_then_export_as_typed(tmp_path: Path) -> None:
     call("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
 
 
-def test_quantize_export_evaluate_on_digits(tmp_path: Path) -> None:
+def test_quantize_export_evaluate_on_digits(rescompress: Command, tmp_path: Path) -> None:
     made = json.loads(
-        call("quantize", str(DIGITS), "--data", "builtin:digits", "--json", "-o", "int8.safetensors", cwd=tmp_path).stdout
+        rescompress(
+            "quantize", str(DIGITS), "--data", "builtin:digits", "--json", "-o", "int8.safetensors", cwd=tmp_path
+        ).stdout
     )
     assert made["output"] == "int8.safetensors"
     assert made["top1_before"] - made["top1_after"] < 0.02
     exported = json.loads(
-        call("export", "int8.safetensors", "-t", "cpu-ort", "-d", "builtin:digits", "--json", "-o", "out", cwd=tmp_path).stdout
+        rescompress(
+            "export", "int8.safetensors", "-t", "cpu-ort", "-d", "builtin:digits", "--json", "-o", "out", cwd=tmp_path
+        ).stdout
     )
     assert exported["onnx"] == "out/model.onnx"
     assert exported["parity"]["top1_agreement"] >= 0.999
     assert exported["latency"]["provenance"] == "measured"
     assert exported["size_bytes"] < 0.3 * DIGITS.stat().st_size
     for model, runtime in (("out/model.onnx", "onnxruntime"), ("int8.safetensors", "torch")):
-        found = json.loads(call("evaluate", model, "--data", "builtin:digits", "--json", cwd=tmp_path).stdout)
+        found = json.loads(rescompress("evaluate", model, "--data", "builtin:digits", "--json", cwd=tmp_path).stdout)
         assert (found["n"], found["runtime"]) == (360, runtime)
         assert found["top1"] == pytest.approx(made["top1_after"], abs=0.006)
         assert found["top5"] > 0.99
 
 
-def test_bad_input_ends_with_its_code_and_a_remedy(tmp_path: Path) -> None:
+def test_bad_input_ends_with_its_code_and_a_remedy(rescompress: Command, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "cut.safetensors").write_bytes(DIGITS.read_bytes()[:5000])
     save_file({"a.weight": torch.zeros(3, 3)}, tmp_path / "foreign.safetensors")
@@ -162,7 +168,7 @@ def test_bad_input_ends_with_its_code_and_a_remedy(tmp_path: Path) -> None:
         (("run", "none.yaml"), 5),
     ]
     for args, code in cases:
-        done = call(*args, cwd=tmp_path, code=code)
+        done = rescompress(*args, cwd=tmp_path, code=code)
         assert done.stdout == "", args
         if code != 2:
             assert done.stderr.count("error: ") == 1, (args, done.stderr)
@@ -199,22 +205,22 @@ def test_the_wheel_holds_our_four_packages_and_nothing_else() -> None:
     assert on_disk == set(found), "a folder with code lacks its __init__.py"
 
 
-def test_a_plan_is_a_file_that_can_be_followed(tmp_path: Path) -> None:
+def test_a_plan_is_a_file_that_can_be_followed(rescompress: Command, tmp_path: Path) -> None:
     digits = str(DIGITS)
-    made = json.loads(call("prune", digits, "--macs", "0.6", "--plan-out", "plan.json", "--json", cwd=tmp_path).stdout)
+    made = json.loads(rescompress("prune", digits, "--macs", "0.6", "--plan-out", "plan.json", "--json", cwd=tmp_path).stdout)
     other = tmp_path / "other"
     other.mkdir()
-    followed = json.loads(call("prune", digits, "--plan-in", "../plan.json", "--json", cwd=other).stdout)
+    followed = json.loads(rescompress("prune", digits, "--plan-in", "../plan.json", "--json", cwd=other).stdout)
     assert followed["widths"] == made["widths"]
     assert followed["macs_after"] == made["macs_after"]
-    call("prune", digits, "--plan-in", "missing.json", cwd=other, code=5)
+    rescompress("prune", digits, "--plan-in", "missing.json", cwd=other, code=5)
 
 
-def test_a_latency_budget_is_met_on_the_target_that_has_a_model(tmp_path: Path) -> None:
+def test_a_latency_budget_is_met_on_the_target_that_has_a_model(rescompress: Command, tmp_path: Path) -> None:
     digits = str(DIGITS)
     budget = ("--latency", "0.8", "--data", "builtin:digits", "--calib", "128")
-    made = json.loads(call("prune", digits, *budget, "-t", "jetson", "--json", cwd=tmp_path).stdout)
+    made = json.loads(rescompress("prune", digits, *budget, "-t", "jetson", "--json", cwd=tmp_path).stdout)
     assert made["dropped_blocks"], "so small a network is bound by the number of its kernels: blocks have to go"
     assert made["top1_after"] > 0.9
-    call("prune", digits, "--latency", "0.9", cwd=tmp_path, code=5)
-    call("prune", digits, "--latency", "0.9", "-t", "cpu", cwd=tmp_path, code=5)
+    rescompress("prune", digits, "--latency", "0.9", cwd=tmp_path, code=5)
+    rescompress("prune", digits, "--latency", "0.9", "-t", "cpu", cwd=tmp_path, code=5)
