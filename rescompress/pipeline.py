@@ -117,7 +117,7 @@ def run_stages(
 def _lead(
     stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, keep_others: bool
 ) -> RunReport:
-    manifest = _fresh(folder, config, keep_others)
+    manifest = _fresh(folder, config, keep_others).model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran, reused = [], []
     for position, stage in enumerate(stages, 1):
         key = _key(stage, manifest)
@@ -139,7 +139,7 @@ def _lead(
             manifest = manifest.without(stage.name)  # stages stand in the order in which they were last run
         manifest = manifest.with_stage(result)
     stored = _stored(folder)
-    if ran or (manifest.stages, manifest.config) != (stored.stages, stored.config):
+    if ran or any(getattr(manifest, part) != getattr(stored, part) for part in ("stages", "config", "unfinished")):
         manifest.save(folder)
     return RunReport(manifest, tuple(ran), tuple(reused))
 

@@ -191,6 +191,19 @@ def test_a_failed_stage_fails_the_gate(tmp_path: Path) -> None:
     assert verdicts(judged(pair))["stage:target:rtx-4090"] == "fail"
 
 
+def test_a_run_that_is_not_finished_is_not_judged_unless_a_stage_is_named(tmp_path: Path) -> None:
+    pair = pair_of_runs(tmp_path)
+    manifest = load_run(pair[0]).manifest
+    manifest.model_copy(update={"unfinished": ("target:rtx-4090",)}).save(pair[0])
+    with pytest.raises(BadInput, match="target:rtx-4090 not reached"):
+        judged(pair)
+    assert judged(pair, stage="quantize").checks
+    manifest.model_copy(update={"unfinished": ("target:rtx-4090",)}).with_stage(
+        StageResult(stage="export", status="failed", reason="the disk is full")
+    ).save(pair[0])
+    assert verdicts(judged(pair))["stage:export"] == "fail"
+
+
 def test_limits_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 5000, 250, 50)
     limits = tmp_path / "limits.yaml"

@@ -78,14 +78,27 @@ def test_a_failure_is_recorded_and_the_work_before_it_kept(tmp_path: Path) -> No
     def fail(context: Context) -> Outcome:
         raise BadInput("no budget fits", where="--macs")
 
-    stages = [writer("one", "a", calls=calls), Stage("two", {}, ("one",), fail)]
+    stages = [writer("one", "a", calls=calls), Stage("two", {}, ("one",), fail), writer("three", "c", ("one",))]
     with pytest.raises(BadInput):
         run_stages(stages, tmp_path, {}, reporter=Silent())
     manifest = load_manifest(tmp_path)
     assert [(s.stage, s.status) for s in manifest.stages] == [("one", "done"), ("two", "failed")]
     assert "no budget fits" in str(manifest.stages[1].reason)
-    run_stages([*stages[:1], writer("two", "b", ("one",), calls)], tmp_path, {}, reporter=Silent())
+    assert manifest.unfinished == ("three",)
+    run_stages([stages[0], writer("two", "b", ("one",), calls), stages[2]], tmp_path, {}, reporter=Silent())
     assert calls == ["one", "two"]
+    assert load_manifest(tmp_path).unfinished == ()
+
+
+def test_a_run_under_way_says_what_it_has_not_reached(tmp_path: Path) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def look(context: Context) -> Outcome:
+        seen.append(load_manifest(tmp_path).unfinished)
+        return Outcome()
+
+    run_stages([Stage("one", {}, (), look), Stage("two", {}, (), look)], tmp_path, {}, reporter=Silent())
+    assert seen == [("one", "two"), ("two",)]
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_sorting_puts_the_best_first_and_the_missing_last(tmp_path: Path) -> Non
     assert [r.stage for r in by_latency[2:]] == [r.stage for r in rows if "p50_ms" not in r.metrics]
 
 
+def test_stages_that_were_not_reached_stand_in_the_table(tmp_path: Path) -> None:
+    manifest = write_run(tmp_path).model_copy(update={"unfinished": ("target:far",)})
+    last = rows_of(manifest)[-1]
+    assert (last.stage, last.status, last.metrics) == ("target:far", "unfinished", {})
+    assert "target:far" in to_markdown(rows_of(manifest))
+    whole = run_row(manifest, "x")
+    assert whole.status == "unfinished"
+    assert "target:far" in whole.note
+
+
 def test_markdown_cells_stay_in_their_columns() -> None:
     rows = rows_of(Manifest(stages=(StageResult(stage="target:a|b", status="failed", reason="no\nroom | here"),)))
     lines = to_markdown(rows).splitlines()

@@ -59,6 +59,7 @@ class Manifest(Frozen):
         config: The run's settings as they were resolved.
         environment: Python, platform, packages, CPU, threads.
         stages: In order.
+        unfinished: Names of the stages that the run has not reached yet: it is going on, or it was stopped.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -67,13 +68,14 @@ class Manifest(Frozen):
     config: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
+    unfinished: tuple[str, ...] = ()
 
     def stage(self, name: str) -> StageResult | None:
         """Return the stage called `name`, or None."""
         return next((s for s in self.stages if s.stage == name), None)
 
     def with_stage(self, result: StageResult) -> Manifest:
-        """Return a manifest in which `result` replaces the stage of its name, or stands last."""
+        """Return a manifest in which `result` replaces the stage of its name, or stands last, and is no longer unfinished."""
         stages = list(self.stages)
         for i, old in enumerate(stages):
             if old.stage == result.stage:
@@ -81,7 +83,8 @@ class Manifest(Frozen):
                 break
         else:
             stages.append(result)
-        return self.model_copy(update={"stages": tuple(stages)})
+        left = tuple(name for name in self.unfinished if name != result.stage)
+        return self.model_copy(update={"stages": tuple(stages), "unfinished": left})
 
     def without(self, name: str) -> Manifest:
         """Return a manifest that has no stage called `name`."""

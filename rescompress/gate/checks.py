@@ -128,8 +128,15 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
 
     Raises:
         BadInput: The runs cannot be compared: another data set, other classes, another order of the samples, no accuracy,
-            an unknown stage or target, damaged outcomes.
+            an unknown stage or target, damaged outcomes; a run that is not finished, unless a stage is named.
     """
+    for run in (candidate, baseline):
+        if limits.stage is None and run.manifest.unfinished and all(s.status != "failed" for s in run.manifest.stages):
+            raise BadInput(
+                f"the run is not finished: {', '.join(run.manifest.unfinished)} not reached",
+                where=run.name,
+                remedy="run it again to go on, or judge a finished stage with --stage",
+            )
     checks: list[Check] = []
     notes: list[str] = []
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)

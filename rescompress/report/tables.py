@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
@@ -20,6 +20,7 @@ DENSE = "dense"
 DENSE_PREFIX = "dense_"
 TARGET_PREFIX = "target:"
 DOMINATED_MARK = "†"
+NOT_REACHED = "not reached yet: run again to go on"
 DOMINATED_NOTE = f"{DOMINATED_MARK} another row is at least as accurate and costs no more"
 
 
@@ -30,7 +31,7 @@ class Row:
     Attributes:
         run: Name of the run.
         stage: Name of the stage; of a whole run, the stage whose accuracy counts.
-        status: ``done``, ``skipped`` or ``failed``.
+        status: ``done``, ``skipped``, ``failed``, or ``unfinished``: not reached yet.
         reason: Why it was skipped or failed.
         metrics: By name; of a whole run, latencies are named ``p50_ms:<target>``.
         against_dense: Difference in points (accuracy) or ratio to the dense network of the same run, by metric.
@@ -40,7 +41,7 @@ class Row:
 
     run: str
     stage: str
-    status: Status = "done"
+    status: Status | Literal["unfinished"] = "done"
     reason: str | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     against_dense: dict[str, float] = field(default_factory=dict)
@@ -49,13 +50,13 @@ class Row:
 
 
 def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
-    """Return one row per stage of a run, in its order.
+    """Return one row per stage of a run, in its order; the stages that it has not reached come last.
 
     Args:
         manifest: The run.
         run: Its name, shown when several runs stand in one table.
     """
-    return [
+    reached = [
         Row(
             run=run,
             stage=result.stage,
@@ -68,6 +69,11 @@ def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
         )
         for result in manifest.stages
     ]
+    left = [
+        Row(run=run, stage=name, status="unfinished", note=NOT_REACHED, created=manifest.created)
+        for name in manifest.unfinished
+    ]
+    return reached + left
 
 
 def run_row(manifest: Manifest, run: str) -> Row:
@@ -98,10 +104,13 @@ def run_row(manifest: Manifest, run: str) -> Row:
                 if dense is not None:
                     base[f"{column.metric}:{target}"] = dense
     bad = [f"{s.stage} {s.status}: {s.reason}" for s in manifest.stages if s.status == "failed"]
+    failed = bool(bad)
+    if manifest.unfinished:
+        bad.append(f"{', '.join(manifest.unfinished)} {NOT_REACHED}")
     return Row(
         run=run,
         stage=last.stage if last is not None else "",
-        status="failed" if bad else "done",
+        status="failed" if failed else "unfinished" if bad else "done",
         reason="; ".join(bad) or None,
         metrics=metrics,
         against_dense=_all_against(metrics, base),
