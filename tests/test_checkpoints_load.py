@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,39 @@ def test_a_torchscript_archive_gives_its_weights(how: str, resnet18: nn.Module, 
         return
     torch.jit.save(scripted, tmp_path / "net.pt")
     same_logits(tmp_path / "net.pt", resnet18)
+
+
+@pytest.fixture(scope="module")
+def exported(resnet18: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "net.pt2"
+    torch.export.save(torch.export.export(resnet18, (images(1, 3, 64, 64),)), path)
+    return path
+
+
+def test_an_exported_program_gives_its_weights(exported: Path, resnet18: nn.Module) -> None:
+    same_logits(exported, resnet18)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b'"use_pickle": false', b'"use_pickle": true', "pickle"),
+        (b'"dtype": 7', b'"dtype": 9', "dtype"),
+        (b'"as_int": 64', b'"as_int": 99', "reaches beyond"),
+        (b'"as_int": 64', b'"as_int": "x"', "no size"),
+        (b'"weight_3"', b'"weight_x"', "missing"),
+        (b'{"config"', b'{"confi"', "table of weights"),
+        (b'"sizes": [', b'"sizes": 5, "s": [', "no size"),
+    ],
+)
+def test_a_damaged_exported_program_is_refused(exported: Path, old: bytes, new: bytes, words: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(exported) as source, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as copy:
+        for info in source.infolist():
+            data = source.read(info)
+            assert not info.filename.endswith("_weights_config.json") or old in data
+            copy.writestr(info.filename, data.replace(old, new) if info.filename.endswith(".json") else data)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(tmp_path / "bad.pt2")
 
 
 def test_half_precision_is_told(resnet18: nn.Module, tmp_path: Path) -> None:

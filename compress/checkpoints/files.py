@@ -64,7 +64,8 @@ class Opened:
     """A file's content: its tree of plain values, records and stored tensors.
 
     Attributes:
-        container: ``safetensors``, ``torch``, ``torch (legacy)``, ``torchscript`` or ``hdf5``.
+        container: ``safetensors``, ``torch``, ``torch (legacy)``, ``torchscript``, ``torch.export`` or
+            ``hdf5``.
         content: Dictionaries and records whose leaves may be stored tensors.
         metadata: Text beside the tensors.
         notes: What is worth telling.
@@ -152,11 +153,11 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Opened:
             raise CheckpointError(f"is {what}, not a checkpoint")
     raise CheckpointError(
         "is no checkpoint of a known container",
-        remedy="known: safetensors, torch.save, TorchScript, Keras .h5 and .keras (`rescompress formats`)",
+        remedy="known: safetensors, torch.save, torch.export, TorchScript, Keras .h5 and .keras (`rescompress formats`)",
     )
 
 
-SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".h5", ".keras", ".hdf5", ".ts"})
+SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".h5", ".keras", ".hdf5", ".ts", ".pt2"})
 
 
 def _nearby(path: Path) -> str:
@@ -329,6 +330,10 @@ def _open_zip(path: Path, *, allow_pickle: bool) -> Opened:
         from compress.checkpoints import hdf5
 
         return hdf5.open_keras(path, members)
+    if any(name.endswith("_weights_config.json") for name in members):
+        from compress.checkpoints import exported
+
+        return exported.open_exported(path, members)
     programs = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(programs) != 1:
         what = "a numpy archive" if any(n.endswith(".npy") for n in members) else "a zip archive without a checkpoint in it"

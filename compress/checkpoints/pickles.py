@@ -283,7 +283,17 @@ def _integers(values: object) -> Shape:
 def _tensor(args: tuple[object, ...], dtype: torch.dtype | None = None) -> StoredTensor:
     if len(args) < 4:
         raise _damaged("a tensor has no storage")
-    storage, offset, size, stride = args[:4]
+    return stored_tensor(*args[:4], dtype=dtype)
+
+
+def stored_tensor(
+    storage: object, offset: object, size: object, stride: object, *, dtype: torch.dtype | None = None
+) -> StoredTensor:
+    """Return the tensor that a file describes, once the description is seen to fit its storage.
+
+    Raises:
+        CheckpointError: It does not.
+    """
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
         raise _damaged("a tensor has no storage")
     shape, steps = _integers(size), _integers(stride)
