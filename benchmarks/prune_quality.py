@@ -1,18 +1,26 @@
-"""Pruning quality side by side: our methods and Torch-Pruning 1.6.1, same data, same MACs, same fine-tuning.
+"""Pruning quality side by side: ours and Torch-Pruning, on the same data, at the same MACs, with the same fine-tuning.
 
-    python benchmarks/prune_quality.py CKPT --data CIFAR10 [--macs 0.5 0.3] [--seeds 0 1 2] [--epochs 0]
+    python benchmarks/prune_quality.py CKPT --data CIFAR10 [--macs 0.5 0.3] [--seeds 0 1 2] [--epochs 1] [--out FILE.json]
 
-Torch-Pruning (``pip install --no-deps torch-pruning==1.6.1``; without it its rows are left out, and the output says so)
-gets its best importance (L2, LAMP, Taylor), chosen on images of the training set, global ranking, and BatchNorm
-recalibration on the same images. Inner channels only: it cannot prune the streams of pad shortcuts.
+Torch-Pruning (``pip install --no-deps torch-pruning==1.6.1``) gets every combination of importance (L2, LAMP, Taylor) and
+ranking (over the whole network, per layer), each with BatchNorm measured again on the calibration images; the best on
+2,000 images of the training set that nothing else sees is the one that counts. It cannot prune the residual streams of
+pad shortcuts, so ``--scope all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same
+function, some MACs more. ``val`` is read for the figures of the table alone.
+
+Every figure is kept in the JSON file as soon as it is there, and a run that is started again goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.metadata
+import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +30,35 @@ from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, prune
+from compress.prune import Budget, Scope, prune
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.train import TrainSettings, train
+from rescompress.core.artifact import write_text
 from rescompress.core.layers import total_macs, walk
+from rescompress.core.spec import ModelSpec
+
+PEER = "torch-pruning"
+IMPORTANCES = ("l2", "lamp", "taylor")
+RANKINGS = ("global", "layer")
+HELD = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruned (and tuned) network.
+
+    Attributes:
+        macs: Fraction of the dense network's MACs that is left.
+        top1: On ``val``, in percent.
+        seconds: Pruning took.
+        chosen: What Torch-Pruning's best setting was.
+    """
+
+    macs: float
+    top1: float
+    seconds: float
+    chosen: str = ""
 
 
 def top1(checkpoint: Checkpoint, split: Split) -> float:
@@ -34,51 +66,176 @@ def top1(checkpoint: Checkpoint, split: Split) -> float:
     return 100 * evaluate(TorchRunner(build_model(checkpoint.spec, checkpoint.state_dict)), split).top1
 
 
-def tuned(checkpoint: Checkpoint, dense: Checkpoint, split: Split, epochs: int, seed: int, *, distil: bool) -> Checkpoint:
-    """Return the checkpoint after identical fine-tuning for everybody."""
-    if not epochs:
-        return checkpoint
-    model = build_model(checkpoint.spec, checkpoint.state_dict)
-    teacher = build_model(dense.spec, dense.state_dict) if distil else None
-    train(model, split, TrainSettings(epochs=epochs, seed=seed), teacher=teacher)
-    return Checkpoint(checkpoint.spec, tensors_of(model))
+def fraction_left(pruned: ModelSpec, dense: ModelSpec) -> float:
+    """Return which fraction of the MACs is left."""
+    return total_macs(walk(pruned)) / total_macs(walk(dense))
 
 
-def torch_pruning(dense: Checkpoint, fraction: float, importance: str, x: torch.Tensor, y: torch.Tensor) -> Checkpoint:
-    """Return the dense network pruned by Torch-Pruning to at most `fraction` of its MACs, BatchNorm measured again."""
+def with_projections(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the same function with every pad shortcut written as a 1x1 convolution and BatchNorm."""
+    changed, tensors = {}, dict(checkpoint.state_dict)
+    one = (1.0 + checkpoint.spec.bn_eps) ** 0.5
+    stream = checkpoint.spec.stem.convs[-1].width
+    for block in checkpoint.spec.blocks:
+        if block.channel_map is not None:
+            out = block.widths[-1]
+            weight = torch.zeros(out, stream, 1, 1)
+            for o, i in enumerate(block.channel_map):
+                if i >= 0:
+                    weight[o, i] = 1.0
+            tensors[f"{block.name}.downsample.0.weight"] = weight
+            norm = {"weight": torch.full((out,), one), "bias": torch.zeros(out), "running_mean": torch.zeros(out)}
+            norm |= {"running_var": torch.ones(out), "num_batches_tracked": torch.tensor(0)}
+            tensors |= {f"{block.name}.downsample.1.{k}": v for k, v in norm.items()}
+            changed[block.name] = block.model_copy(update={"shortcut": "projection", "channel_map": None})
+        stream = block.widths[-1]
+    return Checkpoint(checkpoint.spec.replace_blocks(changed), tensors)
+
+
+def measured_spec(dense: ModelSpec, model: nn.Module) -> ModelSpec:
+    """Return the spec of a network with the layers of `dense` whose widths have changed."""
+
+    def width(name: str) -> int:
+        return int(model.get_submodule(name).out_channels)  # type: ignore[arg-type]
+
+    blocks = {
+        b.name: b.model_copy(update={"widths": tuple(width(f"{b.name}.conv{i}") for i in range(1, len(b.widths) + 1))})
+        for b in dense.blocks
+    }
+    convs = [c.model_copy(update={"width": width(f"conv{i}")}) for i, c in enumerate(dense.stem.convs, 1)]
+    return dense.replace_blocks(blocks).replace(stem=dense.stem.model_copy(update={"convs": tuple(convs)}))
+
+
+def peer_at(
+    dense: Checkpoint, ratio: float, setting: tuple[str, str], scope: Scope, x: torch.Tensor, y: torch.Tensor
+) -> Checkpoint:
+    """Return the network that Torch-Pruning leaves at one pruning ratio."""
     import torch_pruning as tp
 
-    goal = fraction * total_macs(walk(dense.spec))
-    inner = {f"{b.name}.conv{i + 1}" for b in dense.spec.blocks for i in range(len(b.widths) - 1)}
-    low, high, best = 0.0, 0.98, None
-    for _ in range(12):
+    importance, ranking = setting
+    model = build_model(dense.spec, dense.state_dict)
+    inner = {f"{b.name}.conv{i}" for b in dense.spec.blocks for i in range(1, len(b.widths))}
+    prunable = inner if scope == "inner" else {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    ignored = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in prunable]
+    score = {
+        "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "lamp": lambda: tp.importance.LAMPImportance(p=2),
+        "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    }[importance]()
+    pruner = tp.pruner.BasePruner(
+        model, x[:1], importance=score, global_pruning=ranking == "global", pruning_ratio=ratio, ignored_layers=ignored
+    )
+    if importance == "taylor":
+        for name, gradient in gradients(dense, x, y).items():
+            model.get_parameter(name).grad = gradient.clone()
+    pruner.step()
+    model.zero_grad()
+    return Checkpoint(measured_spec(dense.spec, model), tensors_of(model))
+
+
+_GRADIENTS: dict[int, dict[str, torch.Tensor]] = {}
+
+
+def gradients(dense: Checkpoint, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradient of the labels' cross-entropy over all calibration images, computed once per set."""
+    if id(x) not in _GRADIENTS:
+        model = build_model(dense.spec, dense.state_dict)
+        nn.functional.cross_entropy(model(x), y).backward()
+        _GRADIENTS.clear()
+        _GRADIENTS[id(x)] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return _GRADIENTS[id(x)]
+
+
+def peer_network(
+    dense: Checkpoint, fraction: float, setting: tuple[str, str], scope: Scope, x: torch.Tensor, y: torch.Tensor
+) -> Checkpoint | None:
+    """Return Torch-Pruning's network nearest to the fraction of MACs, BatchNorm measured again; None off by over 1 %."""
+    low, high = 0.0, 1.0
+    best: Checkpoint | None = None
+    for _ in range(14):
         ratio = (low + high) / 2
-        model = build_model(dense.spec, dense.state_dict).requires_grad_(True)
-        ignored = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in inner]
-        kinds = {"l2": tp.importance.GroupMagnitudeImportance, "lamp": tp.importance.LAMPImportance}
-        score = tp.importance.GroupTaylorImportance() if importance == "taylor" else kinds[importance](p=2)
-        pruner = tp.pruner.MetaPruner(
-            model, x[:1], importance=score, global_pruning=True, pruning_ratio=ratio, ignored_layers=ignored
-        )
-        if importance == "taylor":
-            nn.functional.cross_entropy(model(x), y).backward()
-        pruner.step()
-        changed = {
-            b.name: b.model_copy(
-                update={
-                    "widths": tuple(model.get_submodule(f"{b.name}.conv{i + 1}").out_channels for i in range(len(b.widths)))
-                }
-            )
-            for b in dense.spec.blocks
-        }
-        spec = dense.spec.replace_blocks(copy.copy(changed))
-        macs = total_macs(walk(spec))
-        if macs <= goal:
-            best, high = Checkpoint(spec, tensors_of(model)), ratio
-        else:
-            low = ratio
+        found = peer_at(dense, ratio, setting, scope, x, y)
+        left = fraction_left(found.spec, dense.spec)
+        if best is None or abs(left - fraction) < abs(fraction_left(best.spec, dense.spec) - fraction):
+            best = found
+        low, high = (ratio, high) if left > fraction else (low, ratio)
     assert best is not None
+    if abs(fraction_left(best.spec, dense.spec) / fraction - 1) > 0.01:
+        return None
     return recalibrate(best, x)
+
+
+def peer_best(dense: Checkpoint, fraction: float, scope: Scope, calibration: Split, held: Split) -> tuple[Checkpoint, str]:
+    """Return the best of Torch-Pruning's settings on the held-out images, and its name."""
+    x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
+    found: dict[str, tuple[float, Checkpoint]] = {}
+    for setting in [(i, r) for i in IMPORTANCES for r in RANKINGS]:
+        network = peer_network(dense, fraction, setting, scope, x, y)
+        if network is not None:
+            found["/".join(setting)] = (top1(network, held), network)
+    chosen = max(found, key=lambda name: found[name][0])
+    return found[chosen][1], chosen
+
+
+class Results:
+    """Cells by key, kept in a JSON file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.cells: dict[str, Cell] = {}
+        if path is not None and path.is_file():
+            self.cells = {k: Cell(**v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def get(self, key: str, make: Callable[[], Cell]) -> Cell:
+        """Return the cell, made if it is not there."""
+        if key not in self.cells:
+            self.cells[key] = make()
+            if self.path is not None:
+                write_text(self.path, json.dumps({k: asdict(c) for k, c in sorted(self.cells.items())}, indent=1) + "\n")
+        return self.cells[key]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share."""
+
+    dense: Checkpoint
+    rest: Split
+    held: Split
+    val: Split
+    args: argparse.Namespace
+
+    def cell(self, name: str, fraction: float, seed: int) -> Cell:
+        """Prune, tune and evaluate one network."""
+        calibration = self.rest.take(self.args.calib, seed)
+        start, chosen = time.perf_counter(), ""
+        if name == PEER:
+            pruned, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held)
+        else:
+            pruned = prune(
+                self.dense,
+                method=name,
+                budget=Budget(kind="macs", value=fraction),
+                scope=self.args.scope,
+                align=1,
+                calibration_x=calibration.tensor(),
+                seed=seed,
+            ).checkpoint
+        seconds = time.perf_counter() - start
+        left = fraction_left(pruned.spec, self.dense.spec)
+        if abs(left / fraction - 1) > 0.01:
+            raise SystemExit(f"{name} left {left:.4f} of the MACs instead of {fraction}: not comparable")
+        return Cell(left, top1(self.tuned(pruned, seed), self.val), seconds, chosen)
+
+    def tuned(self, checkpoint: Checkpoint, seed: int) -> Checkpoint:
+        """Return the checkpoint after the fine-tuning that everybody gets."""
+        if not self.args.epochs:
+            return checkpoint
+        model = build_model(checkpoint.spec, checkpoint.state_dict)
+        teacher = build_model(self.dense.spec, self.dense.state_dict) if self.args.distil else None
+        settings = TrainSettings(epochs=self.args.epochs, lr=self.args.lr, seed=seed)
+        train(model, self.rest, settings, teacher=teacher)
+        return Checkpoint(checkpoint.spec, tensors_of(model))
 
 
 def main() -> None:
@@ -86,48 +243,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["reconstruct", "magnitude"])
+    parser.add_argument("--methods", nargs="+", default=["reconstruct", PEER])
+    parser.add_argument("--scope", choices=["inner", "all"], default="inner")
     parser.add_argument("--calib", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=0)
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--distil", action="store_true")
+    parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     dense = load_checkpoint(args.checkpoint)
+    if args.scope == "all":
+        dense = with_projections(dense)
     data = load_dataset(args.data, dense.spec)
-    val = data.val
-    held = data.train.take(len(data.train), 0).subset(np.arange(2000))
-    rest = data.train.take(len(data.train), 0).subset(np.arange(2000, len(data.train)))
-    print(f"{dense.spec.arch}: dense {top1(dense, val):.2f} on {len(val)} images; {args.epochs} epochs of fine-tuning")
-    try:
-        import torch_pruning
-
-        print("Torch-Pruning: MetaPruner, global ranking, inner channels, best of l2/lamp/taylor, BatchNorm recalibrated")
-        names = [*args.methods, "torch-pruning"]
-    except ImportError:
-        print("Torch-Pruning is not installed: pip install --no-deps torch-pruning==1.6.1")
-        names = list(args.methods)
+    order = np.random.default_rng(0).permutation(len(data.train))
+    bench = Bench(dense, data.train.subset(order[HELD:]), data.train.subset(order[:HELD]), data.val, args)
+    results = Results(args.out)
+    name = f"{Path(args.checkpoint).stem} {args.scope}"
+    whole = results.get(f"{name} dense", lambda: Cell(1.0, top1(dense, data.val), 0.0))
+    tuning = f"{args.epochs:g} epochs of {'distillation' if args.distil else 'fine-tuning'}" + f", lr {args.lr:g}" * bool(
+        args.epochs
+    )
+    print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} images, align 1; {tuning}")
+    if PEER in args.methods:
+        version = importlib.metadata.version("torch-pruning")
+        print(
+            f"Torch-Pruning {version}: BasePruner, one step, best of {'/'.join(IMPORTANCES)} x {'/'.join(RANKINGS)} ranking on "
+            f"{HELD} training images, BatchNorm recalibrated on the calibration images; MACs within 1 %"
+        )
+    print(f"{'MACs':>5} {'reached':>8} {'method':14} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
     for fraction in args.macs:
-        for name in names:
-            figures, seconds, reached, chosen = [], [], [], ""
+        for method in args.methods:
+            cells = []
             for seed in args.seeds:
-                calibration = rest.take(args.calib, seed)
-                x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
-                start = time.perf_counter()
-                if name == "torch-pruning":
-                    tried = {i: torch_pruning(dense, fraction, i, x, y) for i in ("l2", "lamp", "taylor")}
-                    chosen = max(tried, key=lambda i: top1(tried[i], held))
-                    pruned = tried[chosen]
-                else:
-                    budget = Budget(kind="macs", value=fraction)
-                    pruned = prune(dense, method=name, budget=budget, align=1, calibration_x=x, seed=seed).checkpoint
-                seconds.append(time.perf_counter() - start)
-                reached.append(total_macs(walk(pruned.spec)) / total_macs(walk(dense.spec)))
-                figures.append(top1(tuned(pruned, dense, rest, args.epochs, seed, distil=args.distil), val))
-            spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
+                key = f"{name} {fraction:g} {method} seed={seed} calib={args.calib} epochs={args.epochs:g}"
+                key += f" lr={args.lr:g}{' distil' if args.distil else ''}" if args.epochs else ""
+                cells.append(results.get(key, lambda m=method, f=fraction, s=seed: bench.cell(m, f, s)))  # type: ignore[misc]
+            figures = [c.top1 for c in cells]
+            mean, spread = statistics.mean(figures), max(figures) - min(figures)
+            macs, seconds = statistics.mean(c.macs for c in cells), statistics.mean(c.seconds for c in cells)
+            each = " ".join(f"{c.top1:.2f}{' ' + c.chosen if c.chosen else ''}" for c in cells)
+            below = whole.top1 - mean
             print(
-                f"macs {fraction:.2f} (reached {statistics.mean(reached):.4f})  {name:14s} {statistics.mean(figures):6.2f} "
-                f"+- {spread:.2f}  {statistics.mean(seconds):6.1f} s  {chosen}",
+                f"{fraction:5.2f} {macs:8.4f} {method:14} {mean:6.2f} {spread:6.2f} {below:11.2f} {seconds:6.1f}  {each}",
                 flush=True,
             )
 

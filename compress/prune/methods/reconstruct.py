@@ -1,4 +1,4 @@
-"""Channels go whose loss the remaining ones repair best; then every block is refitted to the dense network.
+"""Channels go first that the remaining ones replace best; then every layer is refitted to the dense network.
 
 Needs some hundred images and no labels.
 
@@ -14,7 +14,7 @@ Needs some hundred images and no labels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,15 @@ def curves(context: Context) -> Curves:
     blocks: dict[str, float] = {}
     for chunk in _chunks(sizes.layers):
         inside = {layer.name for layer in chunk}
-        before = x
-        x = _collect(dense, chunk, x, [r for rs in readers.values() for r in rs if r.layer.name in inside], generator)
+        here = [r for rs in readers.values() for r in rs if r.layer.name in inside]
+        x, dropped = _collect(dense, chunk, x, here, generator)
         if not bool(torch.isfinite(x).all()):
             raise DataError(
                 f"the dense network's tensors behind {chunk[0].name} hold NaN or infinity",
                 remedy="check the checkpoint and the data",
             )
         if _chunk_name(chunk) in context.blocks:
-            blocks[_chunk_name(chunk)] = float((x - before).square().sum() / x.square().sum().clamp_min(1e-30))
+            blocks[_chunk_name(chunk)] = dropped
         for group, rs in readers.items():
             if group not in found and all(r.ready for r in rs):
                 found[group] = obs_curve([r.relative() for r in rs], sizes.groups[group].size)
@@ -82,51 +82,59 @@ class _Reader:
     def __init__(self, layer: Layer, checkpoint: Checkpoint) -> None:
         self.layer = layer
         self.old = folded(checkpoint, layer)
-        self._h_DD: Tensor | None = None
-        self._energy = 1.0
-
-    @property
-    def ready(self) -> bool:
-        """Whether the inputs have been seen."""
-        return self._h_DD is not None
+        self.ready = False
+        self._gram_DD = torch.zeros(0)
+        self._sum_D = torch.zeros(0)
+        self._energy = 0.0
+        self._rows = 0
 
     def see(self, x_ND: Tensor, output_NO: Tensor) -> None:
         """Take in inputs, and what the layer (with the shortcut, if one is added) makes of them."""
-        x_ND = x_ND - x_ND.mean(0)
-        self._h_DD = damped((x_ND.T @ x_ND).double() / len(x_ND), _RIDGE)
-        self._energy = max(float(output_NO.square().sum(1).mean()), 1e-30)
+        if not self._rows:
+            self._gram_DD = torch.zeros(x_ND.shape[1], x_ND.shape[1])
+            self._sum_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+        self._gram_DD.addmm_(x_ND.T, x_ND)
+        self._sum_D += x_ND.sum(0, dtype=torch.float64)
+        self._energy += float(output_NO.square().sum(dtype=torch.float64))
+        self._rows += len(x_ND)
 
     def forget(self) -> None:
         """Free the memory."""
-        self._h_DD = torch.zeros(0)
+        self._gram_DD = self._sum_D = torch.zeros(0)
 
     def relative(self) -> tuple[Tensor, Tensor]:
         """Return second moment and weights such that squared errors are shares of the output's energy."""
-        assert self._h_DD is not None
-        return self._h_DD, self.old.weight_OIKK.flatten(1).double() / self._energy**0.5
+        mean_D = self._sum_D / self._rows
+        h_DD = self._gram_DD.double().div_(self._rows).addr_(mean_D, mean_D, alpha=-1.0)
+        energy = max(self._energy / self._rows, 1e-30)
+        return damped(h_DD, _RIDGE), self.old.weight_OIKK.flatten(1).double() / energy**0.5
 
 
 def _collect(
     model: ResNet, chunk: Sequence[Layer], x: Tensor, readers: Sequence[_Reader], generator: torch.Generator
-) -> Tensor:
-    """Return the output of a chunk for all images, and show its readers their inputs and outputs."""
-    rows: dict[str, list[Tensor]] = {r.layer.name: [] for r in readers}
-    results: dict[str, list[Tensor]] = {r.layer.name: [] for r in readers}
+) -> tuple[Tensor, float]:
+    """Return the output of a chunk for all images, and the error of leaving it out; show its readers what they need."""
     places = {r.layer.name: _places(r.layer, len(x), generator) for r in readers}
     after = {name: layer for layer in chunk for name in layer.inputs}
-    outputs = []
-    for part in _parts(len(x), chunk):
-        inside = _run(model, chunk, x[part])
-        outputs.append(inside[chunk[-1].name])
+    lost = energy = 0.0
+
+    def watch(part: slice, inside: _Inside) -> None:
+        nonlocal lost, energy
         for r in readers:
             out = r.old.output
             while out in after and after[out].op in ("add", "relu"):
                 out = after[out].name
-            rows[r.layer.name].append(_patches(inside[r.layer.inputs[0]], r.layer, places[r.layer.name][part]))
-            results[r.layer.name].append(_pixels(inside[out], places[r.layer.name][part]))
+            there = places[r.layer.name][part]
+            r.see(_patches(inside[r.layer.inputs[0]], r.layer, there), _pixels(inside[out], there))
+        enters, leaves = inside[chunk[0].inputs[0]], inside[chunk[-1].name]
+        if enters.shape == leaves.shape:
+            lost += float((leaves - enters).square().sum())
+            energy += float(leaves.square().sum())
+
+    x = _advance(model, chunk, x, own=chunk[0].block is not None, watch=watch)
     for r in readers:
-        r.see(torch.cat(rows.pop(r.layer.name)), torch.cat(results.pop(r.layer.name)))
-    return torch.cat(outputs)
+        r.ready = True
+    return x, lost / max(energy, 1e-30)
 
 
 def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
@@ -135,64 +143,136 @@ def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Check
     keep = channels_kept(context.checkpoint.spec, plan)
     left = right = _images(context, dense_layers)
     dense = build_model(context.checkpoint.spec, context.checkpoint.state_dict).requires_grad_(False)
-    work = Checkpoint(pruned.spec, dict(pruned.state_dict), None, pruned.provenance)
+    work = _Work(pruned)
     generator = torch.Generator().manual_seed(context.seed + 1)
     remaining = {_chunk_name(c): c for c in _chunks(walk(pruned.spec))}
     changed = False
     for done, chunk in enumerate(chunks := _chunks(dense_layers), 1):
         small = remaining.get(_chunk_name(chunk))
         changed = changed or small is None or any(len(keep[a.name]) != a.out_shape[0] for a in chunk)
-        if small is not None:
-            if changed:
-                work = _refit_chunk(work, dense, chunk, small, left, right, keep, generator)
-            right = _advance(build_model(work.spec, work.state_dict), small, right)
-        left = _advance(dense, chunk, left)
+        if not changed:
+            left = right = _advance(dense, chunk, left, own=chunk[0].block is not None)
+        elif small is None:
+            left = _advance(dense, chunk, left, own=right is not left)
+        else:
+            jobs = _jobs(work.checkpoint, small)
+            places = {job.layer.name: _places(job.layer, len(left), generator) for job in jobs}
+            own = right is not left and chunk[0].block is not None
+            left, targets = _targets(dense, chunk, left, jobs, places, keep, own=own)
+            if jobs:
+                _refit_chunk(work, small, jobs, right, places, targets)
+            right = _advance(work.model, small, right, own=chunk[0].block is not None)
         context.progress("repairing blocks", done, len(chunks))
-    return work
+    return work.checkpoint
+
+
+def _targets(
+    dense: ResNet,
+    chunk: Sequence[Layer],
+    left: Tensor,
+    jobs: Sequence[_Job],
+    places: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    *,
+    own: bool,
+) -> tuple[Tensor, dict[str, _Rows]]:
+    """Return the dense network's output of a chunk, and what each layer of it is to be fitted to, by name."""
+    targets = {job.layer.name: _Rows(len(left)) for job in jobs}
+
+    def collect(part: slice, inside: _Inside) -> None:
+        for job in jobs:
+            value = inside[job.target].index_select(1, keep[job.target])
+            targets[job.layer.name].put(part, _pixels(value, places[job.layer.name][part]))
+
+    return _advance(dense, chunk, left, own=own, watch=collect), targets
+
+
+class _Work:
+    """The pruned network while it is refitted: as tensors, and as a model that runs."""
+
+    def __init__(self, pruned: Checkpoint) -> None:
+        self.checkpoint = Checkpoint(pruned.spec, dict(pruned.state_dict), None, pruned.provenance)
+        self.model = build_model(pruned.spec, pruned.state_dict).requires_grad_(False)
+
+    def set(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace some tensors."""
+        self.checkpoint = Checkpoint(
+            self.checkpoint.spec, {**self.checkpoint.state_dict, **tensors}, None, self.checkpoint.provenance
+        )
+        for name, value in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            getattr(self.model.get_submodule(path), leaf).copy_(value)
+
+
+class _Rows:
+    """Rows (N * P, C) of all images, put together part by part."""
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._rows_ND = torch.empty(0)
+
+    def put(self, part: slice, rows_ND: Tensor) -> None:
+        """Take in the rows of some images."""
+        per = len(rows_ND) // (part.stop - part.start)
+        if not len(self._rows_ND):
+            self._rows_ND = rows_ND.new_empty(per * self._images, rows_ND.shape[1])
+        self._rows_ND[part.start * per : part.stop * per] = rows_ND
+
+    def take(self) -> Tensor:
+        """Return the rows, and forget them."""
+        rows_ND, self._rows_ND = self._rows_ND, torch.empty(0)
+        return rows_ND
 
 
 def _refit_chunk(
-    work: Checkpoint,
-    dense: ResNet,
-    chunk: Sequence[Layer],
+    work: _Work,
     small: Sequence[Layer],
-    left: Tensor,
+    jobs: Sequence[_Job],
     right: Tensor,
-    keep: dict[str, Tensor],
-    generator: torch.Generator,
-) -> Checkpoint:
-    """Return `work` with every convolution and linear layer of one chunk refitted.
+    places: Mapping[str, Tensor],
+    targets: Mapping[str, _Rows],
+) -> None:
+    """Refit every convolution and linear layer of one chunk; a block that is no better for it stays as it was.
 
     Args:
         work: The pruned network so far.
-        dense: The dense network.
-        chunk: The layers in the dense network.
-        small: The same layers in the pruned one.
-        left: What enters the chunk in the dense network.
-        right: What enters it in the pruned one.
-        keep: Channels that stay, per dense tensor.
-        generator: Chooses pixels.
+        small: The layers.
+        jobs: What to refit, in this order.
+        right: What enters the chunk in the pruned network.
+        places: The pixels of each layer to look at.
+        targets: What the dense network makes of them.
     """
-    jobs = _jobs(work, small)
-    places = {job.layer.name: _places(job.layer, len(left), generator) for job in jobs}
-    targets: dict[str, list[Tensor]] = {job.layer.name: [] for job in jobs}
-    for part in _parts(len(left), chunk):
-        inside = _run(dense, chunk, left[part])
-        for job in jobs:
-            value = inside[job.target].index_select(1, keep[job.target])
-            targets[job.layer.name].append(_pixels(value, places[job.layer.name][part]))
+    cached = {small[0].inputs[0]: right}
+    last = jobs[-1]
+    old_NO = _Rows(len(right))
+    if last.skip:
+        for part in _parts(len(right), small):
+            inside = _Inside(work.model, small, cached, part)
+            old_NO.put(part, _pixels(inside[last.target], places[last.layer.name][part]))
+    old = {name: work.checkpoint.state_dict[name] for job in jobs for name in _tensor_names(work.checkpoint, job.layer)}
     for job in jobs:
-        model = build_model(work.spec, work.state_dict)
-        behind = {job.layer.name, "add"}
-        before = [layer for layer in small if not {layer.name, layer.op} & behind]
-        rows, skips = [], []
-        for part in _parts(len(right), chunk):
-            inside = _run(model, before, right[part], entry=small[0].inputs[0])
-            rows.append(_patches(inside[job.layer.inputs[0]], job.layer, places[job.layer.name][part]))
+        reads = job.layer.inputs[0]
+        known = reads in cached
+        rows, skips = _Rows(len(right)), _Rows(len(right))
+        fresh: Tensor | None = None
+        for part in _parts(len(right), small):
+            inside = _Inside(work.model, small, cached, part)
+            value = inside[reads]
+            rows.put(part, _patches(value, job.layer, places[job.layer.name][part]))
             if job.skip:
-                skips.append(_pixels(inside[job.skip], places[job.layer.name][part]))
-        work = _solve(work, job, torch.cat(rows), torch.cat(targets.pop(job.layer.name)), torch.cat(skips) if skips else None)
-    return work
+                skips.put(part, _pixels(inside[job.skip], places[job.layer.name][part]))
+            if not known:
+                fresh = fresh if fresh is not None else value.new_empty(len(right), *value.shape[1:])
+                fresh[part] = value
+        if fresh is not None:  # what the next layer needs can be computed from this
+            cached = {small[0].inputs[0]: right, reads: fresh}
+        target_NO = targets[job.layer.name].take()
+        tensors, error = _solve(work.checkpoint, job, rows.take(), target_NO, skips.take() if job.skip else None)
+        work.set(tensors)
+        if job is last and last.skip:
+            before = float((old_NO.take().clamp_min(0) - target_NO.clamp_min(0)).square().mean())
+            if error > before:
+                work.set(old)
 
 
 @dataclass(frozen=True)
@@ -221,12 +301,15 @@ def _jobs(work: Checkpoint, small: Sequence[Layer]) -> list[_Job]:
     return [j for j in jobs if not j.skip] + last
 
 
-def _solve(work: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, skip_NO: Tensor | None) -> Checkpoint:
-    old = folded(work, job.layer)
-    has_bias = f"{job.layer.name}.bias" in work.state_dict or old.output != job.layer.name
+def _solve(
+    checkpoint: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, skip_NO: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
+    """Return the refitted tensors of one layer, and the mean squared error that is left."""
+    old = folded(checkpoint, job.layer)
+    has_bias = f"{job.layer.name}.bias" in checkpoint.state_dict or old.output != job.layer.name
     shape = old.weight_OIKK.shape
     groups = job.layer.groups
-    weights, biases = [], []
+    fits = []
     columns, outputs = x_ND.shape[1] // groups, shape[0] // groups
     for g in range(groups):
         o = slice(g * outputs, (g + 1) * outputs)
@@ -240,12 +323,17 @@ def _solve(work: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, skip_NO
             fit_bias=has_bias,
             ridge=_RIDGE,
         )
-        weights.append(fit.w_OD)
-        biases.append(fit.b_O)
-    new = Folded(torch.cat(weights).reshape(shape), torch.cat(biases), old.output)
-    out_NO = torch.cat([x_ND[:, g * columns : (g + 1) * columns] @ weights[g].T + biases[g] for g in range(groups)], dim=1)
+        fits.append(fit)
+    new = Folded(torch.cat([f.w_OD for f in fits]).reshape(shape), torch.cat([f.b_O for f in fits]), old.output)
+    out_NO = torch.cat([x_ND[:, g * columns : (g + 1) * columns] @ f.w_OD.T + f.b_O for g, f in enumerate(fits)], dim=1)
     var, mean = torch.var_mean(out_NO, 0, correction=0)
-    return Checkpoint(work.spec, {**work.state_dict, **unfolded(work, job.layer, new, mean, var)}, None, work.provenance)
+    return unfolded(checkpoint, job.layer, new, mean, var), sum(f.after for f in fits) / groups
+
+
+def _tensor_names(checkpoint: Checkpoint, layer: Layer) -> list[str]:
+    """Return the names of the tensors of a layer and of the BatchNorm behind it."""
+    owners = (layer.name, folded(checkpoint, layer).output)
+    return [name for name in checkpoint.state_dict if name.rpartition(".")[0] in owners]
 
 
 def _images(context: Context, layers: Sequence[Layer]) -> Tensor:
@@ -283,26 +371,59 @@ def _parts(n: int, chunk: Sequence[Layer]) -> Iterator[slice]:
         yield slice(start, min(n, start + size))
 
 
-@torch.no_grad()
-def _run(model: ResNet, chunk: Sequence[Layer], x_NCHW: Tensor, *, entry: str | None = None) -> dict[str, Tensor]:
-    """Return every tensor that can be computed inside a chunk from what enters it.
+class _Inside:
+    """The tensors inside a chunk for some of the images, each computed when it is asked for."""
+
+    def __init__(self, model: ResNet, chunk: Sequence[Layer], known: Mapping[str, Tensor], part: slice) -> None:
+        """Start from tensors that are known for all images.
+
+        Args:
+            model: The network.
+            chunk: Its layers.
+            known: Tensors of all images, by name; what enters the chunk is among them.
+            part: The images.
+        """
+        self._model = model
+        self._layers = {layer.name: layer for layer in chunk}
+        self._values = {name: value[part] for name, value in known.items()}
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor of the chunk."""
+        if name not in self._values:
+            layer = self._layers[name]
+            self._values[name] = self._model.compute(layer, [self[i] for i in layer.inputs])
+        return self._values[name]
+
+
+def _advance(
+    model: ResNet,
+    chunk: Sequence[Layer],
+    x_NCHW: Tensor,
+    *,
+    own: bool,
+    watch: Callable[[slice, _Inside], None] = lambda part, inside: None,
+) -> Tensor:
+    """Return the output of a chunk for all images.
 
     Args:
         model: The network.
         chunk: Its layers.
         x_NCHW: What enters.
-        entry: The name of that tensor, by default the input of the first layer.
+        own: Whether the output may overwrite it.
+        watch: Called with each part of the images and its tensors.
     """
-    inside = {entry or chunk[0].inputs[0]: x_NCHW}
-    for layer in chunk:
-        if all(name in inside for name in layer.inputs):
-            inside[layer.name] = model.compute(layer, [inside[name] for name in layer.inputs])
-    return inside
-
-
-def _advance(model: ResNet, chunk: Sequence[Layer], x_NCHW: Tensor) -> Tensor:
-    """Return the output of a chunk for all images."""
-    return torch.cat([_run(model, chunk, x_NCHW[part])[chunk[-1].name] for part in _parts(len(x_NCHW), chunk)])
+    out: Tensor | None = None
+    for part in _parts(len(x_NCHW), chunk):
+        inside = _Inside(model, chunk, {chunk[0].inputs[0]: x_NCHW}, part)
+        watch(part, inside)
+        value = inside[chunk[-1].name]
+        if out is None:
+            reuse = own and value.shape[1:] == x_NCHW.shape[1:]
+            out = x_NCHW if reuse else value.new_empty(len(x_NCHW), *value.shape[1:])
+        out[part] = value
+    assert out is not None
+    return out
 
 
 def _places(layer: Layer, n: int, generator: torch.Generator) -> Tensor:
