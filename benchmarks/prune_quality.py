@@ -1,6 +1,6 @@
 """Pruning quality side by side: ours and Torch-Pruning, on the same data, at the same MACs, with the same fine-tuning.
 
-    python benchmarks/prune_quality.py CKPT --data CIFAR10 [--macs 0.5 0.3] [--seeds 0 1 2] [--epochs 1] [--out FILE.json]
+    python benchmarks/prune_quality.py CKPT --data CIFAR10 [--macs 0.5 0.3] [--seeds 0 1 2] [--epochs 1] [--work FOLDER]
 
 Torch-Pruning (``pip install --no-deps torch-pruning==1.6.1``) gets every combination of importance (L2, LAMP, Taylor) and
 ranking (over the whole network, per layer), each with BatchNorm measured again on the calibration images; the best on
@@ -8,7 +8,8 @@ ranking (over the whole network, per layer), each with BatchNorm measured again 
 pad shortcuts, so ``--scope all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same
 function, some MACs more. ``val`` is read for the figures of the table alone.
 
-Every figure is kept in the JSON file as soon as it is there, and a run that is started again goes on from it.
+With ``--work`` every figure is in ``results.json`` as soon as it is there, and a run that is started again goes on from
+it, from the pruned networks and from the states of unfinished trainings beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.checkpoints import load_checkpoint
+from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
@@ -178,43 +179,72 @@ def peer_best(dense: Checkpoint, fraction: float, scope: Scope, calibration: Spl
 
 
 class Results:
-    """Cells by key, kept in a JSON file."""
+    """Cells by key, kept in a JSON file; beside it lie pruned networks and the states of trainings."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self.cells: dict[str, Cell] = {}
-        if path is not None and path.is_file():
-            self.cells = {k: Cell(**v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        if folder is not None and (folder / "results.json").is_file():
+            found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            self.cells = {k: Cell(**v) for k, v in found.items()}
 
     def get(self, key: str, make: Callable[[], Cell]) -> Cell:
         """Return the cell, made if it is not there."""
         if key not in self.cells:
             self.cells[key] = make()
-            if self.path is not None:
-                write_text(self.path, json.dumps({k: asdict(c) for k, c in sorted(self.cells.items())}, indent=1) + "\n")
+            if self.folder is not None:
+                text = json.dumps({k: asdict(c) for k, c in sorted(self.cells.items())}, indent=1)
+                write_text(self.folder / "results.json", text + "\n")
         return self.cells[key]
+
+    def file(self, key: str, suffix: str) -> Path | None:
+        """Return where something that belongs to a cell is kept."""
+        return None if self.folder is None else self.folder / (key.replace(" ", "_").replace("=", "") + suffix)
 
 
 @dataclass(frozen=True)
 class Bench:
     """What all cells share."""
 
+    name: str
     dense: Checkpoint
     rest: Split
     held: Split
     val: Split
+    results: Results
     args: argparse.Namespace
 
-    def cell(self, name: str, fraction: float, seed: int) -> Cell:
-        """Prune, tune and evaluate one network."""
+    def cell(self, method: str, fraction: float, seed: int) -> Cell:
+        """Return the figures of one network, before or after fine-tuning."""
+        key = f"{self.name} {fraction:g} {method} seed={seed} calib={self.args.calib}"
+        tuning = self.tuning()
+        if not tuning:
+            return self.results.get(key, lambda: self.pruned(key, method, fraction, seed)[0])
+        return self.results.get(f"{key} {tuning}", lambda: self.tuned(key, method, fraction, seed))
+
+    def tuning(self) -> str:
+        """Return the fine-tuning in words."""
+        a = self.args
+        if not a.epochs:
+            return ""
+        words = f"epochs={a.epochs:g} lr={a.lr:g} {a.precision}"
+        if a.distil:
+            words += f" distil={a.distil:g}" + (f" features={a.features:g}" if a.features else "")
+        return words
+
+    def pruned(self, key: str, method: str, fraction: float, seed: int) -> tuple[Cell, Checkpoint]:
+        """Prune and evaluate one network."""
+        path = self.results.file(key, ".safetensors")
+        if path is not None and path.is_file() and key in self.results.cells:
+            return self.results.cells[key], load_checkpoint(path)
         calibration = self.rest.take(self.args.calib, seed)
         start, chosen = time.perf_counter(), ""
-        if name == PEER:
-            pruned, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held)
+        if method == PEER:
+            network, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held)
         else:
-            pruned = prune(
+            network = prune(
                 self.dense,
-                method=name,
+                method=method,
                 budget=Budget(kind="macs", value=fraction),
                 scope=self.args.scope,
                 align=1,
@@ -222,20 +252,30 @@ class Bench:
                 seed=seed,
             ).checkpoint
         seconds = time.perf_counter() - start
-        left = fraction_left(pruned.spec, self.dense.spec)
+        left = fraction_left(network.spec, self.dense.spec)
         if abs(left / fraction - 1) > 0.01:
-            raise SystemExit(f"{name} left {left:.4f} of the MACs instead of {fraction}: not comparable")
-        return Cell(left, top1(self.tuned(pruned, seed), self.val), seconds, chosen)
+            raise SystemExit(f"{method} left {left:.4f} of the MACs instead of {fraction}: not comparable")
+        if path is not None:
+            save_checkpoint(network, path)
+        return Cell(left, top1(network, self.val), seconds, chosen), network
 
-    def tuned(self, checkpoint: Checkpoint, seed: int) -> Checkpoint:
-        """Return the checkpoint after the fine-tuning that everybody gets."""
-        if not self.args.epochs:
-            return checkpoint
-        model = build_model(checkpoint.spec, checkpoint.state_dict)
-        teacher = build_model(self.dense.spec, self.dense.state_dict) if self.args.distil else None
-        settings = TrainSettings(epochs=self.args.epochs, lr=self.args.lr, seed=seed)
-        train(model, self.rest, settings, teacher=teacher)
-        return Checkpoint(checkpoint.spec, tensors_of(model))
+    def tuned(self, key: str, method: str, fraction: float, seed: int) -> Cell:
+        """Fine-tune one network as everybody's is, and evaluate it."""
+        cell = self.results.get(key, lambda: self.pruned(key, method, fraction, seed)[0])
+        network = self.pruned(key, method, fraction, seed)[1]
+        model = build_model(network.spec, network.state_dict)
+        a = self.args
+        settings = TrainSettings(
+            epochs=a.epochs, lr=a.lr, seed=seed, precision=a.precision, distill=a.distil or 1.0, features=a.features
+        )
+        teacher = build_model(self.dense.spec, self.dense.state_dict) if a.distil else None
+        state = self.results.file(f"{key} {self.tuning()}", ".state")
+        train(model, self.rest, settings, teacher=teacher, resume_file=state)
+        after = Checkpoint(network.spec, tensors_of(model))
+        figure = Cell(cell.macs, top1(after, self.val), cell.seconds, cell.chosen)
+        if state is not None:
+            state.unlink(missing_ok=True)
+        return figure
 
 
 def main() -> None:
@@ -250,22 +290,24 @@ def main() -> None:
     parser.add_argument("--calib", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=0)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--distil", action="store_true")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--distil", type=float, default=0.0, help="weight of the dense network's outputs in the loss")
+    parser.add_argument("--features", type=float, default=0.0, help="weight of its stages' outputs, with --distil")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the fine-tuning")
+    parser.add_argument("--work", type=Path, default=None, help="folder for results.json, pruned networks and states")
     args = parser.parse_args()
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     dense = load_checkpoint(args.checkpoint)
     if args.scope == "all":
         dense = with_projections(dense)
     data = load_dataset(args.data, dense.spec)
     order = np.random.default_rng(0).permutation(len(data.train))
-    bench = Bench(dense, data.train.subset(order[HELD:]), data.train.subset(order[:HELD]), data.val, args)
-    results = Results(args.out)
     name = f"{Path(args.checkpoint).stem} {args.scope}"
+    results = Results(args.work)
+    bench = Bench(name, dense, data.train.subset(order[HELD:]), data.train.subset(order[:HELD]), data.val, results, args)
     whole = results.get(f"{name} dense", lambda: Cell(1.0, top1(dense, data.val), 0.0))
-    tuning = f"{args.epochs:g} epochs of {'distillation' if args.distil else 'fine-tuning'}" + f", lr {args.lr:g}" * bool(
-        args.epochs
-    )
-    print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} images, align 1; {tuning}")
+    print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} calibration images, align 1")
+    print(f"fine-tuning: {bench.tuning() or 'none'}")
     if PEER in args.methods:
         version = importlib.metadata.version("torch-pruning")
         print(
@@ -275,11 +317,7 @@ def main() -> None:
     print(f"{'MACs':>5} {'reached':>8} {'method':14} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
     for fraction in args.macs:
         for method in args.methods:
-            cells = []
-            for seed in args.seeds:
-                key = f"{name} {fraction:g} {method} seed={seed} calib={args.calib} epochs={args.epochs:g}"
-                key += f" lr={args.lr:g}{' distil' if args.distil else ''}" if args.epochs else ""
-                cells.append(results.get(key, lambda m=method, f=fraction, s=seed: bench.cell(m, f, s)))  # type: ignore[misc]
+            cells = [bench.cell(method, fraction, seed) for seed in args.seeds]
             figures = [c.top1 for c in cells]
             mean, spread = statistics.mean(figures), max(figures) - min(figures)
             macs, seconds = statistics.mean(c.macs for c in cells), statistics.mean(c.seconds for c in cells)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Split, normalise
+from compress.resnet import ResNet
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import BadInput, DataError
 
@@ -48,6 +49,8 @@ class TrainSettings:
         freeze_bn_after: Fraction of the steps after which BatchNorm uses and keeps its running statistics.
         seed: Of order, augmentation and dropout.
         device: ``cpu``, ``cuda``, or ``auto``.
+        features: Weight of the distance between the outputs of the blocks and the teacher's (`feature_loss`), beside the
+            other losses. Only with a teacher.
         precision: ``fp32``, or ``bf16``: convolutions and linear layers compute in bfloat16 (autocast), weights and the
             optimizer stay float32. Faster where the processor has bfloat16 units; not for quantization-aware training,
             whose rounding must be the one that runs.
@@ -65,6 +68,7 @@ class TrainSettings:
     freeze_bn_after: float = 1.0
     seed: int = 0
     device: str = "auto"
+    features: float = 0.0
     precision: Precision = "fp32"
 
 
@@ -157,6 +161,7 @@ def train(
         )
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
+    watched = shared_features(model, teacher) if settings.features else ()
     optimizer = _optimizer(model, settings)
     fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size}"
     log = TrainLog()
@@ -165,6 +170,9 @@ def train(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
         teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    layout = torch.channels_last if settings.precision == "bf16" else torch.contiguous_format  # bfloat16 kernels like it
+    for network in (model, *([teacher] if teacher is not None else [])):
+        network.to(memory_format=layout)
     wrapped.train()
     meter = _Meter()
     saved_at = time.monotonic()
@@ -176,8 +184,8 @@ def train(
         if step >= settings.freeze_bn_after * steps:
             freeze_batch_norm(model)
         x, y = _batch(split, settings, epoch, within, step, batch_size, processes)
-        x, y = x.to(accelerator.device), y.to(accelerator.device)
-        loss, correct = _step(wrapped, teacher, x, y, settings)
+        x, y = x.to(accelerator.device).contiguous(memory_format=layout), y.to(accelerator.device)
+        loss, correct = _step(wrapped, teacher, x, y, settings, watched)
         value = loss.item()
         if not math.isfinite(value):
             raise BadInput(f"training diverged in step {step + 1}: the loss is {value}", remedy="lower --lr")
@@ -197,7 +205,7 @@ def train(
                 _save(resume_file, fingerprint, step + 1, model, optimizer, log, epoch_sums)
                 saved_at = time.monotonic()
     accelerator.wait_for_everyone()
-    model.to("cpu").eval()
+    model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return log
 
 
@@ -227,19 +235,83 @@ def label_loss(logits_NK: Tensor, y_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NK, y_N)
 
 
-def _step(model: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor, settings: TrainSettings) -> tuple[Tensor, int]:
+def shared_features(student: nn.Module, teacher: nn.Module | None) -> tuple[str, ...]:
+    """Return the blocks' outputs that student and teacher both have, in the same shape.
+
+    Args:
+        student: A `ResNet`.
+        teacher: Likewise.
+
+    Raises:
+        BadInput: There is no teacher, or they share none.
+    """
+    outputs = [_block_outputs(m) for m in (student, teacher) if isinstance(m, ResNet)]
+    shared = tuple(name for name, shape in outputs[0].items() if outputs[1].get(name) == shape) if len(outputs) == 2 else ()
+    if not shared:
+        raise BadInput(
+            "student and teacher have no block output of the same shape in common",
+            where="features",
+            remedy="distil the outputs alone, or prune with --scope inner",
+        )
+    return shared
+
+
+def _block_outputs(model: ResNet) -> dict[str, tuple[int, ...]]:
+    last = {layer.block: layer for layer in model.layers if layer.block is not None}
+    return {layer.name: tuple(layer.out_shape) for layer in last.values()}
+
+
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over tensors of the squared distance, relative to the teacher's energy.
+
+    The hint loss of Romero et al. 2015 (arXiv:1412.6550, equation 3) without a regressor.
+
+    Args:
+        student: Tensors by name.
+        teacher: The same names and shapes.
+    """
+    shares = [
+        (student[name].float() - t.float()).square().sum() / t.float().square().sum().clamp_min(1e-12)
+        for name, t in teacher.items()
+    ]
+    return torch.stack(shares).mean()
+
+
+class _Watch:
+    """Keeps the named tensors of a forward pass."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        if name in self._names:
+            self.seen[name] = value
+
+
+def _step(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    x: Tensor,
+    y: Tensor,
+    settings: TrainSettings,
+    watched: Sequence[str] = (),
+) -> tuple[Tensor, int]:
+    mine, wanted = _Watch(watched), _Watch(watched)
     with _autocast(x, settings):
-        logits = model(x).float()
+        logits = (model(x, mine) if watched else model(x)).float()
     predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
     correct = int((predicted == y).sum())
     if teacher is None:
         return label_loss(logits, y), correct
     with torch.no_grad(), _autocast(x, settings):
-        target = teacher(x).float()
+        target = (teacher(x, wanted) if watched else teacher(x)).float()
     soft = distillation_loss(logits, target, settings.temperature)
     loss = settings.distill * soft
     if settings.distill < 1.0:
         loss = loss + (1.0 - settings.distill) * label_loss(logits, y)
+    if watched:
+        loss = loss + settings.features * feature_loss(mine.seen, wanted.seen)
     return loss, correct
 
 

@@ -27,6 +27,8 @@ class PruneConfig(Frozen):
         align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one.
         calib: Images to calibrate with, from the training split.
         drop_blocks: Whether whole blocks may go; by default where the budget is latency.
+        iterations: Steps in which the budget is reached, each but the last followed by its share of the fine-tuning.
+        recalibrate: Whether BatchNorm statistics are measured again at the end; by default where the method repairs nothing.
         plan: A plan file to follow instead of searching.
     """
 
@@ -39,6 +41,8 @@ class PruneConfig(Frozen):
     align: Align = "auto"
     calib: int = Field(512, ge=1)
     drop_blocks: bool | None = None
+    iterations: int = Field(1, ge=1, le=100)
+    recalibrate: bool | None = None
     plan: str | None = None
 
     @model_validator(mode="after")
@@ -48,6 +52,8 @@ class PruneConfig(Frozen):
             raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
         if isinstance(self.align, int) and self.align < 1:
             raise ValueError("align is 'auto' or a whole number from 1")
+        if self.plan is not None and self.iterations > 1:
+            raise ValueError("a plan says what goes: it takes no iterations")
         return self
 
     @property
@@ -58,6 +64,19 @@ class PruneConfig(Frozen):
             if value is not None:
                 return name, float(value)
         return "macs", 0.5
+
+    def step(self, number: int) -> PruneConfig:
+        """Return the settings of one of the iterations: what is left shrinks by the same factor in each.
+
+        Args:
+            number: From 1 to `iterations`.
+        """
+        kind, value = self.budget
+        if number == self.iterations:
+            return self
+        share = number / self.iterations
+        some = 1.0 - (1.0 - value) ** share if kind == "ratio" else value**share
+        return self.model_copy(update={kind: some})
 
 
 class FinetuneConfig(Frozen):
@@ -70,6 +89,7 @@ class FinetuneConfig(Frozen):
         batch_size: Images per step.
         distill: Weight of the teacher's loss.
         temperature: Of the teacher's softmax.
+        features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
         precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
     """
 
@@ -79,6 +99,7 @@ class FinetuneConfig(Frozen):
     batch_size: int = Field(128, ge=2)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0)
+    features: float = Field(0.0, ge=0.0)
     precision: Literal["fp32", "bf16"] = "fp32"
 
 

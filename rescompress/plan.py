@@ -114,17 +114,66 @@ class Builder:
         """Return the stage that evaluates and counts the network as it came."""
         return self._stage("dense", "dense", {}, {}, {"source": self.opening})
 
-    def prune(self, config: PruneConfig, targets: Sequence[str], source: str | Opening) -> Stage:
-        """Return the pruning stage."""
+    def prune(
+        self,
+        config: PruneConfig,
+        targets: Sequence[str],
+        source: str | Opening,
+        *,
+        name: str = "prune",
+        before: str | None = None,
+    ) -> Stage:
+        """Return the pruning stage.
+
+        Args:
+            config: How.
+            targets: What it is for.
+            source: The network.
+            name: Of the stage.
+            before: The pruning stage before this one, where the network has been pruned in an earlier iteration; the
+                budget and the plan are about the network of the stage ``dense`` then.
+        """
         plan = file_identity(config.plan) if config.plan else None
         depends = {"config": config.model_dump(), "plan": plan, "targets": _facts(targets)}
-        return self._stage("prune", "pruned", {"config": config, "targets": tuple(targets)}, depends, {"source": source})
+        arguments = {"config": config, "targets": tuple(targets), "name": name, "before": before}
+        after = [before, "dense"] if before else []
+        return self._stage(name, "pruned", arguments, depends, {"source": source}, after=after)
 
-    def finetune(self, config: FinetuneConfig, source: str | Opening, teacher: str | Opening | None) -> Stage:
+    def finetune(
+        self, config: FinetuneConfig, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
+    ) -> Stage:
         """Return the fine-tuning stage."""
         sources = {"source": source, "teacher": teacher}
         depends = {"config": config.model_dump()}
-        return self._stage("finetune", "finetuned", {"config": config}, depends, sources, collective=True)
+        return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
+
+    def prune_and_tune(self, prune: PruneConfig, tune: FinetuneConfig | None, targets: Sequence[str]) -> list[Stage]:
+        """Return the stages that prune the network of the stage ``dense``, in iterations with fine-tuning between them.
+
+        Args:
+            prune: How; with more than one iteration, every step but the last is a stage of its own.
+            tune: Fine-tuning; its epochs are shared evenly by the iterations.
+            targets: What it is for.
+
+        Raises:
+            BadInput: Iterations without fine-tuning.
+        """
+        steps = prune.iterations
+        if tune is None:
+            if steps > 1:
+                raise BadInput(
+                    f"{steps} iterations need fine-tuning between them", where="iterations", remedy="say how many epochs"
+                )
+            return [self.prune(prune, targets, "dense")]
+        share = tune.model_copy(update={"epochs": tune.epochs / steps})
+        stages: list[Stage] = []
+        last, before = "dense", None
+        for number in range(1, steps + 1):
+            suffix = f"-{number}" if number < steps else ""
+            stages.append(self.prune(prune.step(number), targets, last, name=f"prune{suffix}", before=before))
+            stages.append(self.finetune(share, f"prune{suffix}", teacher_of(tune.teacher), name=f"finetune{suffix}"))
+            last, before = f"finetune{suffix}", f"prune{suffix}"
+        return stages
 
     def quantize(self, config: QuantizeConfig, profile: Profile, source: str | Opening, teacher: str | Opening | None) -> Stage:
         """Return the quantization stage."""
@@ -181,9 +230,9 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     stages = [builder.dense()]
     last = "dense"
     if config.prune is not None:
-        stages.append(builder.prune(config.prune, config.targets, last))
-        last = "prune"
-    if config.finetune is not None:
+        stages += builder.prune_and_tune(config.prune, config.finetune, config.targets)
+        last = stages[-1].name
+    elif config.finetune is not None:
         stages.append(builder.finetune(config.finetune, last, teacher_of(config.finetune.teacher)))
         last = "finetune"
     if config.quantize is not None:

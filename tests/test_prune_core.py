@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compress.checkpoints.base import Checkpoint
@@ -342,6 +342,70 @@ def test_knapsack_against_brute_force(items, fraction):
     assert sum(o[1][i] for o, i in zip(options, chosen, strict=True)) <= limit * (1 + 1e-9)
     if best is not None:
         assert sum(o[0][i] for o, i in zip(options, chosen, strict=True)) <= best + 1e-9
+
+
+def zip_blocks(dense, pruned):
+    left = {b.name: b for b in pruned.blocks}
+    return [(b, left[b.name]) for b in dense.blocks if b.name in left]
+
+
+def test_a_plan_that_cannot_be_told_in_units_of_the_dense_network_is_refused():
+    spec = SPECS["resnext"]
+    first = PruningPlan(arch="x", spec_digest=spec.digest, method="by hand", keep={"layer1.0.conv1": (2,)})
+    second = PruningPlan(
+        arch="x", spec_digest=pruned_spec(spec, first).digest, method="by hand", keep={"layer1.0.conv1": (0, 1)}
+    )
+    with pytest.raises(BadInput, match="one convolution group"):
+        second.after(first, spec)
+
+
+@every_spec
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=5, deadline=None)
+def test_two_plans_are_one(spec, seed):
+    checkpoint = random_checkpoint(spec, seed)
+    first = random_plan(spec, seed)
+    once = apply(checkpoint, first)
+    second = random_plan(once.spec, seed + 1)
+    assume(all(before.groups == 1 or after.groups > 1 for before, after in zip_blocks(spec, once.spec)))
+    twice = apply(once, second)
+    both = apply(checkpoint, second.after(first, spec))
+    assert both.spec == twice.spec
+    assert both.state_dict.keys() == twice.state_dict.keys()
+    assert all(torch.equal(v, twice.state_dict[k]) for k, v in both.state_dict.items())
+
+
+@pytest.mark.parametrize("budget", [Budget(kind="macs", value=0.5), Budget(kind="ratio", value=0.5)])
+def test_a_budget_may_be_a_fraction_of_an_earlier_network(budget):
+    spec = SPECS["bottleneck"]
+    whole = random_checkpoint(spec, dtype=torch.float32)
+    some = prune(
+        whole, method="magnitude", budget=budget.model_copy(update={"value": 0.75 if budget.kind == "macs" else 0.3}), align=1
+    )
+    rest = prune(some.checkpoint, method="magnitude", budget=budget, align=1, reference=spec)
+    once = prune(whole, method="magnitude", budget=budget, align=1)
+    assert rest.macs_before == total_macs(walk(spec))
+    if budget.kind == "ratio":
+        assert rest.widths == once.widths
+    else:
+        assert 0.44 * rest.macs_before <= rest.macs_after <= 0.5 * rest.macs_before
+
+
+def test_batch_norm_is_measured_again_where_asked():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    x = torch.randn(32, 3, 8, 8)
+    budget = Budget(kind="macs", value=0.6)
+
+    def means(**options):
+        result = prune(checkpoint, method="magnitude", budget=budget, align=1, calibration_x=x, **options)
+        return torch.cat([v for k, v in result.checkpoint.state_dict.items() if k.endswith("running_mean")])
+
+    assert torch.equal(means(), means(bn_recalibration=True))
+    assert not torch.equal(means(), means(bn_recalibration=False))
+    plain = prune(checkpoint, method="magnitude", budget=budget, align=1)
+    assert all(torch.equal(v, apply(checkpoint, plain.plan).state_dict[k]) for k, v in plain.checkpoint.state_dict.items())
+    with pytest.raises(BadInput, match="without images"):
+        prune(checkpoint, method="magnitude", budget=budget, align=1, bn_recalibration=True)
 
 
 def test_plan_for_another_network_is_refused():

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune_core import SPECS, every_spec, random_checkpoint
 
-from compress.prune import Budget, prune, prune_by_plan
+from compress.prune import Budget, apply, prune, prune_by_plan
+from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.gradients import sampled_gradients
 from compress.prune.method import Context
@@ -59,6 +60,9 @@ def test_refit_never_makes_it_worse(seed, relu, few, skip):
     error = float((cut(out) - cut(target)).square().mean())
     assert error <= fit.before * (1 + 1e-5)
     assert error == pytest.approx(fit.after, rel=1e-3, abs=1e-6)
+    alone = x @ fit.w_OD.T + fit.b_O
+    assert torch.allclose(fit.mean_O, alone.mean(0), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(fit.var_O, alone.var(0, correction=0), rtol=1e-3, atol=1e-4)
 
 
 def test_refit_finds_the_exact_map_behind_a_relu():
@@ -104,6 +108,31 @@ def test_repair_brings_the_outputs_closer(spec, scope):
     if spec.head is not None:
         assert distance(repaired) < distance(plain)
     assert repaired.macs_after <= 0.6 * repaired.macs_before
+
+
+@every_spec
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_repair_never_makes_a_block_worse(spec, scope):
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    x = torch.randn(24, *spec.input_shape)
+    result = prune(checkpoint, budget=Budget(kind="macs", value=0.6), scope=scope, align=1, calibration_x=x)
+    cut = apply(checkpoint, result.plan).state_dict
+    keep = channels_kept(spec, result.plan)
+
+    def outputs(spec_, tensors):
+        seen = {}
+        with torch.no_grad():
+            build_model(spec_, tensors)(x, lambda name, value: seen.update({name: value}))
+        return seen
+
+    dense = outputs(spec, checkpoint.state_dict)
+    repaired = outputs(result.checkpoint.spec, result.checkpoint.state_dict)
+    for block in result.checkpoint.spec.blocks:
+        out = [layer.name for layer in walk(result.checkpoint.spec) if layer.block == block.name][-1]
+        unrepaired = {k: cut[k] if k.startswith(f"{block.name}.") else v for k, v in result.checkpoint.state_dict.items()}
+        wanted = dense[out][:, keep[out]]
+        before = float((outputs(result.checkpoint.spec, unrepaired)[out] - wanted).square().mean())
+        assert float((repaired[out] - wanted).square().mean()) <= before * (1 + 1e-4) + 1e-9
 
 
 def test_running_statistics_are_those_of_the_data():

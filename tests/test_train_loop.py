@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from compress.data import Inputs, MemoryStore, Split
 from compress.resnet import ResNet, build_model
-from compress.train import TrainSettings, TrainState, augment, distillation_loss, label_loss, train
+from compress.train import (
+    TrainSettings,
+    TrainState,
+    augment,
+    distillation_loss,
+    feature_loss,
+    label_loss,
+    shared_features,
+    train,
+)
 from rescompress.core.errors import BadInput, DataError
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
@@ -139,6 +148,39 @@ def test_the_teacher_is_left_alone(split: Split) -> None:
     train(fresh(), split, settings(), teacher=teacher)
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     assert isinstance(teacher, nn.Module)
+
+
+def test_feature_loss_is_relative_to_the_teacher() -> None:
+    t = {"a": torch.randn(2, 3, 4, 4), "b": torch.randn(2, 5, 2, 2)}
+    assert feature_loss(t, t) == 0
+    assert feature_loss({k: 0 * v for k, v in t.items()}, t) == pytest.approx(1.0)
+    assert feature_loss({"a": t["a"] * 1.5, "b": t["b"]}, t) == pytest.approx(0.25 / 2)
+
+
+def test_distilled_features_come_closer_to_the_teacher(split: Split) -> None:
+    torch.manual_seed(1)
+    teacher = build_model(SPEC)
+    assert shared_features(fresh(), teacher) == ("layer1.0.relu",)
+
+    def distance(**changed: object) -> float:
+        model = fresh()
+        train(model, split, settings(epochs=8, lr=0.01, distill=1.0, **changed), teacher=teacher)
+        seen: list[dict[str, torch.Tensor]] = [{}, {}]
+        with torch.no_grad():
+            for network, into in zip((model, teacher), seen, strict=True):
+                network(split.tensor(), lambda name, value, into=into: into.update({name: value}))  # type: ignore[misc]
+        return float(feature_loss({"a": seen[0]["layer1.0.relu"]}, {"a": seen[1]["layer1.0.relu"]}))
+
+    assert distance(features=1.0) < 0.8 * distance()
+
+
+def test_features_need_a_teacher_of_the_same_shape(split: Split) -> None:
+    with pytest.raises(BadInput, match="in common"):
+        train(fresh(), split, settings(features=1.0))
+    wide = SPEC.model_copy(update={"stem": Stem(convs=(StemConv(width=8, kernel=3, stride=1),), max_pool=False)})
+    wide = wide.replace_blocks({"layer1.0": SPEC.blocks[0].model_copy(update={"widths": (4, 8)})})
+    with pytest.raises(BadInput, match="in common"):
+        train(fresh(), split, settings(features=1.0), teacher=build_model(wide))
 
 
 def test_bfloat16_computes_in_bfloat16_and_leaves_a_float32_network(split: Split) -> None:

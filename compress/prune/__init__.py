@@ -2,7 +2,7 @@
 
 from compress.prune.apply import apply, pruned_spec
 from compress.prune.cost import CostFunction
-from compress.prune.engine import PruneResult, load_method, measure, method_names, prune, prune_by_plan
+from compress.prune.engine import Choice, PruneResult, choose, load_method, measure, method_names, prune, prune_by_plan
 from compress.prune.groups import ChannelGroup, Scope, find_groups, prunable
 from compress.prune.method import Context, Curves, ErrorCurve, Method
 from compress.prune.plan import Budget, PruningPlan, load_plan
@@ -10,6 +10,7 @@ from compress.prune.plan import Budget, PruningPlan, load_plan
 __all__ = [
     "Budget",
     "ChannelGroup",
+    "Choice",
     "Context",
     "CostFunction",
     "Curves",
@@ -19,6 +20,7 @@ __all__ = [
     "PruningPlan",
     "Scope",
     "apply",
+    "choose",
     "find_groups",
     "load_method",
     "load_plan",

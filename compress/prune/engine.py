@@ -21,6 +21,7 @@ from compress.prune.recalibrate import recalibrate
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.spec import ModelSpec
 
 PACKAGE = "compress.prune.methods"
 
@@ -88,6 +89,8 @@ def prune(
     drop_blocks: bool | None = None,
     seed: int = 0,
     cost: CostFunction | None = None,
+    reference: ModelSpec | None = None,
+    bn_recalibration: bool | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Return the checkpoint with channels (and blocks) removed to meet a budget.
@@ -104,6 +107,10 @@ def prune(
             a block is worth.
         seed: Of everything random.
         cost: What a latency budget is about; MACs and parameters are built in.
+        reference: The network that the budget is a fraction of, where the checkpoint is pruned already; its own by
+            default.
+        bn_recalibration: Whether BatchNorm statistics are measured again on the images at the end; by default where
+            there are images and the method repairs nothing itself.
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
@@ -114,27 +121,117 @@ def prune(
     engine = load_method(method)
     _check(checkpoint, budget, align, cost)
     notes: list[str] = []
-    sizes = Sizes(checkpoint.spec)
-    groups = prunable(list(sizes.groups.values()), scope)
-    if not groups:
-        raise BadInput("the network has no channels that this scope may prune", remedy="use --scope all")
+    groups = _groups(checkpoint.spec, scope)
     may_drop = budget.kind == "latency" if drop_blocks is None else drop_blocks
     blocks = droppable(checkpoint.spec) if may_drop and budget.kind != "ratio" else []
-    context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or (lambda what, done, total: None))
+    context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or _silent, notes.append)
+    if bn_recalibration and calibration_x is None:
+        raise BadInput("BatchNorm cannot be measured without images", where="--recalibrate", remedy="give --data")
     if engine.NEEDS_DATA:
         notes += _data_notes(context.images())
     curves = engine.curves(context)
     if drop_blocks and blocks and not curves.blocks:
         notes.append(f"{method} cannot tell what a block is worth; none is dropped")
+    choice = choose(
+        checkpoint.spec,
+        curves,
+        budget=budget,
+        method=method,
+        scope=scope,
+        align=align,
+        strict_align=strict_align,
+        drop=blocks,
+        seed=seed,
+        cost=cost,
+        reference=reference,
+    )
+    cut = apply(checkpoint, choice.plan)
+    pruned = engine.compensate(context, choice.plan, cut)
+    if bn_recalibration or (bn_recalibration is None and pruned is cut and calibration_x is not None):
+        if pruned is cut:
+            notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
+        pruned = recalibrate(pruned, context.images())
+    before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
+    kept = {g.name: len(choice.plan.kept(g)) for g in groups}
+    return PruneResult(
+        checkpoint=pruned,
+        plan=choice.plan,
+        curves=curves,
+        cost_before=choice.cost_before,
+        cost_after=choice.cost_after,
+        macs_before=total_macs(before),
+        macs_after=total_macs(after),
+        params_before=total_params(before),
+        params_after=total_params(after),
+        widths={g.name: kept[g.name] * g.widest for g in groups},
+        ratio=1.0 - sum(kept.values()) / sum(g.size for g in groups),
+        error=choice.error,
+        seconds=time.perf_counter() - start,
+        notes=(*notes, *choice.notes),
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes, chosen from curves.
+
+    Attributes:
+        plan: As data.
+        error: Sum of the curves at the chosen widths, in their unit.
+        cost_before: Of the network that the budget is a fraction of.
+        cost_after: Of the network that the plan leaves.
+        notes: What the user should know.
+    """
+
+    plan: PruningPlan
+    error: float
+    cost_before: float
+    cost_after: float
+    notes: tuple[str, ...]
+
+
+def choose(
+    spec: ModelSpec,
+    curves: Curves,
+    *,
+    budget: Budget,
+    method: str = "reconstruct",
+    scope: Scope = "inner",
+    align: int = 8,
+    strict_align: bool = False,
+    drop: Sequence[str] = (),
+    seed: int = 0,
+    cost: CostFunction | None = None,
+    reference: ModelSpec | None = None,
+) -> Choice:
+    """Return the plan of least error within a budget; curves once measured serve for many budgets.
+
+    Args:
+        spec: The network.
+        curves: Of its groups.
+        budget: See `prune`, as for all that follows.
+        method: What made the curves.
+        scope: Groups that may go; each has a curve.
+        align: Multiple of the widths.
+        strict_align: Never go below `align`.
+        drop: Blocks that may go; those without a price stay.
+        seed: For the plan.
+        cost: What a latency budget is about.
+        reference: What the budget is a fraction of.
+
+    Raises:
+        BudgetError: No allowed network meets the budget; the message names the smallest reachable.
+    """
+    sizes, whole = Sizes(spec), Sizes(reference or spec)
+    groups = _groups(spec, scope)
     widths, reached = _widths(groups, align, strict=strict_align)
-    notes += _align_notes(reached, align)
     function = cost or cost_of(budget.kind) or total_macs
-    before = float(function(sizes.layers))
+    before = float(function(whole.layers))
 
     def plan_for(allocation: Allocation) -> PruningPlan:
         return PruningPlan(
-            arch=checkpoint.spec.arch,
-            spec_digest=checkpoint.spec.digest,
+            arch=spec.arch,
+            spec_digest=spec.digest,
             method=method,
             scope=scope,
             budget=budget,
@@ -145,49 +242,20 @@ def prune(
         )
 
     def exact(allocation: Allocation) -> float:
-        return float(function(walk(pruned_spec(checkpoint.spec, plan_for(allocation)))))
+        return float(function(walk(pruned_spec(spec, plan_for(allocation)))))
 
     def describe(absolute: float) -> str:
         rounded_up = math.ceil(1000 * absolute / before - 1e-6) / 1000
         return f"{rounded_up:.3f} of the {'parameters' if budget.kind == 'params' else budget.kind}"
 
     if budget.kind == "ratio":
-        allocation = _by_ratio(groups, curves, widths, budget.value)
+        allocation = _by_ratio(groups, curves, widths, budget.value, whole)
     else:
-        stages = [[b.name for b in stage] for stage in checkpoint.spec.stages]
-        allocator = Allocator(
-            sizes, curves, widths, function, drop=[b for b in blocks if b in curves.blocks], keep_one_of=stages
-        )
-        allocation = meet(
-            allocator,
-            budget.value * before,
-            exact,
-            describe=describe,
-        )
-    plan = plan_for(allocation)
-    cut = apply(checkpoint, plan)
-    pruned = engine.compensate(context, plan, cut)
-    if pruned is cut and calibration_x is not None:
-        pruned = recalibrate(cut, context.images())
-        notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
-    after = walk(pruned.spec)
-    gone = sum(sizes.groups[g].size - k for g, k in allocation.units.items())
-    return PruneResult(
-        checkpoint=pruned,
-        plan=plan,
-        curves=curves,
-        cost_before=before,
-        cost_after=float(function(after)),
-        macs_before=total_macs(sizes.layers),
-        macs_after=total_macs(after),
-        params_before=total_params(sizes.layers),
-        params_after=total_params(after),
-        widths={g: k * sizes.groups[g].widest for g, k in allocation.units.items()},
-        ratio=gone / sum(g.size for g in groups),
-        error=allocation.error,
-        seconds=time.perf_counter() - start,
-        notes=tuple(notes),
-    )
+        stages = [[b.name for b in stage] for stage in spec.stages]
+        allocator = Allocator(sizes, curves, widths, function, drop=[b for b in drop if b in curves.blocks], keep_one_of=stages)
+        allocation = meet(allocator, budget.value * before, exact, describe=describe)
+    notes = tuple(_align_notes(reached, align))
+    return Choice(plan_for(allocation), allocation.error, before, exact(allocation), notes)
 
 
 def measure(
@@ -214,9 +282,7 @@ def measure(
     """
     _check_float(checkpoint)
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), scope)
-    context = Context(
-        checkpoint, groups, droppable(checkpoint.spec), calibration_x, seed, progress or (lambda what, done, total: None)
-    )
+    context = Context(checkpoint, groups, droppable(checkpoint.spec), calibration_x, seed, progress or _silent)
     return load_method(method).curves(context)
 
 
@@ -245,11 +311,22 @@ def prune_by_plan(
     if calibration_x is None:
         return cut
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), plan.scope)
-    context = Context(checkpoint, groups, (), calibration_x, seed, progress or (lambda what, done, total: None))
+    context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent)
     images = context.images()
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
     repaired = engine.compensate(context, plan, cut)
     return recalibrate(cut, images) if repaired is cut else repaired
+
+
+def _groups(spec: ModelSpec, scope: Scope) -> list[ChannelGroup]:
+    groups = prunable(list(Sizes(spec).groups.values()), scope)
+    if not groups:
+        raise BadInput("the network has no channels that this scope may prune", remedy="use --scope all")
+    return groups
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _check_float(checkpoint: Checkpoint) -> None:
@@ -289,6 +366,8 @@ def _data_notes(x: Tensor) -> list[str]:
     return [f"only {len(x)} calibration images: some hundred give a much better result"] if few else []
 
 
-def _by_ratio(groups: Sequence[ChannelGroup], curves: Curves, widths: Mapping[str, Sequence[int]], ratio: float) -> Allocation:
-    units = {g.name: nearest_width(widths[g.name], (1 - ratio) * g.size) for g in groups}
+def _by_ratio(
+    groups: Sequence[ChannelGroup], curves: Curves, widths: Mapping[str, Sequence[int]], ratio: float, whole: Sizes
+) -> Allocation:
+    units = {g.name: nearest_width(widths[g.name], (1 - ratio) * whole.groups[g.name].size) for g in groups}
     return Allocation(units, (), sum(curves.groups[g].at(k) for g, k in units.items()))

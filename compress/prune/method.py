@@ -74,6 +74,7 @@ class Context:
         calibration_NCHW: Preprocessed images, or None.
         seed: Of everything random.
         progress: Where progress goes.
+        note: Takes what the user should know.
     """
 
     checkpoint: Checkpoint
@@ -82,6 +83,7 @@ class Context:
     calibration_NCHW: Tensor | None = None
     seed: int = 0
     progress: Progress = field(default=lambda what, done, total: None)
+    note: Callable[[str], None] = field(default=lambda text: None)
 
     def images(self) -> Tensor:
         """Return the calibration images (N, C, H, W).

@@ -71,6 +71,31 @@ class PruningPlan(Frozen):
         """Return the units of `group` that stay."""
         return self.keep.get(group.name, tuple(range(group.size)))
 
+    def after(self, first: PruningPlan, dense: ModelSpec) -> PruningPlan:
+        """Return the plan for the dense network that does what `first` and then this one do.
+
+        Args:
+            first: A plan for `dense`.
+            dense: The network before both.
+
+        Raises:
+            BadInput: One plan cannot say it: `first` leaves a grouped convolution one group, and this one goes into it.
+        """
+        keep = {}
+        for group in find_groups(walk(dense)):
+            once = first.kept(group)
+            if max(self.keep.get(group.name, (0,))) >= len(once):
+                raise BadInput(
+                    f"'{group.name}' has one convolution group left, whose channels no plan for the dense network names",
+                    remedy="prune in fewer iterations",
+                )
+            both = tuple(once[i] for i in self.keep[group.name]) if group.name in self.keep else once
+            if len(both) < group.size:
+                keep[group.name] = both
+        dropped = tuple(sorted({*first.dropped_blocks, *self.dropped_blocks}))
+        stated = {"arch": first.arch, "spec_digest": first.spec_digest, "keep": keep, "dropped_blocks": dropped}
+        return self.model_copy(update=stated)
+
     def check(self, spec: ModelSpec) -> None:
         """Make sure that the plan fits the network.
 

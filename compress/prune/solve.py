@@ -43,52 +43,74 @@ def obs_curve(readers: Sequence[tuple[Tensor, Tensor]], units: int) -> ErrorCurv
     order: list[int] = []
     error = [0.0]
     while len(alive) > 1:
-        costs = torch.stack([s.costs() for s in states]).sum(0)
+        costs = torch.stack([s.costs(alive) for s in states]).sum(0)
         go = torch.topk(costs, min(step, len(alive) - 1), largest=False, sorted=True).indices
-        stay = torch.ones(len(alive), dtype=torch.bool)
-        stay[go] = False
-        joint = sum(s.remove(go, stay) for s in states)
+        joint = sum(s.remove(alive[go]) for s in states)
         order += alive[go].tolist()
         error += [error[-1] + max(joint, 0.0) * (i + 1) / len(go) for i in range(len(go))]
+        stay = torch.ones(len(alive), dtype=torch.bool)
+        stay[go] = False
         alive = alive[stay]
     return ErrorCurve((*order, int(alive[0])), tuple(error))
 
 
 class _Obs:
-    """What is left of one reader: inverse second moment and adjusted weights of the units still there."""
+    """One reader while units are removed: its adjusted weights, and the inverse second moment of what is left.
+
+    The inverse is kept as the first one minus ``f^T f``, with one row of the factor `f` per column removed: a block Cholesky
+    factorisation of the first inverse in the order of removal. So a step touches the rows of the factor instead of the
+    whole matrix; only the diagonal blocks, which costs need, are kept up to date.
+    """
 
     def __init__(self, h_DD: Tensor, w_OD: Tensor, units: int) -> None:
-        self.inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(h_DD))
-        self.w_OD = w_OD.clone()
         self.width = len(h_DD) // units
+        self.first_DD = torch.cholesky_inverse(torch.linalg.cholesky(h_DD))
+        self.factor_RD = torch.empty_like(self.first_DD)
+        self.removed = 0
+        self.w_OD = w_OD.clone()
+        by_units = self.first_DD.view(units, self.width, units, self.width)
+        self.blocks_KBB = by_units.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
-    def costs(self) -> Tensor:
-        """Return what removing each unit would cost (K,)."""
-        k, b = len(self.inverse_DD) // self.width, self.width
-        blocks_KBB = self.inverse_DD.view(k, b, k, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        w_KBO = self.w_OD.view(-1, k, b).permute(1, 2, 0)
-        costs_K: Tensor = (torch.linalg.solve(blocks_KBB, w_KBO) * w_KBO).sum((1, 2))
+    def costs(self, alive: Tensor) -> Tensor:
+        """Return what removing each of the units `alive` would cost."""
+        w_KBO = self.w_OD.view(len(self.w_OD), -1, self.width).permute(1, 2, 0)[alive]
+        factor_KBB = torch.linalg.cholesky(self.blocks_KBB[alive])
+        costs_K: Tensor = torch.linalg.solve_triangular(factor_KBB, w_KBO, upper=False).square().sum((1, 2))
         return costs_K
 
-    def remove(self, go: Tensor, stay: Tensor) -> float:
-        """Remove the units `go`, adjust the ones of the mask `stay`, and return the error."""
+    def remove(self, go: Tensor) -> float:
+        """Remove the units `go`, adjust the others, and return the error."""
         columns = (go[:, None] * self.width + torch.arange(self.width)).flatten()
-        rest = stay.repeat_interleave(self.width).nonzero().flatten()
-        factor = torch.linalg.cholesky(self.inverse_DD[columns][:, columns])
-        w_OG = self.w_OD[:, columns]
-        solved_GO = torch.cholesky_solve(w_OG.T, factor)
-        coupling_GR = self.inverse_DD[columns][:, rest]
-        self.w_OD = self.w_OD[:, rest] - solved_GO.T @ coupling_GR
-        self.inverse_DD = self.inverse_DD[rest][:, rest] - coupling_GR.T @ torch.cholesky_solve(coupling_GR, factor)
-        return float((solved_GO.T * w_OG).sum())
+        known_RD = self.factor_RD[: self.removed]
+        rows_GD = torch.addmm(self.first_DD[columns], known_RD[:, columns].T, known_RD, alpha=-1.0)
+        triangle_GG = torch.linalg.cholesky(rows_GD[:, columns])
+        new_GD = torch.linalg.solve_triangular(triangle_GG, rows_GD, upper=False)
+        scaled_GO = torch.linalg.solve_triangular(triangle_GG, self.w_OD[:, columns].T, upper=False)
+        self.w_OD.addmm_(scaled_GO.T, new_GD, alpha=-1.0)
+        new_KBG = new_GD.T.reshape(-1, self.width, len(columns))
+        self.blocks_KBB -= new_KBG @ new_KBG.transpose(1, 2)
+        self.factor_RD[self.removed : self.removed + len(columns)] = new_GD
+        self.removed += len(columns)
+        return float(scaled_GO.square().sum())
 
 
 @dataclass(frozen=True)
 class Refit:
-    """New weights, and the mean squared error before and after, on the samples they were fitted to."""
+    """New weights, and what they make of the samples they were fitted to.
+
+    Attributes:
+        w_OD: Weights.
+        b_O: Bias.
+        mean_O: Mean of ``x w^T + b``.
+        var_O: Its variance.
+        before: Mean squared error of the old weights.
+        after: Of the new ones.
+    """
 
     w_OD: Tensor
     b_O: Tensor
+    mean_O: Tensor
+    var_O: Tensor
     before: float
     after: float
 
@@ -123,38 +145,68 @@ def refit(
         rounds: Fits behind a ReLU.
     """
     n = len(x_ND)
-    mean_D = x_ND.mean(0) if fit_bias else torch.zeros_like(x_ND[0])
-    x_ND = x_ND - mean_D
-    h = (x_ND.T @ x_ND).double() / n
-    anchor = damped(h, ridge)
-    factor = torch.linalg.cholesky(anchor)
-    w, b = w_OD.double(), b_O.double() + w_OD.double() @ mean_D.double()  # b: of the centred inputs
-    out = _output(x_ND, w, b, skip_NO)
-    before = _error(out, target_NO, relu=relu)
-    best = Refit(w_OD, b_O, before, before)
-    penalty = anchor - h
+    mean_D = x_ND.mean(0)
+    shift_D = mean_D if fit_bias else torch.zeros_like(mean_D)
+    x_ND = x_ND - shift_D
+    h_DD = (x_ND.T @ x_ND).double() / n
+    anchor_DD = damped(h_DD, ridge)
+    factor_DD = torch.linalg.cholesky(anchor_DD)
+    old_OD, old_O = w_OD.double(), b_O.double() + w_OD.double() @ shift_D.double()
+    samples = _Samples(x_ND, target_NO, skip_NO, relu)
+    w, b = old_OD, old_O  # of the shifted inputs
+    before, gradient_DO, mean_O = samples.residual(w, b)
+    best = (w, b, before)
     for _ in range(rounds if relu else 1):
-        want = torch.where(target_NO > 0, target_NO, out.clamp_max(0)) if relu else target_NO
-        residual = want - out
-        mean_O = residual.mean(0) if fit_bias else torch.zeros_like(residual[0])
-        gradient = (x_ND.T @ residual).double() / n
-        gradient -= penalty @ (w - w_OD.double()).T
-        change = torch.cholesky_solve(gradient, factor).T
-        w = w + change
-        b = b + mean_O.double()
-        out = _output(x_ND, w, b, skip_NO)
-        after = _error(out, target_NO, relu=relu)
-        if after < best.after:
-            best = Refit(w.to(w_OD.dtype), (b - w @ mean_D.double()).to(b_O.dtype), before, after)
-    return best
+        gradient_DO -= (anchor_DD - h_DD) @ (w - old_OD).T
+        w = w + torch.cholesky_solve(gradient_DO, factor_DD).T
+        b = b + mean_O if fit_bias else b
+        after, gradient_DO, mean_O = samples.residual(w, b)
+        if after < best[2]:
+            best = (w, b, after)
+    w, b, after = best
+    rest_D = (mean_D - shift_D).double()
+    out_mean_O = b + w @ rest_D
+    out_var_O = ((w @ (h_DD - torch.outer(rest_D, rest_D))) * w).sum(1).clamp_min(0)
+    if w is not old_OD:
+        w_OD, b_O = w.to(w_OD.dtype), (b - w @ shift_D.double()).to(b_O.dtype)
+    return Refit(w_OD, b_O, out_mean_O.to(b_O.dtype), out_var_O.to(b_O.dtype), before, after)
 
 
-def _output(x_ND: Tensor, w_OD: Tensor, b_O: Tensor, skip_NO: Tensor | None) -> Tensor:
-    out = torch.addmm(b_O.to(x_ND.dtype), x_ND, w_OD.to(x_ND.dtype).T)
-    return out if skip_NO is None else out.add_(skip_NO)
+@dataclass(frozen=True)
+class _Samples:
+    """What a layer is fitted to."""
 
+    x_ND: Tensor
+    target_NO: Tensor
+    skip_NO: Tensor | None
+    relu: bool
 
-def _error(out_NO: Tensor, target_NO: Tensor, *, relu: bool) -> float:
-    if relu:
-        return float((out_NO.clamp_min(0) - target_NO.clamp_min(0)).square().mean())
-    return float((out_NO - target_NO).square().mean())
+    def residual(self, w_OD: Tensor, b_O: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the mean squared error, the moment of inputs and residual (D, O) and the residual's mean, in float64.
+
+        The rows are taken some at a time, so that what lies between the two products stays in the processor's cache.
+        """
+        x_ND, target_NO = self.x_ND, self.target_NO
+        w_DO, b_O = w_OD.to(x_ND.dtype).T, b_O.to(x_ND.dtype)
+        moment_DO = torch.zeros_like(w_DO)
+        sum_O = torch.zeros_like(b_O, dtype=torch.float64)
+        error = 0.0
+        step = max(64, 1_000_000 // len(b_O))
+        for start in range(0, len(x_ND), step):
+            rows = slice(start, start + step)
+            out = torch.addmm(b_O, x_ND[rows], w_DO)
+            if self.skip_NO is not None:
+                out += self.skip_NO[rows]
+            target = target_NO[rows]
+            if self.relu:
+                positive = target.clamp_min(0)
+                shown = out.clamp_min(0)
+                error += float((shown - positive).square_().sum())
+                residual = torch.where(target > 0, target - out, shown.neg_())
+            else:
+                residual = target - out
+                error += float(residual.square().sum())
+            moment_DO.addmm_(x_ND[rows].T, residual)
+            sum_O += residual.sum(0)
+        n = len(x_ND)
+        return error / (n * len(b_O)), moment_DO.double() / n, sum_O / n

@@ -88,6 +88,15 @@ def prune(
     finetune_epochs: Annotated[
         float | None, typer.Option("--finetune-epochs", help="Fine-tune afterwards, distilled.", show_default=False)
     ] = None,
+    iterations: Annotated[
+        int, typer.Option("--iterations", min=1, help="Prune in steps, with a share of the fine-tuning after each.")
+    ] = 1,
+    recalibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--recalibrate/--no-recalibrate", help="Measure BatchNorm again at the end.", show_default="if nothing is repaired"
+        ),
+    ] = None,
     plan_in: Annotated[Path | None, typer.Option("--plan-in", help="Follow this plan.", show_default=False)] = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
     output: opt.OutFile = None,
@@ -123,18 +132,16 @@ def prune(
         PruneConfig,
         method=method, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
         align=int(align) if align.isdigit() else align, drop_blocks=drop_blocks,
-        plan=str(plan_in) if plan_in else None,
+        iterations=iterations, recalibrate=recalibrate, plan=str(plan_in) if plan_in else None,
     )  # fmt: skip
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
-    stages = [builder.dense(), builder.prune(config, [target] if target else [], "dense")]
-    last = "prune"
-    if finetune_epochs is not None:
-        stages.append(builder.finetune(_config(FinetuneConfig, epochs=finetune_epochs), "prune", "dense"))
-        last = "finetune"
+    tuning = _config(FinetuneConfig, epochs=finetune_epochs) if finetune_epochs is not None else None
+    stages = [builder.dense(), *builder.prune_and_tune(config, tuning, [target] if target else [])]
+    last = stages[-1].name
     report, prints = workspace.run_here(stages, out)
     if not prints:
         return
@@ -159,7 +166,7 @@ def prune(
     }
     document |= _tops(before, workspace.final(report.manifest, last))
     achieved = f"removed {100 * document['achieved_ratio']:.1f} % of the prunable channels; {path}"
-    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", last]), achieved)
+    out.result(document, workspace.trade_off(report.manifest, [stage.name for stage in stages]), achieved)
 
 
 @app.command()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rescompress.cli import options
 from rescompress.cli.output import output_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.checkpoints.base import Checkpoint
 
 app = typer.Typer()
 
@@ -29,8 +34,10 @@ def sensitivity(
     scope: Annotated[Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")] = Scope.inner,
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE.svg", help="Draw the curves.", show_default=False)
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.", show_default=False),
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Also: how much each layer minds INT8. Needs --data.")] = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     input_shape: options.InputShape = None,
@@ -39,6 +46,7 @@ def sensitivity(
     """Show what removing channels of each group would cost, and with -o draw it.
 
     Example: rescompress sensitivity resnet32.pt --data cifar10 -o curves.svg
+    Example: rescompress sensitivity resnet32.pt --data cifar10 --int8
     """
     from pathlib import Path
 
@@ -46,17 +54,18 @@ def sensitivity(
 
     sink = output_of(ctx)
     picture = Path(output) if output else None
-    if picture is not None and picture.suffix.lower() != ".svg":
-        raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg file")
+    if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
+        raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg or .png file")
+    if int8 and data is None:
+        raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     import torch
     from rich.table import Table
 
     from compress.checkpoints import load_checkpoint
     from compress.data import load_dataset
     from compress.prune import measure
-    from compress.prune.picture import svg
+    from compress.prune.picture import draw
     from rescompress.cli.inspect import parse_shape
-    from rescompress.core.artifact import write_text
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -70,7 +79,7 @@ def sensitivity(
     chosen = method or ("reconstruct" if images is not None else "magnitude")
     curves = measure(loaded, method=chosen, scope=scope.value, calibration_x=images, seed=seed)
     if picture is not None:
-        write_text(picture, svg(curves, f"{loaded.spec.arch}: {chosen}"))
+        draw(curves, f"{loaded.spec.arch}: {chosen}", picture)
         sink.hint(f"wrote {picture}")
     document: dict[str, Any] = {
         "method": chosen,
@@ -101,7 +110,28 @@ def sensitivity(
         for name, error in curves.blocks.items():
             blocks.add_row(name, f"{error:.3g}")
         shown.append(blocks)
+    if int8 and images is not None:
+        layers = Table(title="quantizing one layer alone to INT8: divergence of the predictions")
+        layers.add_column("layer")
+        layers.add_column("nats", justify="right")
+        layers.add_column("of it by the weights", justify="right")
+        document["int8"] = _int8(loaded, images)
+        for found in document["int8"]:
+            layers.add_row(found["layer"], f"{found['divergence']:.2g}", f"{100 * found['weight_share']:.0f} %")
+        shown.append(layers)
     sink.result(document, *shown)
+
+
+def _int8(checkpoint: Checkpoint, images: Tensor) -> list[dict[str, Any]]:
+    """Return how much each layer minds being quantized, measured on at most 256 of the images."""
+    from dataclasses import asdict
+
+    from compress.quantize import ptq
+    from compress.quantize.sensitivity import sensitivities
+
+    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
+    quantized = ptq(checkpoint, batches, calibration="mse", bias_correction=False)
+    return [asdict(found) for found in sensitivities(quantized, batches[:4])]
 
 
 @app.command()

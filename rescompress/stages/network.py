@@ -52,24 +52,37 @@ def dense(context: Context, *, source: Source, common: Common) -> Outcome:
     return finish(context, "dense", checkpoint, common, details, files=[("onnx", path)])
 
 
-def pruned(context: Context, *, source: Source, common: Common, config: PruneConfig, targets: tuple[str, ...]) -> Outcome:
-    """The network with channels removed and the rest compensated."""
+def pruned(
+    context: Context,
+    *,
+    source: Source,
+    common: Common,
+    config: PruneConfig,
+    targets: tuple[str, ...],
+    name: str = "prune",
+    before: str | None = None,
+) -> Outcome:
+    """The network with channels removed and the rest compensated; `before` names the stage of the last iteration."""
     prepare(common)
     checkpoint = source.load(context)
+    whole = Source(stage="dense").load(context).spec if before else checkpoint.spec
     known = [load_target(name) for name in targets]
     align = config.align if isinstance(config.align, int) else max([t.align() for t in known] or [8])
-    calibration = None
+    calibration, notes = None, []
     if common.data is not None:
-        calibration = dataset(common, checkpoint.spec).train.take(config.calib, common.seed).tensor()
+        chosen = dataset(common, checkpoint.spec).train.take(config.calib, common.seed)
+        calibration = chosen.tensor()
+        if len(set(chosen.labels.tolist())) == 1 and len(chosen.classes) > 1:
+            notes.append("all calibration images are of one class: what tells the others apart may go")
     if config.plan is not None:
         plan = load_plan(Path(config.plan))
         start = time.perf_counter()
         smaller = prune_by_plan(
             checkpoint, plan, calibration_x=calibration, seed=common.seed, progress=context.reporter.progress
         )
-        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}"]}
+        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}", *notes]}
         details["seconds"] = time.perf_counter() - start
-        return _pruned_row(context, common, smaller, plan, details)
+        return _pruned_row(context, name, common, smaller, plan, details)
     kind, value = config.budget
     result = prune(
         checkpoint,
@@ -82,9 +95,12 @@ def pruned(context: Context, *, source: Source, common: Common, config: PruneCon
         drop_blocks=config.drop_blocks if config.drop_blocks is not None else kind == "latency",
         seed=common.seed,
         cost=latency_cost(known) if kind == "latency" else None,
+        reference=whole,
+        bn_recalibration=config.recalibrate,
         progress=context.reporter.progress,
     )
-    details = plan_details(result.plan, checkpoint.spec) | {
+    plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
+    details = plan_details(plan, whole) | {
         "budget": {kind: value},
         "align": align,
         "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
@@ -92,9 +108,9 @@ def pruned(context: Context, *, source: Source, common: Common, config: PruneCon
         "cost_before": result.cost_before,
         "cost_after": result.cost_after,
         "seconds": result.seconds,
-        "notes": list(result.notes),
+        "notes": [*result.notes, *notes],
     }
-    return _pruned_row(context, common, result.checkpoint, result.plan, details)
+    return _pruned_row(context, name, common, result.checkpoint, plan, details)
 
 
 def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
@@ -124,16 +140,24 @@ def latency_cost(targets: Sequence[Target]) -> CostFunction:
 
 
 def _pruned_row(
-    context: Context, common: Common, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
+    context: Context, name: str, common: Common, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
 ) -> Outcome:
     for note in details["notes"]:
         context.reporter.note(note)
-    path = context.folder / "plan.json"
+    path = context.folder / f"plan{name.removeprefix('prune')}.json"
     write_text(path, plan.model_dump_json(indent=1) + "\n")
-    return finish(context, "prune", checkpoint, common, details, files=[("plan", path)])
+    return finish(context, name, checkpoint, common, details, files=[("plan", path)])
 
 
-def finetuned(context: Context, *, source: Source, teacher: Source | None, common: Common, config: FinetuneConfig) -> Outcome:
+def finetuned(
+    context: Context,
+    *,
+    source: Source,
+    teacher: Source | None,
+    common: Common,
+    config: FinetuneConfig,
+    name: str = "finetune",
+) -> Outcome:
     """The network trained on the data, distilled from the teacher."""
     prepare(common)
     checkpoint = source.load(context)
@@ -145,15 +169,16 @@ def finetuned(context: Context, *, source: Source, teacher: Source | None, commo
         batch_size=config.batch_size,
         distill=config.distill,
         temperature=config.temperature,
+        features=config.features if teacher else 0.0,
         seed=common.seed,
         device=common.device,
         precision=config.precision,
     )
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
-    log, resume = train_network(context, "finetune", model, split, settings, teacher_network(context, teacher, checkpoint.spec))
+    log, resume = train_network(context, name, model, split, settings, teacher_network(context, teacher, checkpoint.spec))
     done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    return finish(context, "finetune", done, common, {"epochs": log, "lr": config.lr}, transient=[resume])
+    return finish(context, name, done, common, {"epochs": log, "lr": config.lr}, transient=[resume])
 
 
 def quantized(

@@ -84,7 +84,7 @@ class _Reader:
         self.old = folded(checkpoint, layer)
         self.ready = False
         self._gram_DD = torch.zeros(0)
-        self._sum_D = torch.zeros(0)
+        self._sum_D = self._shift_D = torch.zeros(0)
         self._energy = 0.0
         self._rows = 0
 
@@ -93,6 +93,8 @@ class _Reader:
         if not self._rows:
             self._gram_DD = torch.zeros(x_ND.shape[1], x_ND.shape[1])
             self._sum_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+            self._shift_D = x_ND.mean(0)
+        x_ND = x_ND - self._shift_D  # a mean far from zero would drown the variance in rounding
         self._gram_DD.addmm_(x_ND.T, x_ND)
         self._sum_D += x_ND.sum(0, dtype=torch.float64)
         self._energy += float(output_NO.square().sum(dtype=torch.float64))
@@ -100,7 +102,7 @@ class _Reader:
 
     def forget(self) -> None:
         """Free the memory."""
-        self._gram_DD = self._sum_D = torch.zeros(0)
+        self._gram_DD = self._sum_D = self._shift_D = torch.zeros(0)
 
     def relative(self) -> tuple[Tensor, Tensor]:
         """Return second moment and weights such that squared errors are shares of the output's energy."""
@@ -262,7 +264,7 @@ def _refit_chunk(
             if job.skip:
                 skips.put(part, _pixels(inside[job.skip], places[job.layer.name][part]))
             if not known:
-                fresh = fresh if fresh is not None else value.new_empty(len(right), *value.shape[1:])
+                fresh = fresh if fresh is not None else _empty(len(right), value)
                 fresh[part] = value
         if fresh is not None:  # what the next layer needs can be computed from this
             cached = {small[0].inputs[0]: right, reads: fresh}
@@ -325,8 +327,7 @@ def _solve(
         )
         fits.append(fit)
     new = Folded(torch.cat([f.w_OD for f in fits]).reshape(shape), torch.cat([f.b_O for f in fits]), old.output)
-    out_NO = torch.cat([x_ND[:, g * columns : (g + 1) * columns] @ f.w_OD.T + f.b_O for g, f in enumerate(fits)], dim=1)
-    var, mean = torch.var_mean(out_NO, 0, correction=0)
+    mean, var = torch.cat([f.mean_O for f in fits]), torch.cat([f.var_O for f in fits])
     return unfolded(checkpoint, job.layer, new, mean, var), sum(f.after for f in fits) / groups
 
 
@@ -340,7 +341,10 @@ def _images(context: Context, layers: Sequence[Layer]) -> Tensor:
     """Return as many calibration images as the memory allows."""
     x = context.images()
     widest = max(layer.in_elements for layer in layers if layer.name.endswith(".conv1") or layer.op == "input")
-    return x[: max(1, _STREAM_BYTES // (8 * widest))]
+    most = max(1, _STREAM_BYTES // (8 * widest))
+    if most < len(x):
+        context.note(f"{most} of the {len(x)} calibration images are used: more would take over {_STREAM_BYTES >> 30} GiB")
+    return x[:most].contiguous(memory_format=torch.channels_last)
 
 
 def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -396,6 +400,13 @@ class _Inside:
         return self._values[name]
 
 
+def _empty(images: int, like: Tensor) -> Tensor:
+    """Return memory for a tensor of all images, channels last where it has pixels."""
+    shape = (images, *like.shape[1:])
+    layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, memory_format=layout)
+
+
 def _advance(
     model: ResNet,
     chunk: Sequence[Layer],
@@ -420,7 +431,7 @@ def _advance(
         value = inside[chunk[-1].name]
         if out is None:
             reuse = own and value.shape[1:] == x_NCHW.shape[1:]
-            out = x_NCHW if reuse else value.new_empty(len(x_NCHW), *value.shape[1:])
+            out = x_NCHW if reuse else _empty(len(x_NCHW), value)
         out[part] = value
     assert out is not None
     return out
