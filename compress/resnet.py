@@ -92,6 +92,8 @@ class ResNet(nn.Module):
                 return F.avg_pool2d(x, layer.kernel, layer.stride, ceil_mode=True, count_include_pad=False)
             case "global_pool":
                 return x.mean((2, 3))
+            case "global_max_avg_pool":
+                return torch.stack([x.amax((2, 3)), x.mean((2, 3))], 2).flatten(1)
             case "pad_shortcut":
                 return pad_shortcut(x, layer)
             case "dropout":

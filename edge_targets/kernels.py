@@ -110,6 +110,7 @@ def _kernel(layer: Layer, *, skip: bool, first: bool) -> Kernel:
         "max_pool": "pool",
         "avg_pool": "pool",
         "global_pool": "pool",
+        "global_max_avg_pool": "pool",
     }
     return Kernel(
         layer.name,

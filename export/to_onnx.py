@@ -402,6 +402,13 @@ class _Writer:
             case "global_pool":
                 pooled = self.node("GlobalAveragePool", name, inputs, out=f"{name}.pooled")
                 return self.node("Flatten", f"{name}.flatten", [pooled], out=name, axis=1)
+            case "global_max_avg_pool":  # joined along the height, so that a channel's two features end up side by side
+                parts = [
+                    self.node("GlobalMaxPool", f"{name}.max", inputs, out=f"{name}.maximum"),
+                    self.node("GlobalAveragePool", f"{name}.avg", inputs, out=f"{name}.mean"),
+                ]
+                pooled = self.node("Concat", f"{name}.concat", parts, out=f"{name}.pooled", axis=2)
+                return self.node("Flatten", f"{name}.flatten", [pooled], out=name, axis=1)
             case "pad_shortcut":
                 return self.pad_shortcut(layer, inputs[0])
             case _:

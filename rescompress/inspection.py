@@ -77,7 +77,10 @@ def one_line(spec: ModelSpec) -> str:
     if spec.head is None:
         parts.append(f"no head ({spec.feature_width} features)")
     else:
-        chain = " -> ".join(str(n) for n in (spec.feature_width, *spec.head.hidden, spec.head.num_classes))
+        features = spec.feature_width * (2 if spec.head.pool == "max_avg" else 1)
+        chain = " -> ".join(str(n) for n in (features, *spec.head.hidden, spec.head.num_classes))
+        if spec.head.pool == "max_avg":
+            parts.append("maximum and average pooling side by side")
         parts.append(f"head {chain}{' (binary, sigmoid)' if spec.head.num_classes == 1 else ''}")
     return f"{spec.arch}: " + ", ".join(parts)
 

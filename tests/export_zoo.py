@@ -138,6 +138,11 @@ def biased() -> ModelSpec:
     )
 
 
+def max_and_average() -> ModelSpec:
+    """Maximum and average pooling side by side in front of the head, as fastai's."""
+    return spec_of("max-and-average", [[basic("layer1.0", 16, 16)]], head=Head(num_classes=6, hidden=(12,), pool="max_avg"))
+
+
 def backbone() -> ModelSpec:
     """No head: the output is the pooled features."""
     return spec_of("backbone", [[basic("layer1.0", 16, 16)]], bare=True)
@@ -146,7 +151,7 @@ def backbone() -> ModelSpec:
 ZOO: dict[str, Callable[[], ModelSpec]] = {
     f.__name__: f
     for f in (
-        cifar_pad, pruned_pad, imagenet_basic, imagenet_bottleneck, resnet_d, no_batch_norm, biased, backbone,
+        cifar_pad, pruned_pad, imagenet_basic, imagenet_bottleneck, resnet_d, no_batch_norm, biased, max_and_average, backbone,
     )
 }  # fmt: skip
 

@@ -89,6 +89,9 @@ SPECS: dict[str, ModelSpec] = {
         stages=((basic("layer1.0", 8, 8),),),
         head=Head(num_classes=4, hidden=(12, 7), dropout=0.2),
     ),
+    "max-and-average": ModelSpec(
+        input_shape=(3, 16, 16), stem=CIFAR, stages=((basic("layer1.0", 8, 8),),), head=Head(num_classes=4, pool="max_avg")
+    ),
     "dropout-head": ModelSpec(
         input_shape=(3, 16, 16), stem=CIFAR, stages=((basic("layer1.0", 8, 8),),), head=Head(num_classes=4, dropout=0.2)
     ),

@@ -273,6 +273,32 @@ def test_fastai_and_children_in_a_sequential(tmp_path: Path) -> None:
     conforms(tmp_path / "learner.pth", learner)
 
 
+class ConcatPool(nn.Module):
+    """As fastai's AdaptiveConcatPool2d: maxima, then averages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([nn.functional.adaptive_max_pool2d(x, 1), nn.functional.adaptive_avg_pool2d(x, 1)], 1)
+
+
+def test_fastai_s_own_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = [nn.BatchNorm1d(1024), nn.Dropout(0.25), nn.Linear(1024, 48, bias=False), nn.ReLU(), nn.BatchNorm1d(48)]
+    head = nn.Sequential(ConcatPool(), nn.Flatten(), *parts, nn.Dropout(0.5), nn.Linear(48, 5, bias=False))
+    learner = lively(nn.Sequential(nn.Sequential(*list(torchvision.models.resnet18().children())[:-2]), head))
+    torch.save({"model": learner.state_dict(), "opt": {"state": []}}, tmp_path / "learner.pth")
+    spec = conforms(tmp_path / "learner.pth", learner).spec
+    assert spec.head is not None
+    assert (spec.head.pool, spec.head.hidden) == ("max_avg", (48,))
+
+
+def test_timm_s_concatenated_pooling(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed: its pooling is not compared")
+    torch.manual_seed(0)
+    model = lively(timm.create_model("resnet18", num_classes=5, global_pool="catavgmax"))
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    assert any("avg_max" in note for note in conforms(tmp_path / "net.pth", model).provenance["notes"])  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("names", [("stem", "blocks"), ("conv_in", "res_blocks"), ("conv1", "layers")])
 def test_plain_blocks_without_batchnorm(names: tuple[str, str], tmp_path: Path) -> None:
     class Plain(nn.Module):

@@ -40,6 +40,10 @@ def system(name: str) -> ModelSpec:
         return zoo.spec("keras_resnet50", num_classes=1, hidden=(256,), input_shape=(3, 64, 64))
     if name == "several hidden layers":
         return zoo.spec("resnet18", num_classes=10, hidden=(64, 32), dropout=0.5, input_shape=(3, 64, 64))
+    if name == "concatenated pooling":
+        spec = zoo.spec("resnet20_b", num_classes=10, hidden=(24,), input_shape=(3, 32, 32))
+        assert spec.head is not None
+        return spec.model_copy(update={"head": spec.head.model_copy(update={"pool": "max_avg"})})
     side = 32 if zoo.spec(name).input_shape[1] == 32 else 64
     return zoo.spec(name, num_classes=10, input_shape=(3, side, side))
 
@@ -81,7 +85,7 @@ def settled(spec: ModelSpec) -> ResNet:
     return model.eval()
 
 
-QUICK = ["resnet20", "resnet18d", "plain"]
+QUICK = ["resnet20", "resnet18d", "plain", "concatenated pooling"]
 THOROUGH = """
     resnet20_b resnet32 resnet32_b resnet44 resnet56 resnet110 resnet110_b resnet18_cifar resnet18 resnet34 resnet50 resnet50_v1
     resnet101 resnet152 resnet200 resnet50d resnext50_32x4d wide_resnet50_2 keras_resnet101

@@ -95,6 +95,7 @@ SPECS = {
     "resnet-d": imagenet_spec("bottleneck", deep=True, pool=True),
     "no-batch-norm": imagenet_spec("basic", batch_norm=False),
     "deep-head": imagenet_spec("basic", head=Head(num_classes=3, hidden=(7,))),
+    "max-and-average": imagenet_spec("basic", head=Head(num_classes=3, hidden=(7,), pool="max_avg")),
     "backbone": imagenet_spec("bottleneck").replace(head=None),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())

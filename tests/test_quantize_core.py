@@ -18,7 +18,7 @@ from compress.quantize.ptq import divergence, log_probabilities
 from compress.quantize.qat import labelled_loss
 from compress.resnet import build_model
 from rescompress.core.errors import CheckpointError, ConfigError, DataError
-from rescompress.core.layers import consumers, walk
+from rescompress.core.layers import GLOBAL_POOLS, consumers, walk
 from rescompress.core.quantizers import PROFILES, Quantization, place
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def test_tensorrt_rounds_signed_and_only_the_skip_of_an_add(arch):
             main, skip = layer.inputs
             assert main not in activations
             assert skip in activations
-        if layer.op == "global_pool":
+        if layer.op in GLOBAL_POOLS:
             assert layer.inputs[0] in activations
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_rounded_that_no_integer_kernel_reads(arch, profile):
     readers = consumers(walk(spec))
     for q in place(spec, profile):
         if q.kind == "activation":
-            assert any(r.op in ("conv", "linear", "add", "global_pool", "dropout") for r in readers[q.tensor]), q.tensor
+            assert any(r.op in ("conv", "linear", "add", "dropout", *GLOBAL_POOLS) for r in readers[q.tensor]), q.tensor
 
 
 @zoo

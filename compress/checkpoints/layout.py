@@ -328,23 +328,39 @@ class _Reader:
         if not self.layout.head:
             self.note("there is no classifier: a bare backbone, whose output is the pooled features")
             return None
-        width = features
+        pool: Literal["avg", "max_avg"] = "avg"
+        if self.layout.head[0][0].shape[1:] == (2 * features,):
+            pool = "max_avg"
+            self._interleave_features(features)
+        width = features if pool == "avg" else 2 * features
         for weight, bias in self.layout.head:
             if len(weight.shape) != 2 or bias.shape != weight.shape[:1]:
                 raise CheckpointError(f"its head has a weight of shape {weight.shape} and a bias of shape {bias.shape}")
             if weight.shape[1] != width:
-                raise CheckpointError(*_head_mismatch(weight.shape[1], width, first=width == features))
+                raise CheckpointError(*_head_mismatch(weight.shape[1], width, first=weight is self.layout.head[0][0]))
             width = weight.shape[0]
         dropout = number(self.options, "dropout", self.facts.dropout)
-        return Head(num_classes=width, hidden=tuple(w.shape[0] for w, _ in self.layout.head[:-1]), dropout=dropout)
+        hidden = tuple(w.shape[0] for w, _ in self.layout.head[:-1])
+        return Head(num_classes=width, hidden=hidden, dropout=dropout, pool=pool)
+
+    def _interleave_features(self, features: int) -> None:
+        """Put the columns of a head behind concatenated pooling into the walk's order: channel by channel, maximum first."""
+        usual, other = ("max_avg", "avg_max") if self.facts.format == "sequential" else ("avg_max", "max_avg")
+        order = self.options.arch.get("pool", usual)
+        self.note(
+            f"the head reads {2 * features} features of {features} channels: maximum and average pooling, taken to be in the "
+            f"order {order} (else: --arch-option pool={other if order == usual else usual})"
+        )
+        weight, bias = self.layout.head[0]
+
+        def make() -> Tensor:
+            first, second = weight.read().view(-1, 2, features).unbind(1)
+            return torch.stack([first, second] if order == "max_avg" else [second, first], 2).flatten(1)
+
+        self.layout.head[0] = Derived(weight.shape, make), bias
 
 
 def _head_mismatch(found: int, width: int, *, first: bool) -> tuple[str]:
-    if first and found == 2 * width:
-        return (
-            f"its head reads {found} features, twice the backbone's {width}: average and maximum pooling side by side "
-            "(fastai's AdaptiveConcatPool2d), which is not supported",
-        )
     if first and found > width and found % width == 0:
         return (
             f"its head reads {found} features of a backbone with {width} channels: it flattens the feature map instead of "

@@ -15,6 +15,7 @@ KNOWN: dict[str, str] = {
     "pad": "where the zero channels of pad shortcuts go: centre (half on each side) or end",
     "bn_eps": "epsilon of BatchNorm, such as 1e-3",
     "dropout": "dropout of the head in training, such as 0.5",
+    "pool": "order of a head's two features per channel: max_avg (fastai) or avg_max (timm)",
     "head_bias": "no where linear layers of the head have no bias (else a missing one is an error)",
     "weights": "which weights where several are stored: raw or ema",
     "root": "prefix of the network's keys, such as teacher.backbone",
@@ -27,6 +28,7 @@ _CHOICES = {
     "stem_stride": ("1", "2", "4"),
     "max_pool": ("yes", "no"),
     "pad": ("centre", "end"),
+    "pool": ("max_avg", "avg_max"),
     "head_bias": ("yes", "no"),
     "weights": ("raw", "ema"),
 }

@@ -49,8 +49,8 @@ class ChannelGroup:
 
     @property
     def widest(self) -> int:
-        """Most channels a unit has in any tensor."""
-        return max(self.channels.values())
+        """Most channels a unit has in any tensor that a convolution makes."""
+        return max((self.channels[name] for name in self.producers), default=1)
 
 
 def find_groups(layers: Sequence[Layer]) -> list[ChannelGroup]:

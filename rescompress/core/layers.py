@@ -17,8 +17,10 @@ from typing import Literal
 from rescompress.core.spec import Block, ModelSpec
 
 Op = Literal[
-    "input", "conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "global_pool", "pad_shortcut", "linear", "dropout"
-]
+    "input", "conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "global_pool", "global_max_avg_pool", "pad_shortcut",
+    "linear", "dropout"
+]  # fmt: skip
+GLOBAL_POOLS: tuple[Op, ...] = ("global_pool", "global_max_avg_pool")
 Shape = tuple[int, ...]
 
 INPUT = "input"
@@ -183,8 +185,11 @@ class _Walk:
 
     def head(self, x: str) -> str:
         c = self.shapes[x][0]
-        x = self.add(Layer("avgpool", "global_pool", (x,), self.shapes[x], (c,)))
         head = self.spec.head
+        if head is not None and head.pool == "max_avg":
+            x = self.add(Layer("avgpool", "global_max_avg_pool", (x,), self.shapes[x], (2 * c,)))
+        else:
+            x = self.add(Layer("avgpool", "global_pool", (x,), self.shapes[x], (c,)))
         if head is None:
             return x
         if not head.hidden and head.dropout:

@@ -27,7 +27,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rescompress.core.layers import Layer, walk
+from rescompress.core.layers import GLOBAL_POOLS, Layer, walk
 from rescompress.core.spec import Frozen, ModelSpec
 
 Profile = Literal["tensorrt", "openvino"]
@@ -128,7 +128,7 @@ class Quantization(Frozen):
 def _unsigned(tensor: str, by_name: dict[str, Layer]) -> bool:
     """Whether `tensor` cannot be negative: it comes from a ReLU, perhaps through pooling or a pad shortcut."""
     layer = by_name[tensor]
-    while layer.op in ("max_pool", "avg_pool", "global_pool", "pad_shortcut", "dropout"):
+    while layer.op in ("max_pool", "avg_pool", *GLOBAL_POOLS, "pad_shortcut", "dropout"):
         layer = by_name[layer.inputs[0]]
     return layer.op == "relu"
 
@@ -176,7 +176,7 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
             activation(skip)
             if profile == "openvino":
                 activation(main)
-        elif layer.op == "global_pool" and int8_sum(by_name[by_name[layer.inputs[0]].inputs[0]]):
+        elif layer.op in GLOBAL_POOLS and int8_sum(by_name[by_name[layer.inputs[0]].inputs[0]]):
             activation(layer.inputs[0])
 
     low, high = WEIGHT_LEVELS

@@ -126,17 +126,20 @@ class Block(Frozen):
 
 
 class Head(Frozen):
-    """What follows global average pooling: linear layers with ReLU between them.
+    """What follows the last block: global pooling, then linear layers with ReLU between them.
 
     Attributes:
         num_classes: Outputs of the last layer; 1 is a binary classifier whose logit is thresholded at 0.
         hidden: Outputs of each hidden layer, in order.
         dropout: Probability of the dropout after each hidden ReLU (or before the only layer), in training.
+        pool: ``avg``: the mean of each channel. ``max_avg``: its maximum and its mean, two features per channel, which stand
+            next to each other (fastai's and timm's concatenated pooling, whose columns are put into this order on loading).
     """
 
     num_classes: Width
     hidden: tuple[Width, ...] = ()
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    pool: Literal["avg", "max_avg"] = "avg"
 
 
 class ModelSpec(Frozen):
@@ -210,7 +213,7 @@ class ModelSpec(Frozen):
 
     @property
     def feature_width(self) -> int:
-        """Channels that enter global average pooling."""
+        """Channels that enter global pooling."""
         return self.stages[-1][-1].widths[-1]
 
     def replace_blocks(self, changed: dict[str, Block | None]) -> ModelSpec:

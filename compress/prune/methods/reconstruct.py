@@ -30,7 +30,7 @@ from compress.prune.plan import PruningPlan
 from compress.prune.solve import damped, obs_curve, refit
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
-from rescompress.core.layers import Layer, walk
+from rescompress.core.layers import GLOBAL_POOLS, Layer, walk
 
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
@@ -357,7 +357,7 @@ def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:
         for layer in run:
             if layer.op == "input":
                 continue
-            if layer.op in ("conv", "linear", "global_pool"):
+            if layer.op in ("conv", "linear", *GLOBAL_POOLS):
                 chunks.append([layer])
             else:
                 chunks[-1].append(layer)
