@@ -1,4 +1,4 @@
-"""Fake quantization: values rounded to 8 bits and back, on torch's fused kernels, with straight-through gradients.
+"""Fake quantization: values rounded to 8 bits and back, with straight-through gradients.
 
 The arithmetic is exactly `integer = clamp(rint(value * (1 / scale)), low, high)` in float32, halves to even, and
 `value = integer * scale`; `integer_weights` is the same in integers, so what is trained is what is exported.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
+from compress.quantize.rounding import round_activation
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import CheckpointError
 from rescompress.core.quantizers import Quantization, Quantizer
@@ -46,7 +47,6 @@ class ActivationQuantizer(nn.Module):
     """
 
     scale: Tensor
-    zero: Tensor
 
     def __init__(self, quantizer: Quantizer, *, learnable: bool = False) -> None:
         """Build from a calibrated quantizer."""
@@ -58,16 +58,12 @@ class ActivationQuantizer(nn.Module):
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
-        self.register_buffer("zero", torch.zeros(1, dtype=torch.float32 if learnable else torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the grid of the scale."""
         if self.learnable:
             self.scale.data.clamp_(min=SMALLEST_LEARNT)
-            factor = 1.0 / math.sqrt(x.numel() * self.high)
-            y: Tensor = torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero, self.low, self.high, factor)
-            return y
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, self.low, self.high)
+        return round_activation(x, self.scale, self.low, self.high, learnable=self.learnable)
 
 
 class WeightQuantizer(nn.Module):
