@@ -15,6 +15,7 @@ from export_zoo import ZOO, arrays, imagenet_bottleneck, images, network, quanti
 from onnx import TensorProto, helper, numpy_helper
 
 from export.lint import Finding, TargetFacts, lint, rule_names
+from export.parity import OrtRunner
 from export.passes import difference, repair
 from export.to_onnx import PRECISIONS, ExportOptions, to_onnx
 from rescompress.core import plugins
@@ -24,6 +25,7 @@ BOARD = TargetFacts("a board", "tensorrt", 17, ("fp32", "fp16", "int8"), {"fp32"
 ALIGNED = TargetFacts("a board", "tensorrt", 17, ("fp32", "fp16", "int8"), {"fp32": 1, "fp16": 8, "int8": 32})
 NANO = TargetFacts("a Nano", "tensorrt", 13, ("fp32", "fp16"), {"fp32": 1, "fp16": 1})
 TYPED = TargetFacts("a typed board", "tensorrt", 19, ("fp32", "fp16", "int8"), {"int8": 1}, strongly_typed=True)
+ORT = TargetFacts("onnxruntime", "onnxruntime", 25, ("fp32", "int8"), {"int8": 1})
 OPENVINO = TargetFacts("a CPU", "openvino", 25, ("fp32", "int8"), {"int8": 1})
 
 Change = Callable[["File"], None]
@@ -318,6 +320,30 @@ def smallest_scale(file: File) -> None:
     file.stored["a.ws"][3] = np.finfo(np.float32).tiny
 
 
+def half(file: File) -> None:
+    """All floats of the file as float16, opset 19; the input stays float32."""
+    file.stored = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in file.stored.items()}
+    i = file.nodes.index(file.named("image.q"))
+    file.nodes.insert(i, helper.make_node("Cast", ["image"], ["image.half"], name="image.half", to=TensorProto.FLOAT16))
+    file.named("image.q").input[0] = "image.half"
+    file.named("out").output[0] = "out.half"
+    file.nodes.append(helper.make_node("Cast", ["out.half"], ["out"], name="out.float", to=TensorProto.FLOAT))
+
+
+def half_with_bias(file: File, *, steps: float) -> None:
+    half(file)
+    step = file.stored["stem.relu.scale"].astype(np.float64) * file.stored["a.ws"].astype(np.float64)
+    file.stored["a.b"] = (steps * step).astype(np.float16)
+
+
+def half_with_a_bias_out_of_reach(file: File) -> None:
+    half_with_bias(file, steps=70_000)
+
+
+def half_with_a_bias_in_reach(file: File) -> None:
+    half_with_bias(file, steps=60_000)
+
+
 def own_function(file: File) -> None:
     file.named("a.relu").domain = "somebody"
     body = helper.make_node("Relu", ["x"], ["y"])
@@ -363,6 +389,10 @@ TRAPS: dict[str, tuple[Case, Case]] = {
     "quantized-before-relu": ((File(), early, BOARD), (File(), relu_of_the_image, BOARD)),
     "invalid-scale": ((File(), no_scale, BOARD), (File(), smallest_scale, BOARD)),
     "not-finite": ((File(), nan, BOARD), (File(), largest_float, BOARD)),
+    "float16-bias-overflow": (
+        (File(opset=19), half_with_a_bias_out_of_reach, ORT),
+        (File(opset=19), half_with_a_bias_in_reach, ORT),
+    ),
     "precision-not-offered": ((File(opset=13), nothing, NANO), (File(opset=13), float_only, NANO)),
     "float32-remainder": ((File(), nothing, TYPED), (File(), float_only, TYPED)),
     "placement-of-other-runtime": ((File(), nothing, OPENVINO), (File(), both_inputs, OPENVINO)),
@@ -374,6 +404,28 @@ LEFT_BY_OTHERS = {
     "uint8-activations near miss": {"placement-of-other-runtime"},
     "int32-bias near miss": {"placement-of-other-runtime"},
 }
+
+
+def test_the_float16_bias_trap_is_real_and_our_runner_steps_around_it() -> None:
+    """onnxruntime computes something else where the rule says so, and what it should without its optimizer."""
+    import copy
+
+    import onnxruntime as ort
+
+    x = np.random.default_rng(5).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    off = {}
+    for change in (half_with_a_bias_out_of_reach, half_with_a_bias_in_reach):
+        file = copy.deepcopy(File(opset=19))
+        change(file)
+        model = file.model()
+        expected = OrtRunner(model, optimize=False)(x)
+        as_it_comes = ort.InferenceSession(model.SerializeToString(), options).run(None, {"image": x})[0]
+        spread = expected.max() - expected.min()
+        off[change] = float(np.abs(as_it_comes - expected).mean() / spread)
+        assert float(np.abs(OrtRunner(model)(x) - expected).mean() / spread) < 2 / 255
+    assert off[half_with_a_bias_out_of_reach] > 0.05 > 5 * off[half_with_a_bias_in_reach], off
 
 
 def found(case: Case) -> list[Finding]:

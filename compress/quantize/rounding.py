@@ -56,7 +56,7 @@ def round_activation(x: Tensor, scale: Tensor, low: int, high: int, *, learnable
     factor = 1.0 / math.sqrt(x.numel() * high) if learnable else 0.0
     y: Tensor
     if x.device.type == "cpu":
-        y = _Round.apply(x, scale, low, high, factor)  # type: ignore[no-untyped-call]
+        y = _Round.apply(x, scale, low, high, factor)
         return y
     if learnable:
         y = torch._fake_quantize_learnable_per_tensor_affine(x, scale, torch.zeros_like(scale), low, high, factor)
