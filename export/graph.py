@@ -170,6 +170,19 @@ class GraphView:
             main = 0 if depths[0] >= depths[1] else 1
             yield add, add.input[main], add.input[1 - main]
 
+    def origin(self, name: str) -> str:
+        """Return the tensor whose values `name` hands on unchanged, through Identity and Cast to float32."""
+        while (node := self.made_by(name, "Identity", "Cast")) is not None:
+            if node.op_type == "Cast" and attribute(node, "to", None) != TensorProto.FLOAT:
+                break
+            name = node.input[0]
+        return name
+
+    def folded_conv(self, name: str) -> NodeProto | None:
+        """Return the convolution that makes `name`, perhaps with a BatchNorm behind it, or None."""
+        norm = self.made_by(name, "BatchNormalization")
+        return self.made_by(name if norm is None else norm.input[0], "Conv")
+
     def _conv_before(self, name: str) -> NodeProto | None:
         """Return the convolution that makes `name`, looked for through Q/DQ and BatchNorm."""
         while (node := self.made_by(name, QUANTIZE, DEQUANTIZE, "BatchNormalization", "Identity")) is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from export_zoo import arrays, cifar_pad, images, network
+from export_zoo import arrays, cifar_pad, imagenet_basic, images, network
 from test_lint_rules import BOARD
 
 from export.lint import lint
@@ -60,3 +62,28 @@ def test_raw_nncf_export(tmp_path: Path) -> None:
     findings = lint(onnx.load(path), BOARD)
     assert "custom-operators" in {f.rule for f in findings if f.severity == "error"}
     assert any("FakeQuantize" in f.message for f in findings)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_modelopts_torch_export(tmp_path: Path) -> None:
+    """Float weights, BatchNorm left behind the convolutions, a quantizer per reader, and float skips."""
+    mtq = pytest.importorskip("modelopt.torch.quantization", reason="ModelOpt (nvidia-modelopt) is not installed")
+    spec = imagenet_basic()
+    x = images(spec, 16)
+    quantized = mtq.quantize(network(spec), copy.deepcopy(mtq.INT8_DEFAULT_CFG), lambda m: m(x))
+    path = tmp_path / "modelopt.onnx"
+    torch.onnx.export(quantized, (x[:1],), path, dynamo=False, opset_version=17, input_names=["input"])
+    model = onnx.load(path)
+    found = Counter(f.rule for f in lint(model, BOARD))
+    convs = sum(n.op_type == "Conv" for n in model.graph.node)
+    assert found == {
+        "float-weights": convs + 1,  # and the linear layer
+        "batch-norm-unfolded": convs,
+        "skip-not-quantized": 4,
+        "duplicate-quantizers": 1,  # the first convolution of a stage and its projection read the same tensor
+    }
+    repaired = repair(model, BOARD)
+    # What no pass can mend is the output of the projection: it has no quantizer, so nobody knows its range.
+    assert [f.rule for f in lint(repaired.model, BOARD)] == ["skip-not-quantized"]
+    assert len(repaired.model.SerializeToString()) < 0.35 * len(model.SerializeToString())

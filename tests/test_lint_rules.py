@@ -428,6 +428,34 @@ def test_the_float16_bias_trap_is_real_and_our_runner_steps_around_it() -> None:
     assert off[half_with_a_bias_out_of_reach] > 0.05 > 5 * off[half_with_a_bias_in_reach], off
 
 
+def test_a_skip_and_a_second_quantizer_are_seen_through_what_exporters_leave_behind() -> None:
+    """BatchNorm between the main branch's convolution and the Add; a Cast to float32 in front of a second quantizer."""
+    file = File()
+    float_skip(file)
+    batch_norm(file, after="b", reader="sum")
+    assert {f.rule for f in lint(file.model(), BOARD)} == {"skip-not-quantized", "batch-norm-unfolded"}
+    file = File()
+    duplicate(file)
+    at = file.nodes.index(file.named("again.q"))
+    file.nodes.insert(at, helper.make_node("Cast", ["stem.relu"], ["cast"], name="cast", to=TensorProto.FLOAT))
+    file.named("again.q").input[0] = "cast"
+    assert {f.rule for f in lint(file.model(), BOARD)} == {"duplicate-quantizers"}
+    mended = repair(file.model(), BOARD)
+    assert lint(mended.model, BOARD) == []
+    file.named("cast").attribute[0].i = TensorProto.FLOAT16  # values of its own, so no duplicate
+    assert "duplicate-quantizers" not in {f.rule for f in lint(file.model(), BOARD)}
+
+
+def test_a_repair_that_makes_another_one_possible_is_followed_by_it() -> None:
+    """BatchNorm behind a convolution whose weight is stored in float: first integers, then folding."""
+    file = File()
+    float_weights(file)
+    batch_norm(file)
+    mended = repair(file.model(), BOARD)
+    assert [s.name for s in mended.steps if s.applied] == ["int8_weights", "fold_batch_norm"]
+    assert lint(mended.model, BOARD) == []
+
+
 def found(case: Case) -> list[Finding]:
     import copy
 

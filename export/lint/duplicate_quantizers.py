@@ -12,7 +12,7 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
     """Yield a warning per tensor that more than one QuantizeLinear reads: the same values are rounded twice."""
     seen: dict[str, str] = {}
     for node in graph.activation_quantizers():
-        source = node.input[0]
+        source = graph.origin(node.input[0])
         if source in seen:
             yield Issue(
                 "warning",

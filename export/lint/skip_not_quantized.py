@@ -13,7 +13,7 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
     if not facts.tensorrt:
         return
     for add, main, skip in graph.residual_adds():
-        conv = graph.made_by(main, "Conv")
+        conv = graph.folded_conv(main)
         if conv is None or not graph.is_int8(conv):
             continue
         name = skip

@@ -96,29 +96,40 @@ def repair(model: onnx.ModelProto, facts: TargetFacts) -> Repaired:
         model: Any ONNX model; it is not changed.
         facts: The target it shall run on.
     """
-    steps: list[Step] = []
-    for name in plugins.names(PACKAGE):
-        one: Pass = plugins.load(PACKAGE, name, what="repair pass")
-        before = lint(model, facts, rules=one.RULES)
-        if not before:
-            continue
-        result = one.call(model, facts)
-        if not result.modified:
-            continue
-        error = difference(model, result.model)
-        limit = EXACT_TOLERANCE if one.EXACT else ROUNDING_TOLERANCE
-        left = len(lint(result.model, facts, rules=one.RULES))
-        if error is None:
-            outcome = "left out: the outputs before and after could not be compared in onnxruntime"
-        elif error > limit:
-            outcome = f"left out: outputs would differ by {error:.2%} of their range, more than {limit:.2%}"
-        elif left >= len(before):
-            outcome = "left out: it mends nothing"
-        else:
-            model = result.model
-            outcome = f"mended {len(before) - left} of {len(before)}; outputs differ by {error:.2g} of their range"
-        steps.append(Step(name, model is result.model, error, outcome))
-    return Repaired(model, tuple(steps))
+    applied: list[Step] = []
+    while True:  # a repair may make another one possible, such as weights stored as integers the folding of a BatchNorm
+        refused: list[Step] = []
+        before = len(applied)
+        for name in plugins.names(PACKAGE):
+            step, model = _try(name, model, facts)
+            if step is not None:
+                (applied if step.applied else refused).append(step)
+        if len(applied) == before:
+            return Repaired(model, (*applied, *refused))
+
+
+def _try(name: str, model: onnx.ModelProto, facts: TargetFacts) -> tuple[Step | None, onnx.ModelProto]:
+    """Return what became of one pass, None where it has nothing to do, and the model after it."""
+    one: Pass = plugins.load(PACKAGE, name, what="repair pass")
+    before = lint(model, facts, rules=one.RULES)
+    if not before:
+        return None, model
+    result = one.call(model, facts)
+    if not result.modified:
+        return None, model
+    error = difference(model, result.model)
+    limit = EXACT_TOLERANCE if one.EXACT else ROUNDING_TOLERANCE
+    left = len(lint(result.model, facts, rules=one.RULES))
+    if error is None:
+        outcome = "left out: the outputs before and after could not be compared in onnxruntime"
+    elif error > limit:
+        outcome = f"left out: outputs would differ by {error:.2%} of their range, more than {limit:.2%}"
+    elif left >= len(before):
+        outcome = "left out: it mends nothing"
+    else:
+        outcome = f"mended {len(before) - left} of {len(before)}; outputs differ by {error:.2g} of their range"
+        return Step(name, True, error, outcome), result.model
+    return Step(name, False, error, outcome), model
 
 
 def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> float | None:

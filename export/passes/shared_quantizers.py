@@ -22,12 +22,13 @@ def call(model: onnx.ModelProto, facts: TargetFacts) -> PassResult:
     first: dict[str, list[onnx.NodeProto]] = {}
     renamed: dict[str, str] = {}
     for node in graph.activation_quantizers():
-        for other in first.get(node.input[0], []):
+        source = graph.origin(node.input[0])
+        for other in first.get(source, []):
             if _equal(graph, node, other) and node.output[0] not in graph.outputs:
                 renamed[node.output[0]] = other.output[0]
                 break
         else:
-            first.setdefault(node.input[0], []).append(node)
+            first.setdefault(source, []).append(node)
     for node in copy.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from export.graph import DEQUANTIZE, QUANTIZE, GraphView
+from export.graph import DEQUANTIZE, GraphView
 from export.lint import TargetFacts
 from export.passes import PassResult
 
@@ -18,14 +18,16 @@ def call(model: onnx.ModelProto, facts: TargetFacts) -> PassResult:
     copy.CopyFrom(model)
     graph = GraphView(copy)
     changed = False
+    quantizers: dict[str, onnx.NodeProto] = {}
+    for quantize in graph.activation_quantizers():
+        quantizers.setdefault(graph.origin(quantize.input[0]), quantize)
     for add, main, skip in graph.residual_adds():
-        conv = graph.made_by(main, "Conv")
-        if conv is None or not graph.is_int8(conv):
+        conv = graph.folded_conv(main)
+        quantizer = quantizers.get(graph.origin(skip))
+        if conv is None or not graph.is_int8(conv) or quantizer is None:
             continue
-        for quantize in graph.consumers.get(skip, []):
-            pairs = [n for n in graph.consumers.get(quantize.output[0], []) if n.op_type == DEQUANTIZE]
-            if quantize.op_type == QUANTIZE and pairs:
-                add.input[list(add.input).index(skip)] = pairs[0].output[0]
-                changed = True
-                break
+        pairs = [n for n in graph.consumers.get(quantizer.output[0], []) if n.op_type == DEQUANTIZE]
+        if pairs:
+            add.input[list(add.input).index(skip)] = pairs[0].output[0]
+            changed = True
     return PassResult(copy, changed)
