@@ -2,6 +2,7 @@
 
 from compress.quantize.biases import on_grid
 from compress.quantize.fake_quant import fake_quant_model, integer_weights, integers
+from compress.quantize.integer import integer_model
 from compress.quantize.ptq import CALIBRATIONS, Calibration, ptq
 from compress.quantize.qat import best_of, finish_qat, prepare_qat
 from compress.quantize.sensitivity import LayerSensitivity, MixedPrecision, mixed_precision, restrict, sensitivities
@@ -14,6 +15,7 @@ __all__ = [
     "best_of",
     "fake_quant_model",
     "finish_qat",
+    "integer_model",
     "integer_weights",
     "integers",
     "mixed_precision",

@@ -1,0 +1,101 @@
+"""The INT8 network computed as integer hardware computes it: exact sums of integers, one multiplication per output.
+
+`fake_quant_model` sums products of rounded *floats*, and its BatchNorms stand behind the sums; every rounding of a partial
+sum may push a value across the border between two integers, and what reads it carries that on. Here convolutions see the
+integers themselves, held in float32: every partial sum below 2**24 is exact whatever the order of the sum, so the only
+float arithmetic left is one multiplication and one addition per output. A runtime that computes in integers agrees with
+this network better than fake quantization agrees with itself on another processor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoints.base import Checkpoint
+from compress.quantize.fake_quant import fake_quant_model, integer_weights, require_quantization
+from compress.resnet import ResNet
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer on integers, with its BatchNorm folded into the factor and the bias.
+
+    Attributes:
+        layer: The float layer: stride, padding and groups; its weight holds the integers.
+    """
+
+    inverse: Tensor
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, integers: Tensor, step: float, factor_O: Tensor, offset_O: Tensor) -> None:
+        """Build from a layer.
+
+        Args:
+            layer: The float layer; it is changed.
+            integers: Its weight, whole numbers in float32.
+            step: Scale of its input.
+            factor_O: What one step of the sum is worth, float64.
+            offset_O: What is added, float64.
+        """
+        super().__init__()
+        layer.weight = nn.Parameter(integers, requires_grad=False)
+        layer.bias = None
+        self.layer = layer
+        per_channel = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        self.register_buffer("inverse", torch.tensor(step, dtype=torch.float32).reciprocal())
+        self.register_buffer("factor", factor_O.float().reshape(per_channel))
+        self.register_buffer("offset", offset_O.float().reshape(per_channel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the real values of the outputs for an input on its grid."""
+        # The kernels that torch has without oneDNN may be Winograd's, which do not sum integers.
+        with torch.backends.nnpack.flags(enabled=False):
+            sums: Tensor = self.layer(torch.round(x * self.inverse))
+        return sums.mul_(self.factor).add_(self.offset)
+
+
+@torch.no_grad()
+def integer_model(checkpoint: Checkpoint) -> ResNet:
+    """Return the network of a quantized checkpoint in eval mode, its INT8 layers computed in exact integer sums.
+
+    Raises:
+        CheckpointError: The checkpoint is not quantized, or its quantizers do not fit.
+    """
+    quantization = require_quantization(checkpoint)
+    model = fake_quant_model(checkpoint)
+    norm_of = {layer.inputs[0]: layer for layer in model.layers if layer.op == "batch_norm"}
+    source_of = {layer.name: layer.inputs[0] for layer in model.layers if layer.op == "dropout"}
+    tensors = {name: value.double() for name, value in checkpoint.state_dict.items()}
+    integers = integer_weights(checkpoint.state_dict, quantization)
+    for layer in model.layers:
+        data = quantization.activation(source_of.get(layer.inputs[0], layer.inputs[0])) if layer.inputs else None
+        weight = quantization.weight(layer.name)
+        if data is None or data.scale is None or weight is None or weight.scale is None:
+            continue
+        gain_O = torch.ones(len(weight.scale), dtype=torch.float64)
+        offset_O = tensors[f"{layer.name}.bias"] if layer.bias else torch.zeros_like(gain_O)
+        if (norm := norm_of.get(layer.name)) is not None:
+            mean_O, var_O = tensors[f"{norm.name}.running_mean"], tensors[f"{norm.name}.running_var"]
+            gain_O = tensors[f"{norm.name}.weight"] / torch.sqrt(var_O + norm.eps)
+            offset_O = tensors[f"{norm.name}.bias"] + (offset_O - mean_O) * gain_O
+            _replace(model, norm.name, nn.Identity())
+        factor_O = torch.tensor(weight.scale, dtype=torch.float64) * data.scale[0] * gain_O
+        plain = _plain(model.get_submodule(layer.name))
+        whole = torch.from_numpy(integers[layer.name]).float()
+        _replace(model, layer.name, IntegerLayer(plain, whole, data.scale[0], factor_O, offset_O))
+    return model.eval()
+
+
+def _plain(layer: nn.Module) -> nn.Conv2d | nn.Linear:
+    """Return a layer of the same geometry, without the fake quantizer of its weight."""
+    if isinstance(layer, nn.Conv2d):
+        shape = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+        return nn.Conv2d(*shape, groups=layer.groups)  # type: ignore[arg-type]
+    assert isinstance(layer, nn.Linear)
+    return nn.Linear(layer.in_features, layer.out_features)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, leaf, module)
