@@ -111,6 +111,7 @@ def test_prune_then_export_as_typed(tmp_path: Path) -> None:
     assert exported["latency"]["provenance"] == "predicted"
     assert exported["latency"]["low"] < exported["latency"]["p50_ms"] < exported["latency"]["high"]
     assert exported["parity"]["top1_agreement"] == 1.0
+    assert exported["parity_in_integers"] is None
     assert isinstance(exported["lint"], list)
     assert "build.sh" in exported["files"]
     call("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
@@ -131,6 +132,7 @@ def test_quantize_export_evaluate_on_digits(rescompress: Command, tmp_path: Path
     )
     assert exported["onnx"] == "out/model.onnx"
     assert exported["parity"]["top1_agreement"] >= 0.999
+    assert exported["parity_in_integers"]["max_abs"] == 0.0
     assert exported["latency"]["provenance"] == "measured"
     assert exported["size_bytes"] < 0.3 * DIGITS.stat().st_size
     for model, runtime in (("out/model.onnx", "onnxruntime"), ("int8.safetensors", "torch")):

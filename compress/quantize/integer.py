@@ -13,8 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.base import Checkpoint
-from compress.quantize.fake_quant import fake_quant_model, integer_weights, require_quantization
+from compress.quantize.fake_quant import ActivationQuantizer, fake_quant_model, integer_weights, require_quantization
 from compress.resnet import ResNet
+
+
+class DividedActivation(nn.Module):
+    """Rounds an activation as ONNX's QuantizeLinear does: ``clamp(rint(x / scale), low, high) * scale``."""
+
+    scale: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.low, self.high = quantizer.low, quantizer.high
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` on the grid of the scale."""
+        return torch.div(x, self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
 
 
 class IntegerLayer(nn.Module):
@@ -68,6 +83,9 @@ def integer_model(checkpoint: Checkpoint) -> ResNet:
     source_of = {layer.name: layer.inputs[0] for layer in model.layers if layer.op == "dropout"}
     tensors = {name: value.double() for name, value in checkpoint.state_dict.items()}
     integers = integer_weights(checkpoint.state_dict, quantization)
+    for name, module in model.activations.items():
+        assert isinstance(module, ActivationQuantizer)
+        model.activations[name] = DividedActivation(module)
     for layer in model.layers:
         data = quantization.activation(source_of.get(layer.inputs[0], layer.inputs[0])) if layer.inputs else None
         weight = quantization.weight(layer.name)
@@ -80,7 +98,9 @@ def integer_model(checkpoint: Checkpoint) -> ResNet:
             gain_O = tensors[f"{norm.name}.weight"] / torch.sqrt(var_O + norm.eps)
             offset_O = tensors[f"{norm.name}.bias"] + (offset_O - mean_O) * gain_O
             _replace(model, norm.name, nn.Identity())
-        factor_O = torch.tensor(weight.scale, dtype=torch.float64) * data.scale[0] * gain_O
+        # The file holds the folded scale in float32; so does this factor.
+        folded_O = (torch.tensor(weight.scale, dtype=torch.float64) * gain_O).float().double()
+        factor_O = folded_O * data.scale[0]
         plain = _plain(model.get_submodule(layer.name))
         whole = torch.from_numpy(integers[layer.name]).float()
         _replace(model, layer.name, IntegerLayer(plain, whole, data.scale[0], factor_O, offset_O))

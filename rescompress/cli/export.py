@@ -110,6 +110,7 @@ def export(
         "size_bytes": int(result.metrics["size_bytes"].value),
         "macs": int(result.metrics["macs"].value),
         "parity": details["parity"],
+        "parity_in_integers": details.get("parity_in_integers"),
         "lint": details.get("lint", []),
         "validity_gate": details.get("validity_gate"),
         "latency": _latency(latency),
@@ -195,6 +196,10 @@ def _words(document: dict[str, Any]) -> list[str]:
         f"largest difference {parity['max_abs']:.2g}",
         f"engine: {document['engine_status']}",
     ]
+    if (exact := document["parity_in_integers"]) is not None:
+        lines.insert(
+            2, f"in exact sums of integers: {100 * exact['top1_agreement']:.2f} %, largest difference {exact['max_abs']:.2g}"
+        )
     if document["archive"]:
         lines.append(f"archive: {document['archive']}")
     lines += [f"lint: {f['severity']}: {f['rule']}: {f['message']}" for f in document["lint"]]
