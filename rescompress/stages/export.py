@@ -117,8 +117,8 @@ def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Common)
         batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
         images = f"{count} images of random noise (no data was given)"
     in_sums = None
-    if checkpoint.quantization is not None and any(n.op_type == "QuantizeLinear" for n in proto.graph.node):
-        if not has_float16_scales(proto):
-            whole = OrtRunner(in_integers(proto), optimize=False)
-            in_sums = compare(TorchRunner(integer_model(checkpoint)), whole, batches)
+    int8 = checkpoint.quantization is not None and any(n.op_type == "QuantizeLinear" for n in proto.graph.node)
+    if int8 and not has_float16_scales(proto):
+        whole = OrtRunner(in_integers(proto), optimize=False)
+        in_sums = compare(TorchRunner(integer_model(checkpoint)), whole, batches)
     return compare(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), in_sums, images
