@@ -340,7 +340,9 @@ def _scan(root: Path) -> _Samples:
     if not found:
         found = _labelled_files(root)
     if not found:
-        raise DataError("holds no images", where=str(root), remedy=f"data is {_FORMS}")
+        loose = sum(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir())
+        what = f"holds {loose} images without labels" if loose else "holds no images"
+        raise DataError(what, where=str(root), remedy=f"data is {_FORMS}")
     paths, names = zip(*found, strict=True)
     return _Samples(paths, names, root)
 

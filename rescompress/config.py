@@ -116,6 +116,10 @@ class QuantizeConfig(Frozen):
         percentile: For ``percentile``, in percent.
         bias_correction: Whether biases make good what rounding does to each channel's mean.
         keep_float: Layers to leave in floating point: names, how many of the most sensitive, or ``auto``.
+        max_divergence: Accuracy budget of ``keep_float: auto``: how far the predictions may be from the float network's,
+            in nats.
+        max_slowdown: Latency budget of ``keep_float: auto``: the predicted latency on the first target, at most so many
+            times that of the all-INT8 network.
         learnable_scales: Whether ``qat`` trains the scales too.
         hold_out: Part of the training images that ``qat`` does not see and that choose between it and ``ptq``; 0 keeps
             what was trained.
@@ -132,11 +136,19 @@ class QuantizeConfig(Frozen):
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     bias_correction: bool = True
     keep_float: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] | tuple[str, ...] = ()
+    max_divergence: float | None = Field(None, gt=0.0)
+    max_slowdown: float | None = Field(None, ge=1.0)
     learnable_scales: bool = False
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
     lr: float = Field(0.002, gt=0.0)
     batch_size: int = Field(128, ge=2)
     teacher: str | None = "dense"
+
+    @model_validator(mode="after")
+    def _budget_of_auto(self) -> Self:
+        if self.keep_float != "auto" and (self.max_divergence is not None or self.max_slowdown is not None):
+            raise ValueError("max_divergence and max_slowdown are budgets of keep_float: auto")
+        return self
 
 
 class RunConfig(Frozen):

@@ -175,10 +175,19 @@ class Builder:
             last, before = f"finetune{suffix}", f"prune{suffix}"
         return stages
 
-    def quantize(self, config: QuantizeConfig, profile: Profile, source: str | Opening, teacher: str | Opening | None) -> Stage:
-        """Return the quantization stage."""
-        arguments = {"config": config, "profile": profile}
-        depends = {"config": config.model_dump(), "profile": profile}
+    def quantize(
+        self,
+        config: QuantizeConfig,
+        profile: Profile,
+        source: str | Opening,
+        teacher: str | Opening | None,
+        *,
+        targets: Sequence[str] = (),
+    ) -> Stage:
+        """Return the quantization stage; the targets matter for a latency budget only."""
+        priced = tuple(targets) if config.max_slowdown is not None else ()
+        arguments = {"config": config, "profile": profile, "targets": priced}
+        depends = {"config": config.model_dump(), "profile": profile, "targets": _facts(priced)}
         sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
         return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
 
@@ -237,7 +246,9 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
         last = "finetune"
     if config.quantize is not None:
         profile = profile_for(config.quantize, config.targets)
-        stages.append(builder.quantize(config.quantize, profile, last, teacher_of(config.quantize.teacher)))
+        stages.append(
+            builder.quantize(config.quantize, profile, last, teacher_of(config.quantize.teacher), targets=config.targets)
+        )
         last = "quantize"
     options = {"batch": config.batch}
     stages.append(builder.export(last, options))

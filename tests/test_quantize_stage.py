@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
+from compress import zoo
+from compress.checkpoints import load_checkpoint, save_checkpoint
+from compress.quantize import mixed_precision, ptq
+from edge_targets.catalog import load_target
+from edge_targets.latency import cost_function
 from rescompress.config import QuantizeConfig
-from rescompress.core.errors import BudgetError, ConfigError
-from rescompress.stages.network import calibrated
+from rescompress.core.errors import BudgetError, ConfigError, TargetError
+from rescompress.core.layers import walk
+from rescompress.stages.network import calibrated, float_cost
 
 torch.set_num_threads(1)
 
@@ -38,3 +49,68 @@ def test_estimator_percentile_and_bias_correction_reach_the_calibration():
     assert loose.activation("relu1").scale == pytest.approx(plain.quantization.activation("relu1").scale)
     assert tight.activation("relu1").scale[0] < loose.activation("relu1").scale[0]
     assert quantized().provenance["calibration"]["tried"]
+
+
+def test_the_price_of_layers_in_float_is_between_that_of_the_two_networks():
+    spec = zoo.spec("resnet50")
+    target = load_target("jetson-orin-nano-8gb")
+    cost = float_cost([target], spec)
+    int8, half = (cost_function(target.device, precision=p)(walk(spec)) for p in ("int8", "fp16"))
+    weighted = [layer.name for layer in walk(spec) if layer.op in ("conv", "linear")]
+    assert cost(frozenset()) == int8
+    assert cost(frozenset({"layer3.0.conv2"})) > int8
+    assert cost(frozenset(weighted)) == pytest.approx(half, rel=0.1)
+    with pytest.raises(TargetError, match="needs a device"):
+        float_cost([], spec)
+
+
+def test_a_latency_budget_decides_how_many_layers_stay_in_float():
+    spec, images = SPECS["pad"], images_for(SPECS["pad"], 4)
+    config = QuantizeConfig(calibration="max", keep_float="auto", max_slowdown=1.25)
+
+    def kept(cost):
+        return calibrated(checkpoint_of("pad"), images, config, "tensorrt", cost=cost).quantization.keep_float(spec)
+
+    assert len(kept(lambda names: 8.0 + len(names))) == 2
+    assert len(kept(lambda names: 4.0 + len(names))) == 1
+    assert len(kept(lambda names: 1.0 + len(names))) == 0
+
+
+def test_an_accuracy_budget_decides_how_many_layers_stay_in_float():
+    spec, images = SPECS["pad"], images_for(SPECS["pad"], 4)
+    int8 = quantized(calibration="max")
+    all_int8 = mixed_precision(int8, images, layers=0, reference=checkpoint_of("pad")).all_int8
+    halved = quantized(calibration="max", keep_float="auto", max_divergence=all_int8 / 2).quantization.keep_float(spec)
+    assert halved
+    assert quantized(calibration="max", keep_float="auto", max_divergence=10.0).quantization.keep_float(spec) == set()
+    with pytest.raises(BudgetError, match="divergence is"):
+        quantized(calibration="max", keep_float="auto", max_divergence=1e-30)
+    with pytest.raises(ValidationError, match="budgets of keep_float"):
+        QuantizeConfig(keep_float=2, max_slowdown=1.5)
+
+
+@pytest.mark.parametrize("mode", ["ptq", "qat"])
+def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
+    digits = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
+
+    def refused(*words, of=digits, code=5):
+        done = rescompress("quantize", of, "--mode", mode, *words, "-o", "int8.safetensors", cwd=tmp_path, code=code)
+        assert not (tmp_path / "int8.safetensors").exists()
+        return done.stderr
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(flat / f"{i}.png")
+    assert "3 images without labels" in refused("--data", flat)
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("--data", tmp_path / "empty")
+    assert "--calib" in refused("--data", "builtin:digits", "--calib", "1")
+    nan = tmp_path / "nan.safetensors"
+    good = load_checkpoint(digits)
+    name = "layer1.0.conv1.weight"
+    save_checkpoint(replace(good, state_dict={**good.state_dict, name: good.state_dict[name] * torch.nan}), nan)
+    assert name in refused("--data", "builtin:digits", of=nan)
+    int8 = tmp_path / "int8-already.safetensors"
+    save_checkpoint(ptq(good, [torch.rand(4, *good.spec.input_shape)] * 2, calibration="max"), int8)
+    assert "quantized" in refused("--data", "builtin:digits", of=int8)

@@ -5,11 +5,12 @@ from compress.quantize.fake_quant import fake_quant_model, integer_weights, inte
 from compress.quantize.integer import integer_model
 from compress.quantize.ptq import CALIBRATIONS, Calibration, ptq
 from compress.quantize.qat import best_of, finish_qat, prepare_qat
-from compress.quantize.sensitivity import LayerSensitivity, MixedPrecision, mixed_precision, restrict, sensitivities
+from compress.quantize.sensitivity import Cost, LayerSensitivity, MixedPrecision, mixed_precision, restrict, sensitivities
 
 __all__ = [
     "CALIBRATIONS",
     "Calibration",
+    "Cost",
     "LayerSensitivity",
     "MixedPrecision",
     "best_of",

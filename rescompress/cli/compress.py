@@ -241,6 +241,18 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option("--max-divergence", help="Accuracy budget of --keep-float auto, in nats.", show_default=False),
+    ] = None,
+    max_slowdown: Annotated[
+        float | None,
+        typer.Option(
+            "--max-slowdown",
+            help="Latency budget of --keep-float auto: times the all-INT8 latency predicted for the target.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of qat.")] = 0.002,
     output: opt.OutFile = None,
     labels: opt.Labels = None,
@@ -263,14 +275,15 @@ def quantize(
     config = _config(
         QuantizeConfig,
         mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
-        keep_float=_keep_float(keep_float or ""),
+        keep_float=_keep_float(keep_float or ""), max_divergence=max_divergence, max_slowdown=max_slowdown,
         teacher=str(teacher) if teacher else None,
     )  # fmt: skip
     opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
     placed = profile_for(config, [target] if target else [])
-    stage = builder.quantize(config, placed, opening, workspace.opening(teacher) if teacher else opening)
+    mentor = workspace.opening(teacher) if teacher else opening
+    stage = builder.quantize(config, placed, opening, mentor, targets=[target] if target else [])
     report, prints = workspace.run_here([stage], out)
     if not prints:
         return

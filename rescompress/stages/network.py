@@ -22,7 +22,7 @@ from compress.prune import (
     prune,
     prune_by_plan,
 )
-from compress.quantize import best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
+from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import load_target
@@ -133,10 +133,20 @@ def latency_cost(targets: Sequence[Target]) -> CostFunction:
     Raises:
         TargetError: No target has one.
     """
-    modelled = [t for t in targets if t.device.modes] or list(targets)
-    if not modelled:
-        raise TargetError("a latency budget needs a device", where="--latency", remedy="name a target, such as jetson")
-    return cost_function(modelled[0].device, precision=modelled[0].check_precision())
+    target = modelled(targets)
+    return cost_function(target.device, precision=target.check_precision())
+
+
+def modelled(targets: Sequence[Target]) -> Target:
+    """Return the first target that has a latency model, or the first.
+
+    Raises:
+        TargetError: There is none.
+    """
+    known = [t for t in targets if t.device.modes] or list(targets)
+    if not known:
+        raise TargetError("a latency budget needs a device", where="--target", remedy="name a target, such as jetson")
+    return known[0]
 
 
 def _pruned_row(
@@ -189,6 +199,7 @@ def quantized(
     common: Common,
     config: QuantizeConfig,
     profile: Profile,
+    targets: tuple[str, ...] = (),
 ) -> Outcome:
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
     prepare(common)
@@ -200,7 +211,8 @@ def quantized(
     if context.main:
         details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
     images = [x for x, _ in calibration.batches(64)]
-    int8 = calibrated(checkpoint, images, config, profile)
+    cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
+    int8 = calibrated(checkpoint, images, config, profile, cost=cost)
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
@@ -228,8 +240,36 @@ def quantized(
     return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 
-def calibrated(checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile) -> Checkpoint:
-    """Return the calibrated network, with the layers that the config wants in floating point left there."""
+def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
+    """Return what an INT8 network costs with the named layers in floating point: predicted ms on the first modelled target.
+
+    Raises:
+        TargetError: No target has one.
+    """
+    device = modelled(targets).device
+    int8 = cost_function(device, precision="int8")
+    wide = cost_function(device, precision="fp16" if "fp16" in device.precisions else "fp32")
+    layers = {layer.name: layer for layer in walk(spec)}
+    all_int8 = int8(list(layers.values()))
+
+    def cost(keep_float: frozenset[str]) -> float:
+        return all_int8 + sum(wide([layers[name]]) - int8([layers[name]]) for name in keep_float)
+
+    return cost
+
+
+def calibrated(
+    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile, *, cost: Cost | None = None
+) -> Checkpoint:
+    """Return the calibrated network, with the layers that the config wants in floating point left there.
+
+    Args:
+        checkpoint: The float network.
+        images: Calibration batches.
+        config: How to quantize.
+        profile: The placement.
+        cost: What layers in floating point cost, for a latency budget.
+    """
     names = config.keep_float if isinstance(config.keep_float, tuple) else ()
 
     def calibrate(keep_float: frozenset[str]) -> Checkpoint:
@@ -247,7 +287,16 @@ def calibrated(checkpoint: Checkpoint, images: list[Tensor], config: QuantizeCon
     if isinstance(config.keep_float, tuple):
         return int8
     count = config.keep_float if isinstance(config.keep_float, int) else None
-    kept = mixed_precision(int8, images[:4], layers=count, reference=checkpoint).keep_float
+    limit = cost(frozenset()) * config.max_slowdown if cost is not None and config.max_slowdown is not None else None
+    kept = mixed_precision(
+        int8,
+        images[:4],
+        layers=count,
+        max_divergence=config.max_divergence,
+        cost=cost,
+        max_cost=limit,
+        reference=checkpoint,
+    ).keep_float
     return calibrate(frozenset(kept)) if kept else int8
 
 
