@@ -492,6 +492,8 @@ def test_our_own_files_have_no_error_and_no_warning(spec: ModelSpec) -> None:
         exported = to_onnx(spec, arrays(model), quantization, ExportOptions(1, opset, precision))
         facts = TYPED if opset == 19 else BOARD
         assert [f for f in lint(exported, facts) if f.severity != "note"] == []
+    for_cpu = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 16), "openvino"), ExportOptions(1))
+    assert lint(for_cpu, OPENVINO) == []
 
 
 REPAIRED = {

@@ -13,7 +13,11 @@ from quantize_zoo import SPECS, checkpoint_of, images_for
 
 from compress import zoo
 from compress.checkpoints import load_checkpoint, save_checkpoint
-from compress.quantize import mixed_precision, ptq
+from compress.data import load_dataset
+from compress.evaluate import TorchRunner, evaluate
+from compress.prune import Budget, prune
+from compress.quantize import integer_model, mixed_precision, on_grid, ptq
+from compress.resnet import build_model
 from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function
 from rescompress.config import QuantizeConfig
@@ -22,6 +26,7 @@ from rescompress.core.layers import walk
 from rescompress.stages.network import calibrated, float_cost
 
 torch.set_num_threads(1)
+DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 
 
 def quantized(**settings):
@@ -91,9 +96,7 @@ def test_an_accuracy_budget_decides_how_many_layers_stay_in_float():
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])
 def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
-    digits = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
-
-    def refused(*words, of=digits, code=5):
+    def refused(*words, of=DIGITS, code=5):
         done = rescompress("quantize", of, "--mode", mode, *words, "-o", "int8.safetensors", cwd=tmp_path, code=code)
         assert not (tmp_path / "int8.safetensors").exists()
         return done.stderr
@@ -107,10 +110,23 @@ def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
     assert "holds no images" in refused("--data", tmp_path / "empty")
     assert "--calib" in refused("--data", "builtin:digits", "--calib", "1")
     nan = tmp_path / "nan.safetensors"
-    good = load_checkpoint(digits)
+    good = load_checkpoint(DIGITS)
     name = "layer1.0.conv1.weight"
     save_checkpoint(replace(good, state_dict={**good.state_dict, name: good.state_dict[name] * torch.nan}), nan)
     assert name in refused("--data", "builtin:digits", of=nan)
     int8 = tmp_path / "int8-already.safetensors"
     save_checkpoint(ptq(good, [torch.rand(4, *good.spec.input_shape)] * 2, calibration="max"), int8)
     assert "quantized" in refused("--data", "builtin:digits", of=int8)
+
+
+@pytest.mark.slow
+def test_a_pruned_network_is_as_good_in_int8_as_in_float():
+    dense = load_checkpoint(DIGITS)
+    data = load_dataset("builtin:digits", dense.spec)
+    x = data.train.take(64, 0).tensor()
+    half = prune(dense, budget=Budget(kind="macs", value=0.5), calibration_x=x).checkpoint
+    int8 = on_grid(ptq(half, [x], calibration="mse"))
+    model = build_model(half.spec, half.state_dict)
+    top1 = {name: evaluate(TorchRunner(m), data.val).top1 for name, m in (("float", model), ("int8", integer_model(int8)))}
+    assert top1["float"] > 0.95
+    assert top1["int8"] >= top1["float"] - 0.01
