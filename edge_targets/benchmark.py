@@ -4,7 +4,8 @@ Two runtimes in one process disturb each other (idle worker threads of one spin 
 machine drifts within seconds. So every candidate gets a process that sleeps until it is its turn, and the candidates
 take turns in short rounds. What differs between two processes of one model (memory layout, the cores it lands on) is
 often more than what differs inside one, so every round starts new processes, and the median of each is kept: gates
-compare those. A percentile is taken over all rounds of one candidate.
+compare those. A percentile is taken over all rounds of one candidate, each of them with the same number of samples: a
+process that is slower makes fewer in its time, and must not count less for that.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ def percentile(sorted_ms: Sequence[float], q: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(sorted_ms) - 1)
     return sorted_ms[below] + (sorted_ms[above] - sorted_ms[below]) * (position - below)
+
+
+def even(processes: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return as many samples of each process as the one with the fewest has, spread evenly over its time."""
+    n = min(len(samples) for samples in processes)
+    return [[samples[i * len(samples) // n] for i in range(n)] for samples in processes]
 
 
 def summarize(
@@ -230,7 +237,7 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     return [
         Measured(
             summarize(
-                [ms for process in mine for ms in process],
+                [ms for process in even(mine) for ms in process],
                 device=device,
                 runtime=c.runtime,
                 batch=c.batch,

@@ -19,7 +19,7 @@ from edge_targets import benchmark
 from edge_targets.backends import PACKAGE, in_batches
 from edge_targets.backends import onnxruntime as ort
 from edge_targets.backends import openvino as ov
-from edge_targets.benchmark import Candidate, Effort, compare, measure, summarize
+from edge_targets.benchmark import Candidate, Effort, compare, even, measure, summarize
 from edge_targets.catalog import load_target
 from edge_targets.onnx_kernels import kernels_of
 from rescompress.cli import bench as bench_command
@@ -156,6 +156,16 @@ def test_errors_of_a_measuring_process_keep_their_class(tmp_path):
 def test_a_measuring_process_that_dies_is_an_error(tmp_path):
     with mock.patch.object(sys, "executable", "/bin/false"), pytest.raises(EnvironmentFailed, match="ended with 1"):
         measure(write_onnx(tmp_path / "m.onnx"), "onnxruntime", (3, 8, 8), effort=QUICK)
+
+
+def test_a_slow_process_counts_as_much_as_a_fast_one():
+    processes = [[1.0 + i / 1000 for i in range(300)], [10.0] * 30, [10.0] * 31]
+    levelled = even(processes)
+    assert [len(p) for p in levelled] == [30, 30, 30]
+    assert levelled[0][0] == 1.0
+    assert levelled[0][-1] > 1.28, "spread over the whole time"
+    p50 = summarize([ms for p in levelled for ms in p], device="d", runtime="r", batch=1)["p50_ms"]
+    assert p50.value == 10.0, "the median process took 10 ms"
 
 
 def run(*words):
