@@ -67,13 +67,15 @@ def row(arch: str, method: str, budget: Budget, n: int, repeats: int) -> dict[st
     x = images(n if needs else 16, spec_of(arch).input_shape)
     dense = settled(arch, x)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    used = time.process_time()
     if method == "torch-pruning":
         seconds = [peer_seconds(dense, x) for _ in range(repeats)]
     else:
         calibration = x if needs else None
         seconds = [prune(dense, method=method, budget=budget, calibration_x=calibration).seconds for _ in range(repeats)]
+    used = (time.process_time() - used) / repeats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": statistics.median(seconds), "peak_gib": peak, "before_gib": before}
+    return {"seconds": statistics.median(seconds), "cpu_s": used, "peak_gib": peak, "before_gib": before}
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
         print(json.dumps(row(args.arch[0], args.methods[0], budget, args.images, args.repeats)))
         return
     print(f"{torch.get_num_threads()} threads, {args.images} images at the network's own size")
-    print(f"{'network':10} {'method':14} {'budget':10} {'seconds':>8} {'peak GiB':>9}")
+    print(f"{'network':10} {'method':14} {'budget':10} {'seconds':>8} {'CPU s':>7} {'peak GiB':>9}")
     for arch in args.arch:
         for method in args.methods:
             quick = method in ("magnitude", "torch-pruning")
@@ -105,7 +107,8 @@ def main() -> None:
                     continue
                 found = json.loads(done.stdout)
                 budget_text = f"ratio {RATIO:g}" if ratio else f"macs {args.macs:g}"
-                print(f"{arch:10} {method:14} {budget_text:10} {found['seconds']:8.2f} {found['peak_gib']:9.2f}", flush=True)
+                figures = f"{found['seconds']:8.2f} {found['cpu_s']:7.1f} {found['peak_gib']:9.2f}"
+                print(f"{arch:10} {method:14} {budget_text:10} {figures}", flush=True)
 
 
 if __name__ == "__main__":

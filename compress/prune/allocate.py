@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.prune.cost import CachedCost, CostFunction
+from compress.prune.cost import CachedCost, CostFunction, signature
 from compress.prune.groups import ChannelGroup, Sizes
 from compress.prune.method import Curves
 from rescompress.core.errors import BudgetError
@@ -149,10 +149,15 @@ class Allocator:
         return [_Chunk(n, s, i, [self._errors(g) for g in i]) for n, s, i in _merge_stem(chunks)]
 
     def _table(self, layers: list[Layer], reads: str, makes: str, tables: dict[tuple[object, ...], Floats]) -> Floats:
+        """Return the cost of a segment at every width on both its sides; segments alike share one table."""
         ins, outs = self._widths[reads], self._widths[makes]
-        if reads == makes:
-            return np.array([self._segment_cost(layers, {reads: k}) for k in ins])
-        return np.array([[self._segment_cost(layers, {reads: i, makes: o}) for o in outs] for i in ins])
+        units = (self._sizes.groups[reads].size, self._sizes.groups[makes].size)
+        key = (signature(layers), tuple(ins), tuple(outs), units, reads == makes)
+        if key not in tables and reads == makes:
+            tables[key] = np.array([self._segment_cost(layers, {reads: k}) for k in ins])
+        elif key not in tables:
+            tables[key] = np.array([[self._segment_cost(layers, {reads: i, makes: o}) for o in outs] for i in ins])
+        return tables[key]
 
     def _segment_cost(self, layers: list[Layer], units: Mapping[str, int]) -> float:
         return self._cost([self._sizes.resized(layer, units) for layer in layers])
