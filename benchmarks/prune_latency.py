@@ -87,7 +87,7 @@ def predicted(args: argparse.Namespace) -> None:
 def measured(args: argparse.Namespace) -> None:
     """Print measured milliseconds of the dense and the pruned network."""
     target = load_target("cpu")
-    align = target.align("fp32")
+    align = target.align()  # what --align auto takes
     x = images(args.images, (3, 224, 224))
     dense = settled(args.arch, x)
     half = prune(dense, budget=Budget(kind="macs", value=args.macs), align=align, calibration_x=x)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Split, normalise
+from compress.prune.sparsity import has_pattern
 from compress.resnet import ResNet
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import BadInput, DataError
@@ -130,7 +131,7 @@ def train(
     resume_file: Path | None = None,
     save_every_s: float = 30.0,
 ) -> TrainLog:
-    """Train `model` in place; it is left in eval mode on the CPU.
+    """Train `model` in place; it is left in eval mode on the CPU. Weights with the 2:4 pattern keep their zeros.
 
     Args:
         model: The network; logits (N, K).
@@ -162,6 +163,7 @@ def train(
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
     watched = shared_features(model, teacher) if settings.features else ()
+    masks = [(p, p.detach() != 0) for p in model.parameters() if has_pattern(p.detach())]
     optimizer = _optimizer(model, settings)
     fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size}"
     log = TrainLog()
@@ -191,6 +193,9 @@ def train(
             raise BadInput(f"training diverged in step {step + 1}: the loss is {value}", remedy="lower --lr")
         accelerator.backward(loss)
         optimizer.step()
+        with torch.no_grad():
+            for weight, mask in masks:
+                weight.mul_(mask.to(weight.device))
         optimizer.zero_grad()
         meter.add(value, correct / len(y))
         epoch_sums += np.array([value, correct / len(y), 1.0])

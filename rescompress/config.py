@@ -29,6 +29,7 @@ class PruneConfig(Frozen):
         drop_blocks: Whether whole blocks may go; by default where the budget is latency.
         iterations: Steps in which the budget is reached, each but the last followed by its share of the fine-tuning.
         recalibrate: Whether BatchNorm statistics are measured again at the end; by default where the method repairs nothing.
+        sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
         plan: A plan file to follow instead of searching.
     """
 
@@ -43,6 +44,7 @@ class PruneConfig(Frozen):
     drop_blocks: bool | None = None
     iterations: int = Field(1, ge=1, le=100)
     recalibrate: bool | None = None
+    sparsity: Literal["2:4"] | None = None
     plan: str | None = None
 
     @model_validator(mode="after")
@@ -76,7 +78,7 @@ class PruneConfig(Frozen):
             return self
         share = number / self.iterations
         some = 1.0 - (1.0 - value) ** share if kind == "ratio" else value**share
-        return self.model_copy(update={kind: some})
+        return self.model_copy(update={kind: some, "sparsity": None})
 
 
 class FinetuneConfig(Frozen):

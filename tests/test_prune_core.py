@@ -9,13 +9,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compress.checkpoints.base import Checkpoint
-from compress.prune import Budget, PruningPlan, apply, find_groups, method_names, prunable, prune, pruned_spec
+from compress.prune import Budget, PruningPlan, apply, choose, find_groups, method_names, prunable, prune, pruned_spec
 from compress.prune.allocate import _knapsack, allowed_widths, nearest_width
 from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
 from compress.prune.groups import Sizes, droppable
 from compress.prune.method import Curves, ErrorCurve
 from compress.resnet import build_model, tensors_of
+from compress.zoo import names
+from compress.zoo import spec as spec_of
+from edge_targets.catalog import load_target
+from edge_targets.latency import cost_function
 from rescompress.core.errors import BadInput, BudgetError, DataError
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
@@ -140,7 +144,8 @@ def masked(checkpoint, plan):
     def observe(name, value):
         layer = by_name[name]
         if layer.block in plan.dropped_blocks and name.endswith(".relu"):
-            return seen[by_name[f"{layer.block}.conv1"].inputs[0]]
+            seen[name] = seen[by_name[f"{layer.block}.conv1"].inputs[0]]
+            return seen[name]
         if layer.op in ("batch_norm", "conv", "pad_shortcut") and len(keep[name]) < value.shape[1]:
             mask = torch.zeros(value.shape[1], dtype=value.dtype)
             mask[keep[name]] = 1
@@ -467,3 +472,59 @@ def test_error_curves_are_checked():
     with pytest.raises(ValueError, match="none"):
         ErrorCurve((0, 0), (0.0, 1.0))
     assert Curves({"a": ErrorCurve((1, 0), (0.0, 1.0))}).groups["a"].keep(1) == (0,)
+
+
+def test_a_latency_budget_is_met_closely_and_buys_more_than_macs():
+    spec, target = spec_of("resnet50"), load_target("jetson-orin-nano-8gb")
+    cost = cost_function(target.device, precision=target.check_precision())
+    rng = np.random.default_rng(0)
+    groups = prunable(find_groups(walk(spec)), "inner")
+    weights = rng.uniform(0.5, 2, len(groups))
+
+    def curve(size, weight):
+        return ErrorCurve(tuple(range(size)), tuple(weight * (k / size) ** 2 for k in range(size)))
+
+    curves = Curves({g.name: curve(g.size, w) for g, w in zip(groups, weights, strict=True)})
+
+    def latency(choice):
+        return cost(walk(pruned_spec(spec, choice.plan))) / cost(walk(spec))
+
+    by_latency = choose(spec, curves, budget=Budget(kind="latency", value=0.8), align=target.align(), cost=cost)
+    assert 0.784 <= latency(by_latency) <= 0.8
+    by_macs = [
+        choose(spec, curves, budget=Budget(kind="macs", value=v), align=target.align()) for v in np.linspace(0.3, 0.9, 13)
+    ]
+    as_quick = [c for c in by_macs if latency(c) <= latency(by_latency)]
+    assert as_quick
+    assert by_latency.error < min(c.error for c in as_quick)
+
+
+def slim(name):
+    """A network of the zoo with an eighth of the channels, for small images."""
+    spec = spec_of(name, input_shape=(3, 32, 32), num_classes=5)
+    if any(b.channel_map for b in spec.blocks) or max(b.widths[-1] for b in spec.blocks) <= 64:
+        return spec
+    convs = tuple(c.model_copy(update={"width": max(2, c.width // 8)}) for c in spec.stem.convs)
+    thin = {
+        b.name: b.model_copy(update={"widths": tuple(w // 8 for w in b.widths), "groups": max(1, b.groups // 8)})
+        for b in spec.blocks
+    }
+    return spec.replace_blocks(thin).replace(stem=spec.stem.model_copy(update={"convs": convs}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_every_architecture_of_the_zoo_prunes_as_if_masked(name):
+    spec = slim(name)
+    checkpoint = random_checkpoint(spec)
+    x = torch.randn(2, *spec.input_shape, dtype=torch.float64)
+    for seed in range(3):
+        plan = random_plan(spec, seed)
+        pruned = apply(checkpoint, plan)
+        small = build_model(pruned.spec, pruned.state_dict)(x)
+        assert torch.allclose(small, masked(checkpoint, plan)(x), rtol=1e-8, atol=1e-8 * float(small.detach().abs().max()))
+        assert total_params(walk(pruned.spec)) == sum(
+            v.numel() for k, v in pruned.state_dict.items() if k.rpartition(".")[2] in ("weight", "bias")
+        )
+    kept = PruningPlan(arch=spec.arch, spec_digest=spec.digest, method="none", keep={})
+    assert torch.equal(build_model(spec, apply(checkpoint, kept).state_dict)(x), build_model(spec, checkpoint.state_dict)(x))

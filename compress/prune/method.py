@@ -75,6 +75,7 @@ class Context:
         seed: Of everything random.
         progress: Where progress goes.
         note: Takes what the user should know.
+        scratch: What a method's curves leave for its compensation of the same network.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +85,7 @@ class Context:
     seed: int = 0
     progress: Progress = field(default=lambda what, done, total: None)
     note: Callable[[str], None] = field(default=lambda text: None)
+    scratch: dict[str, object] = field(default_factory=dict)
 
     def images(self) -> Tensor:
         """Return the calibration images (N, C, H, W).

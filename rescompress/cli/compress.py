@@ -97,6 +97,10 @@ def prune(
             "--recalibrate/--no-recalibrate", help="Measure BatchNorm again at the end.", show_default="if nothing is repaired"
         ),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option("--sparsity", help="2:4: also zeros for sparse tensor cores.", show_default=False),
+    ] = None,
     plan_in: Annotated[Path | None, typer.Option("--plan-in", help="Follow this plan.", show_default=False)] = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
     output: opt.OutFile = None,
@@ -126,13 +130,15 @@ def prune(
             out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
     if latency is not None and target is None:
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
+    if sparsity is not None and data is None:
+        raise BadInput("the zeros are chosen on images", where="--sparsity", remedy="give --data")
     if finetune_epochs is not None and data is None:
         raise BadInput("fine-tuning needs images", where="--finetune-epochs", remedy="give --data")
     config = _config(
         PruneConfig,
         method=method, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
         align=int(align) if align.isdigit() else align, drop_blocks=drop_blocks,
-        iterations=iterations, recalibrate=recalibrate, plan=str(plan_in) if plan_in else None,
+        iterations=iterations, recalibrate=recalibrate, sparsity=sparsity, plan=str(plan_in) if plan_in else None,
     )  # fmt: skip
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle

@@ -22,6 +22,8 @@ from compress.prune import (
     prune,
     prune_by_plan,
 )
+from compress.prune import Context as PruneContext
+from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.train import TrainSettings, TrainState, train
@@ -82,7 +84,8 @@ def pruned(
         )
         details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}", *notes]}
         details["seconds"] = time.perf_counter() - start
-        return _pruned_row(context, name, common, smaller, plan, details)
+        sparse = _sparse(context, smaller, config, calibration, common, details)
+        return _pruned_row(context, name, common, sparse, plan, details)
     kind, value = config.budget
     result = prune(
         checkpoint,
@@ -110,7 +113,29 @@ def pruned(
         "seconds": result.seconds,
         "notes": [*result.notes, *notes],
     }
-    return _pruned_row(context, name, common, result.checkpoint, plan, details)
+    sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
+    return _pruned_row(context, name, common, sparse, plan, details)
+
+
+def _sparse(
+    context: Context,
+    checkpoint: Checkpoint,
+    config: PruneConfig,
+    images: Tensor | None,
+    common: Common,
+    details: dict[str, Any],
+) -> Checkpoint:
+    """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
+    if config.sparsity is None:
+        return checkpoint
+    groups = find_groups(walk(checkpoint.spec))
+    found = sparsify(PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress), checkpoint)
+    details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
+    details["notes"].append(
+        f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
+        f"nothing; {len(found.left_dense)} layers cannot have them"
+    )
+    return found.checkpoint
 
 
 def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:

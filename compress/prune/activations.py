@@ -1,0 +1,212 @@
+"""What layers read and make on the calibration images: the network run piece by piece, and rows of pixels for fits.
+
+A *chunk* is a block, or a layer outside of blocks with what follows it. Only the tensors between chunks are kept for all
+images; what lies inside is computed for some images at a time, when it is asked for. Tensors are channels last: rows of
+pixels are views then, and convolutions are quicker.
+
+Shape suffixes: N images or rows, C channels, H height, W width, P pixels of an image, D input columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.prune.method import Context
+from compress.resnet import ResNet
+from rescompress.core.layers import GLOBAL_POOLS, Layer
+
+_ROWS = 32_768
+"""Pixels that a layer is fitted to, if there are so many."""
+_ROWS_PER_COLUMN = 12
+"""Pixels per input column, where that is more."""
+_STREAM_BYTES = 4 << 30
+"""Most memory for the residual streams of the dense and the pruned network together."""
+
+
+class Rows:
+    """Rows (N * P, C) of all images, put together part by part."""
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+        self._rows_ND = torch.empty(0)
+
+    def put(self, part: slice, rows_ND: Tensor) -> None:
+        """Take in the rows of some images."""
+        per = len(rows_ND) // (part.stop - part.start)
+        if not len(self._rows_ND):
+            self._rows_ND = rows_ND.new_empty(per * self._images, rows_ND.shape[1])
+        self._rows_ND[part.start * per : part.stop * per] = rows_ND
+
+    def take(self) -> Tensor:
+        """Return the rows, and forget them."""
+        rows_ND, self._rows_ND = self._rows_ND, torch.empty(0)
+        return rows_ND
+
+
+def usable_images(context: Context, layers: Sequence[Layer]) -> Tensor:
+    """Return as many calibration images as the memory allows."""
+    x = context.images()
+    widest = max(layer.in_elements for layer in layers if layer.name.endswith(".conv1") or layer.op == "input")
+    most = max(1, _STREAM_BYTES // (8 * widest))
+    if most < len(x):
+        context.note(f"{most} of the {len(x)} calibration images are used: more would take over {_STREAM_BYTES >> 30} GiB")
+    return x[:most].contiguous(memory_format=torch.channels_last)
+
+
+def chunks_of(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Return the layers by block; each layer outside of blocks with the elementwise layers and pools after it."""
+    chunks: list[list[Layer]] = []
+    for block, run in itertools.groupby(layers, key=lambda layer: layer.block):
+        if block is not None:
+            chunks.append(list(run))
+            continue
+        for layer in run:
+            if layer.op == "input":
+                continue
+            if layer.op in ("conv", "linear", *GLOBAL_POOLS):
+                chunks.append([layer])
+            else:
+                chunks[-1].append(layer)
+    return chunks
+
+
+def chunk_name(chunk: Sequence[Layer]) -> str:
+    """Return the block's name, or the layer's."""
+    return chunk[0].block or chunk[0].name
+
+
+def parts(n: int, chunk: Sequence[Layer]) -> Iterator[slice]:
+    """Yield slices of the batch such that the tensors of a chunk fit in some 60 MB."""
+    size = max(1, min(n, 16_000_000 // max(1, sum(layer.out_elements for layer in chunk))))
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+class Inside:
+    """The tensors inside a chunk for some of the images, each computed when it is asked for."""
+
+    def __init__(self, model: ResNet, chunk: Sequence[Layer], known: Mapping[str, Tensor], part: slice) -> None:
+        """Start from tensors that are known for all images.
+
+        Args:
+            model: The network.
+            chunk: Its layers.
+            known: Tensors of all images, by name; what enters the chunk is among them.
+            part: The images.
+        """
+        self._model = model
+        self._layers = {layer.name: layer for layer in chunk}
+        self._values = {name: value[part] for name, value in known.items()}
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor of the chunk."""
+        if name not in self._values:
+            layer = self._layers[name]
+            conv = self._layers.get(layer.inputs[0])
+            if layer.op == "batch_norm" and conv is not None and conv.op == "conv" and conv.name not in self._values:
+                self._values[name] = self._normed(conv, layer)
+            else:
+                self._values[name] = self._model.compute(layer, [self[i] for i in layer.inputs])
+        return self._values[name]
+
+    def _normed(self, conv: Layer, norm: Layer) -> Tensor:
+        """Return a convolution with the BatchNorm behind it, in one go: nobody asks for what lies between."""
+        first, then = self._model.get_submodule(conv.name), self._model.get_submodule(norm.name)
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(then, nn.BatchNorm2d)
+        assert then.running_mean is not None
+        assert then.running_var is not None
+        scale_O = then.weight / (then.running_var + then.eps).sqrt()
+        before_O = then.running_mean if first.bias is None else then.running_mean - first.bias
+        weight = first.weight * scale_O[:, None, None, None]
+        bias_O = then.bias - before_O * scale_O
+        return F.conv2d(self[conv.inputs[0]], weight, bias_O, first.stride, first.padding, groups=first.groups)
+
+
+def empty_for(images: int, like: Tensor) -> Tensor:
+    """Return memory for a tensor of all images, channels last where it has pixels."""
+    shape = (images, *like.shape[1:])
+    layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, memory_format=layout)
+
+
+def advance(
+    model: ResNet,
+    chunk: Sequence[Layer],
+    x_NCHW: Tensor,
+    *,
+    own: bool,
+    known: Mapping[str, Tensor] | None = None,
+    watch: Callable[[slice, Inside], None] = lambda part, inside: None,
+) -> Tensor:
+    """Return the output of a chunk for all images.
+
+    Args:
+        model: The network.
+        chunk: Its layers.
+        x_NCHW: What enters.
+        own: Whether the output may overwrite it.
+        known: Tensors inside the chunk that have been computed already, of all images.
+        watch: Called with each part of the images and its tensors.
+    """
+    out: Tensor | None = None
+    for part in parts(len(x_NCHW), chunk):
+        inside = Inside(model, chunk, {**(known or {}), chunk[0].inputs[0]: x_NCHW}, part)
+        watch(part, inside)
+        value = inside[chunk[-1].name]
+        if out is None:
+            reuse = own and value.shape[1:] == x_NCHW.shape[1:]
+            out = x_NCHW if reuse else empty_for(len(x_NCHW), value)
+        out[part] = value
+    assert out is not None
+    return out
+
+
+def pixels_per_image(layer: Layer, n: int) -> int:
+    """Return how many output pixels of each of `n` images are looked at."""
+    if layer.op == "linear":
+        return 1
+    columns = layer.in_shape[0] // layer.groups * layer.kernel**2
+    return min(layer.out_shape[1] * layer.out_shape[2], -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // n))
+
+
+def places_of(layer: Layer, n: int, generator: torch.Generator) -> Tensor:
+    """Return which output pixels of each of `n` images to look at (N, P)."""
+    if layer.op == "linear":
+        return torch.zeros(n, 1, dtype=torch.int64)
+    pixels, count = layer.out_shape[1] * layer.out_shape[2], pixels_per_image(layer, n)
+    if count == pixels:
+        return torch.arange(pixels).expand(n, pixels)
+    return torch.rand(n, pixels, generator=generator).topk(count, dim=1).indices
+
+
+def patches(x_NCHW: Tensor, layer: Layer, places_NP: Tensor) -> Tensor:
+    """Return the inputs of the named output pixels of a layer as rows (N * P, C * k * k)."""
+    if layer.op == "linear":
+        return x_NCHW
+    padding, k = layer.padding, layer.kernel
+    if padding:
+        x_NCHW = F.pad(x_NCHW, (padding,) * 4)
+    n, c, h, w = x_NCHW.shape
+    y_NP, x_NP = places_NP // layer.out_shape[2] * layer.stride, places_NP % layer.out_shape[2] * layer.stride
+    first_N1 = torch.arange(n)[:, None] * (h * w)
+    rows = x_NCHW.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    out = torch.empty(places_NP.numel(), c, k * k)
+    for i in range(k * k):
+        out[:, :, i] = rows[(first_N1 + (y_NP + i // k) * w + x_NP + i % k).flatten()]
+    return out.flatten(1)
+
+
+def pixels_at(x_NCHW: Tensor, places_NP: Tensor) -> Tensor:
+    """Return the named pixels as rows (N * P, C)."""
+    if x_NCHW.dim() == 2:
+        return x_NCHW
+    n, c, h, w = x_NCHW.shape
+    rows = x_NCHW.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    return rows[(torch.arange(n)[:, None] * (h * w) + places_NP).flatten()]
