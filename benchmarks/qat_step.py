@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -97,15 +98,18 @@ def main() -> None:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
+                start = time.perf_counter()
                 steps[name] = stepper(make(), x, y)
                 steps[name]()  # warm up: kernels are chosen, and NNCF compiles its own
-                steps[name]()
+                ready, second = time.perf_counter() - start, steps[name]()
+            print(f"{name}: ready in {ready:.0f} s, a step {second:.2f} s", file=sys.stderr, flush=True)
         except ImportError as e:
             absent[name] = f"not installed: {e}"
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
+    for done in range(args.rounds):
         for name, step in steps.items():
             seconds[name].append(step())
+        print(f"round {done + 1} of {args.rounds}", file=sys.stderr, flush=True)
     rows = []
     for name, times in seconds.items():
         ratios = [t / f for t, f in zip(times, seconds["float32"], strict=True)]
