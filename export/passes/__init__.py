@@ -97,15 +97,17 @@ def repair(model: onnx.ModelProto, facts: TargetFacts) -> Repaired:
         facts: The target it shall run on.
     """
     applied: list[Step] = []
-    while True:  # a repair may make another one possible, such as weights stored as integers the folding of a BatchNorm
-        refused: list[Step] = []
-        before = len(applied)
-        for name in plugins.names(PACKAGE):
+    refused: list[Step] = []
+    names = plugins.names(PACKAGE)
+    for _ in names:  # a repair may make another one possible, such as integer weights the folding of a BatchNorm
+        before, refused = len(applied), []
+        for name in names:
             step, model = _try(name, model, facts)
             if step is not None:
                 (applied if step.applied else refused).append(step)
         if len(applied) == before:
-            return Repaired(model, (*applied, *refused))
+            break
+    return Repaired(model, (*applied, *refused))
 
 
 def _try(name: str, model: onnx.ModelProto, facts: TargetFacts) -> tuple[Step | None, onnx.ModelProto]:
