@@ -24,6 +24,7 @@ from edge_targets.benchmark import Candidate, Effort, compare
 from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
+from rescompress.core.errors import BudgetError
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.metric import Metric
 from rescompress.stages.shared import onnx_of, write_onnx
@@ -62,7 +63,11 @@ def predicted(args: argparse.Namespace) -> None:
                     flush=True,
                 )
 
-            by_latency = plan("latency", args.latency)
+            try:
+                by_latency = plan("latency", args.latency)
+            except BudgetError as e:
+                print(f"{scope:6} {'may go' if drop else 'stay':7} {e}", flush=True)
+                continue
             show(by_latency, f"latency {args.latency:g}")
             allowed = latency(by_latency)
             low, high, best = 0.0, 1.0, None
@@ -70,8 +75,7 @@ def predicted(args: argparse.Namespace) -> None:
                 value = (low + high) / 2
                 try:
                     found = plan("macs", value)
-                except Exception as e:  # below what is reachable
-                    print(f"  {e}")
+                except BudgetError:  # fewer than can be reached
                     low = value
                     continue
                 if latency(found) <= allowed * 1.0005:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_prune_core import SPECS, every_spec, random_checkpoint
 
 from compress.prune import Budget, apply, prune, prune_by_plan
+from compress.prune.activations import advance, chunks_of, patches, pixels_at
 from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.gradients import sampled_gradients
@@ -72,6 +73,38 @@ def test_refit_finds_the_exact_map_behind_a_relu():
     start_w = true_w + 0.3 * torch.randn(3, 6, generator=g)
     fit = refit(x, x @ true_w.T + true_b, start_w, torch.zeros(3), relu=True, ridge=1e-6, rounds=30)
     assert fit.after < 0.02 * fit.before
+
+
+@every_spec
+def test_rows_times_weights_are_the_pixels_of_the_layer(spec):
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    model = build_model(spec, checkpoint.state_dict)
+    seen = {}
+    with torch.no_grad():
+        model(torch.randn(3, *spec.input_shape), lambda name, value: seen.update({name: value}))
+    for layer in model.layers:
+        if layer.op != "conv" or layer.groups > 1:
+            continue
+        pixels = layer.out_shape[1] * layer.out_shape[2]
+        places = torch.stack([torch.randperm(pixels)[: max(1, pixels // 2)] for _ in range(3)])
+        weight = checkpoint.state_dict[f"{layer.name}.weight"]
+        bias = checkpoint.state_dict.get(f"{layer.name}.bias", torch.zeros(len(weight)))
+        made = patches(seen[layer.inputs[0]], layer, places) @ weight.flatten(1).T + bias
+        width = layer.out_shape[2]
+        wanted = torch.stack([seen[layer.name][i, :, p // width, p % width] for i in range(3) for p in places[i]])
+        assert torch.allclose(pixels_at(seen[layer.name], places), wanted)
+        assert torch.allclose(made, wanted, rtol=1e-4, atol=1e-4)
+
+
+@every_spec
+def test_a_chunk_in_pieces_is_the_network(spec):
+    checkpoint = random_checkpoint(spec)
+    model = build_model(spec, checkpoint.state_dict)
+    x = torch.randn(3, *spec.input_shape, dtype=torch.float64)
+    whole = model(x).detach()
+    for chunk in chunks_of(model.layers):
+        x = advance(model, chunk, x, own=False)
+    assert torch.allclose(x, whole, rtol=1e-9, atol=1e-9)
 
 
 @every_spec
