@@ -528,3 +528,22 @@ def test_every_architecture_of_the_zoo_prunes_as_if_masked(name):
         )
     kept = PruningPlan(arch=spec.arch, spec_digest=spec.digest, method="none", keep={})
     assert torch.equal(build_model(spec, apply(checkpoint, kept).state_dict)(x), build_model(spec, checkpoint.state_dict)(x))
+
+
+def test_a_latency_budget_over_streams_and_blocks_is_used_up():
+    spec, target = spec_of("resnet50"), load_target("jetson-orin-nano-8gb")
+    cost = cost_function(target.device, precision=target.check_precision())
+    rng = np.random.default_rng(0)
+    groups = prunable(find_groups(walk(spec)), "all")
+    weights = rng.uniform(0.5, 2, len(groups))
+    curves = Curves(
+        {
+            g.name: ErrorCurve(tuple(range(g.size)), tuple(w * (k / g.size) ** 2 for k in range(g.size)))
+            for g, w in zip(groups, weights, strict=True)
+        },
+        dict.fromkeys(droppable(spec), 0.5),
+    )
+    budget = Budget(kind="latency", value=0.6)
+    choice = choose(spec, curves, budget=budget, scope="all", align=target.align(), cost=cost, drop=droppable(spec))
+    assert 0.988 * 0.6 <= choice.cost_after / choice.cost_before <= 0.6
+    assert choice.plan.dropped_blocks

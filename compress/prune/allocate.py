@@ -24,6 +24,8 @@ from rescompress.core.layers import Layer
 Floats = NDArray[np.float64]
 
 _BINS = 4000
+_CLOSE = 0.003
+"""Part of a budget that may be left over where the sum over segments misses the exact cost."""
 _OPTIONS = 40
 """Most widths of one group that the search looks at; the final filling looks at all."""
 
@@ -402,14 +404,19 @@ def meet(
         )
     goal = limit - (exact(smallest) - allocator.total(smallest))
     best = smallest
+    met: float | None = None
+    missed: float | None = None
     for _ in range(12):
         found = allocator.solve(goal)
         if found is None:
             break
         over = exact(found) - limit
         if over <= 0:
-            if found.error <= best.error:
-                best = found
+            best = found if found.error <= best.error else best
+            met = goal
+        else:
+            missed = goal
+        if -_CLOSE * limit <= over <= 0:
             break
-        goal -= over
+        goal = goal - over if met is None or missed is None else (met + missed) / 2
     return best
