@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from compress.checkpoints import pickles
-from compress.checkpoints.files import Opened, ZipStorages, read_member, unique_pairs
+from compress.checkpoints.files import EXPORTED_TABLE, Opened, ZipStorages, read_member, unique_pairs
 from rescompress.core.errors import CheckpointError
 
-SUFFIX = "_weights_config.json"
 MAX_CONFIG_BYTES = 100_000_000
 
 _DTYPES = {  # torch/_export/serde/schema.py, ScalarType
@@ -41,12 +40,12 @@ def open_exported(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> Opened:
 
     Args:
         path: The archive.
-        members: Its members by name, at least one of them with a name that ends in `SUFFIX`.
+        members: Its members by name, at least one of them with a name that ends in `EXPORTED_TABLE`.
 
     Raises:
         CheckpointError: The archive is damaged, holds several models, or a weight that is stored as a pickle.
     """
-    configs = [name for name in members if name.endswith(SUFFIX)]
+    configs = [name for name in members if name.endswith(EXPORTED_TABLE)]
     if len(configs) != 1:
         raise CheckpointError(f"holds {len(configs)} exported models", remedy="export one network into a file of its own")
     folder = configs[0].rpartition("/")[0] + "/"

@@ -27,6 +27,8 @@ from rescompress.core.errors import CheckpointError
 
 MAX_SAFETENSORS_HEADER = 100_000_000
 MAX_EXPANSION = 50
+EXPORTED_TABLE = "_weights_config.json"
+"""How the name of the member ends that lists the weights of an exported program."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _SYMLINK_MODE = 0o120000
 
@@ -330,7 +332,7 @@ def _open_zip(path: Path, *, allow_pickle: bool) -> Opened:
         from compress.checkpoints import hdf5
 
         return hdf5.open_keras(path, members)
-    if any(name.endswith("_weights_config.json") for name in members):
+    if any(name.endswith(EXPORTED_TABLE) for name in members):
         from compress.checkpoints import exported
 
         return exported.open_exported(path, members)
