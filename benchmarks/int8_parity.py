@@ -2,7 +2,7 @@
 
     python benchmarks/int8_parity.py --data IMAGES CHECKPOINT... [--images 5000] [--calib 256] [--json FILE]
 
-Each checkpoint is calibrated for both profiles (a quantized one is taken as it is). Rows: the file as onnxruntime and
+Each checkpoint is calibrated for all three profiles (a quantized one is taken as it is). Rows: the file as onnxruntime and
 OpenVINO run it, against fake quantization and against exact sums of integers; and the file rewritten into exact sums, in
 onnxruntime, against torch's. Differences are means over all logits, in 1/255 of the logit range.
 """
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
-    print(f"{'network':<22}{'profile':<10}{'between':<46}{'agreement':>10}{'mean /255':>11}{'largest':>9}")
+    print(f"{'network':<22}{'profile':<13}{'between':<46}{'agreement':>10}{'mean /255':>11}{'largest':>9}")
     for path in args.checkpoints:
         given = load_checkpoint(path)
         data = load_dataset(args.data, given.spec)
@@ -100,7 +100,7 @@ def main() -> None:
         for checkpoint in made:
             for row in rows_of(path.stem, checkpoint, data.val.take(args.images, 0)):
                 print(
-                    f"{row['network']:<22}{row['profile']:<10}{row['between']:<46}{100 * row['agreement']:>9.2f}%"  # type: ignore[operator]
+                    f"{row['network']:<22}{row['profile']:<13}{row['between']:<46}{100 * row['agreement']:>9.2f}%"  # type: ignore[operator]
                     f"{row['mean_255']:>11.4f}{row['max_abs']:>9.4f}",
                     flush=True,
                 )

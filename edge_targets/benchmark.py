@@ -19,8 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -208,10 +208,20 @@ class Measured:
     Attributes:
         metrics: As `summarize` names them, over all processes.
         process_medians_ms: Median latency of each process, in order of time.
+        runtime_options: Options, other than the runtime's defaults, that decide which kernels ran.
     """
 
     metrics: dict[str, Metric]
     process_medians_ms: tuple[float, ...]
+    runtime_options: dict[str, str] = field(default_factory=dict)
+
+
+def options_note(runtime: str, options: Mapping[str, str]) -> list[str]:
+    """Return what to tell of `Measured.runtime_options`: one sentence, or none where everything is the runtime's default."""
+    if not options:
+        return []
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return [f"measured with {runtime}'s option {given}: an application that loads the file sets it too (docs/targets.md)"]
 
 
 def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None = None) -> list[Measured]:
@@ -226,9 +236,11 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     for candidate in candidates:
         plugins.load(PACKAGE, candidate.runtime, what="runtime")
     samples: list[list[list[float]]] = [[] for _ in candidates]
+    options: list[dict[str, str]] = [{} for _ in candidates]
     for _ in range(effort.rounds):
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(_worker(candidate)) for candidate in candidates]
+            options = [worker.runtime_options for worker in workers]
             for mine, worker in zip(samples, workers, strict=True):
                 worker.ask({"seconds": effort.warmup_s, "min_iterations": effort.min_iterations})
                 each = {"seconds": effort.seconds / effort.rounds, "min_iterations": effort.min_iterations}
@@ -245,8 +257,9 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
                 threads=cpu_threads(c.threads),
             ),
             tuple(statistics.median(process) for process in mine),
+            used,
         )
-        for mine, c in zip(samples, candidates, strict=True)
+        for mine, c, used in zip(samples, candidates, options, strict=True)
     ]
 
 
@@ -260,7 +273,7 @@ class _Worker:
         self._out: IO[str] = process.stdout
         self._process = process
         self._path = candidate.path
-        self.ask({**asdict(candidate), "path": str(candidate.path)})
+        self.runtime_options: dict[str, str] = self.ask({**asdict(candidate), "path": str(candidate.path)})["options"]
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to one question.
@@ -333,7 +346,7 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
                     where=first["path"],
                     remedy="measure at that batch, or export with --batch dynamic",
                 )
-            answer({"ready": True})
+            answer({"options": getattr(runner, "options", {})})
             for line in questions:
                 asked = json.loads(line)
                 samples = time_runner(

@@ -214,7 +214,7 @@ class Target(Frozen):
     @property
     def profile(self) -> Profile:
         """Where quantizers go for this runtime (`rescompress.core.quantizers`)."""
-        return "tensorrt" if self.runtime in ("tensorrt", "tensorrt_rtx") else "openvino"
+        return "tensorrt" if self.runtime == "tensorrt_rtx" else self.runtime
 
     @property
     def capabilities(self) -> Capabilities | None:

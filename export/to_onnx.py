@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.layers import INPUT, Layer, walk
-from rescompress.core.quantizers import Profile, Quantization, Quantizer
+from rescompress.core.quantizers import PROFILES, Profile, Quantization, Quantizer
 from rescompress.core.spec import ModelSpec, Preprocessing
 
 Precision = Literal["auto", "fp32", "fp16", "int8", "int8+fp16"]
@@ -166,8 +166,11 @@ def read_metadata(model: onnx.ModelProto) -> ExportedModel | None:
         )
     except (ValueError, KeyError) as e:
         raise BadInput(f"the metadata of the ONNX file cannot be read: {e}", remedy="export the checkpoint again") from e
-    profile = props.get(_META_PROFILE)
-    return ExportedModel(spec, "openvino" if profile == "openvino" else "tensorrt" if profile else None)
+    named = props.get(_META_PROFILE)
+    profile = next((known for known in PROFILES if known == named), None)
+    if named is not None and profile is None:
+        raise BadInput(f"the ONNX file names a profile that is not known here: {named}", remedy="export the checkpoint again")
+    return ExportedModel(spec, profile)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class QuantizeConfig(Frozen):
     Attributes:
         mode: ``ptq`` (calibration only) or ``qat`` (calibration, then training).
         epochs: Passes over the training split for ``qat``.
-        profile: Quantizer placement; ``auto`` takes the first target's.
+        profile: Quantizer placement; ``auto`` takes the first target's, or ``tensorrt`` where any target runs TensorRT.
         calib: Images to calibrate with, from the training split.
         calibration: How activation ranges are estimated; ``auto`` takes what is nearest to the float network on training
             images.
@@ -132,7 +132,7 @@ class QuantizeConfig(Frozen):
 
     mode: Literal["ptq", "qat"] = "qat"
     epochs: float = Field(1.0, gt=0.0)
-    profile: Literal["auto", "tensorrt", "openvino"] = "auto"
+    profile: Literal["auto", "tensorrt", "openvino", "onnxruntime"] = "auto"
     calib: int = Field(512, ge=2)
     calibration: Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"] = "auto"
     percentile: float = Field(99.99, gt=50.0, le=100.0)

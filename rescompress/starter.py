@@ -58,7 +58,7 @@ finetune:
 quantize:
   mode: qat
   epochs: 1
-  profile: auto         # tensorrt or openvino: where the rounding sits; auto asks the targets
+  profile: auto         # tensorrt, openvino or onnxruntime: where the rounding sits; auto asks the targets
 
 targets: [{targets}]    # rescompress targets lists all
 batch: 1                # images per call; dynamic leaves it open

@@ -13,7 +13,10 @@ import pytest
 
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
-from rescompress.stages.target import _for_target
+from rescompress.config import QuantizeConfig
+from rescompress.core.quantizers import PROFILES
+from rescompress.plan import profile_for
+from rescompress.stages.target import _for_target, _profile_notes
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
@@ -71,6 +74,8 @@ def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
         ("jetson-thor-t5000", None, "auto", "fp16"),
         ("jetson-agx-orin-64gb", "tensorrt", "auto", "int8"),
         ("cpu", "tensorrt", "auto", "int8"),
+        ("cpu", "openvino", "auto", "int8"),
+        ("cpu-ort", "onnxruntime", "auto", "int8"),
         ("cpu-ort", "openvino", "auto", "int8"),
     ],
 )
@@ -92,3 +97,31 @@ def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithm
     scales = {n.input[1] for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     types = {i.data_type for i in model.graph.initializer if i.name in scales}
     assert types == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("targets", "profile"),
+    [
+        ([], "tensorrt"),
+        (["cpu"], "openvino"),
+        (["cpu-ort"], "onnxruntime"),
+        (["arm"], "onnxruntime"),
+        (["cpu", "cpu-ort"], "openvino"),
+        (["cpu-ort", "cpu"], "onnxruntime"),
+        (["cpu", "cpu-ort", "jetson"], "tensorrt"),
+        (["rtx-sm86"], "tensorrt"),
+    ],
+)
+def test_the_first_target_chooses_the_profile_unless_one_runs_tensorrt(targets, profile):
+    assert profile_for(QuantizeConfig(), targets) == profile
+    assert profile_for(QuantizeConfig(profile="openvino"), targets) == "openvino"
+
+
+@pytest.mark.parametrize("trained", PROFILES)
+def test_a_target_of_another_runtime_says_what_it_costs(trained):
+    checkpoint = SimpleNamespace(quantization=SimpleNamespace(profile=trained))
+    wanted = {"cpu": "openvino", "cpu-ort": "onnxruntime", "jetson": "tensorrt"}
+    for name, profile in wanted.items():
+        notes = _profile_notes(checkpoint, load_target(name))
+        assert len(notes) == (trained != profile)
+        assert all(f"--profile {profile}" in note and trained in note for note in notes)

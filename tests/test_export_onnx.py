@@ -132,10 +132,11 @@ def test_every_opset_passes_the_checker_and_computes_the_same(opset: int) -> Non
             np.testing.assert_array_equal(OrtRunner(exported, optimize=False)(x), expected)
 
 
-def test_int8_beside_float16_is_for_the_tensorrt_profile_only() -> None:
+@pytest.mark.parametrize("profile", ["openvino", "onnxruntime"])
+def test_int8_beside_float16_is_for_the_tensorrt_profile_only(profile: str) -> None:
     spec = resnet_d()
     model = network(spec)
-    unsigned = quantization_of(model, images(spec, 16), "openvino")
+    unsigned = quantization_of(model, images(spec, 16), profile)
     with pytest.raises(BadInput, match="tensorrt profile only"):
         to_onnx(spec, arrays(model), unsigned, ExportOptions(1, 19, "int8+fp16"))
 
@@ -234,8 +235,12 @@ def test_the_file_says_what_it_is(spec: ModelSpec) -> None:
     about = read_metadata(exported)
     assert about is not None
     assert (about.spec, about.profile) == (spec, None)
-    quantized = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 4), "openvino"), DYNAMIC)
-    assert read_metadata(quantized).profile == "openvino"
+    for profile in PROFILES:
+        quantized = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 4), profile), DYNAMIC)
+        assert read_metadata(quantized).profile == profile
+    next(p for p in quantized.metadata_props if p.value == profile).value = "tflite"
+    with pytest.raises(BadInput, match="tflite"):
+        read_metadata(quantized)
     assert exported.producer_name == "rescompress"
     assert read_metadata(onnx.ModelProto()) is None
 

@@ -117,6 +117,19 @@ def both_inputs(file: File) -> None:
     file.named("sum").input[0] = "b.dq"
 
 
+def unsigned(file: File) -> None:
+    """Unsigned activations with zero point 0, where a ReLU made them."""
+    file.stored["zero.u"] = np.asarray(0, np.uint8)
+    for name in ("stem.relu", "a.relu"):
+        for node in ("q", "dq"):
+            file.named(f"{name}.{node}").input[2] = "zero.u"
+
+
+def as_onnxruntime_wants_it(file: File) -> None:
+    unsigned(file)
+    both_inputs(file)
+
+
 def both_inputs_of_no_residual(file: File) -> None:
     """Q/DQ on both inputs of an Add of two activations that no convolution makes."""
     i = file.nodes.index(file.named("out"))
@@ -331,6 +344,7 @@ def half(file: File) -> None:
 
 
 def half_with_bias(file: File, *, steps: float) -> None:
+    as_onnxruntime_wants_it(file)
     half(file)
     step = file.stored["stem.relu.scale"].astype(np.float64) * file.stored["a.ws"].astype(np.float64)
     file.stored["a.b"] = (steps * step).astype(np.float16)
@@ -395,7 +409,8 @@ TRAPS: dict[str, tuple[Case, Case]] = {
     ),
     "precision-not-offered": ((File(opset=13), nothing, NANO), (File(opset=13), float_only, NANO)),
     "float32-remainder": ((File(), nothing, TYPED), (File(), float_only, TYPED)),
-    "placement-of-other-runtime": ((File(), nothing, OPENVINO), (File(), both_inputs, OPENVINO)),
+    "placement-of-other-runtime": ((File(), nothing, OPENVINO), (File(), unsigned, OPENVINO)),
+    "main-branch-not-quantized": ((File(), unsigned, ORT), (File(), as_onnxruntime_wants_it, ORT)),
     "wide-activation-scale": ((File(), outliers, BOARD), (File(), a_bit_wide, BOARD)),
 }
 
@@ -494,6 +509,41 @@ def test_our_own_files_have_no_error_and_no_warning(spec: ModelSpec) -> None:
         assert [f for f in lint(exported, facts) if f.severity != "note"] == []
     for_cpu = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 16), "openvino"), ExportOptions(1))
     assert lint(for_cpu, OPENVINO) == []
+    assert only_notes(lint(for_cpu, ORT)) == {"main-branch-not-quantized"}
+    for_ort = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 16), "onnxruntime"), ExportOptions(1))
+    assert lint(for_ort, ORT) == []
+    assert only_notes(lint(for_ort, OPENVINO)) == {"both-add-inputs"}
+    for_board = to_onnx(spec, arrays(model), quantization, ExportOptions(1))
+    assert only_notes(lint(for_board, OPENVINO)) == {"placement-of-other-runtime"}
+    assert only_notes(lint(for_board, ORT)) == {"placement-of-other-runtime", "main-branch-not-quantized"}
+
+
+def only_notes(findings: list[Finding]) -> set[str]:
+    assert {f.severity for f in findings} == {"note"}
+    return {f.rule for f in findings}
+
+
+def test_openvino_is_told_that_it_leaves_out_a_rounding_and_the_repair_takes_it_out() -> None:
+    file = File()
+    as_onnxruntime_wants_it(file)
+    findings = lint(file.model(), OPENVINO)
+    assert [(f.rule, f.severity, f.node) for f in findings] == [("both-add-inputs", "note", "sum")]
+    mended = repair(file.model(), OPENVINO)
+    assert [s.name for s in mended.steps if s.applied] == ["add_without_main_quantizer"]
+    assert lint(mended.model, OPENVINO) == []
+
+
+def test_main_branches_in_float_anyway_are_no_fault_of_the_placement() -> None:
+    """Neither a float network nor one whose last convolution was left in float is told to quantize its Adds."""
+    file = File()
+    float_only(file)
+    assert lint(file.model(), ORT) == []
+    file = File()
+    unsigned(file)
+    file.stored["b.w"] = file.stored["b.w"].astype(np.float32) * file.stored["b.ws"].reshape(-1, 1, 1, 1)
+    file.nodes.remove(file.named("b.wdq"))
+    file.named("b").input[1] = "b.w"
+    assert "main-branch-not-quantized" not in {f.rule for f in lint(file.model(), ORT)}
 
 
 REPAIRED = {

@@ -65,7 +65,7 @@ def test_the_file_in_integers_gives_the_same_bits_in_onnxruntime(arch, profile):
 @zoo
 def test_onnxruntime_in_its_own_integers_is_a_hundredth_of_a_step_away(arch):
     """The profile in which every convolution has a rounded output, so that onnxruntime computes all of them in integers."""
-    checkpoint = quantized(arch, "openvino")
+    checkpoint = quantized(arch, "onnxruntime")
     tensors = {k: v.numpy() for k, v in checkpoint.state_dict.items()}
     runner = OrtRunner(to_onnx(checkpoint.spec, tensors, checkpoint.quantization, ExportOptions("dynamic")))
     x = torch.cat(images_for(SPECS[arch], 8))

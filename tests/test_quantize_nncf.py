@@ -10,7 +10,7 @@ from compress.quantize import calibrate, ptq
 from compress.quantize.fake_quant import attach, weight_scale
 from compress.resnet import build_model
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Quantization, Quantizer, place
+from rescompress.core.quantizers import PROFILES, Quantization, Quantizer, place
 
 nncf_ptq = pytest.importorskip("compress.quantize.nncf_ptq")
 torch.set_num_threads(1)
@@ -43,10 +43,10 @@ def test_every_operation_of_the_walk_has_a_name_in_nncf(arch):
 
 
 @zoo
-def test_nncf_places_what_the_openvino_profile_places(arch):
+def test_nncf_places_what_the_onnxruntime_profile_places(arch):
     _, _, _, found = nncf_of(arch)
     spec = SPECS[arch]
-    ours = {(q.kind, q.tensor): (q.low, q.high) for q in place(spec, "openvino")}
+    ours = {(q.kind, q.tensor): (q.low, q.high) for q in place(spec, "onnxruntime")}
     theirs = {(f.kind, after_max_pool(spec, f.tensor)): (f.low, f.high) for f in found}
     assert len(theirs) == len(found)
     # NNCF rounds what a pad shortcut reads and not its output; with one scale for both this is the same network.
@@ -61,7 +61,7 @@ def test_nncf_places_what_the_openvino_profile_places(arch):
 
 
 @zoo
-@pytest.mark.parametrize("profile", ["tensorrt", "openvino"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_nncfs_ranges_are_the_mean_of_each_images_maximum(arch, profile):
     checkpoint = checkpoint_of(arch)
     by_nncf = ptq(checkpoint, images_for(SPECS[arch]), profile=profile).quantization
@@ -92,7 +92,7 @@ def test_our_network_with_nncfs_placement_computes_what_nncfs_does(arch, monkeyp
     quantizers = tuple(
         Quantizer(tensor=f.tensor, kind=f.kind, low=f.low, high=f.high, scale=tuple(r / f.high for r in f.range)) for f in found
     )
-    attach(model, Quantization(profile="openvino", quantizers=quantizers))
+    attach(model, Quantization(profile="onnxruntime", quantizers=quantizers))
     x = torch.cat(images_for(SPECS[arch]))
     with torch.no_grad():
         ours, theirs = model(x), quantized(x)

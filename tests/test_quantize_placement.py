@@ -27,7 +27,7 @@ def places(spec, profile):
                 wanted.add(f"{block.name}.downsample.pool")
         if block.shortcut == "pad":
             wanted.add(f"{block.name}.shortcut")
-        if profile == "openvino":
+        if profile == "onnxruntime":
             wanted.add(f"{block.name}." + ("bn" if block.batch_norm else "conv") + str(convs))
         stream = f"{block.name}.relu"
     wanted.add(stream)
@@ -48,12 +48,24 @@ def test_the_places_are_those_the_blocks_ask_for(arch, profile):
 
 
 @named
-def test_signs_levels_and_shared_scales(arch):
+def test_the_three_profiles_differ_in_signs_and_in_the_ends_of_the_main_branches(arch):
+    spec = zoo.spec(arch)
+    signed, skip, both = ({(q.kind, q.tensor): q for q in place(spec, p)} for p in ("tensorrt", "openvino", "onnxruntime"))
+    assert signed.keys() == skip.keys()
+    assert skip.items() <= both.items()
+    ends = {layer.inputs[0] for layer in walk(spec) if layer.op == "add"}
+    assert {tensor for _, tensor in both.keys() - skip.keys()} == ends
+    assert len(ends) == len(spec.blocks)
+
+
+@named
+@pytest.mark.parametrize("profile", ["openvino", "onnxruntime"])
+def test_signs_levels_and_shared_scales(arch, profile):
     spec = zoo.spec(arch)
     blocks = {block.name: block for block in spec.blocks}
     for q in place(spec, "tensorrt"):
         assert (q.low, q.high) == ((-127, 127) if q.kind == "weight" else (-128, 127))
-    for q in place(spec, "openvino"):
+    for q in place(spec, profile):
         if q.kind == "activation":
             signed = q.tensor == "input" or q.tensor.split(".")[-1].startswith(("bn", "conv")) or "downsample.1" in q.tensor
             assert (q.low, q.high) == ((-128, 127) if signed else (0, 255)), q.tensor

@@ -69,6 +69,12 @@ def test_every_stage_has_its_row(finished: tuple[Path, dict[str, Any]]) -> None:
     sizes = {n: s["metrics"]["size_bytes"]["value"] for n, s in stages.items()}
     assert sizes["export"] < 0.25 * sizes["dense"]
     assert stages["target:cpu"]["metrics"]["p50_ms"]["provenance"] == "measured"
+    on_cpu, on_ort = (stages[name]["details"] for name in ("target:cpu", "target:cpu-ort"))
+    assert on_cpu["runtime_options"] == on_cpu["build"]["compile_options"] == {"SNIPPETS_MODE": "DISABLE"}
+    assert any("SNIPPETS_MODE=DISABLE" in note for note in on_cpu["notes"])
+    assert any("--profile onnxruntime" in note for note in on_ort["notes"])
+    assert not {"runtime_options", "fp32_runtime_options", "dense_runtime_options"} & on_ort.keys()
+    assert not {"fp32_runtime_options", "dense_runtime_options"} & on_cpu.keys()
     assert stages["target:jetson-orin-nano-8gb"]["metrics"]["p50_ms"]["provenance"] == "predicted"
     assert "top1" not in stages["target:jetson-orin-nano-8gb"]["metrics"]
     parity = stages["export"]["details"]["parity"]

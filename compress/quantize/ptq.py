@@ -63,7 +63,7 @@ def ptq(
     Args:
         checkpoint: A float network.
         batches: Preprocessed calibration images (N, C, H, W), or pairs whose second part is left aside.
-        profile: The runtime family whose placement to use.
+        profile: The runtime whose placement to use.
         calibration: ``nncf``: NNCF's calibration, with ranges for places it has none at by the same estimator; one of
             ours: ``mean-max``, ``max``, ``percentile``, ``mse``; or ``auto``: the best of them by the divergence
             from the float network on `selection`.

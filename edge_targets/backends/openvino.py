@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edge_targets.backends import Availability, Built, cpu_threads, in_batches
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 REMEDY = "pip install openvino"
+
+# OpenVINO may compile element-wise operators into kernels of their own ("snippets"). In a quantized model of fixed shape
+# it takes the Add of a residual block, with the rounding behind it, for such a kernel before the convolution in front of
+# it could fuse with both: another pass over the tensor, in float32. A model with an open batch fuses without the option.
+QUANTIZED_OPTIONS: Mapping[str, str] = MappingProxyType({"SNIPPETS_MODE": "DISABLE"})
 
 
 def available() -> Availability:
@@ -71,8 +78,18 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     return Built(
         path=xml,
         status=f"built by OpenVINO {available().version}",
-        details={"runtime_version": available().version, "precision": precision, "size_bytes": size},
+        details={
+            "runtime_version": available().version,
+            "precision": precision,
+            "size_bytes": size,
+            "compile_options": dict(QUANTIZED_OPTIONS) if _quantized(model) else {},
+        },
     )
+
+
+def _quantized(model: Any) -> bool:
+    """Whether a model rounds activations: ONNX's Q/DQ pairs are FakeQuantize operators in OpenVINO."""
+    return any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
 class OpenVINORunner:
@@ -81,13 +98,13 @@ class OpenVINORunner:
     Attributes:
         runtime: ``openvino``.
         threads: CPU threads it uses.
+        options: Options that change OpenVINO's choice of kernels: `QUANTIZED_OPTIONS` for a quantized model, unless this
+            OpenVINO refuses them.
     """
 
     runtime = "openvino"
 
     def __init__(self, path: Path, *, threads: int | None, batch: int | None) -> None:
-        import openvino as ov
-
         model = _read(path, batch)
         self.threads = cpu_threads(threads)
         shape = model.input(0).partial_shape
@@ -99,13 +116,25 @@ class OpenVINORunner:
             # On CPUs with bfloat16 units OpenVINO would silently compute float32 layers in bfloat16.
             "INFERENCE_PRECISION_HINT": "f32",
         }
+        self.options = dict(QUANTIZED_OPTIONS) if _quantized(model) else {}
         try:
-            compiled = ov.Core().compile_model(model, "CPU", settings)
+            compiled = self._compile(model, settings)
         except RuntimeError as e:
             raise ModelFileError(
                 f"OpenVINO cannot compile it: {_first_line(e)}", where=str(path), remedy="check it with: rescompress lint"
             ) from e
         self._request = compiled.create_infer_request()
+
+    def _compile(self, model: Any, settings: Mapping[str, Any]) -> Any:
+        """Return the model compiled with `options`; an OpenVINO that refuses those compiles without, and clears them."""
+        import openvino as ov
+
+        if self.options:
+            try:
+                return ov.Core().compile_model(model, "CPU", {**settings, **self.options})
+            except RuntimeError:
+                self.options = {}
+        return ov.Core().compile_model(model, "CPU", dict(settings))
 
     def _run(self, x_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         import numpy as np

@@ -30,7 +30,7 @@ def bench(
 
     Example: rescompress bench model_fp32.onnx model_int8.onnx --target cpu --target cpu-ort --threads 2
     """
-    from edge_targets.benchmark import Candidate, Effort, compare
+    from edge_targets.benchmark import Candidate, Effort, measure_processes, options_note
     from edge_targets.catalog import load_target
     from edge_targets.onnx_kernels import kernels_of
     from rescompress.cli.inspect import parse_shape
@@ -47,9 +47,13 @@ def bench(
             )
             labels.append((str(path), chosen.name))
     with output_of(ctx).console().status(f"measuring {len(candidates)} x {seconds:g} s"):
-        measured = compare(candidates, effort=Effort(seconds=seconds, rounds=rounds))
-    rows = [_row(path, name, metrics) for (path, name), metrics in zip(labels, measured, strict=True)]
+        measured = measure_processes(candidates, effort=Effort(seconds=seconds, rounds=rounds))
+    rows = [
+        _row(path, name, found.metrics) | {"runtime_options": found.runtime_options}
+        for (path, name), found in zip(labels, measured, strict=True)
+    ]
     notes = _notes(rows)
+    notes += dict.fromkeys(note for row in rows for note in options_note(row["runtime"], row["runtime_options"]))
     document = {**rows[0], "notes": notes} if len(rows) == 1 else {"rows": rows, "notes": notes}
     output_of(ctx).result(document, _table(rows), *notes)
 

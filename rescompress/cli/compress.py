@@ -37,11 +37,12 @@ class TrainPrecision(StrEnum):
 
 
 class Profile(StrEnum):
-    """Whose placement of quantizers."""
+    """The runtime whose placement of quantizers is used."""
 
     auto = "auto"
     tensorrt = "tensorrt"
     openvino = "openvino"
+    onnxruntime = "onnxruntime"
 
 
 class Calibration(StrEnum):
@@ -236,7 +237,9 @@ def quantize(
         Path | None, typer.Option("--teacher", help="Float checkpoint to distil from.", show_default="the network itself")
     ] = None,
     target: opt.Target = None,
-    profile: Annotated[Profile, typer.Option("--profile", help="Whose placement of quantizers.")] = Profile.auto,
+    profile: Annotated[
+        Profile, typer.Option("--profile", help="Runtime whose placement of quantizers is used; auto: the target's.")
+    ] = Profile.auto,
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = Calibration.auto,
     keep_float: Annotated[

@@ -13,25 +13,50 @@ What the places are: the input of every convolution and linear layer, the input 
 input of every residual Add. All consumers of a tensor share its quantizer. A pad shortcut's output is rounded with the
 scale of the tensor it copies from (`Quantizer.shares`), so that this second rounding changes nothing.
 
-Profiles:
+Profiles, one per runtime (decision 0035):
 
 * ``tensorrt``: activations signed, [-128, 127]; of the two inputs of a residual Add only the skip is rounded, so that
   Conv+Add+ReLU fuses into one INT8 kernel (NVIDIA TensorRT, tools/tensorflow-quantization/docs/add_custom_qdq_cases.md).
-* ``openvino``: activations after ReLU unsigned, [0, 255], and both inputs of an Add are rounded: what OpenVINO's CPU
-  plugin fuses best.
+* ``openvino``: activations after ReLU unsigned, [0, 255]; of an Add only the skip is rounded. OpenVINO's CPU plugin fuses
+  convolution, Add and ReLU, and computes the file's integers exactly; a rounding between the two it would leave out.
+* ``onnxruntime``: activations after ReLU unsigned, and both inputs of an Add rounded: onnxruntime computes a convolution
+  in integers only where its output is rounded.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from rescompress.core.layers import GLOBAL_POOLS, Layer, walk
 from rescompress.core.spec import Frozen, ModelSpec
 
-Profile = Literal["tensorrt", "openvino"]
-PROFILES: tuple[Profile, ...] = ("tensorrt", "openvino")
+Profile = Literal["tensorrt", "openvino", "onnxruntime"]
+
+
+class _Rules(NamedTuple):
+    """What one profile wants.
+
+    Attributes:
+        unsigned: Activations that cannot be negative have the levels 0..255.
+        main_branch: The end of the main branch is rounded in front of a residual Add, not only the skip.
+    """
+
+    unsigned: bool
+    main_branch: bool
+
+
+_RULES: Mapping[Profile, _Rules] = MappingProxyType(
+    {
+        "tensorrt": _Rules(unsigned=False, main_branch=False),
+        "openvino": _Rules(unsigned=True, main_branch=False),
+        "onnxruntime": _Rules(unsigned=True, main_branch=True),
+    }
+)
+PROFILES: tuple[Profile, ...] = tuple(_RULES)
 
 WEIGHT_LEVELS = (-127, 127)
 
@@ -76,7 +101,7 @@ class Quantization(Frozen):
     """Every quantizer of a network, with its scales.
 
     Attributes:
-        profile: The runtime family the placement is for.
+        profile: The runtime the placement is for.
         quantizers: In order of computation; a layer's weight follows the activations it reads and precedes its output.
         method: How the scales came about: ``ptq`` or ``qat``.
     """
@@ -138,13 +163,14 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
 
     Args:
         spec: The network.
-        profile: The runtime family.
+        profile: The runtime.
         keep_float: Convolution and linear layers to leave in floating point. An Add whose main branch ends in such a
             layer runs in floating point too, so its skip is rounded only where another layer wants it.
 
     Raises:
         ValueError: `keep_float` names no convolution or linear layer of the network, or all of them.
     """
+    rules = _RULES[profile]
     layers = walk(spec)
     by_name = {layer.name: layer for layer in layers}
     weighted = {layer.name for layer in layers if layer.op in ("conv", "linear")}
@@ -158,7 +184,7 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
     def activation(tensor: str) -> None:
         while by_name[tensor].op == "dropout":
             tensor = by_name[tensor].inputs[0]
-        low, high = (0, 255) if profile == "openvino" and _unsigned(tensor, by_name) else (-128, 127)
+        low, high = (0, 255) if rules.unsigned and _unsigned(tensor, by_name) else (-128, 127)
         source = by_name[tensor].inputs[0] if by_name[tensor].op == "pad_shortcut" else None
         shares = source if source in placed else None
         placed.setdefault(tensor, Quantizer(tensor=tensor, kind="activation", low=low, high=high, shares=shares))
@@ -174,7 +200,7 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
         elif layer.op == "add" and int8_sum(layer):
             main, skip = layer.inputs
             activation(skip)
-            if profile == "openvino":
+            if rules.main_branch:
                 activation(main)
         elif layer.op in GLOBAL_POOLS and int8_sum(by_name[by_name[layer.inputs[0]].inputs[0]]):
             activation(layer.inputs[0])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
 from edge_targets.backends import PACKAGE as BACKENDS
-from edge_targets.benchmark import Candidate, measure_processes
+from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import load_target
 from edge_targets.device import Target
@@ -21,10 +22,22 @@ from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.metric import Metric
+from rescompress.core.quantizers import Profile
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import export_options, write_export
 from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+
+_COST_OF_OTHER_PROFILE: Mapping[tuple[Profile, Profile], str] = MappingProxyType(
+    {
+        ("openvino", "tensorrt"): "TensorRT does not read unsigned activations",
+        ("onnxruntime", "tensorrt"): "TensorRT does not read unsigned activations",
+        ("tensorrt", "openvino"): "behind ReLU half of the levels are not used here",
+        ("onnxruntime", "openvino"): "OpenVINO leaves out a rounding in front of residual sums: answers differ a little",
+        ("tensorrt", "onnxruntime"): "expect more latency here: onnxruntime is slow with signed activations on x86",
+        ("openvino", "onnxruntime"): "expect more latency here: onnxruntime runs the ends of main branches in float",
+    }
+)
 
 
 def target(
@@ -92,8 +105,8 @@ def _profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
     if trained is None or trained == chosen.profile:
         return []
     return [
-        f"the network is quantized for the {trained} profile, {chosen.name} runs the {chosen.profile} profile faster: "
-        f"expect more latency here than with `quantize --profile {chosen.profile}`"
+        f"the network is quantized for the {trained} profile, {chosen.name} wants `quantize --profile {chosen.profile}`: "
+        + _COST_OF_OTHER_PROFILE[trained, chosen.profile]
     ]
 
 
@@ -135,6 +148,9 @@ def _build_and_measure(
     for prefix, measured in zip(names, measure_processes(runs), strict=True):
         metrics |= {prefix + key: value for key, value in measured.metrics.items()}
         details[f"{prefix}latency_runs"] = list(measured.process_medians_ms)
+        if measured.runtime_options:
+            details[f"{prefix}runtime_options"] = measured.runtime_options
+    details["notes"] += options_note(chosen.runtime, details.get("runtime_options", {}))
     if float_path is not None:
         float_path.unlink()
         if metrics["p50_ms"].value > metrics["fp32_p50_ms"].value:
