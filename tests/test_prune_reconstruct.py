@@ -15,7 +15,7 @@ from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.gradients import sampled_gradients
 from compress.prune.method import Context
 from compress.prune.recalibrate import recalibrate
-from compress.prune.solve import damped, obs_curve, refit
+from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit
 from compress.resnet import build_model
 from rescompress.core.layers import walk
 
@@ -25,6 +25,15 @@ def least_squares_error(h, w, columns):
     v = torch.zeros_like(w)
     v[:, columns] = torch.linalg.solve(h[columns][:, columns], h[columns] @ w.T).T
     return float(((w - v) @ h @ (w - v).T).trace())
+
+
+@pytest.mark.parametrize("columns", [1, 9, 64, 65, 200, 520])
+def test_half_of_the_products_make_the_whole_second_moment(columns):
+    generator = torch.Generator().manual_seed(columns)
+    gram, rows = torch.zeros(columns, columns), torch.randn(300, columns, generator=generator)
+    add_gram(gram, rows[:100])
+    add_gram(gram, rows[100:])
+    torch.testing.assert_close(mirrored(gram), rows.double().T @ rows.double(), atol=1e-3, rtol=1e-5)
 
 
 @given(seed=st.integers(0, 10**6), units=st.integers(2, 6), width=st.sampled_from([1, 4]))

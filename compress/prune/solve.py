@@ -17,12 +17,33 @@ from compress.prune.method import ErrorCurve
 
 _STEPS = 128
 """Most removal steps per group: wide groups lose several units at a time."""
+_STRIPS = 8
+"""Strips in which a matrix of products is computed."""
+_CACHED = 250_000
+"""Numbers of one output tensor between two products: what lies between them stays in the processor's cache."""
 
 
 def damped(h_DD: Tensor, ridge: float) -> Tensor:
     """Return ``h + ridge * mean(diag h) * I``; an all-zero `h` becomes the identity."""
     mean = float(h_DD.diagonal().mean())
     return h_DD + (ridge * mean if mean > 0 else 1.0) * torch.eye(len(h_DD), dtype=h_DD.dtype)
+
+
+def add_gram(gram_DD: Tensor, x_ND: Tensor) -> None:
+    """Add ``x^T x`` to the upper triangle of `gram_DD`, some of what is below it included; `mirrored` makes it whole.
+
+    Strips of rows, from the diagonal on: little more than half of the products.
+    """
+    step = max(64, -(-len(gram_DD) // _STRIPS))
+    for start in range(0, len(gram_DD), step):
+        strip = slice(start, start + step)
+        gram_DD[strip, start:].addmm_(x_ND[:, strip].T, x_ND[:, start:])
+
+
+def mirrored(gram_DD: Tensor) -> Tensor:
+    """Return the symmetric matrix, in float64, whose upper triangle is that of `gram_DD`."""
+    upper_DD = gram_DD.double().triu_()
+    return upper_DD + upper_DD.triu(1).T
 
 
 def obs_curve(readers: Sequence[tuple[Tensor, Tensor]], units: int) -> ErrorCurve:
@@ -148,11 +169,17 @@ def refit(
     mean_D = x_ND.mean(0)
     shift_D = mean_D if fit_bias else torch.zeros_like(mean_D)
     x_ND = x_ND - shift_D
-    h_DD = (x_ND.T @ x_ND).double() / n
+    gram_DD = torch.zeros(x_ND.shape[1], x_ND.shape[1], dtype=x_ND.dtype)
+    add_gram(gram_DD, x_ND)
+    h_DD = mirrored(gram_DD) / n
     anchor_DD = damped(h_DD, ridge)
     factor_DD = torch.linalg.cholesky(anchor_DD)
     old_OD, old_O = w_OD.double(), b_O.double() + w_OD.double() @ shift_D.double()
-    samples = _Samples(x_ND, target_NO, skip_NO, relu)
+    if relu:
+        limit_NO = torch.where(target_NO > 0, math.inf, 0.0).to(target_NO.dtype)
+        samples = _Samples(x_ND, target_NO.clamp_min(0), skip_NO, limit_NO)
+    else:
+        samples = _Samples(x_ND, target_NO, skip_NO, None)
     w, b = old_OD, old_O  # of the shifted inputs
     before, gradient_DO, mean_O = samples.residual(w, b)
     best = (w, b, before)
@@ -174,39 +201,45 @@ def refit(
 
 @dataclass(frozen=True)
 class _Samples:
-    """What a layer is fitted to."""
+    """What a layer is fitted to.
+
+    Attributes:
+        x_ND: Inputs.
+        target_NO: Outputs wanted; behind the ReLU where one follows.
+        skip_NO: What is added to the output, if anything.
+        limit_NO: Where a ReLU follows, the largest residual that counts: none where the target is positive, else 0,
+            since there any output below zero is as good as another.
+    """
 
     x_ND: Tensor
     target_NO: Tensor
     skip_NO: Tensor | None
-    relu: bool
+    limit_NO: Tensor | None
 
     def residual(self, w_OD: Tensor, b_O: Tensor) -> tuple[float, Tensor, Tensor]:
         """Return the mean squared error, the moment of inputs and residual (D, O) and the residual's mean, in float64.
 
         The rows are taken some at a time, so that what lies between the two products stays in the processor's cache.
         """
-        x_ND, target_NO = self.x_ND, self.target_NO
-        w_DO, b_O = w_OD.to(x_ND.dtype).T, b_O.to(x_ND.dtype)
+        w_DO, b_O = w_OD.to(self.x_ND.dtype).T, b_O.to(self.x_ND.dtype)
         moment_DO = torch.zeros_like(w_DO)
         sum_O = torch.zeros_like(b_O, dtype=torch.float64)
         error = 0.0
-        step = max(64, 1_000_000 // len(b_O))
-        for start in range(0, len(x_ND), step):
+        step = max(64, _CACHED // len(b_O))
+        for start in range(0, len(self.x_ND), step):
             rows = slice(start, start + step)
-            out = torch.addmm(b_O, x_ND[rows], w_DO)
+            x_ND, target_NO = self.x_ND[rows], self.target_NO[rows]
+            out_NO = torch.addmm(b_O, x_ND, w_DO)
             if self.skip_NO is not None:
-                out += self.skip_NO[rows]
-            target = target_NO[rows]
-            if self.relu:
-                positive = target.clamp_min(0)
-                shown = out.clamp_min(0)
-                error += float((shown - positive).square_().sum())
-                residual = torch.where(target > 0, target - out, shown.neg_())
+                out_NO += self.skip_NO[rows]
+            residual_NO = torch.sub(target_NO, out_NO, out=out_NO)
+            if self.limit_NO is None:
+                shown_NO = residual_NO
             else:
-                residual = target - out
-                error += float(residual.square().sum())
-            moment_DO.addmm_(x_ND[rows].T, residual)
-            sum_O += residual.sum(0)
-        n = len(x_ND)
+                shown_NO = torch.minimum(residual_NO, target_NO)  # an output below zero is shown as zero
+                torch.minimum(residual_NO, self.limit_NO[rows], out=residual_NO)
+            error += float(torch.dot(shown_NO.flatten(), shown_NO.flatten()))
+            moment_DO.addmm_(x_ND.T, residual_NO)
+            sum_O += residual_NO.sum(0)
+        n = len(self.x_ND)
         return error / (n * len(b_O)), moment_DO.double() / n, sum_O / n

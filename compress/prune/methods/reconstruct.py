@@ -14,6 +14,7 @@ Needs some hundred images and no labels.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.groups import Sizes
 from compress.prune.method import Context, Curves, ErrorCurve
 from compress.prune.plan import PruningPlan
-from compress.prune.solve import damped, obs_curve, refit
+from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
 from rescompress.core.layers import Layer, walk
@@ -74,7 +75,7 @@ def curves(context: Context) -> Curves:
         inside = {layer.name for layer in chunk}
         here = [r for rs in readers.values() for r in rs if r.layer.name in inside]
         x, dropped = _collect(dense, chunk, x, here, generator, targets, price=chunk_name(chunk) in context.blocks)
-        if not bool(torch.isfinite(x).all()):
+        if not math.isfinite(x.sum()) and not bool(torch.isfinite(x).all()):
             raise DataError(
                 f"the dense network's tensors behind {chunk[0].name} hold NaN or infinity",
                 remedy="check the checkpoint and the data",
@@ -111,7 +112,7 @@ class _Reader:
             self._sum_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
             self._shift_D = x_ND.mean(0)
         x_ND = x_ND - self._shift_D  # a mean far from zero would drown the variance in rounding
-        self._gram_DD.addmm_(x_ND.T, x_ND)
+        add_gram(self._gram_DD, x_ND)
         self._sum_D += x_ND.sum(0, dtype=torch.float64)
         self._energy += float(output_NO.square().sum(dtype=torch.float64))
         self._rows += len(x_ND)
@@ -123,7 +124,7 @@ class _Reader:
     def relative(self) -> tuple[Tensor, Tensor]:
         """Return second moment and weights such that squared errors are shares of the output's energy."""
         mean_D = self._sum_D / self._rows
-        h_DD = self._gram_DD.double().div_(self._rows).addr_(mean_D, mean_D, alpha=-1.0)
+        h_DD = mirrored(self._gram_DD).div_(self._rows).addr_(mean_D, mean_D, alpha=-1.0)
         energy = max(self._energy / self._rows, 1e-30)
         return damped(h_DD, _RIDGE), self.old.weight_OIKK.flatten(1).double() / energy**0.5
 
