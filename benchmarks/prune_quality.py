@@ -4,9 +4,10 @@
 
 Torch-Pruning (``pip install --no-deps torch-pruning==1.6.1``) gets every combination of importance (L2, LAMP, Taylor) and
 ranking (over the whole network, per layer), each with BatchNorm measured again on the calibration images; the best on
-2,000 images of the training set that nothing else sees is the one that counts. It cannot prune the residual streams of
-pad shortcuts, so ``--scope all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same
-function, some MACs more. ``val`` is read for the figures of the table alone.
+2,000 images of the training set that nothing else sees is the one that counts. By the same images each method gets the best
+of several learning rates of the fine-tuning. Torch-Pruning cannot prune the residual streams of pad shortcuts, so ``--scope
+all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same function, some MACs more.
+``val`` is read for the figures of the table alone.
 
 With ``--work`` every figure is in ``results.json`` as soon as it is there, and a run that is started again goes on from
 it, from the pruned networks and from the states of unfinished trainings beside it.
@@ -54,12 +55,14 @@ class Cell:
         top1: On ``val``, in percent.
         seconds: Pruning took.
         chosen: What Torch-Pruning's best setting was.
+        held: On the training images that were held out, in percent; learning rates are chosen by it.
     """
 
     macs: float
     top1: float
     seconds: float
     chosen: str = ""
+    held: float = 0.0
 
 
 def top1(checkpoint: Checkpoint, split: Split) -> float:
@@ -184,14 +187,20 @@ class Results:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.cells: dict[str, Cell] = {}
-        if folder is not None and (folder / "results.json").is_file():
-            found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            self.cells = {k: Cell(**v) for k, v in found.items()}
+        self.read()
+
+    def read(self) -> None:
+        """Take up what this or another process has found."""
+        if self.folder is not None and (self.folder / "results.json").is_file():
+            found = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+            self.cells |= {k: Cell(**v) for k, v in found.items()}
 
     def get(self, key: str, make: Callable[[], Cell]) -> Cell:
         """Return the cell, made if it is not there."""
         if key not in self.cells:
-            self.cells[key] = make()
+            made = make()
+            self.read()
+            self.cells[key] = made
             if self.folder is not None:
                 text = json.dumps({k: asdict(c) for k, c in sorted(self.cells.items())}, indent=1)
                 write_text(self.folder / "results.json", text + "\n")
@@ -214,20 +223,30 @@ class Bench:
     results: Results
     args: argparse.Namespace
 
-    def cell(self, method: str, fraction: float, seed: int) -> Cell:
+    def cell(self, method: str, fraction: float, seed: int, lr: float) -> Cell:
         """Return the figures of one network, before or after fine-tuning."""
         key = f"{self.name} {fraction:g} {method} seed={seed} calib={self.args.calib}"
-        tuning = self.tuning()
+        tuning = self.tuning(lr)
         if not tuning:
             return self.results.get(key, lambda: self.pruned(key, method, fraction, seed)[0])
-        return self.results.get(f"{key} {tuning}", lambda: self.tuned(key, method, fraction, seed))
+        return self.results.get(f"{key} {tuning}", lambda: self.tuned(key, method, fraction, seed, lr))
 
-    def tuning(self) -> str:
+    def best_lr(self, method: str, fraction: float) -> float:
+        """Return the learning rate that is best on the held-out training images after the first seed's fine-tuning."""
+        rates: list[float] = self.args.lr
+        if len(rates) == 1 or not self.args.epochs:
+            return rates[0]
+        cells = {lr: self.cell(method, fraction, self.args.seeds[0], lr) for lr in rates}
+        tried = ", ".join(f"{lr:g}: {cell.held:.2f}" for lr, cell in cells.items())
+        print(f"{method} at {fraction:g}: learning rates by top-1 on {HELD} held-out training images: {tried}", flush=True)
+        return max(cells, key=lambda lr: cells[lr].held)
+
+    def tuning(self, lr: float) -> str:
         """Return the fine-tuning in words."""
         a = self.args
         if not a.epochs:
             return ""
-        words = f"epochs={a.epochs:g} lr={a.lr:g} {a.precision}"
+        words = f"epochs={a.epochs:g} lr={lr:g} {a.precision}"
         if a.distil:
             words += f" distil={a.distil:g}" + (f" features={a.features:g}" if a.features else "")
         return words
@@ -259,20 +278,20 @@ class Bench:
             save_checkpoint(network, path)
         return Cell(left, top1(network, self.val), seconds, chosen), network
 
-    def tuned(self, key: str, method: str, fraction: float, seed: int) -> Cell:
+    def tuned(self, key: str, method: str, fraction: float, seed: int, lr: float) -> Cell:
         """Fine-tune one network as everybody's is, and evaluate it."""
         cell = self.results.get(key, lambda: self.pruned(key, method, fraction, seed)[0])
         network = self.pruned(key, method, fraction, seed)[1]
         model = build_model(network.spec, network.state_dict)
         a = self.args
         settings = TrainSettings(
-            epochs=a.epochs, lr=a.lr, seed=seed, precision=a.precision, distill=a.distil or 1.0, features=a.features
+            epochs=a.epochs, lr=lr, seed=seed, precision=a.precision, distill=a.distil or 1.0, features=a.features
         )
         teacher = build_model(self.dense.spec, self.dense.state_dict) if a.distil else None
-        state = self.results.file(f"{key} {self.tuning()}", ".state")
+        state = self.results.file(f"{key} {self.tuning(lr)}", ".state")
         train(model, self.rest, settings, teacher=teacher, resume_file=state)
         after = Checkpoint(network.spec, tensors_of(model))
-        figure = Cell(cell.macs, top1(after, self.val), cell.seconds, cell.chosen)
+        figure = Cell(cell.macs, top1(after, self.val), cell.seconds, cell.chosen, top1(after, self.held))
         if state is not None:
             state.unlink(missing_ok=True)
         return figure
@@ -289,7 +308,7 @@ def main() -> None:
     parser.add_argument("--scope", choices=["inner", "all"], default="inner")
     parser.add_argument("--calib", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=0)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.02], help="of several, each method gets its best")
     parser.add_argument("--distil", type=float, default=0.0, help="weight of the dense network's outputs in the loss")
     parser.add_argument("--features", type=float, default=0.0, help="weight of its stages' outputs, with --distil")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the fine-tuning")
@@ -307,7 +326,7 @@ def main() -> None:
     bench = Bench(name, dense, data.train.subset(order[HELD:]), data.train.subset(order[:HELD]), data.val, results, args)
     whole = results.get(f"{name} dense", lambda: Cell(1.0, top1(dense, data.val), 0.0))
     print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} calibration images, align 1")
-    print(f"fine-tuning: {bench.tuning() or 'none'}")
+    print(f"fine-tuning: {bench.tuning(args.lr[0]) or 'none'}" + (f", lr of {args.lr}" if len(args.lr) > 1 else ""))
     if PEER in args.methods:
         version = importlib.metadata.version("torch-pruning")
         print(
@@ -317,11 +336,13 @@ def main() -> None:
     print(f"{'MACs':>5} {'reached':>8} {'method':14} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
     for fraction in args.macs:
         for method in args.methods:
-            cells = [bench.cell(method, fraction, seed) for seed in args.seeds]
+            lr = bench.best_lr(method, fraction)
+            cells = [bench.cell(method, fraction, seed, lr) for seed in args.seeds]
             figures = [c.top1 for c in cells]
             mean, spread = statistics.mean(figures), max(figures) - min(figures)
             macs, seconds = statistics.mean(c.macs for c in cells), statistics.mean(c.seconds for c in cells)
             each = " ".join(f"{c.top1:.2f}{' ' + c.chosen if c.chosen else ''}" for c in cells)
+            each = f"lr {lr:g}: {each}" if len(args.lr) > 1 else each
             below = whole.top1 - mean
             print(
                 f"{fraction:5.2f} {macs:8.4f} {method:14} {mean:6.2f} {spread:6.2f} {below:11.2f} {seconds:6.1f}  {each}",
