@@ -81,11 +81,13 @@ class Settings:
     Attributes:
         qat_epochs: Of quantization-aware training.
         qat_lr: Its learning rate.
+        freeze_bn_after: Part of its steps after which BatchNorm keeps its statistics.
         finetune_epochs: Of the pruned network.
     """
 
     qat_epochs: float
     qat_lr: float
+    freeze_bn_after: float
     finetune_epochs: float
 
 
@@ -150,7 +152,11 @@ class Cells:
         rest, held = self.data.train.part(HELD_OUT, seed)
         model = prepare_qat(int8)
         settings = TrainSettings(
-            epochs=self.settings.qat_epochs, lr=self.settings.qat_lr, freeze_bn_after=0.5, distill=1.0, seed=seed
+            epochs=self.settings.qat_epochs,
+            lr=self.settings.qat_lr,
+            freeze_bn_after=self.settings.freeze_bn_after,
+            distill=1.0,
+            seed=seed,
         )
         train(model, rest, settings, teacher=network(self.dense))
         qat = on_grid(finish_qat(model, int8))
@@ -221,11 +227,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--qat-epochs", type=float, default=0.25)
     parser.add_argument("--qat-lr", type=float, default=0.002)
+    parser.add_argument("--freeze-bn-after", type=float, default=0.0)
     parser.add_argument("--finetune-epochs", type=float, default=0.5)
     parser.add_argument("--cells", type=int, default=10**6, help="compute at most so many, then stop")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(args.qat_epochs, args.qat_lr, args.finetune_epochs)
+    settings = Settings(args.qat_epochs, args.qat_lr, args.freeze_bn_after, args.finetune_epochs)
     every: list[Cells] = []
     data: Dataset | None = None
     left = args.cells

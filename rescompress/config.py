@@ -123,6 +123,8 @@ class QuantizeConfig(Frozen):
         max_slowdown: Latency budget of ``keep_float: auto``: the predicted latency on the first target, at most so many
             times that of the all-INT8 network.
         learnable_scales: Whether ``qat`` trains the scales too.
+        freeze_bn_after: Part of the steps of ``qat`` after which BatchNorm keeps its statistics. 0 trains the very network
+            that will run; statistics of augmented batches are noise in a short training (decision 36).
         hold_out: Part of the training images that ``qat`` does not see and that choose between it and ``ptq``; 0 keeps
             what was trained.
         lr: Peak learning rate of ``qat``.
@@ -141,6 +143,7 @@ class QuantizeConfig(Frozen):
     max_divergence: float | None = Field(None, gt=0.0)
     max_slowdown: float | None = Field(None, ge=1.0)
     learnable_scales: bool = False
+    freeze_bn_after: float = Field(0.0, ge=0.0, le=1.0)
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
     lr: float = Field(0.002, gt=0.0)
     batch_size: int = Field(128, ge=2)

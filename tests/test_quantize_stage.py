@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
     int8 = tmp_path / "int8-already.safetensors"
     save_checkpoint(ptq(good, [torch.rand(4, *good.spec.input_shape)] * 2, calibration="max"), int8)
     assert "quantized" in refused("--data", "builtin:digits", of=int8)
+
+
+@pytest.mark.parametrize("after", [0.0, 1.0])
+def test_training_leaves_the_statistics_alone_unless_told(rescompress, tmp_path, after):
+    settings = {"mode": "qat", "epochs": 0.3, "calib": 32, "calibration": "max", "hold_out": 0, "teacher": None}
+    settings |= {"freeze_bn_after": after} if after else {}
+    config = {"checkpoint": str(DIGITS), "data": "builtin:digits", "quantize": settings, "targets": []}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    rescompress("run", "run.yaml", "-o", "out", cwd=tmp_path)
+    before, trained = (load_checkpoint(p).state_dict for p in (DIGITS, tmp_path / "out" / "quantize.safetensors"))
+    assert not torch.equal(before["conv1.weight"], trained["conv1.weight"])
+    assert torch.equal(before["bn1.running_var"], trained["bn1.running_var"]) is (after == 0.0)
 
 
 @pytest.mark.slow

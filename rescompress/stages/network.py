@@ -250,7 +250,7 @@ def quantized(
             epochs=config.epochs,
             lr=config.lr,
             batch_size=config.batch_size,
-            freeze_bn_after=0.5,
+            freeze_bn_after=config.freeze_bn_after,
             distill=1.0 if teacher else 0.0,
             seed=common.seed,
             device=common.device,
