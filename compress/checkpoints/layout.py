@@ -21,6 +21,7 @@ from torch import Tensor
 from compress import zoo
 from compress.checkpoints.base import Checkpoint, Derived, LoadOptions, RawState, Shape, Stored
 from compress.checkpoints.options import integers, number
+from compress.finite import all_finite
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
 from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
@@ -441,8 +442,8 @@ def read_values(tensors: Mapping[str, Stored], notes: list[str]) -> dict[str, Te
             raise CheckpointError(f"{name} holds {value.dtype} values instead of floating-point ones")
         dtypes.add(value.dtype)
         value = value.to(torch.float32)
-        # A sum is finite only where all its terms are, and costs a quarter of looking at each.
-        if not bool(torch.isfinite(value.sum())) and (bad := int((~torch.isfinite(value)).sum())):
+        if not all_finite(value):
+            bad = int((~torch.isfinite(value)).sum())
             raise CheckpointError(f"{name} holds {bad} values that are NaN or infinite", remedy="use an earlier checkpoint")
         if name.endswith(".running_var") and bool((value < 0).any()):
             raise CheckpointError(f"{name} holds negative variances", remedy="use an earlier checkpoint")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.finite import all_finite
 from compress.prune.method import Context
 from compress.resnet import ResNet
 from rescompress.core.errors import DataError
@@ -42,7 +43,7 @@ def sampled_gradients(
                 seen[name] = value
 
         logits_NK = model(batch, watch)
-        if not bool(torch.isfinite(logits_NK).all()):
+        if not all_finite(logits_NK):
             raise DataError("the dense network's outputs hold NaN or infinity", remedy="check the checkpoint and the data")
         loss = _sampled_loss(logits_NK, generator, head=model.spec.head is not None)
         gradients = torch.autograd.grad(loss, list(seen.values()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.prune.groups import ChannelGroup
 from compress.prune.plan import PruningPlan
 from rescompress.core.errors import BadInput, DataError
@@ -103,7 +104,7 @@ class Context:
                 + ", ".join(str(n) for n in self.checkpoint.spec.input_shape)
                 + ")"
             )
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise DataError("calibration images hold NaN or infinity", remedy="check the data and its preprocessing")
         return x
 

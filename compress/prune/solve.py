@@ -46,6 +46,13 @@ def mirrored(gram_DD: Tensor) -> Tensor:
     return upper_DD + upper_DD.triu(1).T
 
 
+def second_moment(x_ND: Tensor) -> Tensor:
+    """Return ``x^T x / N`` (D, D) in float64; the products are summed in the type of `x_ND`."""
+    gram_DD = torch.zeros(x_ND.shape[1], x_ND.shape[1], dtype=x_ND.dtype)
+    add_gram(gram_DD, x_ND)
+    return mirrored(gram_DD) / len(x_ND)
+
+
 def obs_curve(readers: Sequence[tuple[Tensor, Tensor]], units: int) -> ErrorCurve:
     """Return the order in which units go, and the summed squared output error when the rest is adjusted to it.
 
@@ -165,13 +172,10 @@ def refit(
         ridge: Penalty, relative to the mean diagonal of the second moment of `x`.
         rounds: Fits behind a ReLU.
     """
-    n = len(x_ND)
     mean_D = x_ND.mean(0)
     shift_D = mean_D if fit_bias else torch.zeros_like(mean_D)
     x_ND = x_ND - shift_D
-    gram_DD = torch.zeros(x_ND.shape[1], x_ND.shape[1], dtype=x_ND.dtype)
-    add_gram(gram_DD, x_ND)
-    h_DD = mirrored(gram_DD) / n
+    h_DD = second_moment(x_ND)
     anchor_DD = damped(h_DD, ridge)
     factor_DD = torch.linalg.cholesky(anchor_DD)
     old_OD, old_O = w_OD.double(), b_O.double() + w_OD.double() @ shift_D.double()

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.prune.activations import Inside, Rows, advance, chunks_of, parts, patches, places_of, usable_images
 from compress.prune.fold import folded
 from compress.prune.method import Context
-from compress.prune.solve import damped
+from compress.prune.solve import damped, second_moment
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
 from rescompress.core.layers import Layer, walk
@@ -95,7 +96,7 @@ def sparsify(context: Context, checkpoint: Checkpoint) -> Sparse:
             model.load_state_dict(new, strict=False)
             done.append(layer.name)
         x = advance(model, chunk, x, own=chunk[0].block is not None)
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise DataError(f"the network's tensors behind {chunk[0].name} hold NaN or infinity", remedy="check the checkpoint")
         context.progress("making weights sparse", number, len(chunks))
     return Sparse(Checkpoint(checkpoint.spec, tensors, None, checkpoint.provenance), tuple(done), tuple(dense))
@@ -121,7 +122,7 @@ def _sparse_layer(checkpoint: Checkpoint, layer: Layer, x_ND: Tensor) -> Mapping
     rows, shifts = [], []
     for g in range(layer.groups):
         part_ND = x_ND[:, g * columns : (g + 1) * columns]
-        h_DD = damped((part_ND.T @ part_ND).double() / len(part_ND), _RIDGE)
+        h_DD = damped(second_moment(part_ND), _RIDGE)
         old_OD = w[g * outputs : (g + 1) * outputs].flatten(1).double()
         new_OD = two_of_four(h_DD, old_OD, layer.kernel**2)
         rows.append(new_OD)

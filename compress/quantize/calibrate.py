@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.finite import all_finite
 from compress.quantize.fake_quant import SMALLEST_RANGE
 from compress.resnet import ResNet
 from rescompress.core.errors import DataError
@@ -56,7 +57,7 @@ def images(batches: Iterable[Tensor | Sequence[Tensor]], limit: int | None = Non
         x_NCHW = batch if isinstance(batch, Tensor) else batch[0]
         if limit is not None:
             x_NCHW = x_NCHW[: limit - count]
-        if not torch.isfinite(x_NCHW).all():
+        if not all_finite(x_NCHW):
             raise DataError("a calibration image holds NaN or infinity", remedy="check the images and the preprocessing")
         kept.append(x_NCHW)
         count += len(x_NCHW)
@@ -94,7 +95,7 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
     for layer in model.layers:
         if layer.name not in wanted:
             continue
-        if not torch.isfinite(largest_N[layer.name]).all():
+        if not all_finite(largest_N[layer.name]):
             raise DataError(f"the activation {layer.name} is not finite on calibration data", remedy="check the checkpoint")
         if largest_N[layer.name].max() <= SMALLEST_RANGE:
             raise DataError(

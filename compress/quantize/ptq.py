@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.quantize import calibrate
 from compress.quantize.bias import carriers, correct_biases, one_batch
 from compress.quantize.calibrate import Estimator, Reach
@@ -81,7 +82,7 @@ def ptq(
         raise CheckpointError(
             f"already quantized ({checkpoint.quantization.method})", remedy="quantize the float checkpoint it was made from"
         )
-    broken = [k for k, v in checkpoint.state_dict.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    broken = [k for k, v in checkpoint.state_dict.items() if v.is_floating_point() and not all_finite(v)]
     if broken:
         raise CheckpointError(f"{broken[0]} holds NaN or infinity", remedy="use a checkpoint from before training diverged")
     if calibration not in CALIBRATIONS:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.quantize.fake_quant import (
     SMALLEST_LEARNT,
     ActivationQuantizer,
@@ -56,7 +57,7 @@ def finish_qat(model: ResNet, checkpoint: Checkpoint) -> Checkpoint:
     tensors = tensors_of(model)
     state_dict = {name: tensors[name] for name in checkpoint.state_dict}
     for name, value in state_dict.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not all_finite(value):
             raise CheckpointError(f"training diverged: {name} holds NaN or infinity", remedy="train with a lower learning rate")
     quantizers = []
     for q in before.quantizers:

@@ -14,7 +14,6 @@ Needs some hundred images and no labels.
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.prune.activations import (
     Inside,
     Rows,
@@ -75,7 +75,7 @@ def curves(context: Context) -> Curves:
         inside = {layer.name for layer in chunk}
         here = [r for rs in readers.values() for r in rs if r.layer.name in inside]
         x, dropped = _collect(dense, chunk, x, here, generator, targets, price=chunk_name(chunk) in context.blocks)
-        if not math.isfinite(x.sum()) and not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             raise DataError(
                 f"the dense network's tensors behind {chunk[0].name} hold NaN or infinity",
                 remedy="check the checkpoint and the data",
