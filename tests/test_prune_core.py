@@ -474,17 +474,22 @@ def test_error_curves_are_checked():
     assert Curves({"a": ErrorCurve((1, 0), (0.0, 1.0))}).groups["a"].keep(1) == (0,)
 
 
-def test_a_latency_budget_is_met_closely_and_buys_more_than_macs():
+def resnet50_on_a_jetson(scope, *, price=0.0):
+    """A ResNet-50, made-up curves of its groups (every block has the price to drop), a target, and its predicted latency."""
     spec, target = spec_of("resnet50"), load_target("jetson-orin-nano-8gb")
-    cost = cost_function(target.device, precision=target.check_precision())
-    rng = np.random.default_rng(0)
-    groups = prunable(find_groups(walk(spec)), "inner")
-    weights = rng.uniform(0.5, 2, len(groups))
+    groups = prunable(find_groups(walk(spec)), scope)
+    weights = np.random.default_rng(0).uniform(0.5, 2, len(groups))
 
     def curve(size, weight):
         return ErrorCurve(tuple(range(size)), tuple(weight * (k / size) ** 2 for k in range(size)))
 
-    curves = Curves({g.name: curve(g.size, w) for g, w in zip(groups, weights, strict=True)})
+    curves = {g.name: curve(g.size, w) for g, w in zip(groups, weights, strict=True)}
+    cost = cost_function(target.device, precision=target.check_precision())
+    return spec, Curves(curves, dict.fromkeys(droppable(spec), price) if price else {}), target, cost
+
+
+def test_a_latency_budget_is_met_closely_and_buys_more_than_macs():
+    spec, curves, target, cost = resnet50_on_a_jetson("inner")
 
     def latency(choice):
         return cost(walk(pruned_spec(spec, choice.plan))) / cost(walk(spec))
@@ -531,18 +536,7 @@ def test_every_architecture_of_the_zoo_prunes_as_if_masked(name):
 
 
 def test_a_latency_budget_over_streams_and_blocks_is_used_up():
-    spec, target = spec_of("resnet50"), load_target("jetson-orin-nano-8gb")
-    cost = cost_function(target.device, precision=target.check_precision())
-    rng = np.random.default_rng(0)
-    groups = prunable(find_groups(walk(spec)), "all")
-    weights = rng.uniform(0.5, 2, len(groups))
-    curves = Curves(
-        {
-            g.name: ErrorCurve(tuple(range(g.size)), tuple(w * (k / g.size) ** 2 for k in range(g.size)))
-            for g, w in zip(groups, weights, strict=True)
-        },
-        dict.fromkeys(droppable(spec), 0.5),
-    )
+    spec, curves, target, cost = resnet50_on_a_jetson("all", price=0.5)
     budget = Budget(kind="latency", value=0.6)
     choice = choose(spec, curves, budget=budget, scope="all", align=target.align(), cost=cost, drop=droppable(spec))
     assert 0.988 * 0.6 <= choice.cost_after / choice.cost_before <= 0.6
