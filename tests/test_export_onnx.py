@@ -85,9 +85,9 @@ def test_int8_computes_what_fake_quantization_computes(spec: ModelSpec, profile:
     parity = compare_logits(expected, OrtRunner(exported, optimize=False)(x.numpy()))
     assert parity.classes >= (2 if expected.shape[1] == 1 else 4)
     assert parity.relative < 1 / 2550, parity
-    # Float sums in two orders turn a few roundings over, and these networks decide by little. In exact sums of integers
-    # torch and the file are equal to the bit: tests/test_quantize_integer.py.
-    assert parity.top1_agreement >= 0.98
+    # Float sums in two orders turn a few roundings over, and these networks decide by little: most where onnxruntime runs
+    # convolutions in float. In exact sums of integers torch and the file are equal to the bit: tests/test_quantize_integer.py.
+    assert parity.top1_agreement >= (0.98 if profile == "openvino" else 0.99)
 
 
 @every_network
