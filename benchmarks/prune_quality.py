@@ -107,7 +107,8 @@ def measured_spec(dense: ModelSpec, model: nn.Module) -> ModelSpec:
         for b in dense.blocks
     }
     convs = [c.model_copy(update={"width": width(f"conv{i}")}) for i, c in enumerate(dense.stem.convs, 1)]
-    return dense.replace_blocks(blocks).replace(stem=dense.stem.model_copy(update={"convs": tuple(convs)}))
+    stem = dense.stem.model_copy(update={"convs": tuple(convs)})
+    return dense.model_copy(update={"stem": stem}).replace_blocks(blocks)  # valid only with both
 
 
 def peer_at(
