@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -295,10 +295,35 @@ def _difference(a: Sequence[str], b: Sequence[str]) -> str:
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
+    return _without_noise(name, name, candidate, baseline, limit, size if name == "size" else count, "times as much")
+
+
+def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
+    def text(metric: Metric) -> str:
+        return f"~{duration(metric.value)} predicted"
+
+    words = "times as long by the same model"
+    return _without_noise(f"latency:{target}", f"latency in ms on {target}", candidate, baseline, limit, text, words)
+
+
+def _without_noise(
+    name: str, what: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
+) -> Check:
+    """Return the check of a figure that is the same however often it is taken: there is no interval.
+
+    Args:
+        name: Of the check.
+        what: Of the figure, for people.
+        candidate: The figure.
+        baseline: What it is compared with.
+        limit: The ratio that is still good.
+        text: Writes a figure.
+        words: What a ratio means.
+    """
     if baseline.value <= 0:
-        raise BadInput(f"the baseline's {name} is {baseline.value:g}", remedy="renew the baseline")
+        raise BadInput(f"the baseline's {what} is {baseline.value:g}", remedy="renew the baseline")
     ratio = candidate.value / baseline.value
-    texts = [(size if name == "size" else count)(m) for m in (baseline, candidate)]
+    texts = [text(m) for m in (baseline, candidate)]
     return Check(
         name=name,
         verdict="fail" if ratio > limit else "pass",
@@ -311,7 +336,7 @@ def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Chec
         candidate=texts[1],
         stale=ratio * limit < 1,
         samples_needed=None,
-        message=f"{texts[1]} against {texts[0]}, {ratio:.3f} times as much; the limit is {limit:g}",
+        message=f"{texts[1]} against {texts[0]}, {ratio:.3f} {words}; the limit is {limit:g}",
     )
 
 
@@ -460,27 +485,6 @@ def _measured(
         stale=upper * limit < 1,
         samples_needed=None,
         message=message,
-    )
-
-
-def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
-    if baseline.value <= 0:
-        raise BadInput(f"the baseline's latency on {target} is {baseline.value:g} ms", remedy="renew the baseline")
-    ratio = candidate.value / baseline.value
-    texts = [f"~{duration(m.value)} predicted" for m in (baseline, candidate)]
-    return Check(
-        name=f"latency:{target}",
-        verdict="fail" if ratio > limit else "pass",
-        value=ratio,
-        limit=limit,
-        unit="ratio",
-        interval=None,
-        bounds=None,
-        baseline=texts[0],
-        candidate=texts[1],
-        stale=ratio * limit < 1,
-        samples_needed=None,
-        message=f"{texts[1]} against {texts[0]}, {ratio:.3f} times as long by the same model; the limit is {limit:g}",
     )
 
 
