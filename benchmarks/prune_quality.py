@@ -108,7 +108,7 @@ def measured_spec(dense: ModelSpec, model: nn.Module) -> ModelSpec:
     }
     convs = [c.model_copy(update={"width": width(f"conv{i}")}) for i, c in enumerate(dense.stem.convs, 1)]
     stem = dense.stem.model_copy(update={"convs": tuple(convs)})
-    return dense.model_copy(update={"stem": stem}).replace_blocks(blocks)  # valid only with both
+    return dense.replace_blocks(blocks, stem=stem)
 
 
 def peer_at(

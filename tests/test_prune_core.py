@@ -514,7 +514,7 @@ def slim(name):
         b.name: b.model_copy(update={"widths": tuple(w // 8 for w in b.widths), "groups": max(1, b.groups // 8)})
         for b in spec.blocks
     }
-    return spec.replace_blocks(thin).replace(stem=spec.stem.model_copy(update={"convs": convs}))
+    return spec.replace_blocks(thin, stem=spec.stem.model_copy(update={"convs": convs}))
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -62,12 +60,7 @@ def pruned_spec(spec: ModelSpec, plan: PruningPlan) -> ModelSpec:
             )
         }
     )
-    return _replace(spec, stem, changed)
-
-
-def _replace(spec: ModelSpec, stem: object, changed: Mapping[str, Block | None]) -> ModelSpec:
-    stages = (tuple(changed[b.name] for b in stage) for stage in spec.stages)
-    return spec.replace(stem=stem, stages=tuple(tuple(b for b in stage if b is not None) for stage in stages))
+    return spec.replace_blocks(changed, stem=stem)
 
 
 def apply(checkpoint: Checkpoint, plan: PruningPlan) -> Checkpoint:

@@ -13,6 +13,7 @@ Tensor names are those of torchvision (``conv1``, ``layer1.0.conv1``, ``layer1.0
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -216,11 +217,12 @@ class ModelSpec(Frozen):
         """Channels that enter global pooling."""
         return self.stages[-1][-1].widths[-1]
 
-    def replace_blocks(self, changed: dict[str, Block | None]) -> ModelSpec:
+    def replace_blocks(self, changed: Mapping[str, Block | None], **fields: object) -> ModelSpec:
         """Return a spec with some blocks replaced, or removed where the value is None.
 
         Args:
             changed: Per block name, the block that takes its place.
+            fields: Other fields that change with them, such as the stem whose width the first block reads.
 
         Raises:
             pydantic.ValidationError: The result is no network (widths that do not meet, an empty stage).
@@ -229,7 +231,7 @@ class ModelSpec(Frozen):
         for stage in self.stages:
             new = [changed.get(b.name, b) for b in stage]
             stages.append(tuple(b for b in new if b is not None))
-        return self.replace(stages=tuple(s for s in stages if s))
+        return self.replace(stages=tuple(s for s in stages if s), **fields)
 
     def replace(self, **changed: object) -> ModelSpec:
         """Return a validated copy with the named fields changed."""
