@@ -9,11 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from test_prune_core import random_checkpoint
 
 from compress.checkpoints.base import Checkpoint
 from compress.prune import Budget, Scope, prune
-from compress.resnet import build_model, tensors_of
+from compress.resnet import build_model
 from compress.zoo import spec as spec_of
 
 
@@ -31,15 +31,7 @@ def bench() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def dense() -> Checkpoint:
-    torch.manual_seed(0)
-    model = build_model(spec_of("resnet20"))
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.2)
-            nn.init.normal_(m.running_mean, std=0.2)
-            nn.init.uniform_(m.running_var, 0.5, 2.0)
-    return Checkpoint(spec_of("resnet20"), tensors_of(model))
+    return random_checkpoint(spec_of("resnet20"), dtype=torch.float32)
 
 
 def test_pad_shortcuts_as_projections_are_the_same_function(bench: ModuleType, dense: Checkpoint) -> None:

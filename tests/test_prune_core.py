@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from compress.checkpoints.base import Checkpoint
 from compress.prune import Budget, PruningPlan, apply, choose, find_groups, method_names, prunable, prune, pruned_spec
@@ -353,6 +354,18 @@ def test_knapsack_against_brute_force(items, fraction):
 def zip_blocks(dense, pruned):
     left = {b.name: b for b in pruned.blocks}
     return [(b, left[b.name]) for b in dense.blocks if b.name in left]
+
+
+def test_blocks_and_stem_change_in_one_step_and_no_stage_is_left_empty():
+    spec = cifar_spec(widths=(8,))
+    thin = {b.name: b.model_copy(update={"widths": (8, 6)}) for b in spec.blocks}
+    stem = Stem(convs=(StemConv(width=6, kernel=3, stride=1),), max_pool=False)
+    assert spec.replace_blocks(thin, stem=stem).feature_width == 6
+    with pytest.raises(ValidationError):
+        spec.replace_blocks(thin)
+    several = cifar_spec()
+    with pytest.raises(ValidationError):
+        several.replace_blocks({b.name: None for b in several.stages[-1]})
 
 
 def test_a_plan_that_cannot_be_told_in_units_of_the_dense_network_is_refused():

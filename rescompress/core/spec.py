@@ -160,7 +160,7 @@ class ModelSpec(Frozen):
     arch: str = "resnet"
     input_shape: tuple[Width, Width, Width] = (3, 224, 224)
     stem: Stem
-    stages: tuple[tuple[Block, ...], ...] = Field(min_length=1)
+    stages: tuple[Annotated[tuple[Block, ...], Field(min_length=1)], ...] = Field(min_length=1)
     head: Head | None
     bn_eps: float = Field(1e-5, gt=0.0)
     preprocessing: Preprocessing = Preprocessing()
@@ -227,11 +227,8 @@ class ModelSpec(Frozen):
         Raises:
             pydantic.ValidationError: The result is no network (widths that do not meet, an empty stage).
         """
-        stages = []
-        for stage in self.stages:
-            new = [changed.get(b.name, b) for b in stage]
-            stages.append(tuple(b for b in new if b is not None))
-        return self.replace(stages=tuple(s for s in stages if s), **fields)
+        stages = (tuple(changed.get(b.name, b) for b in stage) for stage in self.stages)
+        return self.replace(stages=tuple(tuple(b for b in stage if b is not None) for stage in stages), **fields)
 
     def replace(self, **changed: object) -> ModelSpec:
         """Return a validated copy with the named fields changed."""

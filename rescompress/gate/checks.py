@@ -295,25 +295,27 @@ def _difference(a: Sequence[str], b: Sequence[str]) -> str:
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
-    return _without_noise(name, name, candidate, baseline, limit, size if name == "size" else count, "times as much")
+    basis = f"{name} is {baseline.value:g}"
+    return _without_noise(name, basis, candidate, baseline, limit, size if name == "size" else count, "times as much")
 
 
 def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
     def text(metric: Metric) -> str:
         return f"~{duration(metric.value)} predicted"
 
+    basis = f"latency on {target} is {baseline.value:g} ms"
     words = "times as long by the same model"
-    return _without_noise(f"latency:{target}", f"latency in ms on {target}", candidate, baseline, limit, text, words)
+    return _without_noise(f"latency:{target}", basis, candidate, baseline, limit, text, words)
 
 
 def _without_noise(
-    name: str, what: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
+    name: str, basis: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
 ) -> Check:
     """Return the check of a figure that is the same however often it is taken: there is no interval.
 
     Args:
         name: Of the check.
-        what: Of the figure, for people.
+        basis: What the baseline's figure is, for people.
         candidate: The figure.
         baseline: What it is compared with.
         limit: The ratio that is still good.
@@ -321,7 +323,7 @@ def _without_noise(
         words: What a ratio means.
     """
     if baseline.value <= 0:
-        raise BadInput(f"the baseline's {what} is {baseline.value:g}", remedy="renew the baseline")
+        raise BadInput(f"the baseline's {basis}", remedy="renew the baseline")
     ratio = candidate.value / baseline.value
     texts = [text(m) for m in (baseline, candidate)]
     return Check(
