@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rescompress.core.errors import ConfigError, nearest
+from rescompress.core.quantizers import Profile
 from rescompress.core.spec import Frozen
 
 Align = Literal["auto"] | int
@@ -134,7 +135,7 @@ class QuantizeConfig(Frozen):
 
     mode: Literal["ptq", "qat"] = "qat"
     epochs: float = Field(1.0, gt=0.0)
-    profile: Literal["auto", "tensorrt", "openvino", "onnxruntime"] = "auto"
+    profile: Literal["auto"] | Profile = "auto"
     calib: int = Field(512, ge=2)
     calibration: Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"] = "auto"
     percentile: float = Field(99.99, gt=50.0, le=100.0)

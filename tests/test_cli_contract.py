@@ -8,14 +8,19 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from rescompress.cli import compress, options
 from rescompress.cli.app import COMMANDS
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")
@@ -78,6 +83,25 @@ def test_every_command_has_help_with_an_example_and_the_common_options(helps: di
     assert f"Example: rescompress {name}" in text or f"-m rescompress {name}" in text
     for option in ("--json", "--verbose", "--quiet", "--debug"):
         assert option in text
+
+
+@pytest.mark.parametrize(
+    ("choices", "config", "field"),
+    [
+        (options.Scope, PruneConfig, "scope"),
+        (compress.TrainPrecision, FinetuneConfig, "precision"),
+        (compress.Mode, QuantizeConfig, "mode"),
+        (compress.Profile, QuantizeConfig, "profile"),
+        (compress.Calibration, QuantizeConfig, "calibration"),
+    ],
+)
+def test_an_option_offers_what_a_config_may_say(choices: type[StrEnum], config: type[BaseModel], field: str) -> None:
+    said = config.model_json_schema()["properties"][field]
+    assert {choice.value for choice in choices} == {v for part in said.get("anyOf", [said]) for v in _values(part)}
+
+
+def _values(schema: dict[str, Any]) -> list[str]:
+    return schema["enum"] if "enum" in schema else [schema["const"]]
 
 
 def test_the_commands_of_the_contract_are_there() -> None:

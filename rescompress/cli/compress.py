@@ -15,13 +15,6 @@ from rescompress.cli.output import output_of
 app = typer.Typer()
 
 
-class Scope(StrEnum):
-    """Which channels may go."""
-
-    inner = "inner"
-    all = "all"
-
-
 class Mode(StrEnum):
     """How INT8 is reached."""
 
@@ -80,7 +73,9 @@ def prune(
         str | None,
         typer.Option("--method", "-m", help="See `rescompress methods`.", show_default="reconstruct; magnitude without data"),
     ] = None,
-    scope: Annotated[Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")] = Scope.inner,
+    scope: Annotated[
+        opt.Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")
+    ] = opt.Scope.inner,
     align: Annotated[str, typer.Option("--align", help="Widths are multiples of this; auto asks the target.")] = "auto",
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     drop_blocks: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,20 +17,15 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class Scope(StrEnum):
-    """Which channels are looked at."""
-
-    inner = "inner"
-    all = "all"
-
-
 @app.command()
 def sensitivity(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
     data: options.Data = None,
     method: Annotated[str | None, typer.Option("--method", help="`rescompress methods`.", show_default="by the data")] = None,
-    scope: Annotated[Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")] = Scope.inner,
+    scope: Annotated[
+        options.Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")
+    ] = options.Scope.inner,
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     output: Annotated[
         str | None,
