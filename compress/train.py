@@ -9,6 +9,7 @@ Shape suffixes: N batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import time
@@ -140,7 +141,7 @@ def train(
         teacher: A network whose softened output is learnt, besides the labels.
         progress: Called after each step, in the main process only.
         resume_file: Where the state is saved every `save_every_s` seconds, and taken up from if it is there and was made
-            with the same settings and data.
+            with the same settings and data, from the same weights and with the same teacher.
         save_every_s: Seconds between two savings.
 
     Raises:
@@ -165,7 +166,8 @@ def train(
     watched = shared_features(model, teacher) if settings.features else ()
     masks = [(p, p.detach() != 0) for p in model.parameters() if has_pattern(p.detach())]
     optimizer = _optimizer(model, settings)
-    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size}"
+    start_from = " ".join(_digest(network) for network in (model, teacher) if network is not None)
+    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {processes.world} {batch_size} {start_from}"
     log = TrainLog()
     start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log)
     log.resumed_at = start
@@ -212,6 +214,15 @@ def train(
     accelerator.wait_for_everyone()
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return log
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a hash of all weights and statistics, with their names and shapes."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -338,17 +349,17 @@ def _batch(
 
 
 def augment(x_NCHW: Tensor, *, flip: bool) -> Tensor:
-    """Return randomly shifted (up to an eighth of the side, zeros move in) and perhaps mirrored images.
+    """Return randomly shifted (up to an eighth of each side, zeros move in) and perhaps mirrored images.
 
     Args:
         x_NCHW: Pixels.
         flip: Whether half of the images are mirrored.
     """
     n, _, h, w = x_NCHW.shape
-    pad = max(1, h // 8)
-    padded = F.pad(x_NCHW, (pad, pad, pad, pad))
-    top = torch.randint(0, 2 * pad + 1, (n, 1)) + torch.arange(h)
-    left = torch.randint(0, 2 * pad + 1, (n, 1)) + torch.arange(w)
+    pad_h, pad_w = max(1, h // 8), max(1, w // 8)
+    padded = F.pad(x_NCHW, (pad_w, pad_w, pad_h, pad_h))
+    top = torch.randint(0, 2 * pad_h + 1, (n, 1)) + torch.arange(h)
+    left = torch.randint(0, 2 * pad_w + 1, (n, 1)) + torch.arange(w)
     if flip:
         mirrored = torch.rand(n, 1) < 0.5
         left = torch.where(mirrored, left.flip(1), left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,30 @@ def test_a_state_of_other_settings_is_not_taken_up(split: Split, tmp_path: Path)
     assert train(fresh(), split, settings(lr=0.01), resume_file=resume).resumed_at == 0
 
 
+def test_a_state_of_another_network_or_teacher_is_not_taken_up(split: Split, tmp_path: Path) -> None:
+    resume = tmp_path / "state.pt"
+
+    def kill(state: TrainState) -> None:
+        if state.step == 4:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=kill)
+    kept = resume.read_bytes()
+    other, wider = fresh(), build_model(SPEC.replace_blocks({"layer1.0": SPEC.blocks[0].model_copy(update={"widths": (6, 4)})}))
+    other.get_submodule("bn1").running_mean.add_(1e-3)
+    for network, teacher in ((other, fresh()), (wider, fresh()), (fresh(), other)):
+        resume.write_bytes(kept)
+        expected = copy.deepcopy(network)
+        train(expected, split, settings(), teacher=teacher)
+        assert train(network, split, settings(), teacher=teacher, resume_file=resume).resumed_at == 0
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.state_dict().values(), expected.state_dict().values(), strict=True)
+        )
+    resume.write_bytes(kept)
+    assert train(fresh(), split, settings(), teacher=fresh(), resume_file=resume).resumed_at > 0
+
+
 def test_frozen_batch_norm_keeps_its_statistics(split: Split) -> None:
     model = fresh()
     before = model.get_submodule("bn1").running_mean.clone()
@@ -131,6 +156,15 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
     assert {top for top, _ in seen} == {3, 4, 5, 6, 7}
     assert {left for _, left in seen} == {1, 2, 3, 4, 5, 10, 11, 12, 13, 14}
     assert all(left <= 5 for _, left in (tuple((im[0] == 9).nonzero()[0].tolist()) for im in augment(x, flip=False)))
+
+
+def test_augmentation_shifts_by_an_eighth_of_each_side() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(200, 1, 64, 8, dtype=torch.uint8)
+    x[:, :, 32, 4] = 9
+    seen = {tuple(int(v) for v in (image[0] == 9).nonzero()[0]) for image in augment(x, flip=False)}
+    assert {top for top, _ in seen} == set(range(24, 41))
+    assert {left for _, left in seen} == {3, 4, 5}
 
 
 def test_divergence_and_senseless_settings_are_told(split: Split) -> None:
