@@ -16,6 +16,7 @@ from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
 from compress.prune.groups import Sizes, droppable
 from compress.prune.method import Curves, ErrorCurve
+from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.zoo import names
 from compress.zoo import spec as spec_of
@@ -315,6 +316,42 @@ def test_alignment_leaves_a_choice(size, align, strict, used):
     assert all(w % used == 0 for w in widths[:-1])
 
 
+def test_a_multiple_that_leaves_nothing_to_do_is_told():
+    checkpoint = random_checkpoint(cifar_spec(widths=(16, 32, 64)), dtype=torch.float32)
+    half = {"method": "magnitude", "budget": Budget(kind="ratio", value=0.5), "strict_align": True}
+    with pytest.raises(BadInput, match="multiple of 64"):
+        prune(checkpoint, **half, align=64)
+    result = prune(checkpoint, **half, align=32)
+    assert any(n.startswith("4 groups stay as they are") for n in result.notes)
+    assert {w for name, w in result.widths.items() if name.startswith("layer3")} == {32}
+
+
+def test_channels_of_dropped_blocks_are_gone():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    plan = PruningPlan(
+        arch="x",
+        spec_digest=checkpoint.spec.digest,
+        method="by hand",
+        keep={"layer2.1.conv1": (0,)},
+        dropped_blocks=("layer1.1",),
+    )
+    widths = plan.widths(checkpoint.spec)
+    assert (widths["layer1.1.conv1"], widths["layer2.1.conv1"], widths["layer3.1.conv1"]) == ((8, 0), (12, 1), (16, 16))
+    cut = {layer.name: layer.out_shape[0] for layer in walk(apply(checkpoint, plan).spec)}
+    assert {name: after for name, (_, after) in widths.items() if after} == {name: cut[name] for name in widths if name in cut}
+
+
+def test_notes_say_what_was_done():
+    x = torch.randn(64, 3, 16, 16)
+    half = {"method": "magnitude", "budget": Budget(kind="ratio", value=0.5), "align": 1, "calibration_x": x}
+    plain = prune(random_checkpoint(SPECS["no-batch-norm"], dtype=torch.float32), **half).notes
+    assert any("no BatchNorm" in n for n in plain)
+    assert not any("was measured" in n for n in plain)
+    told = prune(random_checkpoint(SPECS["bottleneck"], dtype=torch.float32), **half, drop_blocks=True).notes
+    assert any("no block is dropped" in n for n in told)
+    assert any("BatchNorm was measured" in n for n in told)
+
+
 def test_small_groups_are_noted():
     result = prune(
         random_checkpoint(cifar_spec(widths=(16, 32, 64)), dtype=torch.float32),
@@ -376,6 +413,28 @@ def test_a_plan_that_cannot_be_told_in_units_of_the_dense_network_is_refused():
     )
     with pytest.raises(BadInput, match="one convolution group"):
         second.after(first, spec)
+
+
+def test_a_plan_that_names_channels_the_dense_network_does_not_is_refused():
+    spec = imagenet_spec("bottleneck", groups=2)
+    first = PruningPlan(arch="x", spec_digest=spec.digest, method="by hand", keep={"layer1.0.conv1": (1,)})
+    left = pruned_spec(spec, first)
+    second = PruningPlan(arch="x", spec_digest=left.digest, method="by hand", keep={"layer1.0.conv2": (0, 1)})
+    second.check(left)
+    with pytest.raises(BadInput, match=r"layer1.0.conv2"):
+        second.after(first, spec)
+
+
+@pytest.mark.parametrize("kind", ["ratio", "macs"])
+def test_a_grouped_convolution_with_one_group_left_stays_so_in_later_steps(kind):
+    spec = imagenet_spec("bottleneck", groups=2)
+    whole = random_checkpoint(spec, dtype=torch.float32)
+    first = prune(whole, method="magnitude", budget=Budget(kind="ratio", value=0.5), align=1, scope="all")
+    assert all(b.groups == 1 for b in first.checkpoint.spec.blocks)
+    budget = Budget(kind=kind, value=0.7 if kind == "ratio" else 0.3)
+    second = prune(first.checkpoint, method="random", budget=budget, align=1, scope="all", reference=spec)
+    assert total_macs(walk(second.checkpoint.spec)) < total_macs(walk(first.checkpoint.spec))
+    assert pruned_spec(spec, second.plan.after(first.plan, spec)) == second.checkpoint.spec
 
 
 @every_spec
@@ -473,6 +532,22 @@ def test_nan_weights_are_reported():
         prune(checkpoint, budget=Budget(kind="macs", value=0.5), align=1, calibration_x=torch.randn(8, 3, 8, 8))
 
 
+@pytest.mark.parametrize("method", ["magnitude", "fpgm"])
+def test_nan_weights_are_reported_without_images(method):
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    checkpoint.state_dict["layer2.0.conv1.weight"][0] = float("nan")
+    with pytest.raises(DataError, match=r"layer2.0.conv1.weight holds NaN"):
+        prune(checkpoint, method=method, budget=Budget(kind="macs", value=0.5), align=1)
+
+
+def test_batch_norm_of_one_value_per_channel_is_left_alone():
+    spec = imagenet_spec("basic", side=4)
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    found = recalibrate(checkpoint, torch.randn(1, 3, 4, 4)).state_dict
+    assert not torch.equal(found["bn1.running_mean"], checkpoint.state_dict["bn1.running_mean"])
+    assert torch.equal(found["layer2.0.bn1.running_mean"], checkpoint.state_dict["layer2.0.bn1.running_mean"])
+
+
 def test_single_image_warns_and_works():
     checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
     result = prune(checkpoint, budget=Budget(kind="macs", value=0.5), align=1, calibration_x=torch.randn(1, 3, 8, 8))
@@ -482,6 +557,9 @@ def test_single_image_warns_and_works():
 def test_error_curves_are_checked():
     with pytest.raises(ValueError, match="never falls"):
         ErrorCurve((0, 1, 2), (0.0, 2.0, 1.0))
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            ErrorCurve((0, 1, 2), (0.0, 1.0, wrong))
     with pytest.raises(ValueError, match="none"):
         ErrorCurve((0, 0), (0.0, 1.0))
     assert Curves({"a": ErrorCurve((1, 0), (0.0, 1.0))}).groups["a"].keep(1) == (0,)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune_core import SPECS, every_spec, random_checkpoint
 
-from compress.prune import Budget, apply, prune, prune_by_plan
+from compress.prune import Budget, apply, measure, prune, prune_by_plan
 from compress.prune.activations import advance, chunks_of, patches, pixels_at
 from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded
@@ -204,6 +204,23 @@ def test_gradients_sum_over_images_alone():
     value, gradient = seen[0]["fc"]
     assert torch.allclose(gradient.sum(1), torch.zeros(6), atol=1e-5)
     assert value.shape == (6, 5)
+
+
+def test_channels_that_never_change_go_first():
+    spec = SPECS["bottleneck"]
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    checkpoint.state_dict["layer1.1.bn2.bias"].fill_(-1e3)  # behind its ReLU the block's inner channels are zero
+    x = torch.randn(64, *spec.input_shape)
+    curves = measure(checkpoint, calibration_x=x).groups
+    assert curves["layer1.1.conv1"].error[-1] == curves["layer1.1.conv2"].error[-1] == 0.0
+    assert all(c.error[-1] > 1e-6 for name, c in curves.items() if not name.startswith("layer1.1"))
+    made = prune(checkpoint, budget=Budget(kind="macs", value=0.9), align=1, calibration_x=x)
+    assert {name for name, width in made.widths.items() if width < len(curves[name].order)} <= {
+        "layer1.1.conv1",
+        "layer1.1.conv2",
+    }
+    dense, small = (build_model(c.spec, c.state_dict) for c in (checkpoint, made.checkpoint))
+    assert (dense(x) - small(x)).abs().max() < 1e-3 * dense(x).abs().max()
 
 
 def test_a_latency_budget_may_drop_blocks():

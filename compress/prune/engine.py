@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
+from compress.finite import all_finite
 from compress.prune.allocate import Allocation, Allocator, allowed_widths, meet, nearest_width
 from compress.prune.apply import apply, pruned_spec
 from compress.prune.cost import CostFunction, cost_of
@@ -19,7 +20,7 @@ from compress.prune.method import Context, Curves, Method, Progress
 from compress.prune.plan import Budget, PruningPlan
 from compress.prune.recalibrate import recalibrate
 from rescompress.core import plugins
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, DataError
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.spec import ModelSpec
 
@@ -40,7 +41,7 @@ class PruneResult:
         macs_after: MACs of the pruned one.
         params_before: Parameters of the dense network.
         params_after: Parameters of the pruned one.
-        widths: Channels that stay per group.
+        widths: Channels that stay per group; none of a group inside a block that goes.
         ratio: Fraction of the channels of the groups that went.
         error: Sum of the curves at the chosen widths, in their unit.
         seconds: It took.
@@ -115,18 +116,22 @@ def prune(
 
     Raises:
         BudgetError: No allowed network meets the budget; the message names the smallest reachable.
-        BadInput: The method is unknown or lacks data, or the checkpoint is quantized.
+        BadInput: The method is unknown or lacks data, the checkpoint is quantized, or no group has a width that is a
+            multiple of `align` beside its own.
     """
     start = time.perf_counter()
     engine = load_method(method)
     _check(checkpoint, budget, align, cost)
+    _check_images(calibration_x, bn_recalibration)
     notes: list[str] = []
-    groups = _groups(checkpoint.spec, scope)
+    groups = _groups(checkpoint.spec, scope, reference)
     may_drop = budget.kind == "latency" if drop_blocks is None else drop_blocks
     blocks = droppable(checkpoint.spec) if may_drop and budget.kind != "ratio" else []
+    if drop_blocks and budget.kind == "ratio":
+        notes.append(
+            "a ratio is taken from every group: no block is dropped; a budget of MACs, parameters or latency drops some"
+        )
     context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or _silent, notes.append)
-    if bn_recalibration and calibration_x is None:
-        raise BadInput("BatchNorm cannot be measured without images", where="--recalibrate", remedy="give --data")
     if engine.NEEDS_DATA:
         notes += _data_notes(context.images())
     curves = engine.curves(context)
@@ -148,11 +153,13 @@ def prune(
     cut = apply(checkpoint, choice.plan)
     pruned = engine.compensate(context, choice.plan, cut)
     if bn_recalibration or (bn_recalibration is None and pruned is cut and calibration_x is not None):
-        if pruned is cut:
+        if not any(layer.op == "batch_norm" for layer in walk(pruned.spec)):
+            notes.append("there is no BatchNorm to measure again")
+        elif pruned is cut:
             notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
         pruned = recalibrate(pruned, context.images())
     before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
-    kept = {g.name: len(choice.plan.kept(g)) for g in groups}
+    widths = choice.plan.widths(checkpoint.spec)
     return PruneResult(
         checkpoint=pruned,
         plan=choice.plan,
@@ -163,8 +170,8 @@ def prune(
         macs_after=total_macs(after),
         params_before=total_params(before),
         params_after=total_params(after),
-        widths={g.name: kept[g.name] * g.widest for g in groups},
-        ratio=1.0 - sum(kept.values()) / sum(g.size for g in groups),
+        widths={name: left for name, (_, left) in widths.items()},
+        ratio=1.0 - sum(left for _, left in widths.values()) / sum(all_ for all_, _ in widths.values()),
         error=choice.error,
         seconds=time.perf_counter() - start,
         notes=(*notes, *choice.notes),
@@ -223,8 +230,14 @@ def choose(
         BudgetError: No allowed network meets the budget; the message names the smallest reachable.
     """
     sizes, whole = Sizes(spec), Sizes(reference or spec)
-    groups = _groups(spec, scope)
+    groups = _groups(spec, scope, reference)
     widths, reached = _widths(groups, align, strict=strict_align)
+    if not drop and all(len(allowed) == 1 for allowed in widths.values()):
+        raise BadInput(
+            f"no group can have fewer channels and still a multiple of {align}",
+            where="--align",
+            remedy="give a smaller one, or auto",
+        )
     function = cost or cost_of(budget.kind) or total_macs
     before = float(function(whole.layers))
 
@@ -254,7 +267,7 @@ def choose(
         stages = [[b.name for b in stage] for stage in spec.stages]
         allocator = Allocator(sizes, curves, widths, function, drop=[b for b in drop if b in curves.blocks], keep_one_of=stages)
         allocation = meet(allocator, budget.value * before, exact, describe=describe)
-    notes = tuple(_align_notes(reached, align))
+    notes = (*_align_notes(reached, align), *_stuck_notes(widths, align))
     return Choice(plan_for(allocation), allocation.error, before, exact(allocation), notes)
 
 
@@ -292,6 +305,7 @@ def prune_by_plan(
     *,
     calibration_x: Tensor | None = None,
     seed: int = 0,
+    bn_recalibration: bool | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Return the checkpoint pruned as a plan says, repaired by the plan's method where there are images.
@@ -301,12 +315,15 @@ def prune_by_plan(
         plan: What goes.
         calibration_x: Preprocessed images (N, C, H, W); without them the channels are cut out and nothing else.
         seed: Of everything random.
+        bn_recalibration: As for `prune`.
         progress: As for `prune`.
 
     Raises:
-        BadInput: The plan is for another network, or the checkpoint is quantized.
+        BadInput: The plan is for another network, the checkpoint is quantized, or BatchNorm is to be measured without
+            images.
     """
     _check_float(checkpoint)
+    _check_images(calibration_x, bn_recalibration)
     cut = apply(checkpoint, plan)
     if calibration_x is None:
         return cut
@@ -315,11 +332,19 @@ def prune_by_plan(
     images = context.images()
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
     repaired = engine.compensate(context, plan, cut)
-    return recalibrate(cut, images) if repaired is cut else repaired
+    again = bn_recalibration if bn_recalibration is not None else repaired is cut
+    return recalibrate(repaired, images) if again else repaired
 
 
-def _groups(spec: ModelSpec, scope: Scope) -> list[ChannelGroup]:
+def _groups(spec: ModelSpec, scope: Scope, reference: ModelSpec | None = None) -> list[ChannelGroup]:
+    """Return the groups that may be pruned: those whose units a plan for the reference can name.
+
+    A grouped convolution that an earlier step left one group is none of them: its channels were never units.
+    """
     groups = prunable(list(Sizes(spec).groups.values()), scope)
+    if reference is not None:
+        whole = Sizes(reference).groups
+        groups = [g for g in groups if g.name in whole and g.channels == whole[g.name].channels]
     if not groups:
         raise BadInput("the network has no channels that this scope may prune", remedy="use --scope all")
     return groups
@@ -332,6 +357,14 @@ def _silent(what: str, done: int, total: int) -> None:
 def _check_float(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization is not None:
         raise BadInput("this checkpoint is quantized already", remedy="prune the float checkpoint, then quantize")
+    broken = next((name for name, value in checkpoint.state_dict.items() if not all_finite(value)), None)
+    if broken is not None:
+        raise DataError(f"{broken} holds NaN or infinity", remedy="check the checkpoint")
+
+
+def _check_images(calibration_x: Tensor | None, bn_recalibration: bool | None) -> None:
+    if bn_recalibration and calibration_x is None:
+        raise BadInput("BatchNorm cannot be measured without images", where="--recalibrate", remedy="give --data")
 
 
 def _check(checkpoint: Checkpoint, budget: Budget, align: int, cost: CostFunction | None) -> None:
@@ -359,6 +392,11 @@ def _align_notes(reached: Mapping[int, Sequence[str]], align: int) -> list[str]:
         for used, names in sorted(reached.items())
         if used != align
     ]
+
+
+def _stuck_notes(widths: Mapping[str, Sequence[int]], align: int) -> list[str]:
+    stuck = [name for name, allowed in widths.items() if len(allowed) == 1 < max(allowed)]
+    return [f"{len(stuck)} groups stay as they are: they have no smaller multiple of {align}"] if stuck else []
 
 
 def _data_notes(x: Tensor) -> list[str]:

@@ -5,6 +5,7 @@ A method is one file in `compress.prune.methods`; its module-level names are tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,8 +40,8 @@ class ErrorCurve:
         """Make sure that the curve is one."""
         if sorted(self.order) != list(range(len(self.order))) or len(self.error) != len(self.order):
             raise ValueError(f"an error curve of {len(self.order)} units with {len(self.error)} errors is none")
-        if self.error[0] != 0 or any(b < a for a, b in zip(self.error, self.error[1:], strict=False)):
-            raise ValueError("an error curve starts at 0 and never falls")
+        if self.error[0] != 0 or not all(a <= b < math.inf for a, b in zip(self.error, self.error[1:], strict=False)):
+            raise ValueError("an error curve starts at 0, is finite and never falls")
 
     def keep(self, units: int) -> tuple[int, ...]:
         """Return the `units` units that stay longest, ascending."""

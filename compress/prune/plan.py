@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from compress.prune.groups import ChannelGroup, Scope, droppable, find_groups
+from compress.prune.groups import ChannelGroup, Scope, droppable, find_groups, prunable
 from rescompress.core.errors import BadInput, BudgetError
 from rescompress.core.layers import walk
 from rescompress.core.spec import Frozen, ModelSpec
@@ -71,6 +71,19 @@ class PruningPlan(Frozen):
         """Return the units of `group` that stay."""
         return self.keep.get(group.name, tuple(range(group.size)))
 
+    def widths(self, spec: ModelSpec) -> dict[str, tuple[int, int]]:
+        """Return the channels of each group of the scope, before and after; none stay of a group inside a block that goes.
+
+        Args:
+            spec: The network that the plan is for.
+        """
+        layers = walk(spec)
+        gone = {layer.name for layer in layers if layer.block in self.dropped_blocks}
+        return {
+            g.name: (g.size * g.widest, 0 if gone.issuperset(g.producers) else len(self.kept(g)) * g.widest)
+            for g in prunable(find_groups(layers), self.scope)
+        }
+
     def after(self, first: PruningPlan, dense: ModelSpec) -> PruningPlan:
         """Return the plan for the dense network that does what `first` and then this one do.
 
@@ -82,6 +95,12 @@ class PruningPlan(Frozen):
             BadInput: One plan cannot say it: `first` leaves a grouped convolution one group, and this one goes into it.
         """
         keep = {}
+        unknown = set(self.keep) - {g.name for g in find_groups(walk(dense))}
+        if unknown:
+            raise BadInput(
+                f"no plan for the dense network names the channels of {', '.join(sorted(unknown))}",
+                remedy="prune in fewer iterations",
+            )
         for group in find_groups(walk(dense)):
             once = first.kept(group)
             if max(self.keep.get(group.name, (0,))) >= len(once):

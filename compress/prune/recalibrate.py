@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.base import Checkpoint
 from compress.resnet import build_model, tensors_of
+from rescompress.core.layers import walk
 
 
 @torch.no_grad()
 def recalibrate(checkpoint: Checkpoint, x_NCHW: Tensor, batch_size: int = 64) -> Checkpoint:
     """Return the checkpoint with every BatchNorm's running mean and variance measured on the images.
+
+    A BatchNorm that sees a single value per channel keeps what it has: one image, and feature maps of one pixel.
 
     Args:
         checkpoint: A network.
@@ -19,8 +24,9 @@ def recalibrate(checkpoint: Checkpoint, x_NCHW: Tensor, batch_size: int = 64) ->
         batch_size: Images per step; all batches count alike.
     """
     model = build_model(checkpoint.spec, checkpoint.state_dict)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    pixels = {layer.name: math.prod(layer.out_shape[1:]) for layer in walk(checkpoint.spec)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and len(x_NCHW) * pixels[name] > 1:
             module.reset_running_stats()
             module.momentum = None
             module.train()

@@ -18,7 +18,6 @@ from compress.prune import (
     PruningPlan,
     find_groups,
     load_plan,
-    prunable,
     prune,
     prune_by_plan,
 )
@@ -80,7 +79,12 @@ def pruned(
         plan = load_plan(Path(config.plan))
         start = time.perf_counter()
         smaller = prune_by_plan(
-            checkpoint, plan, calibration_x=calibration, seed=common.seed, progress=context.reporter.progress
+            checkpoint,
+            plan,
+            calibration_x=calibration,
+            seed=common.seed,
+            bn_recalibration=config.recalibrate,
+            progress=context.reporter.progress,
         )
         details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}", *notes]}
         details["seconds"] = time.perf_counter() - start
@@ -140,15 +144,14 @@ def _sparse(
 
 def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
     """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
-    groups = prunable(find_groups(walk(spec)), plan.scope)
-    kept = {g.name: len(plan.kept(g)) for g in groups}
+    widths = plan.widths(spec)
     return {
         "method": plan.method,
         "scope": plan.scope,
-        "widths_before": {g.name: g.size * g.widest for g in groups},
-        "widths_after": {g.name: kept[g.name] * g.widest for g in groups},
+        "widths_before": {name: before for name, (before, _) in widths.items()},
+        "widths_after": {name: after for name, (_, after) in widths.items()},
         "dropped_blocks": list(plan.dropped_blocks),
-        "achieved_ratio": 1.0 - sum(kept.values()) / sum(g.size for g in groups),
+        "achieved_ratio": 1.0 - sum(after for _, after in widths.values()) / sum(before for before, _ in widths.values()),
     }
 
 

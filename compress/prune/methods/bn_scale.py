@@ -19,7 +19,7 @@ def curves(context: Context) -> Curves:
     """Return the curves of the squared scales.
 
     Raises:
-        BadInput: The network has no BatchNorm.
+        BadInput: A layer that makes channels has no BatchNorm.
     """
     tensors = context.checkpoint.state_dict
     layers = {layer.name: layer for layer in Sizes(context.checkpoint.spec).layers}
@@ -29,7 +29,9 @@ def curves(context: Context) -> Curves:
         for name in g.producers:
             scale = tensors.get(f"{norm_of(layers[name])}.weight")
             if scale is None:
-                raise BadInput("bn_scale needs BatchNorm, this network has none", remedy="use --method magnitude")
+                raise BadInput(
+                    f"bn_scale needs BatchNorm, and there is none behind {name}", remedy="use --method magnitude or reconstruct"
+                )
             score += scale.double().square().view(g.size, -1).sum(1)
         found[g.name] = curve_of(score)
     return Curves(found, unit="share of squared BatchNorm scales")

@@ -122,11 +122,16 @@ class _Reader:
         self._gram_DD = self._sum_D = self._shift_D = torch.zeros(0)
 
     def relative(self) -> tuple[Tensor, Tensor]:
-        """Return second moment and weights such that squared errors are shares of the output's energy."""
+        """Return second moment and weights such that squared errors are shares of the output's energy.
+
+        Where nothing passes the ReLU, or what is read never changes (the bias can say it), there is nothing to lose: the
+        weights are zero.
+        """
         mean_D = self._sum_D / self._rows
         h_DD = mirrored(self._gram_DD).div_(self._rows).addr_(mean_D, mean_D, alpha=-1.0)
-        energy = max(self._energy / self._rows, 1e-30)
-        return damped(h_DD, _RIDGE), self.old.weight_OIKK.flatten(1).double() / energy**0.5
+        weight_OD = self.old.weight_OIKK.flatten(1).double()
+        matters = self._energy > 0 and float(h_DD.diagonal().mean()) > 0
+        return damped(h_DD, _RIDGE), weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
 
 
 def _collect(
