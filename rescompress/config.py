@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import Frozen
 
-Align = Literal["auto"] | int
+Align = Literal["auto"] | Annotated[int, Field(ge=1)]
 Fraction = float
 
 
-class PruneConfig(Frozen):
+class _Section(Frozen):
+    """What people write: its numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class PruneConfig(_Section):
     """Structured pruning; at most one budget, half of the MACs by default.
 
     Attributes:
@@ -24,14 +30,14 @@ class PruneConfig(Frozen):
         macs: Fraction of the dense MACs that may remain.
         params: Fraction of the dense parameters that may remain.
         latency: Fraction of the dense predicted latency, on the first target with a prediction, that may remain.
-        scope: ``inner`` (inside blocks) or ``all`` (the residual stream and whole blocks, too).
-        align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one.
+        scope: ``inner`` (inside blocks) or ``all`` (the residual stream, too).
+        align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one, and less for small groups.
         calib: Images to calibrate with, from the training split.
         drop_blocks: Whether whole blocks may go; by default where the budget is latency.
-        iterations: Steps in which the budget is reached, each but the last followed by its share of the fine-tuning.
+        iterations: Steps in which the budget is reached, each followed by its share of the fine-tuning.
         recalibrate: Whether BatchNorm statistics are measured again at the end; by default where the method repairs nothing.
         sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
-        plan: A plan file to follow instead of searching.
+        plan: A plan file to follow instead of searching; what it says is not to be said again.
     """
 
     method: str = "reconstruct"
@@ -53,10 +59,10 @@ class PruneConfig(Frozen):
         given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
-        if isinstance(self.align, int) and self.align < 1:
-            raise ValueError("align is 'auto' or a whole number from 1")
-        if self.plan is not None and self.iterations > 1:
-            raise ValueError("a plan says what goes: it takes no iterations")
+        said = ("ratio", "macs", "params", "latency", "method", "scope", "align", "drop_blocks", "iterations")
+        again = sorted(self.model_fields_set.intersection(said), key=said.index)
+        if self.plan is not None and again:
+            raise ValueError(f"a plan says what goes: leave out {' and '.join(again)}")
         return self
 
     @property
@@ -82,7 +88,7 @@ class PruneConfig(Frozen):
         return self.model_copy(update={kind: some, "sparsity": None})
 
 
-class FinetuneConfig(Frozen):
+class FinetuneConfig(_Section):
     """Training of the pruned network.
 
     Attributes:
@@ -106,7 +112,7 @@ class FinetuneConfig(Frozen):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-class QuantizeConfig(Frozen):
+class QuantizeConfig(_Section):
     """INT8 quantization.
 
     Attributes:
@@ -157,7 +163,7 @@ class QuantizeConfig(Frozen):
         return self
 
 
-class RunConfig(Frozen):
+class RunConfig(_Section):
     """A run: what goes in, the stages, what comes out.
 
     Attributes:
@@ -176,7 +182,7 @@ class RunConfig(Frozen):
 
     checkpoint: str
     data: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     prune: PruneConfig | None = None
     finetune: FinetuneConfig | None = None
     quantize: QuantizeConfig | None = None

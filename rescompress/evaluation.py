@@ -7,7 +7,6 @@ from pathlib import Path
 
 import onnx
 
-from compress.checkpoints import load_checkpoint
 from compress.data import Inputs, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
 from edge_targets.backends import PACKAGE as BACKENDS
@@ -60,13 +59,7 @@ def _open(opening: Opening, common: Common, runtime: str) -> tuple[Runner, Input
         return backend.runner(opening.path, threads=common.threads), inputs
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
-    checkpoint = load_checkpoint(
-        opening.path,
-        input_shape=opening.input_shape,
-        preprocess=opening.preprocess,
-        arch_options=dict(o.split("=", 1) for o in opening.arch_options),
-        allow_pickle=opening.allow_pickle,
-    )
+    checkpoint = opening.load()
     return TorchRunner(network_of(checkpoint), common.torch_device()), Inputs.of(checkpoint.spec)
 
 

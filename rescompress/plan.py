@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from rescompress.fingerprint import data_identity, file_identity
 from rescompress.stage import Context, Outcome, Stage
 
 if TYPE_CHECKING:
+    from compress.checkpoints.base import Checkpoint
     from edge_targets.device import Target
 
 
@@ -40,6 +41,22 @@ class Opening:
     preprocess: str | None = None
     arch_options: tuple[str, ...] = ()
     allow_pickle: bool = False
+
+    def load(self) -> Checkpoint:
+        """Return the checkpoint."""
+        from compress.checkpoints import load_checkpoint
+
+        return load_checkpoint(
+            self.path,
+            input_shape=self.input_shape,
+            preprocess=self.preprocess,
+            arch_options=dict(option.split("=", 1) for option in self.arch_options),
+            allow_pickle=self.allow_pickle,
+        )
+
+    def of(self, teacher: Path) -> Opening:
+        """Return how to open a teacher's file: with the same inputs, since it sees the same images."""
+        return Opening(teacher, self.input_shape, self.preprocess, allow_pickle=self.allow_pickle)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -105,7 +122,10 @@ class Builder:
             stages = importlib.import_module("rescompress.stages")
             resolved = {k: _source(stages, v) for k, v in sources.items()}
             common = stages.Common(**asdict(settings))
-            return cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
+            outcome = cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
+            read = sources["source"]
+            sha256 = context.artifact(read, "checkpoint").sha256 if isinstance(read, str) else identities["source"]["sha256"]
+            return replace(outcome, details={**outcome.details, "source_sha256": sha256})
 
         everything = {"common": self._common(), "sources": identities, **depends}
         return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective)
@@ -171,7 +191,9 @@ class Builder:
         for number in range(1, steps + 1):
             suffix = f"-{number}" if number < steps else ""
             stages.append(self.prune(prune.step(number), targets, last, name=f"prune{suffix}", before=before))
-            stages.append(self.finetune(share, f"prune{suffix}", teacher_of(tune.teacher), name=f"finetune{suffix}"))
+            stages.append(
+                self.finetune(share, f"prune{suffix}", teacher_of(tune.teacher, self.opening), name=f"finetune{suffix}")
+            )
             last, before = f"finetune{suffix}", f"prune{suffix}"
         return stages
 
@@ -242,12 +264,14 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
         stages += builder.prune_and_tune(config.prune, config.finetune, config.targets)
         last = stages[-1].name
     elif config.finetune is not None:
-        stages.append(builder.finetune(config.finetune, last, teacher_of(config.finetune.teacher)))
+        stages.append(builder.finetune(config.finetune, last, teacher_of(config.finetune.teacher, opening)))
         last = "finetune"
     if config.quantize is not None:
         profile = profile_for(config.quantize, config.targets)
         stages.append(
-            builder.quantize(config.quantize, profile, last, teacher_of(config.quantize.teacher), targets=config.targets)
+            builder.quantize(
+                config.quantize, profile, last, teacher_of(config.quantize.teacher, opening), targets=config.targets
+            )
         )
         last = "quantize"
     options = {"batch": config.batch}
@@ -260,11 +284,16 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     return stages
 
 
-def teacher_of(text: str | None) -> str | Opening | None:
-    """Return the teacher that a config names: the dense network, a file, or none."""
+def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:
+    """Return the teacher that a config names: the dense network, a file, or none.
+
+    Args:
+        text: What the config says.
+        opening: The network's own; what is stated about it holds for the teacher's file, too.
+    """
     if text is None or text == "none":
         return None
-    return "dense" if text == "dense" else Opening(Path(text))
+    return "dense" if text == "dense" else opening.of(Path(text))
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

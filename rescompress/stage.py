@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rescompress.core.artifact import Artifact
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
@@ -48,8 +49,8 @@ class Context:
     reporter: Reporter
     main: bool = True
 
-    def file(self, stage: str, kind: str) -> Path:
-        """Return the file of that kind which `stage` wrote.
+    def artifact(self, stage: str, kind: str) -> Artifact:
+        """Return what is known of the file of that kind which `stage` wrote.
 
         Raises:
             BadInput: There is none.
@@ -58,7 +59,15 @@ class Context:
         artifact = result.output(kind) if result else None
         if artifact is None:
             raise BadInput(f"stage '{stage}' has no {kind}", where=str(self.folder), remedy="run the earlier stage first")
-        return self.folder / artifact.path
+        return artifact
+
+    def file(self, stage: str, kind: str) -> Path:
+        """Return the file of that kind which `stage` wrote.
+
+        Raises:
+            BadInput: There is none.
+        """
+        return self.folder / self.artifact(stage, kind).path
 
     def resume_file(self, stage: str) -> Path:
         """Return where the state of an unfinished training of `stage` is kept."""

@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from compress.checkpoints import load_checkpoint
+from compress.resnet import build_model
 from rescompress.cli import compress, options
 from rescompress.cli.app import COMMANDS
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
@@ -239,7 +241,59 @@ def test_a_plan_is_a_file_that_can_be_followed(rescompress: Command, tmp_path: P
     followed = json.loads(rescompress("prune", digits, "--plan-in", "../plan.json", "--json", cwd=other).stdout)
     assert followed["widths"] == made["widths"]
     assert followed["macs_after"] == made["macs_after"]
+    assert followed["method"] == made["method"] == "magnitude"
+    for again in (("--ratio", "0.1"), ("--method", "taylor"), ("--scope", "all"), ("--align", "3"), ("--drop-blocks",)):
+        done = rescompress("prune", digits, "--plan-in", "../plan.json", *again, cwd=other, code=5)
+        assert again[0].removeprefix("--").replace("-", "_") in done.stderr
+    rescompress("prune", digits, "--plan-in", "../plan.json", "--recalibrate", cwd=other, code=5)
     rescompress("prune", digits, "--plan-in", "missing.json", cwd=other, code=5)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("--data", "builtin:digits", "--finetune-epochs", "0"), "--finetune-epochs"),
+        (("--data", "builtin:digits", "--finetune-epochs", "inf"), "--finetune-epochs"),
+        (("--align", "0"), "--align"),
+        (("--align", "²"), "--align"),
+        (("--iterations", "3"), "--iterations"),
+        (("--device", "cuda:99"), "--device"),
+        (("-o", str(DIGITS)), str(DIGITS)),
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(
+    rescompress: Command, tmp_path: Path, args: tuple[str, ...], named: str
+) -> None:
+    done = rescompress("prune", DIGITS, "--ratio", "0.3", *args, cwd=tmp_path, code=5)
+    assert f"error: {named}:" in done.stderr
+    assert not list(tmp_path.rglob("prune*"))
+
+
+@pytest.mark.parametrize("seed", ["-1", "20000000000000"])
+def test_a_seed_is_a_number_that_every_generator_takes(rescompress: Command, tmp_path: Path, seed: str) -> None:
+    assert "--seed" in rescompress("prune", DIGITS, "--seed", seed, cwd=tmp_path, code=2).stderr
+
+
+def test_the_table_of_a_command_is_about_one_network(rescompress: Command, tmp_path: Path) -> None:
+    rescompress("prune", DIGITS, "--ratio", "0.5", "-o", "half.safetensors", cwd=tmp_path)
+    tune = ("--data", "builtin:digits", "--epochs", "0.05", "--train-batch", "16")
+    rows = rescompress("finetune", "half.safetensors", *tune, cwd=tmp_path).stdout
+    assert [w for w in ("dense", "prune", "finetune") if w in rows] == ["dense", "prune", "finetune"]
+    rescompress("prune", DIGITS, "--ratio", "0.7", cwd=tmp_path)
+    rows = rescompress("finetune", "half.safetensors", *tune, "--seed", "1", cwd=tmp_path).stdout
+    assert [w for w in ("dense", "prune", "finetune") if w in rows] == ["finetune"]
+    rows = rescompress("finetune", DIGITS, *tune, cwd=tmp_path).stdout
+    assert [w for w in ("dense", "prune", "finetune") if w in rows] == ["dense", "finetune"]
+
+
+def test_what_is_stated_of_a_network_holds_for_its_teacher(rescompress: Command, tmp_path: Path) -> None:
+    spec = load_checkpoint(DIGITS).spec
+    torch.save(build_model(spec).state_dict(), tmp_path / "raw.pt")
+    stated = ("--input", "x".join(map(str, spec.input_shape)), "--data", "builtin:digits")
+    tune = ("--epochs", "0.05", "--train-batch", "16")
+    rescompress("finetune", "raw.pt", "--teacher", "raw.pt", *tune, *stated, cwd=tmp_path)
+    drawn = rescompress("sensitivity", "raw.pt", *stated, "--preprocess", "half", "--calib", "8", "--json", cwd=tmp_path)
+    assert json.loads(drawn.stdout)["groups"]
 
 
 def test_a_latency_budget_is_met_on_the_target_that_has_a_model(rescompress: Command, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_iterations_shrink_evenly_and_need_fine_tuning():
     assert names == ["prune-1", "finetune-1", "prune", "finetune"]
     with pytest.raises(BadInput, match="fine-tuning"):
         builder.prune_and_tune(config, None, [])
-    with pytest.raises(ValueError, match="no iterations"):
+    with pytest.raises(ValueError, match="leave out iterations"):
         PruneConfig(plan="plan.json", iterations=2)
 
 

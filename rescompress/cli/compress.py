@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,7 +121,8 @@ def prune(
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    if method is None:
+    workspace.keep_apart(checkpoint, output)
+    if method is None and plan_in is None:
         method = "reconstruct" if data is not None else "magnitude"
         if data is None:
             out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
@@ -128,20 +130,32 @@ def prune(
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
     if sparsity is not None and data is None:
         raise BadInput("the zeros are chosen on images", where="--sparsity", remedy="give --data")
+    if recalibrate and data is None:
+        raise BadInput("BatchNorm cannot be measured without images", where="--recalibrate", remedy="give --data")
     if finetune_epochs is not None and data is None:
         raise BadInput("fine-tuning needs images", where="--finetune-epochs", remedy="give --data")
-    config = _config(
-        PruneConfig,
-        method=method, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
-        align=int(align) if align.isdigit() else align, drop_blocks=drop_blocks,
-        iterations=iterations, recalibrate=recalibrate, sparsity=sparsity, plan=str(plan_in) if plan_in else None,
+    if iterations > 1 and finetune_epochs is None:
+        raise BadInput(
+            f"{iterations} iterations need fine-tuning between them", where="--iterations", remedy="give --finetune-epochs"
+        )
+    typed = _typed(
+        ctx, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
+        align=int(align) if align.isdecimal() else align, drop_blocks=drop_blocks,
+        iterations=iterations, recalibrate=recalibrate, sparsity=sparsity,
     )  # fmt: skip
+    if method is not None:
+        typed["method"] = method
+    if plan_in is not None:
+        typed["plan"] = str(plan_in)
+    config = _config(PruneConfig, {"plan": "--plan-in"}, **typed)
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
-    tuning = _config(FinetuneConfig, epochs=finetune_epochs) if finetune_epochs is not None else None
+    tuning = None
+    if finetune_epochs is not None:
+        tuning = _config(FinetuneConfig, {"epochs": "--finetune-epochs"}, epochs=finetune_epochs)
     stages = [builder.dense(), *builder.prune_and_tune(config, tuning, [target] if target else [])]
     last = stages[-1].name
     report, prints = workspace.run_here(stages, out)
@@ -157,7 +171,7 @@ def prune(
         "macs_after": int(result.metrics["macs"].value),
         "params_before": int(before.metrics["params"].value),
         "params_after": int(result.metrics["params"].value),
-        "method": config.method,
+        "method": result.details["method"],
         "widths": result.details["widths_after"],
         "widths_before": result.details["widths_before"],
         "dropped_blocks": result.details["dropped_blocks"],
@@ -168,7 +182,7 @@ def prune(
     }
     document |= _tops(before, workspace.final(report.manifest, last))
     achieved = f"removed {100 * document['achieved_ratio']:.1f} % of the prunable channels; {path}"
-    out.result(document, workspace.trade_off(report.manifest, [stage.name for stage in stages]), achieved)
+    out.result(document, workspace.trade_off(report.manifest, last), achieved)
 
 
 @app.command()
@@ -204,13 +218,15 @@ def finetune(
     from rescompress.plan import Builder
 
     out = output_of(ctx)
+    workspace.keep_apart(checkpoint, output)
     config = _config(
-        FinetuneConfig, epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
+        FinetuneConfig, {"batch_size": "--train-batch"},
+        epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
         precision=precision.value,
     )  # fmt: skip
     opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
-    stage = Builder(opening, settings).finetune(config, opening, workspace.opening(teacher) if teacher else None)
+    stage = Builder(opening, settings).finetune(config, opening, opening.of(teacher) if teacher else None)
     report, prints = workspace.run_here([stage], out)
     if not prints:
         return
@@ -218,7 +234,7 @@ def finetune(
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
     document = {"output": str(path), "top1": result.metrics["top1"].value, "n": result.metrics["top1"].n}
     document |= {"epochs": result.details["epochs"]}
-    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", "finetune"]), str(path))
+    out.result(document, workspace.trade_off(report.manifest, "finetune"), str(path))
 
 
 @app.command()
@@ -276,8 +292,10 @@ def quantize(
     from rescompress.plan import Builder, profile_for
 
     out = output_of(ctx)
+    workspace.keep_apart(checkpoint, output)
     config = _config(
         QuantizeConfig,
+        {},
         mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
         keep_float=_keep_float(keep_float or ""), max_divergence=max_divergence, max_slowdown=max_slowdown,
         teacher=str(teacher) if teacher else None,
@@ -286,7 +304,7 @@ def quantize(
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
     placed = profile_for(config, [target] if target else [])
-    mentor = workspace.opening(teacher) if teacher else opening
+    mentor = opening.of(teacher) if teacher else opening
     stage = builder.quantize(config, placed, opening, mentor, targets=[target] if target else [])
     report, prints = workspace.run_here([stage], out)
     if not prints:
@@ -295,7 +313,7 @@ def quantize(
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
     document: dict[str, Any] = {"output": str(path), "mode": mode.value, "profile": placed}
     document |= {"top1_before": result.details.get("float_top1"), "top1_after": result.metrics["top1"].value}
-    out.result(document, workspace.trade_off(report.manifest, ["dense", "prune", "finetune", "quantize"]), str(path))
+    out.result(document, workspace.trade_off(report.manifest, "quantize"), str(path))
 
 
 def _tops(before: Any, after: Any) -> dict[str, float]:
@@ -306,11 +324,23 @@ def _tops(before: Any, after: Any) -> dict[str, float]:
 def _keep_float(text: str) -> int | str | tuple[str, ...]:
     if text.strip() == "auto":
         return "auto"
-    return int(text) if text.strip().isdigit() else tuple(n.strip() for n in text.split(",") if n.strip())
+    return int(text) if text.strip().isdecimal() else tuple(n.strip() for n in text.split(",") if n.strip())
 
 
-def _config(kind: Any, **values: Any) -> Any:
-    """Return a validated config of that kind; options that are wrong get the error of an option."""
+def _typed(ctx: typer.Context, **values: Any) -> dict[str, Any]:
+    """Return those of the values, by the name of their parameter, that the user gave."""
+    sources = {name: ctx.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if (source := sources[name]) and source.name != "DEFAULT"}
+
+
+def _config(kind: Any, options: Mapping[str, str], /, **values: Any) -> Any:
+    """Return a validated config of that kind; what is wrong is named as the option that says it.
+
+    Args:
+        kind: The class.
+        options: Option by field, where they do not have the same name.
+        values: Of the fields.
+    """
     from pydantic import ValidationError
 
     from rescompress.core.errors import BadInput
@@ -319,5 +349,6 @@ def _config(kind: Any, **values: Any) -> Any:
         return kind(**values)
     except ValidationError as e:
         error = e.errors()[0]
-        place = "--" + "-".join(str(p) for p in error["loc"]).replace("_", "-") if error["loc"] else "options"
+        field = str(error["loc"][0]) if error["loc"] else ""
+        place = options.get(field, "--" + field.replace("_", "-")) if field else "options"
         raise BadInput(str(error["msg"]).removeprefix("Value error, "), where=place, remedy="see --help") from e

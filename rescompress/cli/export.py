@@ -122,7 +122,7 @@ def export(
         document["top1"] = result.metrics["top1"].value
     out.result(
         document,
-        workspace.trade_off(report.manifest, ["dense", "prune", "finetune", "quantize", stage.name]),
+        workspace.trade_off(report.manifest, stage.name),
         *_words(document),
     )
 

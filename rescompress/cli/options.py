@@ -23,7 +23,10 @@ Data = Annotated[
 ]
 Target = Annotated[str | None, typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False)]
 OutFile = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel="Computation")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.", rich_help_panel="Computation"),
+]
 Device = Annotated[
     str, typer.Option("--device", help="Where torch computes: auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Computation")
 ]

@@ -32,10 +32,13 @@ def sensitivity(
         typer.Option("--output", "-o", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.", show_default=False),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also: how much each layer minds INT8. Needs --data.")] = False,
+    labels: options.Labels = None,
+    input_shape: options.InputShape = None,
+    preprocess: options.Preprocess = None,
+    arch_option: options.ArchOption = None,
+    allow_pickle: options.AllowPickle = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
-    input_shape: options.InputShape = None,
-    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show what removing channels of each group would cost, and with -o draw it.
 
@@ -55,19 +58,22 @@ def sensitivity(
     import torch
     from rich.table import Table
 
-    from compress.checkpoints import load_checkpoint
     from compress.data import load_dataset
     from compress.prune import measure
     from compress.prune.picture import draw
-    from rescompress.cli.inspect import parse_shape
+    from rescompress.cli import workspace
 
     if threads is not None:
         torch.set_num_threads(threads)
-    shape = parse_shape(input_shape) if input_shape else None
-    loaded = load_checkpoint(checkpoint, input_shape=shape, allow_pickle=allow_pickle)
+    opening = workspace.opening(
+        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
+    loaded = opening.load()
     images = None
     if data is not None:
-        images = load_dataset(data, loaded.spec, seed=seed).train.take(calib, seed).tensor()
+        images = (
+            load_dataset(data, loaded.spec, seed=seed, labels=workspace.parse_labels(labels)).train.take(calib, seed).tensor()
+        )
     elif method is None:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")
     chosen = method or ("reconstruct" if images is not None else "magnitude")

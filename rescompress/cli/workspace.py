@@ -123,6 +123,18 @@ def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
     return folder / artifact.path
 
 
+def keep_apart(read: Path, written: Path | None) -> None:
+    """Make sure that a result does not replace the file it is made from.
+
+    Raises:
+        BadInput: It would.
+    """
+    from rescompress.core.errors import BadInput
+
+    if written is not None and written.resolve() == read.resolve():
+        raise BadInput("would be replaced by what is made from it", where=str(read), remedy="choose another -o")
+
+
 def deliver(source: Path, wanted: Path | None) -> Path:
     """Copy a result to where the user wants it, whole or not at all; return where it is."""
     if wanted is None:
@@ -134,9 +146,23 @@ def deliver(source: Path, wanted: Path | None) -> Path:
     return wanted
 
 
-def trade_off(manifest: Manifest, names: Sequence[str]) -> Any:
-    """Return the trade-off table of some of the stages."""
+def lineage(manifest: Manifest, last: str) -> list[str]:
+    """Return the names of a stage and of the stages that its network went through, as far as they are in the manifest."""
+    names = [last]
+    while (result := manifest.stage(names[-1])) is not None and (read := result.details.get("source_sha256")):
+        others = [s for s in manifest.stages if s.stage not in names]
+        made = [s.stage for s in others if (file := s.output("checkpoint")) and file.sha256 == read]
+        same = [s.stage for s in others if s.stage == "dense" and s.details.get("source_sha256") == read]
+        if not (found := made or same):
+            break
+        names.append(found[-1])
+    return names
+
+
+def trade_off(manifest: Manifest, last: str) -> Any:
+    """Return the trade-off table of a stage and of the stages that its network went through."""
     from rescompress.report.tables import rows_of, to_rich
 
+    names = lineage(manifest, last)
     chosen = manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage in names)})
     return to_rich(rows_of(chosen))

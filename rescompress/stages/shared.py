@@ -82,10 +82,18 @@ class Common:
     batch_size: int | None = None
 
     def torch_device(self) -> str:
-        """Return the torch device, ``auto`` resolved."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        """Return the torch device, ``auto`` resolved.
+
+        Raises:
+            BadInput: It is not there.
+        """
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        kind, _, number = self.device.partition(":")
+        count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+        if number not in ("", *map(str, range(count))) or not count:
+            raise BadInput(f"torch finds no device '{self.device}' here", where="--device", remedy="use auto or cpu")
+        return self.device
 
     def eval_batch(self, input_shape: tuple[int, int, int]) -> int:
         """Return images per call: small images go in larger batches."""
@@ -114,7 +122,8 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
 
 
 def prepare(common: Common) -> None:
-    """Give torch the threads that the user wants it to have."""
+    """Make sure that the device is there, and give torch the threads that the user wants it to have."""
+    common.torch_device()
     if common.threads is not None:
         torch.set_num_threads(common.threads)
 
