@@ -38,6 +38,8 @@ def data_identity(source: str) -> str:
     if source.startswith("builtin:"):
         return source
     root = Path(source)
+    if not root.exists():
+        raise BadInput("no such file or folder", where=source, remedy="check the path of --data")
     if root.is_file():
         return file_identity(source)
     digest = hashlib.sha256()

@@ -90,7 +90,7 @@ def run_stages(
     *,
     reporter: Reporter,
     peers: Peers | None = None,
-    keep_others: bool = False,
+    workspace: bool = False,
 ) -> RunReport:
     """Bring every stage's outcome up to date and return the manifest.
 
@@ -100,7 +100,8 @@ def run_stages(
         config: What the manifest shows as the run's settings.
         reporter: Where progress goes.
         peers: The processes that share the work.
-        keep_others: Keep stages in the manifest that are not in `stages` (the commands for one stage do).
+        workspace: The folder belongs to no single run: the stages join those that other commands left, as far as these are
+            about the same network, and the manifest names only what is done.
 
     Raises:
         RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
@@ -111,15 +112,20 @@ def run_stages(
         return _follow(stages, folder, reporter, peers)
     with _locked(folder):
         sweep_partial(folder)
-        return _lead(stages, folder, config, reporter, peers, keep_others)
+        return _lead(stages, folder, config, reporter, peers, workspace)
 
 
 def _lead(
-    stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, keep_others: bool
+    stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, workspace: bool
 ) -> RunReport:
-    manifest = _fresh(folder, config, keep_others).model_copy(update={"unfinished": tuple(s.name for s in stages)})
+    manifest = _fresh(folder, config, workspace)
+    if not workspace:
+        manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran, reused = [], []
     for position, stage in enumerate(stages, 1):
+        ancestry = _ancestry(stage, manifest)
+        if workspace:
+            manifest = manifest.of_network(ancestry[-1])
         key = _key(stage, manifest)
         result = _known(stage, key, folder)
         reporter.stage(stage.name, position, len(stages))
@@ -127,17 +133,28 @@ def _lead(
             peers.share("skip")
             reused.append(stage.name)
             reporter.finished(stage.name, "already done")
+            listed = manifest.stage(stage.name)
+            result = result.model_copy(update={"ancestry": ancestry})
+            same = listed is not None and listed.key == key
+            manifest = manifest.with_stage(result) if same else manifest.replacing(result)
         else:
             if stage.collective:
                 peers.share("join " + manifest.model_dump_json())
-            manifest.save(folder)
-            result = _run(stage, key, folder, manifest, reporter)
+            if not workspace:
+                manifest.save(folder)
+            try:
+                result = _run(stage, key, ancestry, folder, manifest, reporter)
+            except RescompressError as e:
+                if not workspace:
+                    manifest.with_stage(StageResult(stage=stage.name, status="failed", reason=str(e), key=key)).save(folder)
+                raise
             if not stage.collective:
                 peers.share("skip")
             ran.append(stage.name)
             reporter.finished(stage.name, _summary(result))
-            manifest = manifest.without(stage.name)  # stages stand in the order in which they were last run
-        manifest = manifest.with_stage(result)
+            manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
+            if workspace:
+                manifest.save(folder)
     stored = _stored(folder)
     if ran or any(getattr(manifest, part) != getattr(stored, part) for part in ("stages", "config", "unfinished")):
         manifest.save(folder)
@@ -156,15 +173,15 @@ def _stored(folder: Path) -> Manifest:
     return load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
 
 
-def _fresh(folder: Path, config: Mapping[str, Any], keep_others: bool) -> Manifest:
+def _fresh(folder: Path, config: Mapping[str, Any], workspace: bool) -> Manifest:
     old = _stored(folder)
     created = old.created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Manifest(
         rescompress_version=version("rescompress"),
         created=created,
-        config={**old.config, **config} if keep_others else dict(config),
+        config={**old.config, **config} if workspace else dict(config),
         environment=environment(),
-        stages=old.stages if keep_others else (),
+        stages=old.stages if workspace else (),
     )
 
 
@@ -191,14 +208,17 @@ def _record(stage: Stage, folder: Path) -> Path:
     return folder / ".stages" / f"{stage.name.replace(':', '_').replace('/', '_')}.json"
 
 
-def _run(stage: Stage, key: str, folder: Path, manifest: Manifest, reporter: Reporter) -> StageResult:
+def _ancestry(stage: Stage, manifest: Manifest) -> tuple[str, ...]:
+    """Return the hashes of the checkpoint that `stage` reads and of those it was made from."""
+    before = manifest.stage(stage.source)
+    return manifest.ancestry((before.checkpoint_sha256 if before else None) or stage.source)
+
+
+def _run(
+    stage: Stage, key: str, ancestry: tuple[str, ...], folder: Path, manifest: Manifest, reporter: Reporter
+) -> StageResult:
     start = time.monotonic()
-    try:
-        outcome = stage.run(Context(folder, manifest, reporter))
-    except RescompressError as e:
-        failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key, duration_s=time.monotonic() - start)
-        manifest.with_stage(failed).save(folder)
-        raise
+    outcome = stage.run(Context(folder, manifest, reporter))
     result = StageResult(
         stage=stage.name,
         status="skipped" if outcome.skipped else "done",
@@ -207,6 +227,7 @@ def _run(stage: Stage, key: str, folder: Path, manifest: Manifest, reporter: Rep
         metrics=dict(outcome.metrics),
         outputs=tuple(Artifact.of(kind, path, folder) for kind, path in outcome.files),
         duration_s=round(time.monotonic() - start, 3),
+        ancestry=ancestry,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         details=dict(outcome.details),
     )

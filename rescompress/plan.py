@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -113,7 +113,7 @@ class Builder:
         after: Sequence[str] = (),
         collective: bool = False,
     ) -> Stage:
-        """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None."""
+        """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None (not for ``source``)."""
         identities = {k: v.identity for k, v in sources.items() if isinstance(v, Opening)}
         names = [v for v in sources.values() if isinstance(v, str)]
         settings = self.settings
@@ -122,13 +122,12 @@ class Builder:
             stages = importlib.import_module("rescompress.stages")
             resolved = {k: _source(stages, v) for k, v in sources.items()}
             common = stages.Common(**asdict(settings))
-            outcome = cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
-            read = sources["source"]
-            sha256 = context.artifact(read, "checkpoint").sha256 if isinstance(read, str) else identities["source"]["sha256"]
-            return replace(outcome, details={**outcome.details, "source_sha256": sha256})
+            return cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
 
         everything = {"common": self._common(), "sources": identities, **depends}
-        return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective)
+        source = sources["source"]
+        read = source if isinstance(source, str) else identities["source"]["sha256"]
+        return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective, read)
 
     def dense(self) -> Stage:
         """Return the stage that evaluates and counts the network as it came."""

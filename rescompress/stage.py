@@ -84,6 +84,7 @@ class Stage:
         after: The stages whose files it reads.
         run: The work.
         collective: Whether all processes take part in it.
+        source: The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file.
     """
 
     name: str
@@ -91,3 +92,4 @@ class Stage:
     after: tuple[str, ...]
     run: Callable[[Context], Outcome]
     collective: bool = False
+    source: str = ""

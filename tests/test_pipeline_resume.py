@@ -20,7 +20,9 @@ from rescompress.reporter import Silent
 from rescompress.stage import Context, Outcome, Stage
 
 
-def writer(name: str, text: str, after: tuple[str, ...] = (), calls: list[str] | None = None) -> Stage:
+def writer(
+    name: str, text: str, after: tuple[str, ...] = (), calls: list[str] | None = None, source: str | None = None
+) -> Stage:
     def run(context: Context) -> Outcome:
         if calls is not None:
             calls.append(name)
@@ -29,7 +31,7 @@ def writer(name: str, text: str, after: tuple[str, ...] = (), calls: list[str] |
         write_text(path, inputs + text)
         return Outcome({"size_bytes": counted(len(inputs + text), "bytes")}, [("checkpoint", path)])
 
-    return Stage(name, {"text": text}, after, run)
+    return Stage(name, {"text": text}, after, run, source=source if source is not None else "".join(after[:1]))
 
 
 def chain(calls: list[str], middle: str = "b") -> list[Stage]:
@@ -88,6 +90,53 @@ def test_a_failure_is_recorded_and_the_work_before_it_kept(tmp_path: Path) -> No
     run_stages([stages[0], writer("two", "b", ("one",), calls), stages[2]], tmp_path, {}, reporter=Silent())
     assert calls == ["one", "two"]
     assert load_manifest(tmp_path).unfinished == ()
+
+
+def command(folder: Path, *stages: Stage) -> list[str]:
+    """Run the stages as a command for single stages does; return the names of those that the manifest has then."""
+    run_stages(stages, folder, {}, reporter=Silent(), workspace=True)
+    return [s.stage for s in load_manifest(folder).stages]
+
+
+def test_a_workspace_is_about_one_network(tmp_path: Path) -> None:
+    dense, pruned = writer("dense", "a", source="file a"), writer("prune", "b", ("dense",))
+    assert command(tmp_path, dense, pruned) == ["dense", "prune"]
+    assert command(tmp_path, writer("target", "t", ("prune",))) == ["dense", "prune", "target"]
+    assert command(tmp_path, writer("finetune", "c", ("prune",))) == ["dense", "prune", "target", "finetune"]
+    sha256 = load_manifest(tmp_path).stages[-1].checkpoint_sha256
+    assert sha256 is not None
+    assert command(tmp_path, writer("finetune", "d", source=sha256)) == ["dense", "prune", "target", "finetune"]
+    assert load_manifest(tmp_path).stages[-1].ancestry[-1] == "file a"
+    assert load_manifest(tmp_path).lineage("finetune") == ("dense", "prune", "finetune")
+    assert command(tmp_path, dense, pruned) == ["dense", "prune", "target", "finetune"], "nothing has changed"
+    assert command(tmp_path, dense, writer("prune", "B", ("dense",))) == ["dense", "prune"], (
+        "the rest was made from the old one"
+    )
+    assert command(tmp_path, writer("quantize", "q", source="file a")) == ["dense", "prune", "quantize"]
+    assert load_manifest(tmp_path).lineage("quantize") == ("dense", "quantize")
+    assert command(tmp_path, writer("dense", "z", source="file z")) == ["dense"], "another network"
+
+
+def test_a_command_that_fails_or_stops_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    command(tmp_path, writer("dense", "a", source="file a"), writer("prune", "b", ("dense",)))
+    before = (tmp_path / "manifest.json").read_bytes()
+    for error in (BadInput("no such data"), KeyboardInterrupt()):
+
+        def fail(context: Context, error: BaseException = error) -> Outcome:
+            raise error
+
+        for source in ("file a", "file z"):
+            with pytest.raises(type(error)):
+                command(tmp_path, Stage("dense", {"other": 1}, (), fail, source=source))
+            assert (tmp_path / "manifest.json").read_bytes() == before
+    seen = []
+
+    def look(context: Context) -> Outcome:
+        seen.append([s.stage for s in context.done.stages])
+        return Outcome()
+
+    command(tmp_path, Stage("target", {}, ("dense",), look, source="file z"))
+    assert seen == [[]], "the dense network there is another one"
 
 
 def test_a_run_under_way_says_what_it_has_not_reached(tmp_path: Path) -> None:

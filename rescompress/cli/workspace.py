@@ -105,7 +105,7 @@ def run_here(stages: Sequence[Stage], output: Output, folder: Path = WORKSPACE) 
     if together is not None and not together.is_main:
         output.verbosity = -1
     with reporting(output) as reporter:
-        report = run_stages(stages, folder, {}, reporter=reporter, peers=together, keep_others=True)
+        report = run_stages(stages, folder, {}, reporter=reporter, peers=together, workspace=True)
     return report, together is None or together.is_main
 
 
@@ -146,23 +146,10 @@ def deliver(source: Path, wanted: Path | None) -> Path:
     return wanted
 
 
-def lineage(manifest: Manifest, last: str) -> list[str]:
-    """Return the names of a stage and of the stages that its network went through, as far as they are in the manifest."""
-    names = [last]
-    while (result := manifest.stage(names[-1])) is not None and (read := result.details.get("source_sha256")):
-        others = [s for s in manifest.stages if s.stage not in names]
-        made = [s.stage for s in others if (file := s.output("checkpoint")) and file.sha256 == read]
-        same = [s.stage for s in others if s.stage == "dense" and s.details.get("source_sha256") == read]
-        if not (found := made or same):
-            break
-        names.append(found[-1])
-    return names
-
-
 def trade_off(manifest: Manifest, last: str) -> Any:
     """Return the trade-off table of a stage and of the stages that its network went through."""
     from rescompress.report.tables import rows_of, to_rich
 
-    names = lineage(manifest, last)
+    names = manifest.lineage(last)
     chosen = manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage in names)})
     return to_rich(rows_of(chosen))

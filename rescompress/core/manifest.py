@@ -30,6 +30,7 @@ class StageResult(Frozen):
         outputs: Files it wrote.
         duration_s: Wall-clock time it took when it ran.
         finished: When it ended; ISO 8601, UTC.
+        ancestry: SHA-256 of the checkpoint it read, of the one that was made from, and so on back to the first file.
         details: What a reader may want beside the metrics, JSON values only (widths per group, error curves, log of the
             epochs, engine status, lint findings, latency per layer).
     """
@@ -42,7 +43,14 @@ class StageResult(Frozen):
     outputs: tuple[Artifact, ...] = ()
     duration_s: float = 0.0
     finished: str = ""
+    ancestry: tuple[str, ...] = ()
     details: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """SHA-256 of the checkpoint that it wrote, or None."""
+        written = self.output("checkpoint")
+        return written.sha256 if written else None
 
     def output(self, kind: str) -> Artifact | None:
         """Return the first output of that kind, or None."""
@@ -85,6 +93,30 @@ class Manifest(Frozen):
             stages.append(result)
         left = tuple(name for name in self.unfinished if name != result.stage)
         return self.model_copy(update={"stages": tuple(stages), "unfinished": left})
+
+    def ancestry(self, sha256: str) -> tuple[str, ...]:
+        """Return the hash of a checkpoint, and of those that it was made from, as far as they are known here."""
+        maker = next((s for s in self.stages if s.checkpoint_sha256 == sha256), None)
+        return (sha256, *(maker.ancestry if maker else ()))
+
+    def lineage(self, name: str) -> tuple[str, ...]:
+        """Return the names of a stage and of those that its network went through before, in order."""
+        last = self.stage(name)
+        before = set(last.ancestry) if last else set()
+        start = {s.stage for s in self.stages if s.stage == "dense" and before.intersection(s.ancestry)}
+        return tuple(s.stage for s in self.stages if s.stage in {name, *start} or s.checkpoint_sha256 in before)
+
+    def of_network(self, first_sha256: str) -> Manifest:
+        """Return a manifest of the stages alone whose network began with the file of that hash."""
+        kept = tuple(s for s in self.stages if s.ancestry[-1:] == (first_sha256,))
+        return self.model_copy(update={"stages": kept, "config": self.config if kept else {}})
+
+    def replacing(self, result: StageResult) -> Manifest:
+        """Return a manifest in which `result` stands last, without the stage of its name and what was made from that."""
+        old = self.stage(result.stage)
+        gone = old.checkpoint_sha256 if old and old.checkpoint_sha256 != result.checkpoint_sha256 else None
+        kept = tuple(s for s in self.without(result.stage).stages if gone is None or gone not in s.ancestry)
+        return self.model_copy(update={"stages": kept}).with_stage(result)
 
     def without(self, name: str) -> Manifest:
         """Return a manifest that has no stage called `name`."""
