@@ -206,7 +206,8 @@ class Measured:
     """What was measured of one candidate.
 
     Attributes:
-        metrics: As `summarize` names them, over all processes.
+        metrics: As `summarize` names them, over all processes; the band of ``p50_ms`` is that of the processes' medians, for
+            what differs between processes shows in no single one.
         process_medians_ms: Median latency of each process, in order of time.
         runtime_options: Options, other than the runtime's defaults, that decide which kernels ran.
     """
@@ -245,22 +246,22 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
                 worker.ask({"seconds": effort.warmup_s, "min_iterations": effort.min_iterations})
                 each = {"seconds": effort.seconds / effort.rounds, "min_iterations": effort.min_iterations}
                 mine.append(worker.ask(each)["samples_ms"])
-    device = cpu_name()
-    return [
-        Measured(
-            summarize(
-                [ms for process in even(mine) for ms in process],
-                device=device,
-                runtime=c.runtime,
-                batch=c.batch,
-                precision=c.precision,
-                threads=cpu_threads(c.threads),
-            ),
-            tuple(statistics.median(process) for process in mine),
-            used,
-        )
-        for mine, c, used in zip(samples, candidates, options, strict=True)
-    ]
+    return [_measured(mine, c, used) for mine, c, used in zip(samples, candidates, options, strict=True)]
+
+
+def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options: dict[str, str]) -> Measured:
+    metrics = summarize(
+        [ms for process in even(samples) for ms in process],
+        device=cpu_name(),
+        runtime=candidate.runtime,
+        batch=candidate.batch,
+        precision=candidate.precision,
+        threads=cpu_threads(candidate.threads),
+    )
+    medians = tuple(statistics.median(process) for process in samples)
+    if len(medians) > 1:
+        metrics["p50_ms"] = metrics["p50_ms"].model_copy(update={"low": min(medians), "high": max(medians)})
+    return Measured(metrics, medians, options)
 
 
 class _Worker:

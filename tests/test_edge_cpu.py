@@ -19,7 +19,7 @@ from edge_targets import benchmark
 from edge_targets.backends import PACKAGE, in_batches
 from edge_targets.backends import onnxruntime as ort
 from edge_targets.backends import openvino as ov
-from edge_targets.benchmark import Candidate, Effort, compare, even, measure, summarize
+from edge_targets.benchmark import Candidate, Effort, compare, even, measure, measure_processes, summarize
 from edge_targets.catalog import load_target
 from edge_targets.onnx_kernels import kernels_of
 from rescompress.cli import bench as bench_command
@@ -142,6 +142,15 @@ def test_measuring_runs_in_other_processes_and_says_on_what(tmp_path):
         assert p50.n >= 8
         assert p50.device
         assert 0 < p50.value <= metrics["p90_ms"].value <= metrics["p99_ms"].value
+
+
+def test_the_band_of_a_latency_is_that_of_the_processes(tmp_path):
+    path = write_onnx(tmp_path / "m.onnx")
+    (found,) = measure_processes([Candidate(path, "onnxruntime", (3, 8, 8), 1, 1, "fp32")], effort=QUICK)
+    p50, medians = found.metrics["p50_ms"], found.process_medians_ms
+    assert len(medians) == QUICK.rounds
+    assert (p50.low, p50.high) == (min(medians), max(medians))
+    assert p50.low <= p50.value <= p50.high
 
 
 def test_errors_of_a_measuring_process_keep_their_class(tmp_path):

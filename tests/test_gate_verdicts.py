@@ -85,6 +85,9 @@ def test_latency_is_judged_over_processes(tmp_path: Path) -> None:
     noisy = [1.0, 1.3, 0.8, 1.1, 0.95]
     assert verdicts(judged(pair_of_runs(tmp_path / "b", runs_ms=noisy)))["latency:cpu"] == "inconclusive"
     assert verdicts(judged(pair_of_runs(tmp_path / "c", runs_ms=[*STEADY, 1.5])))["latency:cpu"] == "pass"
+    write_run(tmp_path / "same", runs_ms=noisy)
+    same = next(c for c in judged((tmp_path / "same", tmp_path / "same")).checks if c.name == "latency:cpu")
+    assert (same.verdict, same.interval) == ("pass", (1.0, 1.0)), "a run is not slower than itself"
     few = judged(pair_of_runs(tmp_path / "d", runs_ms=STEADY[:4]))
     assert verdicts(few)["latency:cpu"] == "inconclusive"
     assert "4 processes were measured, 5 are needed" in few.checks[2].message

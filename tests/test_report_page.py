@@ -65,6 +65,17 @@ def outline(text: str) -> Outline:
     return parser
 
 
+def test_the_page_says_what_the_network_is_and_on_what_it_was_measured(tmp_path: Path) -> None:
+    manifest = write_run(tmp_path, n=360)
+    config = {"data": "/home/someone/photos", "prune": {"macs": 0.5, "ratio": None, "keep": []}}
+    text = " ".join(outline(page([("a", manifest.model_copy(update={"config": config}))])).text)
+    assert re.search(r"A \S+ for image classification, pruned", text)
+    assert "Accuracies are those of 360 images of photos." in text
+    shown = text[: text.index("The whole manifest")]
+    assert "/home/someone" not in shown
+    assert "ratio: None" not in shown
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "resnet32"

@@ -24,6 +24,7 @@ from rescompress.report.tables import (
     Row,
     best,
     dominated,
+    processes,
     rows_of,
     run_row,
     sort_rows,
@@ -62,6 +63,19 @@ def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions(
     assert ratio(latency(4.0, device="other")) is None
     assert ratio(latency(4.0, threads=1)) is None
     assert ratio(latency(4.0, runtime="onnxruntime")) is None
+    metrics = {"p50_ms": latency(2.0), "dense_p50_ms": latency(4.0, precision="fp32")}
+    beside = Manifest(stages=(StageResult(stage="target:cpu", status="done", metrics=metrics),))
+    assert rows_of(beside)[0].note.endswith("; dense: 4.00 ms fp32")
+
+
+def test_processes_that_disagree_are_called_unsteady() -> None:
+    def words(*runs: float) -> str:
+        return processes(StageResult(stage="target:cpu", status="done", details={"latency_runs": list(runs)}))
+
+    assert words(1.0, 1.01, 0.99) == ", 3 processes 0.990 to 1.01 ms"
+    assert words(0.57, 12.6, 4.0) == ", 3 processes 0.570 to 12.6 ms, unsteady"
+    assert words(2.0) == ", 1 processes 2.00 to 2.00 ms"
+    assert words() == ""
 
 
 def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:

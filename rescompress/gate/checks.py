@@ -461,6 +461,9 @@ def _measured(
     lower = ratios.lower_bound(old, new, CONFIDENCE)
     upper = ratios.upper_bound(old, new, CONFIDENCE)
     low, high = ratios.interval(old, new, CONFIDENCE)
+    same = list(candidate) == list(baseline)
+    if same:  # one measurement, not two that chance made alike
+        lower = upper = low = high = value = 1.0
     verdict: Verdict = "pass" if upper <= limit else "fail" if lower > limit else "inconclusive"
     texts = [f"{duration(median(r))} over {len(r)} processes" for r in (baseline, candidate)]
     how = "times as long"
@@ -472,6 +475,8 @@ def _measured(
     message = (
         f"{texts[1]} against {texts[0]}, {value:.3f} {how} (95 % interval {low:.3f} to {high:.3f}); the limit is {limit:g}"
     )
+    if same:
+        message = f"{texts[1]}: the very same measurement; the limit is {limit:g}"
     if verdict == "inconclusive":
         message += "; more processes or a quieter machine would decide"
     return Check(

@@ -30,7 +30,7 @@ def model_card(name: str, manifest: Manifest) -> str:
         "",
         f"# {name}",
         "",
-        _what(manifest),
+        described(manifest),
         "",
         "## Figures",
         "",
@@ -64,7 +64,8 @@ def model_card(name: str, manifest: Manifest) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _what(manifest: Manifest) -> str:
+def described(manifest: Manifest) -> str:
+    """Return what the network is, in one or two sentences."""
     dense = manifest.stage(DENSE)
     arch = dense.details.get("arch") if dense else None
     made = [
@@ -99,16 +100,19 @@ def _origins(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _list(values: Mapping[str, Any]) -> list[str]:
-    lines = []
+def stated(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return settings as texts by name; those that say nothing are left out, and where files are on the machine."""
+    found = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            text = ", ".join(f"{k}: {_shown(v)}" for k, v in value.items() if v is not None)
+            found.append((key, ", ".join(f"{k}: {_shown(v)}" for k, v in value.items() if v not in (None, [], ()))))
         elif value is not None:
-            text = _shown(value)
-        else:
-            continue
-        lines.append(f"- {key}: `{text}`" if text else f"- {key}")
+            found.append((key, _shown(value)))
+    return found
+
+
+def _list(values: Mapping[str, Any]) -> list[str]:
+    lines = [f"- {key}: `{text}`" if text else f"- {key}" for key, text in stated(values)]
     return lines or ["- not recorded"]
 
 
@@ -136,6 +140,8 @@ def _limits(manifest: Manifest) -> list[str]:
     if any(m.provenance == "predicted" for s in manifest.stages for m in s.metrics.values()):
         lines.append("- Predicted latencies come from a model of the device; measure on the device before relying on them.")
     for stage in manifest.stages:
+        if stage.details.get("kept") == "ptq":
+            lines.append(f"- Stage `{stage.stage}`: {stage.details['notes'][0]}.")
         if stage.status != "done":
             lines.append(f"- Stage `{stage.stage}` was {stage.status}: {stage.reason or 'no reason given'}.")
     return lines

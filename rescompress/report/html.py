@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.report import charts
+from rescompress.report.card import described, stated
 from rescompress.report.charts import Axis, Bar, Point
 from rescompress.report.columns import (
     Column,
@@ -81,7 +82,8 @@ def page(runs: Sequence[tuple[str, Manifest]], *, history: bool = False) -> str:
         subtitle += f"The sections after the comparison show the run <strong>{escape(name)}</strong>."
     else:
         heading = name
-        subtitle = f"Compressed with rescompress {escape(manifest.rescompress_version)}, {escape(_when(manifest))}."
+        subtitle = f"{escape(described(manifest))} Compressed with rescompress {escape(manifest.rescompress_version)}, "
+        subtitle += f"{escape(_when(manifest))}.{_evaluated(manifest)}"
     links = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in sections)
     body = "\n".join(
         f'<section aria-labelledby="{s.name}"><h2 id="{s.name}">{escape(s.title)}</h2>\n{s.body}\n</section>' for s in sections
@@ -105,6 +107,15 @@ def _file(name: str) -> str:
 
 def _when(manifest: Manifest) -> str:
     return manifest.created[:16].replace("T", " ") + " UTC" if manifest.created else "at an unknown time"
+
+
+def _evaluated(manifest: Manifest) -> str:
+    """Return on what the accuracies were measured, as a sentence."""
+    top1 = run_row(manifest, "").metrics.get("top1")
+    if top1 is None or top1.n is None:
+        return ""
+    data = dict(stated(manifest.config)).get("data")
+    return f" Accuracies are those of {top1.n:,} images" + (f" of {escape(data)}." if data else ".")
 
 
 def _headline(manifest: Manifest) -> str:
@@ -462,8 +473,9 @@ def _curves(manifest: Manifest) -> Section | None:
         drawn.append(f"<li>{charts.curve(f'curve-{i}', name, errors, chosen, extent)}</li>")
         at = "" if chosen is None else f"{errors[min(chosen, len(errors) - 1)]:.3g}"
         table.append([name, "" if removed is None else str(removed), at, f"{errors[-1]:.3g}"])
+    unit = str(stage.details.get("curves_unit", "error"))
     note = (
-        f"What it costs, in output error, to remove channels of each group (from left to right, least harmful first). "
+        f"What it costs ({unit}) to remove channels of each group, from left to right, least harmful first. "
         f"All on one logarithmic scale from {extent[0]:.1g} to {extent[1]:.1g}; the mark shows how many were removed."
     )
     head = ("group", "removed", "error there", "error of removing all")
@@ -530,13 +542,7 @@ def _training(manifest: Manifest) -> Section | None:
 
 
 def _definitions(values: Mapping[str, Any]) -> str:
-    entries = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            text = ", ".join(f"{k}: {v}" for k, v in value.items())
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        entries.append(f"<dt>{escape(str(key))}</dt><dd>{escape(text)}</dd>")
+    entries = [f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in stated(values)]
     return f"<dl>{''.join(entries)}</dl>" if entries else "<p>Not recorded.</p>"
 
 

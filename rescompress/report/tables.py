@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
@@ -21,6 +22,8 @@ DENSE_PREFIX = "dense_"
 TARGET_PREFIX = "target:"
 DOMINATED_MARK = "†"
 NOT_REACHED = "not reached yet: run again to go on"
+UNSTEADY = 0.05
+"""Coefficient of variation of the processes' medians above which a latency is called unsteady, as `deploy` does."""
 DOMINATED_NOTE = f"{DOMINATED_MARK} another row is at least as accurate and costs no more"
 
 
@@ -167,6 +170,9 @@ def _note(result: StageResult) -> str:
     latency = result.metrics.get("p50_ms")
     if latency is not None:
         parts.append(provenance(latency) + processes(result))
+    dense = result.metrics.get("dense_p50_ms")
+    if latency is not None and dense is not None:
+        parts.append(f"dense: {duration(dense.value)} {dense.precision or ''}".rstrip())
     engine = result.details.get("engine_status")
     if isinstance(engine, str) and engine and engine != result.reason:
         parts.append(engine)
@@ -174,11 +180,12 @@ def _note(result: StageResult) -> str:
 
 
 def processes(result: StageResult) -> str:
-    """Return the spread between the processes of a measured latency, such as ``, 5 processes 0.149 to 0.287 ms``."""
+    """Return the spread between the processes of a measured latency, such as ``, 5 processes 0.149 to 0.287 ms, unsteady``."""
     runs = result.details.get("latency_runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(r, int | float) for r in runs):
         return ""
-    return f", {len(runs)} processes {duration(min(runs))[:-3]} to {duration(max(runs))}"
+    unsteady = ", unsteady" if len(runs) > 1 and stdev(runs) > UNSTEADY * fmean(runs) else ""
+    return f", {len(runs)} processes {duration(min(runs))[:-3]} to {duration(max(runs))}{unsteady}"
 
 
 def dominated(rows: Sequence[Row]) -> set[int]:
