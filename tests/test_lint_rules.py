@@ -396,7 +396,7 @@ TRAPS: dict[str, tuple[Case, Case]] = {
     "custom-operators": ((File(), custom, BOARD), (File(), own_function, BOARD)),
     "qoperator-format": ((File(), qoperator, BOARD), (File(), called_like_an_integer_operator, BOARD)),
     "dynamic-shape": ((File(batch="N"), nothing, BOARD), (File(batch=4), nothing, BOARD)),
-    "misaligned-channels": ((File(width=24), nothing, ALIGNED), (File(width=64), nothing, ALIGNED)),
+    "misaligned-channels": ((File(width=40), nothing, ALIGNED), (File(width=64), nothing, ALIGNED)),
     "partly-quantized": ((File(), weight_only, BOARD), (File(), largest_of_rounded, BOARD)),
     "duplicate-quantizers": ((File(), duplicate, BOARD), (File(), equal_scales, BOARD)),
     "repeated-rounding": ((File(), repeated, BOARD), (File(), rounded_after_pooling, BOARD)),
@@ -477,6 +477,12 @@ def found(case: Case) -> list[Finding]:
     file, change, facts = copy.deepcopy(case)
     change(file)
     return lint(file.model(), facts)
+
+
+@pytest.mark.parametrize(("width", "told"), [(16, 0), (31, 0), (32, 0), (33, 1), (48, 1)])
+def test_widths_that_no_pruning_can_align_are_left_alone(width: int, told: int) -> None:
+    findings = found((File(width=width), nothing, ALIGNED))
+    assert [f.rule for f in findings].count("misaligned-channels") == told
 
 
 def test_every_rule_has_its_pair_of_files() -> None:

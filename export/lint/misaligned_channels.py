@@ -9,7 +9,10 @@ from export.lint import Issue, TargetFacts
 
 
 def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
-    """Yield one note that counts the convolutions with channels between multiples; image channels do not count."""
+    """Yield one note that counts the convolutions with channels between multiples.
+
+    Image channels do not count, nor do widths below one multiple: no pruning makes them fit.
+    """
     precision = "int8" if graph.quantized else "fp16" if _half(graph) else "fp32"
     multiple = facts.align.get(precision, 1)
     if multiple <= 1:
@@ -26,7 +29,7 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
         while source in graph.producer and graph.producer[source].op_type in ("QuantizeLinear", "DequantizeLinear", "Cast"):
             source = graph.producer[source].input[0]
         widths = [shape[0]] if source in inputs else [shape[0], shape[1]]
-        if any(width % multiple for width in widths):
+        if any(width % multiple for width in widths if width > multiple):
             odd.append(node)
     if odd:
         yield Issue(
