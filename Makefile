@@ -11,11 +11,13 @@ WORKERS ?= 2
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, the runtimes and the test tools (some 6 GB) into $(VENV)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rescompress run examples/quickstart.yaml
+	$(VENV)/bin/rescompress report rescompress-out/quickstart -o rescompress-out/quickstart/report.html
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from rescompress.core.artifact import Artifact, sweep_partial, write_text
+from rescompress.core.artifact import Artifact, check_writable, make_folder, sweep_partial, write_text
 from rescompress.core.errors import BadInput, RescompressError
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.fingerprint import environment, key_of
@@ -72,13 +72,14 @@ class RunReport:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the run's folder, so that two processes never write into it at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    check_writable(folder / ".lock")
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise BadInput(
-                "another process is running here", where=str(folder), remedy="wait for it, or choose another -o"
+                "another process is running here", where=str(folder), remedy="wait for it, or work in another folder"
             ) from e
         yield
 

@@ -256,6 +256,7 @@ def test_a_plan_is_a_file_that_can_be_followed(rescompress: Command, tmp_path: P
         (("--data", "builtin:digits", "--finetune-epochs", "inf"), "--finetune-epochs"),
         (("--align", "0"), "--align"),
         (("--align", "²"), "--align"),
+        (("--align", "7.5"), "--align"),
         (("--iterations", "3"), "--iterations"),
         (("--device", "cuda:99"), "--device"),
         (("-o", str(DIGITS)), str(DIGITS)),
@@ -302,5 +303,9 @@ def test_a_latency_budget_is_met_on_the_target_that_has_a_model(rescompress: Com
     made = json.loads(rescompress("prune", digits, *budget, "-t", "jetson", "--json", cwd=tmp_path).stdout)
     assert made["dropped_blocks"], "so small a network is bound by the number of its kernels: blocks have to go"
     assert made["top1_after"] > 0.9
+    words = rescompress("prune", digits, *budget, "-t", "jetson", cwd=tmp_path).stdout
+    assert f"{len(made['dropped_blocks'])} whole blocks" in words
+    assert "predicted" in words
+    rescompress("export", "-t", "jetson", "-t", "cpu", cwd=tmp_path, code=5)
     rescompress("prune", digits, "--latency", "0.9", cwd=tmp_path, code=5)
     rescompress("prune", digits, "--latency", "0.9", "-t", "cpu", cwd=tmp_path, code=5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rescompress.core.artifact import PARTIAL_PREFIX, atomic_path, write_text
+from rescompress.core.artifact import PARTIAL_PREFIX, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import load_manifest
 from rescompress.core.metric import counted
@@ -173,6 +173,25 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
     assert caught.value.exit_code == 7
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    calls: list[str] = []
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(EnvironmentFailed, match="cannot write") as caught:
+            run_stages([writer("one", "a", calls=calls)], folder, {}, reporter=Silent())
+        assert caught.value.exit_code == 7
+    for path in (tmp_path / "file" / "x.pt", Path("/proc/x/y.pt")):
+        with pytest.raises(EnvironmentFailed, match="cannot write"):
+            write_text(path, "new")
+        with pytest.raises(EnvironmentFailed, match="cannot write"):
+            check_writable(path)
+    with pytest.raises(BadInput, match="folder"):
+        check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "below.pt")
+    assert not calls
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def _slow_stages() -> list[Stage]:

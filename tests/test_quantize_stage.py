@@ -24,6 +24,8 @@ from edge_targets.latency import cost_function
 from rescompress.config import QuantizeConfig
 from rescompress.core.errors import BudgetError, ConfigError, TargetError
 from rescompress.core.layers import walk
+from rescompress.core.manifest import load_manifest
+from rescompress.report.card import model_card
 from rescompress.stages.network import calibrated, float_cost
 
 torch.set_num_threads(1)
@@ -93,6 +95,16 @@ def test_an_accuracy_budget_decides_how_many_layers_stay_in_float():
         quantized(calibration="max", keep_float="auto", max_divergence=1e-30)
     with pytest.raises(ValidationError, match="budgets of keep_float"):
         QuantizeConfig(keep_float=2, max_slowdown=1.5)
+
+
+def test_training_that_did_no_good_is_told(rescompress, tmp_path):
+    words = ("--mode", "qat", "--epochs", 0.1, "--lr", 0.5, "--calibration", "max", "--calib", 64)
+    done = rescompress("quantize", DIGITS, "--data", "builtin:digits", *words, "--json", cwd=tmp_path)
+    assert "only calibrated" in done.stderr
+    assert json.loads(done.stdout)["top1_after"] > 0.9
+    manifest = load_manifest(tmp_path / "rescompress-out")
+    assert manifest.stage("quantize").details["kept"] == "ptq"
+    assert "only calibrated" in model_card("digits", manifest)
 
 
 @pytest.mark.parametrize("mode", ["ptq", "qat"])

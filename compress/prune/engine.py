@@ -387,11 +387,12 @@ def _widths(
 
 
 def _align_notes(reached: Mapping[int, Sequence[str]], align: int) -> list[str]:
-    return [
-        f"{len(names)} small groups are aligned to {used} instead of {align}, which would leave them no choice"
-        for used, names in sorted(reached.items())
-        if used != align
-    ]
+    finer = [f"{len(names)} to {used}" for used, names in sorted(reached.items()) if used != align]
+    return (
+        [f"small groups are aligned to less than {align}, which would leave them no choice: {', '.join(finer)}"]
+        if finer
+        else []
+    )
 
 
 def _stuck_notes(widths: Mapping[str, Sequence[int]], align: int) -> list[str]:

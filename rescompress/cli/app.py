@@ -18,6 +18,9 @@ MEASURE = "Measure"
 DECIDE = "Decide"
 KNOW = "Look up"
 
+RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run"})
+"""Commands that keep what they have done, so that a second call goes on."""
+
 COMMANDS: dict[str, tuple[str, str, str]] = {
     # name: (module below rescompress.cli, panel, one line of help)
     "run": ("run", COMPRESS, "Take a checkpoint through every stage of a config; resumes."),
@@ -66,7 +69,8 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             output: Output = ctx.obj
-            output.hint("interrupted")
+            resumes = ctx.invoked_subcommand in RESUMED
+            output.hint("interrupted; the same command goes on where it was" if resumes else "interrupted")
             sys.exit(130)
 
 

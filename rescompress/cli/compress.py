@@ -121,11 +121,10 @@ def prune(
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    workspace.keep_apart(checkpoint, output)
+    workspace.check_output(checkpoint, output, plan_out)
+    by_weights = method is None and plan_in is None and data is None
     if method is None and plan_in is None:
-        method = "reconstruct" if data is not None else "magnitude"
-        if data is None:
-            out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
+        method = "magnitude" if by_weights else "reconstruct"
     if latency is not None and target is None:
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
     if sparsity is not None and data is None:
@@ -140,7 +139,7 @@ def prune(
         )
     typed = _typed(
         ctx, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
-        align=int(align) if align.isdecimal() else align, drop_blocks=drop_blocks,
+        align=_multiple(align), drop_blocks=drop_blocks,
         iterations=iterations, recalibrate=recalibrate, sparsity=sparsity,
     )  # fmt: skip
     if method is not None:
@@ -148,6 +147,8 @@ def prune(
     if plan_in is not None:
         typed["plan"] = str(plan_in)
     config = _config(PruneConfig, {"plan": "--plan-in"}, **typed)
+    if by_weights:
+        out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
@@ -181,8 +182,7 @@ def prune(
         "plan": str(workspace.file_of(result, "plan")),
     }
     document |= _tops(before, workspace.final(report.manifest, last))
-    achieved = f"removed {100 * document['achieved_ratio']:.1f} % of the prunable channels; {path}"
-    out.result(document, workspace.trade_off(report.manifest, last), achieved)
+    out.result(document, workspace.trade_off(report.manifest, last), _removed(result.details), str(path))
 
 
 @app.command()
@@ -203,6 +203,7 @@ def finetune(
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -218,13 +219,15 @@ def finetune(
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    workspace.keep_apart(checkpoint, output)
+    workspace.check_output(checkpoint, output)
     config = _config(
         FinetuneConfig, {"batch_size": "--train-batch"},
         epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
         precision=precision.value,
     )  # fmt: skip
-    opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    opening = workspace.opening(
+        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, settings).finetune(config, opening, opening.of(teacher) if teacher else None)
     report, prints = workspace.run_here([stage], out)
@@ -278,6 +281,7 @@ def quantize(
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -292,7 +296,7 @@ def quantize(
     from rescompress.plan import Builder, profile_for
 
     out = output_of(ctx)
-    workspace.keep_apart(checkpoint, output)
+    workspace.check_output(checkpoint, output)
     config = _config(
         QuantizeConfig,
         {},
@@ -300,7 +304,9 @@ def quantize(
         keep_float=_keep_float(keep_float or ""), max_divergence=max_divergence, max_slowdown=max_slowdown,
         teacher=str(teacher) if teacher else None,
     )  # fmt: skip
-    opening = workspace.opening(checkpoint, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    opening = workspace.opening(
+        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
     placed = profile_for(config, [target] if target else [])
@@ -314,6 +320,26 @@ def quantize(
     document: dict[str, Any] = {"output": str(path), "mode": mode.value, "profile": placed}
     document |= {"top1_before": result.details.get("float_top1"), "top1_after": result.metrics["top1"].value}
     out.result(document, workspace.trade_off(report.manifest, "quantize"), str(path))
+
+
+def _removed(details: Mapping[str, Any]) -> str:
+    """Return in words what pruning took away, and what a latency budget came to."""
+    words = f"removed {100 * details['achieved_ratio']:.1f} % of the prunable channels"
+    if gone := details["dropped_blocks"]:
+        words += f", {len(gone)} whole blocks among them ({', '.join(gone)})"
+    if "latency" in details.get("budget", {}):
+        before, after = details["cost_before"], details["cost_after"]
+        words += f"; predicted {after:.3g} ms, {after / before:.3f} of {before:.3g} ms in the same precision"
+    return words
+
+
+def _multiple(text: str) -> int | str:
+    """Return the alignment that text stands for."""
+    from rescompress.core.errors import BadInput
+
+    if text == "auto" or (text.isdecimal() and int(text) > 0):
+        return int(text) if text != "auto" else text
+    raise BadInput(f"'{text}' is no multiple", where="--align", remedy="give a whole number from 1, or auto")
 
 
 def _tops(before: Any, after: Any) -> dict[str, float]:
@@ -351,4 +377,5 @@ def _config(kind: Any, options: Mapping[str, str], /, **values: Any) -> Any:
         error = e.errors()[0]
         field = str(error["loc"][0]) if error["loc"] else ""
         place = options.get(field, "--" + field.replace("_", "-")) if field else "options"
-        raise BadInput(str(error["msg"]).removeprefix("Value error, "), where=place, remedy="see --help") from e
+        given = f" (given: {error['input']!r})" if field else ""
+        raise BadInput(str(error["msg"]).removeprefix("Value error, ") + given, where=place, remedy="see --help") from e

@@ -43,7 +43,7 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
     ] = None,
-    target: opt.Target = None,
+    target: opt.Targets = None,
     precision: Annotated[Precision, typer.Option("--precision", help="auto: what suits both.")] = Precision.auto,
     batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
@@ -71,6 +71,7 @@ def export(
     Example: rescompress export int8.safetensors --target cpu --data photos/ -o deploy/
     Example: rescompress export --target jetson -o bundle.tar.gz
     """
+    from rescompress.core.errors import BadInput
     from rescompress.plan import Builder
 
     out = output_of(ctx)
@@ -78,14 +79,17 @@ def export(
     if checkpoint is None:
         out.hint(f"exporting {path}")
     if target is None:
-        target = "cpu"
         out.hint("no --target: exporting for cpu (OpenVINO)")
+    elif len(target) > 1:
+        raise BadInput(
+            f"{' and '.join(target)}: one target at a time", where="--target", remedy="export for each, or `run` with targets"
+        )
     opening = workspace.opening(
         path, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     options = {"batch": parse_batch(batch), "opset": opset, "precision": precision.value}
-    stage = Builder(opening, settings).target(target, opening, options, require_engine=require_engine)
+    stage = Builder(opening, settings).target(target[0] if target else "cpu", opening, options, require_engine=require_engine)
     report, _ = workspace.run_here([stage], out)
     result = workspace.final(report.manifest, stage.name)
     folder = workspace.file_of(result, "onnx").parent
@@ -216,6 +220,7 @@ def evaluate(
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -230,7 +235,9 @@ def evaluate(
     from rescompress.evaluation import evaluate_file
 
     out = output_of(ctx)
-    opening = workspace.opening(model, input_shape=input_shape, preprocess=preprocess, allow_pickle=allow_pickle)
+    opening = workspace.opening(
+        model, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+    )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     with reporting(out) as reporter:
         found = evaluate_file(opening, settings, split=split, runtime=runtime.value, reporter=reporter)

@@ -21,7 +21,23 @@ Data = Annotated[
     str | None,
     typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
 ]
-Target = Annotated[str | None, typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False)]
+
+
+def _targets(incomplete: str) -> list[str]:
+    """Return the names of targets that begin so, for the shell."""
+    from edge_targets.catalog import target_names
+
+    return [name for name in target_names() if name.startswith(incomplete)]
+
+
+Target = Annotated[
+    str | None,
+    typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets),
+]
 OutFile = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 Seed = Annotated[
     int,

@@ -123,16 +123,21 @@ def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
     return folder / artifact.path
 
 
-def keep_apart(read: Path, written: Path | None) -> None:
-    """Make sure that a result does not replace the file it is made from.
+def check_output(read: Path, *written: Path | None) -> None:
+    """Make sure, before any work, that results can be written and do not replace the file they are made from.
 
     Raises:
-        BadInput: It would.
+        BadInput: They would replace it, or are folders.
+        EnvironmentFailed: They cannot be written.
     """
+    from rescompress.core.artifact import check_writable
     from rescompress.core.errors import BadInput
 
-    if written is not None and written.resolve() == read.resolve():
-        raise BadInput("would be replaced by what is made from it", where=str(read), remedy="choose another -o")
+    for path in written:
+        if path is not None and path.resolve() == read.resolve():
+            raise BadInput("would be replaced by what is made from it", where=str(read), remedy="choose another -o")
+        if path is not None:
+            check_writable(path)
 
 
 def deliver(source: Path, wanted: Path | None) -> Path:

@@ -81,14 +81,49 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EnvironmentFailed("the disk is full", where=str(path), remedy="free some space and run again") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO):
-            raise EnvironmentFailed(
-                f"cannot write: {e.strerror}", where=str(path), remedy="choose another place with -o, or mend the rights"
-            ) from e
+        if temporary is None or e.errno in _UNWRITABLE:
+            raise _unwritable(path, e) from e
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
+
+
+def _unwritable(path: Path, error: OSError) -> EnvironmentFailed:
+    remedy = "choose another place with -o, or mend the rights"
+    return EnvironmentFailed(f"cannot write: {error.strerror}", where=str(path), remedy=remedy)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        EnvironmentFailed: It cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that a file can be written there, before work is spent on it; nothing is left behind.
+
+    Raises:
+        BadInput: It is a folder.
+        EnvironmentFailed: Its folder, or the nearest that there is, may not be written.
+    """
+    if path.is_dir():
+        raise BadInput("is a folder, a file was expected", where=str(path), remedy="name a file to write")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise _unwritable(path, e) from e
 
 
 def _sync_folder(folder: Path) -> None:

@@ -111,6 +111,7 @@ def pruned(
         "budget": {kind: value},
         "align": align,
         "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
+        "curves_unit": result.curves.unit,
         "error": result.error,
         "cost_before": result.cost_before,
         "cost_after": result.cost_after,
@@ -265,6 +266,9 @@ def quantized(
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
         details["kept"] = "qat" if int8 is trained else "ptq"
+        if int8 is not trained:
+            details["notes"] = ["training did no good on the held-out images: the network that was only calibrated is kept"]
+            context.reporter.note(details["notes"][0])
     return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 
