@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rescompress.core.artifact import PARTIAL_PREFIX, atomic_path, check_writable, write_text
+from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import load_manifest
 from rescompress.core.metric import counted
@@ -109,6 +109,10 @@ def test_a_workspace_is_about_one_network(tmp_path: Path) -> None:
     assert load_manifest(tmp_path).stages[-1].ancestry[-1] == "file a"
     assert load_manifest(tmp_path).lineage("finetune") == ("dense", "prune", "finetune")
     assert command(tmp_path, dense, pruned) == ["dense", "prune", "target", "finetune"], "nothing has changed"
+    manifest = load_manifest(tmp_path)
+    target = manifest.stages[2].model_copy(update={"outputs": (Artifact(kind="onnx", path="o", sha256="o", size_bytes=1),)})
+    assert manifest.with_stage(target).ancestry("o") == target.ancestry, "a file made of a network is about it"
+    assert manifest.ancestry("x") == ("x",)
     assert command(tmp_path, dense, writer("prune", "B", ("dense",))) == ["dense", "prune"], (
         "the rest was made from the old one"
     )

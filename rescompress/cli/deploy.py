@@ -63,6 +63,7 @@ def deploy(
     from edge_targets import remote
     from edge_targets.catalog import load_target
     from edge_targets.ssh import Board
+    from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, Manifest, load_manifest
 
@@ -97,8 +98,8 @@ def deploy(
     done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(done, scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
-    result = _stage(done, on_board, out)
     manifest = load_manifest(out) if (out / MANIFEST_NAME).is_file() else Manifest()
+    result = _stage(done, on_board, out).model_copy(update={"ancestry": manifest.ancestry(file_sha256(model))})
     manifest.with_stage(result).save(out)
     document = {
         **_row(done, done.best),

@@ -95,9 +95,16 @@ class Manifest(Frozen):
         return self.model_copy(update={"stages": tuple(stages), "unfinished": left})
 
     def ancestry(self, sha256: str) -> tuple[str, ...]:
-        """Return the hash of a checkpoint, and of those that it was made from, as far as they are known here."""
+        """Return the hash of a checkpoint, and of those that it was made from, as far as they are known here.
+
+        Args:
+            sha256: Of the checkpoint, or of another file that a stage made of it, such as an ONNX file.
+        """
         maker = next((s for s in self.stages if s.checkpoint_sha256 == sha256), None)
-        return (sha256, *(maker.ancestry if maker else ()))
+        if maker is not None:
+            return (sha256, *maker.ancestry)
+        other = next((s for s in self.stages if any(a.sha256 == sha256 for a in s.outputs)), None)
+        return other.ancestry if other is not None and other.ancestry else (sha256,)
 
     def lineage(self, name: str) -> tuple[str, ...]:
         """Return the names of a stage and of those that its network went through before, in order."""
