@@ -68,6 +68,21 @@ def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions(
     assert rows_of(beside)[0].note.endswith("; dense: 4.00 ms fp32")
 
 
+def test_accuracies_of_different_samples_are_not_compared() -> None:
+    def change(n: int) -> float | None:
+        stages = [
+            StageResult(stage=name, status="done", metrics={"top1": top1})
+            for name, top1 in (
+                ("dense", accuracy(90, 100, runtime="torch")),
+                ("prune", accuracy(n * 8 // 10, n, runtime="torch")),
+            )
+        ]
+        return rows_of(Manifest(stages=tuple(stages)))[1].against_dense.get("top1")
+
+    assert change(100) == pytest.approx(-10.0)
+    assert change(1000) is None
+
+
 def test_processes_that_disagree_are_called_unsteady() -> None:
     def words(*runs: float) -> str:
         return processes(StageResult(stage="target:cpu", status="done", details={"latency_runs": list(runs)}))

@@ -146,7 +146,9 @@ def columns_of(metrics: Collection[str]) -> list[Column]:
 
 
 def conditions(metric: Metric) -> tuple[object, ...]:
-    """Return what must be equal for two values of one metric to be compared: origin and circumstances."""
+    """Return what must be equal for two values of one metric to be compared: circumstances, or the number of samples."""
+    if metric.std_error is not None:
+        return (metric.n,)
     if metric.unit not in ("ms", "images/s", "W"):
         return ("any",)
     return (metric.provenance, metric.device, metric.runtime, metric.threads, metric.batch, metric.power_mode)
