@@ -19,7 +19,9 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from compress.checkpoints import load_checkpoint
+from compress.prune import method_names
 from compress.resnet import build_model
+from edge_targets.catalog import target_names
 from rescompress.cli import compress, options
 from rescompress.cli.app import COMMANDS
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
@@ -104,6 +106,12 @@ def test_an_option_offers_what_a_config_may_say(choices: type[StrEnum], config: 
 
 def _values(schema: dict[str, Any]) -> list[str]:
     return schema["enum"] if "enum" in schema else [schema["const"]]
+
+
+def test_the_shell_completes_methods_and_targets() -> None:
+    assert options._methods("") == [name for name in method_names() if "." not in name]
+    assert options._methods("rec") == ["reconstruct"]
+    assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
 
 
 def test_the_commands_of_the_contract_are_there() -> None:

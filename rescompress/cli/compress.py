@@ -70,10 +70,7 @@ def prune(
     ] = None,
     target: opt.Target = None,
     data: opt.Data = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", "-m", help="See `rescompress methods`.", show_default="reconstruct; magnitude without data"),
-    ] = None,
+    method: opt.Method = None,
     scope: Annotated[
         opt.Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")
     ] = opt.Scope.inner,

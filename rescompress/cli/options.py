@@ -30,6 +30,22 @@ def _targets(incomplete: str) -> list[str]:
     return [name for name in target_names() if name.startswith(incomplete)]
 
 
+def _methods(incomplete: str) -> list[str]:
+    """Return the pruning methods of this package that begin so, for the shell; their files are listed, not imported."""
+    folder = Path(__file__).parents[2] / "compress" / "prune" / "methods"
+    return sorted(p.stem for p in folder.glob("[a-z]*.py") if p.stem.startswith(incomplete))
+
+
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="See `rescompress methods`.",
+        show_default="reconstruct; magnitude without data",
+        autocompletion=_methods,
+    ),
+]
 Target = Annotated[
     str | None,
     typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets),

@@ -22,7 +22,7 @@ def sensitivity(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
     data: options.Data = None,
-    method: Annotated[str | None, typer.Option("--method", help="`rescompress methods`.", show_default="by the data")] = None,
+    method: options.Method = None,
     scope: Annotated[
         options.Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")
     ] = options.Scope.inner,
