@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.quantizers import Profile
@@ -272,9 +273,14 @@ def validate(document: dict[str, Any], where: str) -> RunConfig:
             raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(place[-1], known)) from e
         if error["type"] == "missing":
             raise ConfigError(f"'{key}' is missing", where=where, remedy=f"add a line '{key}: ...'") from e
-        given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
-        message = str(error["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{key}: {message}{given}" if key else message, where=where, remedy="mend the value") from e
+        message = said(error)
+        raise ConfigError(f"{key}: {message}" if key else message, where=where, remedy="mend the value") from e
+
+
+def said(error: ErrorDetails) -> str:
+    """Return what is wrong with a setting, and what was given where it is one value."""
+    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    return error["msg"].removeprefix("Value error, ") + given
 
 
 def _keys(place: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rescompress.core.artifact import Artifact
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
@@ -49,8 +48,8 @@ class Context:
     reporter: Reporter
     main: bool = True
 
-    def artifact(self, stage: str, kind: str) -> Artifact:
-        """Return what is known of the file of that kind which `stage` wrote.
+    def file(self, stage: str, kind: str) -> Path:
+        """Return the file of that kind which `stage` wrote.
 
         Raises:
             BadInput: There is none.
@@ -59,15 +58,7 @@ class Context:
         artifact = result.output(kind) if result else None
         if artifact is None:
             raise BadInput(f"stage '{stage}' has no {kind}", where=str(self.folder), remedy="run the earlier stage first")
-        return artifact
-
-    def file(self, stage: str, kind: str) -> Path:
-        """Return the file of that kind which `stage` wrote.
-
-        Raises:
-            BadInput: There is none.
-        """
-        return self.folder / self.artifact(stage, kind).path
+        return self.folder / artifact.path
 
     def resume_file(self, stage: str) -> Path:
         """Return where the state of an unfinished training of `stage` is kept."""

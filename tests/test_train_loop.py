@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,18 +67,21 @@ class _Killed(Exception):
     pass
 
 
+def killed_at(step: int) -> Callable[[TrainState], None]:
+    def kill(state: TrainState) -> None:
+        if state.step == step:
+            raise _Killed
+
+    return kill
+
+
 @pytest.mark.parametrize("stop", [1, 5, 8, 11])
 def test_killed_and_resumed_ends_with_the_same_bits(split: Split, tmp_path: Path, stop: int) -> None:
     whole = fresh()
     expected = train(whole, split, settings(), teacher=fresh())
     resume = tmp_path / "state.pt"
-
-    def kill(state: TrainState) -> None:
-        if state.step == stop + 1:
-            raise _Killed
-
     with pytest.raises(_Killed):
-        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=kill)
+        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=killed_at(stop + 1))
     second = fresh()
     log = train(second, split, settings(), teacher=fresh(), resume_file=resume)
     assert log.resumed_at == stop
@@ -88,26 +92,16 @@ def test_killed_and_resumed_ends_with_the_same_bits(split: Split, tmp_path: Path
 
 def test_a_state_of_other_settings_is_not_taken_up(split: Split, tmp_path: Path) -> None:
     resume = tmp_path / "state.pt"
-
-    def kill(state: TrainState) -> None:
-        if state.step == 4:
-            raise _Killed
-
     with pytest.raises(_Killed):
-        train(fresh(), split, settings(), resume_file=resume, save_every_s=0.0, progress=kill)
+        train(fresh(), split, settings(), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
     assert resume.is_file()
     assert train(fresh(), split, settings(lr=0.01), resume_file=resume).resumed_at == 0
 
 
 def test_a_state_of_another_network_or_teacher_is_not_taken_up(split: Split, tmp_path: Path) -> None:
     resume = tmp_path / "state.pt"
-
-    def kill(state: TrainState) -> None:
-        if state.step == 4:
-            raise _Killed
-
     with pytest.raises(_Killed):
-        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=kill)
+        train(fresh(), split, settings(), teacher=fresh(), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
     kept = resume.read_bytes()
     other, wider = fresh(), build_model(SPEC.replace_blocks({"layer1.0": SPEC.blocks[0].model_copy(update={"widths": (6, 4)})}))
     other.get_submodule("bn1").running_mean.add_(1e-3)

@@ -159,7 +159,6 @@ def prune(
             notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
         pruned = recalibrate(pruned, context.images())
     before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
-    widths = choice.plan.widths(checkpoint.spec)
     return PruneResult(
         checkpoint=pruned,
         plan=choice.plan,
@@ -170,8 +169,8 @@ def prune(
         macs_after=total_macs(after),
         params_before=total_params(before),
         params_after=total_params(after),
-        widths={name: left for name, (_, left) in widths.items()},
-        ratio=1.0 - sum(left for _, left in widths.values()) / sum(all_ for all_, _ in widths.values()),
+        widths={name: left for name, (_, left) in choice.plan.widths(checkpoint.spec).items()},
+        ratio=choice.plan.fraction_gone(checkpoint.spec),
         error=choice.error,
         seconds=time.perf_counter() - start,
         notes=(*notes, *choice.notes),

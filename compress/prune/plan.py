@@ -84,6 +84,11 @@ class PruningPlan(Frozen):
             for g in prunable(find_groups(layers), self.scope)
         }
 
+    def fraction_gone(self, spec: ModelSpec) -> float:
+        """Return which part of the channels of these groups goes."""
+        widths = self.widths(spec).values()
+        return 1.0 - sum(after for _, after in widths) / sum(before for before, _ in widths)
+
     def after(self, first: PruningPlan, dense: ModelSpec) -> PruningPlan:
         """Return the plan for the dense network that does what `first` and then this one do.
 

@@ -366,6 +366,7 @@ def _config(kind: Any, options: Mapping[str, str], /, **values: Any) -> Any:
     """
     from pydantic import ValidationError
 
+    from rescompress.config import said
     from rescompress.core.errors import BadInput
 
     try:
@@ -374,5 +375,4 @@ def _config(kind: Any, options: Mapping[str, str], /, **values: Any) -> Any:
         error = e.errors()[0]
         field = str(error["loc"][0]) if error["loc"] else ""
         place = options.get(field, "--" + field.replace("_", "-")) if field else "options"
-        given = f" (given: {error['input']!r})" if field else ""
-        raise BadInput(str(error["msg"]).removeprefix("Value error, ") + given, where=place, remedy="see --help") from e
+        raise BadInput(said(error), where=place, remedy="see --help") from e

@@ -46,14 +46,11 @@ Method = Annotated[
         autocompletion=_methods,
     ),
 ]
-Target = Annotated[
-    str | None,
-    typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets),
-]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets),
-]
+_TARGET = typer.Option(
+    "--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets
+)
+Target = Annotated[str | None, _TARGET]
+Targets = Annotated[list[str] | None, _TARGET]
 OutFile = Annotated[Path | None, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 Seed = Annotated[
     int,

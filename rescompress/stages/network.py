@@ -152,7 +152,7 @@ def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
         "widths_before": {name: before for name, (before, _) in widths.items()},
         "widths_after": {name: after for name, (_, after) in widths.items()},
         "dropped_blocks": list(plan.dropped_blocks),
-        "achieved_ratio": 1.0 - sum(after for _, after in widths.values()) / sum(before for before, _ in widths.values()),
+        "achieved_ratio": plan.fraction_gone(spec),
     }
 
 
