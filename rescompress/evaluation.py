@@ -14,8 +14,9 @@ from export.to_onnx import read_metadata
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
-from rescompress.plan import Opening, Settings
+from rescompress.plan import Settings
 from rescompress.reporter import Reporter
+from rescompress.stage import Opening
 from rescompress.stages import Common, network_of
 
 

@@ -17,53 +17,17 @@ from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunC
 from rescompress.core.errors import BadInput
 from rescompress.core.quantizers import Profile
 from rescompress.fingerprint import data_identity, file_identity
-from rescompress.stage import Context, Outcome, Stage
+from rescompress.stage import Context, Opening, Outcome, Stage
 
 if TYPE_CHECKING:
-    from compress.checkpoints.base import Checkpoint
     from edge_targets.device import Target
 
 
-@dataclass(frozen=True)
-class Opening:
-    """A checkpoint file and what the user states about it.
-
-    Attributes:
-        path: The file.
-        input_shape: CxHxW.
-        preprocess: Name of a preprocessing.
-        arch_options: ``key=value`` each.
-        allow_pickle: Whether code in the file may run.
-    """
-
-    path: Path
-    input_shape: tuple[int, int, int] | None = None
-    preprocess: str | None = None
-    arch_options: tuple[str, ...] = ()
-    allow_pickle: bool = False
-
-    def load(self) -> Checkpoint:
-        """Return the checkpoint."""
-        from compress.checkpoints import load_checkpoint
-
-        return load_checkpoint(
-            self.path,
-            input_shape=self.input_shape,
-            preprocess=self.preprocess,
-            arch_options=dict(option.split("=", 1) for option in self.arch_options),
-            allow_pickle=self.allow_pickle,
-        )
-
-    def of(self, teacher: Path) -> Opening:
-        """Return how to open a teacher's file: with the same inputs, since it sees the same images."""
-        return Opening(teacher, self.input_shape, self.preprocess, allow_pickle=self.allow_pickle)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it contributes to a content key."""
-        stated = asdict(self)
-        del stated["path"]
-        return stated | {"sha256": file_identity(str(self.path))}
+def _identity(opening: Opening) -> dict[str, Any]:
+    """Return what a checkpoint file contributes to a content key."""
+    stated = asdict(opening)
+    del stated["path"]
+    return stated | {"sha256": file_identity(str(opening.path))}
 
 
 @dataclass(frozen=True)
@@ -114,7 +78,7 @@ class Builder:
         collective: bool = False,
     ) -> Stage:
         """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None (not for ``source``)."""
-        identities = {k: v.identity for k, v in sources.items() if isinstance(v, Opening)}
+        identities = {k: _identity(v) for k, v in sources.items() if isinstance(v, Opening)}
         names = [v for v in sources.values() if isinstance(v, str)]
         settings = self.settings
 
@@ -228,7 +192,7 @@ class Builder:
 def _source(stages: Any, what: str | Opening | None) -> Any:
     if what is None:
         return None
-    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(**asdict(what))
+    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(opening=what)
 
 
 def _facts(targets: Sequence[str]) -> list[dict[str, Any]]:

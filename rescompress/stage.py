@@ -5,12 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
 from rescompress.reporter import Reporter
+
+if TYPE_CHECKING:
+    from compress.checkpoints.base import Checkpoint
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A checkpoint file and what the user states about it.
+
+    Attributes:
+        path: The file.
+        input_shape: CxHxW.
+        preprocess: Name of a preprocessing.
+        arch_options: ``key=value`` each.
+        allow_pickle: Whether code in the file may run.
+    """
+
+    path: Path
+    input_shape: tuple[int, int, int] | None = None
+    preprocess: str | None = None
+    arch_options: tuple[str, ...] = ()
+    allow_pickle: bool = False
+
+    def load(self) -> Checkpoint:
+        """Return the checkpoint."""
+        from compress.checkpoints import load_checkpoint
+
+        return load_checkpoint(
+            self.path,
+            input_shape=self.input_shape,
+            preprocess=self.preprocess,
+            arch_options=dict(option.split("=", 1) for option in self.arch_options),
+            allow_pickle=self.allow_pickle,
+        )
+
+    def of(self, teacher: Path) -> Opening:
+        """Return how to open a teacher's file: with the same inputs, since it sees the same images."""
+        return Opening(teacher, self.input_shape, self.preprocess, allow_pickle=self.allow_pickle)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from rescompress.cli.output import Output
 if TYPE_CHECKING:
     from rescompress.core.manifest import Manifest, StageResult
     from rescompress.pipeline import Peers, RunReport
-    from rescompress.plan import Opening, Settings
-    from rescompress.stage import Stage
+    from rescompress.plan import Settings
+    from rescompress.stage import Opening, Stage
 
 WORKSPACE = Path("rescompress-out")
 
@@ -78,7 +78,8 @@ def opening(
 ) -> Opening:
     """Return the checkpoint file and what the user states about it."""
     from rescompress.core.errors import BadInput
-    from rescompress.plan import Opening, parse_shape
+    from rescompress.plan import parse_shape
+    from rescompress.stage import Opening
 
     wrong = next((o for o in arch_options if "=" not in o), None)
     if wrong is not None:

@@ -24,7 +24,7 @@ from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
-from rescompress.stage import Context, Outcome
+from rescompress.stage import Context, Opening, Outcome
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,23 @@ class Source:
 
     Attributes:
         stage: The stage that wrote it, or None.
-        path: The file, where no stage wrote it.
-        input_shape: What the user states about it, CxHxW.
-        preprocess: Likewise, a name.
-        arch_options: Likewise, ``key=value``.
-        allow_pickle: Whether code in it may run.
+        opening: The file and what is stated about it, where no stage wrote it.
     """
 
     stage: str | None = None
-    path: Path | None = None
-    input_shape: tuple[int, int, int] | None = None
-    preprocess: str | None = None
-    arch_options: tuple[str, ...] = ()
-    allow_pickle: bool = False
+    opening: Opening | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where no stage wrote it."""
+        return self.opening.path if self.opening else None
 
     def load(self, context: Context) -> Checkpoint:
         """Return the checkpoint."""
         if self.stage is not None:
             return load_checkpoint(context.file(self.stage, "checkpoint"))
-        assert self.path is not None
-        return load_checkpoint(
-            self.path,
-            input_shape=self.input_shape,
-            preprocess=self.preprocess,
-            arch_options=dict(option.split("=", 1) for option in self.arch_options),
-            allow_pickle=self.allow_pickle,
-        )
+        assert self.opening is not None
+        return self.opening.load()
 
 
 @dataclass(frozen=True)
