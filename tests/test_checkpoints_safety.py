@@ -8,6 +8,7 @@ import os
 import pickle
 import stat
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -308,6 +309,19 @@ def test_foreign_files(tmp_path: Path) -> None:
         ".": "folder",
     }.items():
         refuses(tmp_path / name if name != "." else tmp_path, words)
+
+
+def test_a_file_that_is_not_there_is_missed_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "resnet20.pt").touch()
+    asked = (
+        "import sys\nfrom rescompress.cli.app import main\n"
+        "try: main()\nexcept SystemExit as e: sys.exit(99 if 'torch' in sys.modules else e.code)"
+    )
+    wrong = str(tmp_path / "resnet2.pt")
+    run = subprocess.run([sys.executable, "-c", asked, "inspect", wrong], capture_output=True, text=True, check=False)
+    assert run.returncode == 5, run.stderr
+    assert wrong in run.stderr
+    assert "resnet20.pt" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,20 @@ def test_history_is_in_order_of_time_and_tells_trends(tmp_path: Path) -> None:
     assert cli("compare", "--history", str(tmp_path / ".hidden" / "x")).returncode == 5
 
 
+def test_a_trend_follows_one_network_among_runs_of_several(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", size_bytes=260_000, created="2026-01-01T00:00:00Z")
+    other = write_run(tmp_path / "b", size_bytes=900_000, created="2026-01-02T00:00:00Z")
+    dense = other.stages[0]
+    larger = dense.model_copy(update={"metrics": dense.metrics | {"params": counted(25_000_000, "params")}})
+    other.model_copy(update={"stages": (larger, *other.stages[1:])}).save(tmp_path / "b")
+    write_run(tmp_path / "c", size_bytes=130_000, created="2026-01-03T00:00:00Z")
+    document = json.loads(cli("compare", "--history", str(tmp_path), "--json").stdout)
+    assert [r["run"] for r in document["rows"]] == ["a", "b", "c"]
+    size = next(t for t in document["trends"] if t["metric"] == "size_bytes")
+    assert size["values"] == [260_000, 130_000]
+    assert size["since_previous"] == pytest.approx(0.5)
+
+
 def test_history_leaves_out_latencies_of_other_conditions(tmp_path: Path) -> None:
     def row(value: float, **facts: object) -> Row:
         return Row(run="r", stage="target:cpu", metrics={"p50_ms:cpu": latency(value, **facts)})  # type: ignore[arg-type]

@@ -35,6 +35,10 @@ def load_checkpoint(
         BadInput: An option is unknown or impossible.
         ToolMissing: The format needs a package that is not installed.
     """
+    from compress.checkpoints.path import check_path
+
+    check_path(Path(path))
+
     from compress.checkpoints.base import LoadOptions
     from compress.checkpoints.load import load
 

@@ -119,20 +119,12 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Opened:
     """Return what a checkpoint file holds; tensors stay in it until they are read.
 
     Args:
-        path: The file.
+        path: The file; that it is one has been checked.
         allow_pickle: Let torch run the code of a pickle that this reader refuses.
 
     Raises:
-        CheckpointError: The file is missing, damaged, unsafe, or of no known container.
+        CheckpointError: The file is damaged, unsafe, or of no known container.
     """
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
-        remedy = f"give the file: {', '.join(inside[:5])}" if inside else "give a checkpoint file"
-        raise CheckpointError("is a folder", remedy=remedy)
-    if not path.exists():
-        raise CheckpointError("no such file", remedy=_nearby(path))
-    if not path.is_file():
-        raise CheckpointError("is no regular file", remedy="give a checkpoint file")
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(16)
@@ -157,17 +149,6 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Opened:
         "is no checkpoint of a known container",
         remedy="known: safetensors, torch.save, torch.export, TorchScript, Keras .h5 and .keras (`rescompress formats`)",
     )
-
-
-SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".h5", ".keras", ".hdf5", ".ts", ".pt2"})
-
-
-def _nearby(path: Path) -> str:
-    from rescompress.core.errors import nearest
-
-    folder = path.parent
-    files = [p.name for p in folder.iterdir() if p.suffix in SUFFIXES][:50] if folder.is_dir() else []
-    return nearest(path.name, files) if files else "check the path"
 
 
 def _is_tar(path: Path) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from compress.checkpoints.base import LoadOptions
 from rescompress.core.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from compress.checkpoints.base import LoadOptions
 
 KNOWN: dict[str, str] = {
     "stride_at": "convolution of a bottleneck that strides: 1 (the 3x3 one, v1.5; torchvision) or 0 (the first, v1)",

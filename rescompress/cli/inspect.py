@@ -45,7 +45,6 @@ def inspect(
     """
     from compress.checkpoints import load_checkpoint
     from compress.checkpoints.options import parse
-    from rescompress.inspection import describe
 
     output = output_of(ctx)
     shape = parse_shape(input_shape) if input_shape else None
@@ -56,6 +55,8 @@ def inspect(
         arch_options=parse(arch_option or []),
         allow_pickle=allow_pickle,
     )
+    from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
+
     document = {"path": str(checkpoint), **describe(loaded)}
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 

@@ -81,7 +81,7 @@ class Trend:
 
     Attributes:
         column: The figure.
-        points: Position of the run and value, oldest first; only values under the newest's conditions.
+        points: Position of the run and value, oldest first; only values of the newest's network under its conditions.
         since_first: Points of difference (accuracy) or ratio of the newest to the oldest.
         since_previous: The same, to the one before the newest.
     """
@@ -109,7 +109,8 @@ def trends(rows: Sequence[Row]) -> list[Trend]:
     found = []
     for column in columns_for(rows, wide=False):
         values = [(i, row.metrics[column.metric]) for i, row in enumerate(rows) if column.metric in row.metrics]
-        points = tuple((i, m) for i, m in values if conditions(m) == conditions(values[-1][1]))
+        network, newest = rows[values[-1][0]].network, conditions(values[-1][1])
+        points = tuple((i, m) for i, m in values if rows[i].network == network and conditions(m) == newest)
         if len(points) > 1:
             last = points[-1][1].value
             found.append(

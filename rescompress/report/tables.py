@@ -40,6 +40,7 @@ class Row:
         against_dense: Difference in points (accuracy) or ratio to the dense network of the same run, by metric.
         note: Where the latency comes from, or why there is none.
         created: When the run was made, ISO 8601.
+        network: Architecture and parameters of the run's dense network, where it is known: what trends are told apart by.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Row:
     against_dense: dict[str, float] = field(default_factory=dict)
     note: str = ""
     created: str = ""
+    network: str = ""
 
 
 def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
@@ -119,7 +121,16 @@ def run_row(manifest: Manifest, run: str) -> Row:
         against_dense=_all_against(metrics, base),
         note="; ".join(bad),
         created=manifest.created,
+        network=_network(manifest),
     )
+
+
+def _network(manifest: Manifest) -> str:
+    dense = manifest.stage(DENSE)
+    if dense is None:
+        return ""
+    params = dense.metrics.get("params")
+    return f"{dense.details.get('arch', '')}/{params.value if params else '?'}"
 
 
 def target_name(result: StageResult) -> str | None:
