@@ -36,7 +36,8 @@ class PruneConfig(_Section):
         calib: Images to calibrate with, from the training split.
         drop_blocks: Whether whole blocks may go; by default where the budget is latency.
         iterations: Steps in which the budget is reached, each followed by its share of the fine-tuning.
-        recalibrate: Whether BatchNorm statistics are measured again at the end; by default where the method repairs nothing.
+        recalibrate: Whether BatchNorm statistics are measured again at the end; by default where nothing was repaired.
+        repair: Whether the method makes up for what it removed; long fine-tuning may end higher without.
         sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
         plan: A plan file to follow instead of searching; what it says is not to be said again.
     """
@@ -52,6 +53,7 @@ class PruneConfig(_Section):
     drop_blocks: bool | None = None
     iterations: int = Field(1, ge=1, le=100)
     recalibrate: bool | None = None
+    repair: bool = True
     sparsity: Literal["2:4"] | None = None
     plan: str | None = None
 

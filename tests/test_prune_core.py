@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compress.checkpoints.base import Checkpoint
-from compress.prune import Budget, PruningPlan, apply, choose, find_groups, method_names, prunable, prune, pruned_spec
+from compress.prune import (
+    Budget,
+    PruningPlan,
+    apply,
+    choose,
+    find_groups,
+    method_names,
+    prunable,
+    prune,
+    prune_by_plan,
+    pruned_spec,
+)
 from compress.prune.allocate import _knapsack, allowed_widths, nearest_width
 from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
@@ -484,6 +495,27 @@ def test_batch_norm_is_measured_again_where_asked():
     assert all(torch.equal(v, apply(checkpoint, plain.plan).state_dict[k]) for k, v in plain.checkpoint.state_dict.items())
     with pytest.raises(BadInput, match="without images"):
         prune(checkpoint, method="magnitude", budget=budget, align=1, bn_recalibration=True)
+
+
+def test_without_repair_the_chosen_channels_are_cut_and_nothing_is_refitted():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    options = {"calibration_x": torch.randn(32, 3, 8, 8), "seed": 1}
+    budget = Budget(kind="macs", value=0.6)
+    repaired = prune(checkpoint, budget=budget, align=1, **options)
+    cut = prune(checkpoint, budget=budget, align=1, repair=False, **options)
+    assert cut.plan == repaired.plan
+    assert any("nothing was repaired" in note for note in cut.notes)
+    wanted, measured = (
+        apply(checkpoint, cut.plan).state_dict,
+        recalibrate(apply(checkpoint, cut.plan), options["calibration_x"]),
+    )
+    for result in (cut.checkpoint, prune_by_plan(checkpoint, cut.plan, repair=False, **options)):
+        for key, value in result.state_dict.items():
+            assert torch.equal(value, measured.state_dict[key]), key
+            assert "running" in key or "tracked" in key or torch.equal(value, wanted[key]), key
+    weights = [k for k in wanted if k.endswith("conv2.weight")]
+    assert not all(torch.equal(repaired.checkpoint.state_dict[k], wanted[k]) for k in weights)
+    assert not all(torch.equal(measured.state_dict[k], v) for k, v in wanted.items() if "running" in k)
 
 
 def test_plan_for_another_network_is_refused():

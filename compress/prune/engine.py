@@ -92,6 +92,7 @@ def prune(
     cost: CostFunction | None = None,
     reference: ModelSpec | None = None,
     bn_recalibration: bool | None = None,
+    repair: bool = True,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Return the checkpoint with channels (and blocks) removed to meet a budget.
@@ -112,6 +113,8 @@ def prune(
             default.
         bn_recalibration: Whether BatchNorm statistics are measured again on the images at the end; by default where
             there are images and the method repairs nothing itself.
+        repair: Whether the method makes up for what it removed. Without it the weights that stay are those of the network,
+            a much worse start, no worse an end after ten epochs of training (docs/decisions/26).
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
@@ -151,12 +154,13 @@ def prune(
         reference=reference,
     )
     cut = apply(checkpoint, choice.plan)
-    pruned = engine.compensate(context, choice.plan, cut)
+    pruned = engine.compensate(context, choice.plan, cut) if repair else cut
     if bn_recalibration or (bn_recalibration is None and pruned is cut and calibration_x is not None):
         if not any(layer.op == "batch_norm" for layer in walk(pruned.spec)):
             notes.append("there is no BatchNorm to measure again")
         elif pruned is cut:
-            notes.append(f"{method} repairs nothing by itself; BatchNorm was measured again on the calibration images")
+            why = f"{method} repairs nothing by itself" if repair else "nothing was repaired, as asked"
+            notes.append(f"{why}; BatchNorm was measured again on the calibration images")
         pruned = recalibrate(pruned, context.images())
     before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
     return PruneResult(
@@ -305,6 +309,7 @@ def prune_by_plan(
     calibration_x: Tensor | None = None,
     seed: int = 0,
     bn_recalibration: bool | None = None,
+    repair: bool = True,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Return the checkpoint pruned as a plan says, repaired by the plan's method where there are images.
@@ -315,6 +320,7 @@ def prune_by_plan(
         calibration_x: Preprocessed images (N, C, H, W); without them the channels are cut out and nothing else.
         seed: Of everything random.
         bn_recalibration: As for `prune`.
+        repair: As for `prune`.
         progress: As for `prune`.
 
     Raises:
@@ -330,7 +336,7 @@ def prune_by_plan(
     context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent)
     images = context.images()
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
-    repaired = engine.compensate(context, plan, cut)
+    repaired = engine.compensate(context, plan, cut) if repair else cut
     again = bn_recalibration if bn_recalibration is not None else repaired is cut
     return recalibrate(repaired, images) if again else repaired
 

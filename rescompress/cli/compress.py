@@ -91,6 +91,9 @@ def prune(
             "--recalibrate/--no-recalibrate", help="Measure BatchNorm again at the end.", show_default="if nothing is repaired"
         ),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Make up for what goes; long fine-tuning may end higher without.")
+    ] = True,
     sparsity: Annotated[
         str | None,
         typer.Option("--sparsity", help="2:4: also zeros for sparse tensor cores.", show_default=False),
@@ -137,7 +140,7 @@ def prune(
     typed = _typed(
         ctx, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
         align=_multiple(align), drop_blocks=drop_blocks,
-        iterations=iterations, recalibrate=recalibrate, sparsity=sparsity,
+        iterations=iterations, recalibrate=recalibrate, repair=repair, sparsity=sparsity,
     )  # fmt: skip
     if method is not None:
         typed["method"] = method

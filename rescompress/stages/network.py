@@ -84,6 +84,7 @@ def pruned(
             calibration_x=calibration,
             seed=common.seed,
             bn_recalibration=config.recalibrate,
+            repair=config.repair,
             progress=context.reporter.progress,
         )
         details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}", *notes]}
@@ -104,6 +105,7 @@ def pruned(
         cost=latency_cost(known) if kind == "latency" else None,
         reference=whole,
         bn_recalibration=config.recalibrate,
+        repair=config.repair,
         progress=context.reporter.progress,
     )
     plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
