@@ -154,14 +154,7 @@ def prune(
         reference=reference,
     )
     cut = apply(checkpoint, choice.plan)
-    pruned = engine.compensate(context, choice.plan, cut) if repair else cut
-    if bn_recalibration or (bn_recalibration is None and pruned is cut and calibration_x is not None):
-        if not any(layer.op == "batch_norm" for layer in walk(pruned.spec)):
-            notes.append("there is no BatchNorm to measure again")
-        elif pruned is cut:
-            why = f"{method} repairs nothing by itself" if repair else "nothing was repaired, as asked"
-            notes.append(f"{why}; BatchNorm was measured again on the calibration images")
-        pruned = recalibrate(pruned, context.images())
+    pruned = _repaired(engine, context, choice.plan, cut, repair=repair, bn_recalibration=bn_recalibration)
     before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
     return PruneResult(
         checkpoint=pruned,
@@ -334,11 +327,25 @@ def prune_by_plan(
         return cut
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), plan.scope)
     context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent)
-    images = context.images()
+    context.images()  # refuses, before any work, images that do not fit
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
-    repaired = engine.compensate(context, plan, cut) if repair else cut
-    again = bn_recalibration if bn_recalibration is not None else repaired is cut
-    return recalibrate(repaired, images) if again else repaired
+    return _repaired(engine, context, plan, cut, repair=repair, bn_recalibration=bn_recalibration)
+
+
+def _repaired(
+    engine: Method, context: Context, plan: PruningPlan, cut: Checkpoint, *, repair: bool, bn_recalibration: bool | None
+) -> Checkpoint:
+    """Return what was cut as the method repairs it, with BatchNorm measured again where asked or where nothing was repaired."""
+    result = engine.compensate(context, plan, cut) if repair else cut
+    again = bn_recalibration if bn_recalibration is not None else result is cut and context.calibration_NCHW is not None
+    if not again:
+        return result
+    if not any(layer.op == "batch_norm" for layer in walk(result.spec)):
+        context.note("there is no BatchNorm to measure again")
+    elif result is cut:
+        why = f"{plan.method} repairs nothing by itself" if repair else "nothing was repaired, as asked"
+        context.note(f"{why}; BatchNorm was measured again on the calibration images")
+    return recalibrate(result, context.images())
 
 
 def _groups(spec: ModelSpec, scope: Scope, reference: ModelSpec | None = None) -> list[ChannelGroup]:
