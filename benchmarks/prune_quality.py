@@ -41,6 +41,7 @@ from rescompress.core.layers import total_macs, walk
 from rescompress.core.spec import ModelSpec
 
 PEER = "torch-pruning"
+NO_REPAIR = "-no-repair"
 IMPORTANCES = ("l2", "lamp", "taylor")
 RANKINGS = ("global", "layer")
 HELD = 2000
@@ -264,7 +265,8 @@ class Bench:
         else:
             network = prune(
                 self.dense,
-                method=method,
+                method=method.removesuffix(NO_REPAIR),
+                repair=not method.endswith(NO_REPAIR),
                 budget=Budget(kind="macs", value=fraction),
                 scope=self.args.scope,
                 align=1,
@@ -305,7 +307,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["reconstruct", PEER])
+    parser.add_argument("--methods", nargs="+", default=["reconstruct", PEER], help=f"one of ours may end in {NO_REPAIR}")
     parser.add_argument("--scope", choices=["inner", "all"], default="inner")
     parser.add_argument("--calib", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=0)
@@ -334,7 +336,7 @@ def main() -> None:
             f"Torch-Pruning {version}: BasePruner, one step, best of {'/'.join(IMPORTANCES)} x {'/'.join(RANKINGS)} ranking on "
             f"{HELD} training images, BatchNorm recalibrated on the calibration images; MACs within 1 %"
         )
-    print(f"{'MACs':>5} {'reached':>8} {'method':14} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
+    print(f"{'MACs':>5} {'reached':>8} {'method':21} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
     for fraction in args.macs:
         for method in args.methods:
             lr = bench.best_lr(method, fraction)
@@ -346,7 +348,7 @@ def main() -> None:
             each = f"lr {lr:g}: {each}" if len(args.lr) > 1 else each
             below = whole.top1 - mean
             print(
-                f"{fraction:5.2f} {macs:8.4f} {method:14} {mean:6.2f} {spread:6.2f} {below:11.2f} {seconds:6.1f}  {each}",
+                f"{fraction:5.2f} {macs:8.4f} {method:21} {mean:6.2f} {spread:6.2f} {below:11.2f} {seconds:6.1f}  {each}",
                 flush=True,
             )
 
