@@ -28,6 +28,7 @@ from rescompress.core.errors import DataError, nearest
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import ModelSpec, Preprocessing
 
+_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 MEMORY_BUDGET_BYTES = 4 << 30
 DIGITS = "builtin:digits"
@@ -141,9 +142,10 @@ class Split:
         )
 
     def take(self, n: int, seed: int) -> Split:
-        """Return `n` samples (all, if there are fewer) chosen by `seed`, spread over the classes in proportion."""
-        if n >= len(self):
-            return self
+        """Return `n` samples (all, if there are fewer) chosen by `seed`, spread over the classes in proportion.
+
+        Any first part of them is as mixed: files stand in the order of their classes, and readers may look at the first alone.
+        """
         order = np.random.default_rng(seed).permutation(len(self))
         ranks = np.zeros(len(self))
         for label in np.unique(self.labels):
@@ -258,10 +260,24 @@ def decode(path: Path, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
     """
     try:
         with Image.open(path) as image:
-            picture = image.convert("RGB" if size[0] == 3 else "L")
+            picture = _of_8_bits(image).convert("RGB" if size[0] == 3 else "L")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
         raise DataError(f"is no readable image: {e}", where=str(path), remedy="remove or replace the file") from e
     return fit(picture, size, p)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Return the image with 16-bit grey values as 8-bit ones, where Pillow would cut all above 255 off.
+
+    Raises:
+        ValueError: Its values have another range, which the file does not tell.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def fit(image: Image.Image, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
@@ -286,6 +302,8 @@ class _Samples:
     paths: tuple[Path, ...]
     names: tuple[str, ...]
     root: Path
+    listed: bool = False
+    """Whether a label file names the classes, not folders."""
 
 
 def load_dataset(
@@ -311,6 +329,12 @@ def load_dataset(
         return _digits(inputs)
     if source.startswith("builtin:"):
         raise DataError(f"unknown built-in data '{source}'", where="--data", remedy=nearest(source, [DIGITS]))
+    if inputs.shape[0] not in (1, 3):
+        raise DataError(
+            f"images have 1 or 3 channels, the network reads {inputs.shape[0]}",
+            where=source,
+            remedy="in Python, build a Split from a Store of your own",
+        )
     path = Path(source)
     if not path.exists():
         raise DataError("no such file or folder", where=source, remedy=f"data is {_FORMS}")
@@ -318,12 +342,39 @@ def load_dataset(
         if path.suffix != ".npz":
             raise DataError("is no data set", where=source, remedy=f"data is {_FORMS}")
         return _npz(path, inputs, seed)
-    val_dir = next((path / n for n in ("val", "valid", "validation", "test") if (path / n).is_dir()), None)
-    if (path / "train").is_dir() and val_dir is not None:
-        train = _split(_scan(path / "train"), inputs, labels)
-        return Dataset(train, _split(_scan(val_dir), inputs, labels))
-    one = next((p for p in (path / "train", val_dir) if p is not None and p.is_dir()), path)
-    return _halves(_split(_scan(one), inputs, labels), seed, source)
+    train_dir, val_dir = _split_dir(path, "train"), _split_dir(path, "val", "valid", "validation", "test")
+    if train_dir is not None and val_dir is not None:
+        found = _scan(val_dir)
+        train = _split(_scan(train_dir), inputs, labels)
+        return Dataset(train, _split(found, inputs, labels), _order_notes(found, inputs, labels))
+    found = _scan(train_dir or val_dir or path)
+    halves = _halves(_split(found, inputs, labels), seed, source)
+    return dataclasses.replace(halves, notes=(*halves.notes, *_order_notes(found, inputs, labels)))
+
+
+def _split_dir(path: Path, *names: str) -> Path | None:
+    """Return the folder of a split; one that is a class beside other classes, such as trains beside cars, is none."""
+    folders = [p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    is_class_folder = {n: set(folders) - _SPLITS and not _has_classes(path / n) for n in names if n in folders}
+    return next((path / name for name, is_class in is_class_folder.items() if not is_class), None)
+
+
+def _has_classes(folder: Path) -> bool:
+    return any(p.is_dir() or p.name in ("labels.csv", "labels.json") for p in folder.iterdir())
+
+
+def _order_notes(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return a note where folders are numbers and do not count in the order of the numbers."""
+    names = sorted(set(found.names))
+    if found.listed or labels is not None or inputs.labels is not None or not all(n.isdecimal() for n in names):
+        return ()
+    misplaced = next((n for n, m in zip(names, sorted(names, key=int), strict=True) if n != m), None)
+    if misplaced is None:
+        return ()
+    return (
+        f"class folders count in alphabetical order, as torchvision's ImageFolder has it: {misplaced} is output "
+        f"{names.index(misplaced)}; --labels says it otherwise",
+    )
 
 
 def _halves(whole: Split, seed: int, source: str) -> Dataset:
@@ -337,14 +388,15 @@ def _halves(whole: Split, seed: int, source: str) -> Dataset:
 def _scan(root: Path) -> _Samples:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = [(p, f.name) for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not found:
+    listed = not found
+    if listed:
         found = _labelled_files(root)
     if not found:
         loose = sum(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir())
         what = f"holds {loose} images without labels" if loose else "holds no images"
         raise DataError(what, where=str(root), remedy=f"data is {_FORMS}")
     paths, names = zip(*found, strict=True)
-    return _Samples(paths, names, root)
+    return _Samples(paths, names, root, listed)
 
 
 def _labelled_files(root: Path) -> list[tuple[Path, str]]:
@@ -358,7 +410,7 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
         elif (table := root / "labels.json").is_file():
             document = json.loads(table.read_text(encoding="utf-8"))
             pairs = [(str(k), str(v)) for k, v in dict(document).items()]
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, csv.Error) as e:
         raise DataError(f"cannot be read: {e}", where=str(root), remedy="write lines of the form file.jpg,label") from e
     missing = [name for name, _ in pairs if not (root / name).is_file()]
     if missing:
@@ -371,7 +423,7 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
 
 
 def _split(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) -> Split:
-    index, classes = match_classes(sorted(set(found.names)), inputs, labels, str(found.root))
+    index, classes = match_classes(sorted(set(found.names)), inputs, labels, str(found.root), listed=found.listed)
     keep = [i for i, name in enumerate(found.names) if name in index]
     paths = tuple(found.paths[i] for i in keep)
     y_N = np.array([index[found.names[i]] for i in keep], dtype=np.int64)
@@ -386,7 +438,7 @@ def _split(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) ->
 
 
 def match_classes(
-    folders: Sequence[str], inputs: Inputs, labels: Mapping[str, str] | None, where: str
+    folders: Sequence[str], inputs: Inputs, labels: Mapping[str, str] | None, where: str, *, listed: bool = False
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the output number of each class folder, and the name of each output.
 
@@ -395,6 +447,7 @@ def match_classes(
         inputs: The network's; its labels are matched by name, without them folders count in sorted order.
         labels: Label for each folder; folders it does not name are left out.
         where: For the error.
+        listed: The names stand in a label file. Where the checkpoint has no labels, numbers are outputs then.
 
     Raises:
         DataError: Folders do not fit the outputs.
@@ -423,6 +476,10 @@ def match_classes(
                 remedy=nearest(strangers[0], known) + " map other names with --labels",
             )
         return {f: known.index(f) for f in folders}, known
+    if listed and all(f.isdecimal() for f in folders):
+        if max(int(f) for f in folders) < wanted:
+            return {f: int(f) for f in folders}, tuple(str(i) for i in range(wanted))
+        folders = sorted(folders, key=int)
     if len(folders) != wanted:
         raise DataError(
             f"has {len(folders)} classes, the network has {wanted}",
@@ -442,7 +499,9 @@ def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
         raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
     except Exception as e:  # zipfile and zlib raise their own kinds for damaged archives
         raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
-    classes = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else None
+    classes = tuple(str(c) for c in arrays["classes"].flat) if "classes" in arrays else None
+    if classes is not None and arrays["classes"].ndim != 1:
+        raise DataError("classes is no list of names", where=str(path), remedy="save one name per class")
     if {"x_train", "y_train", "x_val", "y_val"} <= arrays.keys():
         return Dataset(
             _array_split(arrays["x_train"], arrays["y_train"], classes, inputs, str(path)),
@@ -465,10 +524,11 @@ def _array_split(
         raise DataError("holds no images", where=where, remedy="x is uint8 of shape (N, H, W, C)")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
-    wanted = inputs.classes
+    wanted = len(classes) if classes is not None else inputs.classes
     if y.min() < 0 or int(y.max()) >= wanted:
+        whose = "the file names" if classes is not None else "the network has"
         raise DataError(
-            f"labels run from {y.min()} to {y.max()}, the network has {wanted} classes",
+            f"labels run from {y.min()} to {y.max()}, {whose} {wanted} classes",
             where=where,
             remedy="give labels from 0",
         )
@@ -476,8 +536,11 @@ def _array_split(
     images = (Image.fromarray(im.squeeze(2) if im.shape[2] == 1 else im).convert(mode) for im in x)
     pixels = np.stack([fit(image, inputs.shape, inputs.preprocessing) for image in images])
     y_N = y.astype(np.int64)
+    names = inputs.labels or tuple(str(i) for i in range(wanted))
+    if classes is not None:
+        output, names = match_classes(classes, inputs, None, where)
+        y_N = np.array([output[name] for name in classes], dtype=np.int64)[y_N]
     identity = samples_digest([hashlib.sha256(pixels.tobytes()).hexdigest(), hashlib.sha256(y_N.tobytes()).hexdigest()])
-    names = classes or inputs.labels or tuple(str(i) for i in range(wanted))
     return Split(MemoryStore(pixels), y_N, names, inputs.preprocessing, identity)
 
 
@@ -491,7 +554,7 @@ def _digits(inputs: Inputs) -> Dataset:
             "are ten digits, the network has another number of classes", where=DIGITS, remedy="give your own --data"
         )
     grey = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
-    whole = _array_split(grey, np.asarray(bunch.target), tuple(str(i) for i in range(10)), inputs, DIGITS)
+    whole = _array_split(grey, np.asarray(bunch.target), None, inputs, DIGITS)
     whole = dataclasses.replace(whole, flips=False)
     train, val = whole.part(0.2, 0)
     return Dataset(train, val)

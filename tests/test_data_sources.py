@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,94 @@ def test_take_is_stratified_and_identity_tells_splits_apart(folder: Path) -> Non
     assert len({train.identity, some.identity, train.take(4, 1).identity, train.take(6, 0).identity}) == 4
     assert isinstance(some, Split)
     assert dataclasses.replace(some).identity == some.identity
+
+
+def numbered(tmp_path: Path, suffix: str) -> Path:
+    """A flat folder of 24 images, two of each number from 0 to 11; the pixel is ten times the number."""
+    rows = []
+    for number in range(12):
+        for i in range(2):
+            paint(tmp_path / f"{number}-{i}.png", (10 * number,) * 3)
+            rows.append((f"{number}-{i}.png", number))
+    if suffix == "csv":
+        (tmp_path / "labels.csv").write_text("".join(f"{name},{number}\n" for name, number in rows))
+    else:
+        (tmp_path / "labels.json").write_text(json.dumps({name: str(number) for name, number in rows}))
+    return tmp_path
+
+
+def number_seen(split: Split) -> list[int]:
+    """What the pixels say each image's class is."""
+    return (split.pixels(np.arange(len(split)))[0][:, 0, 0, 0] // 10).tolist()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_numbers_in_a_label_file_are_outputs(tmp_path: Path, suffix: str) -> None:
+    data = load_dataset(str(numbered(tmp_path, suffix)), inputs(12))
+    for split in (data.train, data.val):
+        assert split.labels.tolist() == number_seen(split)
+    some = load_dataset(str(tmp_path), inputs(20))
+    assert some.val.labels.tolist() == number_seen(some.val), "a set need not have all classes"
+    (tmp_path / f"labels.{suffix}").unlink()
+    names = sorted(p.name for p in tmp_path.glob("*.png"))
+    (tmp_path / "labels.csv").write_text("".join(f"{name},{int(name.split('-')[0]) + 1}\n" for name in names))
+    from_one = load_dataset(str(tmp_path), inputs(12))
+    assert from_one.val.labels.tolist() == number_seen(from_one.val), "numbers from 1 count in their order"
+
+
+def test_folders_that_are_numbers_count_as_letters_and_say_so(tmp_path: Path) -> None:
+    for number in range(11):
+        for i in range(2):
+            paint(tmp_path / "wide" / str(number) / f"{i}.png", (0, 0, 0))
+            paint(tmp_path / "even" / f"{number:02}" / f"{i}.png", (0, 0, 0))
+    wide, even = (load_dataset(str(tmp_path / name), inputs(11)) for name in ("wide", "even"))
+    assert wide.val.classes[:4] == ("0", "1", "10", "2")
+    assert any("10 is output 2" in note for note in wide.notes)
+    assert not any("output" in note for note in even.notes)
+
+
+def test_classes_of_an_npz_are_matched_by_name(tmp_path: Path) -> None:
+    x = np.repeat(np.arange(3, dtype=np.uint8) * 10, 4)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    own = ("c", "a", "b")  # 0 is the image of c in this file
+    np.savez(tmp_path / "own.npz", x=x, y=np.repeat(np.arange(3), 4), classes=own)
+    data = load_dataset(str(tmp_path / "own.npz"), inputs(3, labels=("a", "b", "c")))
+    assert data.val.classes == ("a", "b", "c")
+    assert [own[n] for n in number_seen(data.val)] == [data.val.classes[y] for y in data.val.labels]
+    for classes, message in ((("a", "b", "x"), "'x' is no label"), (("a", "b"), "2 classes"), (np.array("abc"), "no list")):
+        np.savez(tmp_path / "bad.npz", x=x, y=np.repeat(np.arange(3), 4), classes=classes)
+        with pytest.raises(DataError, match=message):
+            load_dataset(str(tmp_path / "bad.npz"), inputs(3, labels=("a", "b", "c")))
+
+
+def test_sixteen_bits_are_not_cut_off(tmp_path: Path) -> None:
+    for value in (0, 1000, 21000, 65535):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "deep.png")
+        assert np.unique(decode(tmp_path / "deep.png", (3, 8, 8), RAW)).tolist() == [value >> 8]
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="no known range"):
+        decode(tmp_path / "float.tif", (3, 8, 8), RAW)
+
+
+def test_four_channels_and_long_fields_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the network reads 4"):
+        load_dataset(str(folder), dataclasses.replace(inputs(), shape=(4, 8, 8)))
+    flat = tmp_path / "flat"
+    paint(flat / "0.png", (0, 0, 0))
+    (flat / "labels.csv").write_text(f"0.png,{'x' * 200_000}\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_dataset(str(flat), inputs())
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    for label in ("car", "train"):
+        for i in range(4):
+            paint(tmp_path / label / f"{i}.png", (0, 0, 0))
+    assert load_dataset(str(tmp_path), inputs()).val.classes == ("car", "train")
+
+
+def test_a_set_smaller_than_asked_for_is_mixed_as_well(folder: Path) -> None:
+    train = load_dataset(str(folder), inputs()).train
+    assert train.labels.tolist() == [0] * 6 + [1] * 6
+    every = train.take(512, 0)
+    assert sorted(every.labels.tolist()) == sorted(train.labels.tolist())
+    assert set(every.labels[:2].tolist()) == set(every.labels[2:4].tolist()) == {0, 1}
