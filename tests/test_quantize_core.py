@@ -442,3 +442,19 @@ def test_a_learnt_scale_stays_positive_however_large_the_step():
     trained = finish_qat(model, quantized)
     assert all(s > 0 for q in trained.quantization.quantizers for s in q.scale)
     assert torch.isfinite(model(images_for(SPECS["basic"])[0])).all()
+
+
+@profiles
+def test_a_pad_shortcut_that_was_pruned_to_zeros_is_quantized(profile):
+    spec = SPECS["pad"]
+    nothing = {b.name: b.model_copy(update={"channel_map": (-1,) * len(b.channel_map)}) for b in spec.blocks if b.channel_map}
+    assert nothing
+    checkpoint = replace(checkpoint_of("pad"), spec=spec.replace_blocks(nothing))
+    images = images_for(spec)
+    for options in ({"calibration": "max"}, {"calibration": "mse"}, {"calibration": "auto", "selection": images}):
+        int8 = ptq(checkpoint, images, profile=profile, **options)
+        seen = {}
+        fake_quant_model(int8)(images[0], lambda name, value, seen=seen: seen.__setitem__(name, value))
+        for name in nothing:
+            assert not seen[f"{name}.shortcut"].any()
+        assert all(torch.isfinite(value).all() for value in seen.values())

@@ -80,7 +80,7 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
         tensors: Names of the walk's tensors.
 
     Raises:
-        DataError: A tensor holds NaN or infinity, or is zero everywhere.
+        DataError: A tensor holds NaN or infinity, or is zero everywhere and not by construction.
     """
     wanted = set(tensors)
     per_image: dict[str, list[Tensor]] = {name: [] for name in wanted}
@@ -97,6 +97,8 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
             continue
         if not all_finite(largest_N[layer.name]):
             raise DataError(f"the activation {layer.name} is not finite on calibration data", remedy="check the checkpoint")
+        if layer.channel_map is not None and max(layer.channel_map) < 0:
+            largest_N[layer.name].fill_(1.0)  # a shortcut pruned to nothing but zeros, which are zeros on any scale
         if largest_N[layer.name].max() <= SMALLEST_RANGE:
             raise DataError(
                 f"the activation {layer.name} is zero on all calibration images, so it has no scale",

@@ -102,7 +102,7 @@ def ptq(
         else:
             chosen_by = calibrate.images(selection)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
-    reaches = calibrate.observe(model, images, [q.tensor for q in placed if q.kind == "activation"])
+    reaches = calibrate.observe(model, images, [q.tensor for q in placed if q.kind == "activation" and q.shares is None])
 
     def quantized(candidate: Candidate) -> Checkpoint:
         ranges = _ranges(candidate, model, images, reaches, placed)
