@@ -480,6 +480,33 @@ def test_a_budget_may_be_a_fraction_of_an_earlier_network(budget):
         assert 0.44 * rest.macs_before <= rest.macs_after <= 0.5 * rest.macs_before
 
 
+@pytest.mark.parametrize("align", [8, 32])
+def test_later_steps_are_aligned_as_the_first(align):
+    spec = spec_of("resnet18_cifar")
+    whole = random_checkpoint(spec, dtype=torch.float32)
+    allowed = {g.name: {k * c for k in allowed_widths(g, align, strict=False)[0] for c in g.channels.values()}
+               for g in Sizes(spec).groups.values()}  # fmt: skip
+    checkpoint, plan = whole, None
+    for fraction in (0.7, 0.5, 0.3):
+        budget = Budget(kind="macs", value=fraction)
+        step = prune(checkpoint, method="magnitude", budget=budget, align=align, reference=spec)
+        checkpoint, plan = step.checkpoint, step.plan if plan is None else step.plan.after(plan, spec)
+        for name, (_, left) in plan.widths(spec).items():
+            assert left in allowed[name], name
+
+
+def test_following_a_plan_tells_what_searching_tells():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    images = torch.randn(4, 3, 8, 8)
+    found = prune(checkpoint, budget=Budget(kind="macs", value=0.6), align=1, calibration_x=images)
+    told = []
+    prune_by_plan(checkpoint, found.plan, calibration_x=images, note=told.append)
+    assert any("only 4 calibration images" in note for note in told)
+    assert any("only 4 calibration images" in note for note in found.notes)
+    plain = prune(checkpoint, method="magnitude", budget=Budget(kind="macs", value=0.6), align=1, calibration_x=images)
+    assert any("only 4 calibration images" in note for note in plain.notes), "BatchNorm is measured on them"
+
+
 def test_batch_norm_is_measured_again_where_asked():
     checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
     x = torch.randn(32, 3, 8, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -135,7 +135,7 @@ def prune(
             "a ratio is taken from every group: no block is dropped; a budget of MACs, parameters or latency drops some"
         )
     context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or _silent, notes.append)
-    if engine.NEEDS_DATA:
+    if engine.NEEDS_DATA or (calibration_x is not None and bn_recalibration is not False):
         notes += _data_notes(context.images())
     curves = engine.curves(context)
     if drop_blocks and blocks and not curves.blocks:
@@ -227,7 +227,7 @@ def choose(
     """
     sizes, whole = Sizes(spec), Sizes(reference or spec)
     groups = _groups(spec, scope, reference)
-    widths, reached = _widths(groups, align, strict=strict_align)
+    widths, reached = _widths(groups, whole, align, strict=strict_align)
     if not drop and all(len(allowed) == 1 for allowed in widths.values()):
         raise BadInput(
             f"no group can have fewer channels and still a multiple of {align}",
@@ -304,6 +304,7 @@ def prune_by_plan(
     bn_recalibration: bool | None = None,
     repair: bool = True,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint pruned as a plan says, repaired by the plan's method where there are images.
 
@@ -315,6 +316,7 @@ def prune_by_plan(
         bn_recalibration: As for `prune`.
         repair: As for `prune`.
         progress: As for `prune`.
+        note: Takes what the user should know.
 
     Raises:
         BadInput: The plan is for another network, the checkpoint is quantized, or BatchNorm is to be measured without
@@ -326,8 +328,12 @@ def prune_by_plan(
     if calibration_x is None:
         return cut
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), plan.scope)
-    context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent)
-    context.images()  # refuses, before any work, images that do not fit
+    tell = note or (lambda text: None)
+    context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent, tell)
+    images = context.images()  # refuses, before any work, images that do not fit
+    if repair or bn_recalibration is not False:
+        for text in _data_notes(images):
+            tell(text)
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
     return _repaired(engine, context, plan, cut, repair=repair, bn_recalibration=bn_recalibration)
 
@@ -388,12 +394,14 @@ def _check(checkpoint: Checkpoint, budget: Budget, align: int, cost: CostFunctio
 
 
 def _widths(
-    groups: Sequence[ChannelGroup], align: int, *, strict: bool
+    groups: Sequence[ChannelGroup], whole: Sizes, align: int, *, strict: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[int, list[str]]]:
+    """Return the units each group may keep, and the groups by the alignment they got, which their size in `whole` decides."""
     widths: dict[str, tuple[int, ...]] = {}
     reached: dict[int, list[str]] = {}
     for g in groups:
-        widths[g.name], used = allowed_widths(g, align, strict=strict)
+        allowed, used = allowed_widths(whole.groups[g.name], align, strict=strict)
+        widths[g.name] = (*(k for k in allowed if k < g.size), g.size)
         reached.setdefault(used, []).append(g.name)
     return widths, reached
 

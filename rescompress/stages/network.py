@@ -78,6 +78,7 @@ def pruned(
     if config.plan is not None:
         plan = load_plan(Path(config.plan))
         start = time.perf_counter()
+        told: list[str] = []
         smaller = prune_by_plan(
             checkpoint,
             plan,
@@ -86,8 +87,10 @@ def pruned(
             bn_recalibration=config.recalibrate,
             repair=config.repair,
             progress=context.reporter.progress,
+            note=told.append,
         )
-        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": [f"follows the plan {config.plan}", *notes]}
+        notes = [f"follows the plan {config.plan}", *told, *notes]
+        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": notes}
         details["seconds"] = time.perf_counter() - start
         sparse = _sparse(context, smaller, config, calibration, common, details)
         return _pruned_row(context, name, common, sparse, plan, details)
@@ -136,7 +139,9 @@ def _sparse(
     if config.sparsity is None:
         return checkpoint
     groups = find_groups(walk(checkpoint.spec))
-    found = sparsify(PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress), checkpoint)
+    tell = details["notes"].append
+    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, tell)
+    found = sparsify(pruning, checkpoint)
     details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
     details["notes"].append(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
