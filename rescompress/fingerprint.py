@@ -33,8 +33,18 @@ def file_identity(path: str) -> str:
         ) from e
 
 
+COMPRESSED = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+"""Two such images are of one size only by chance, so their size stands for their content."""
+LARGEST_TABLE = 64 * 2**20
+"""Bytes; beyond it lie archives beside a data set, not labels or images."""
+
+
 def data_identity(source: str) -> str:
-    """Return a hash that changes when a data set does: names and sizes of its files, or the content of an ``.npz``."""
+    """Return a hash that changes when a data set does.
+
+    Of a folder it is about the names of all files, the sizes of compressed images, and the content of the rest: labels, and
+    images in formats in which size says nothing. Of a file it is about the content.
+    """
     if source.startswith("builtin:"):
         return source
     root = Path(source)
@@ -44,7 +54,10 @@ def data_identity(source: str) -> str:
         return file_identity(source)
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size}\n".encode())
+        size = path.stat().st_size
+        by_size = path.suffix.lower() in COMPRESSED or size > LARGEST_TABLE
+        content = "" if by_size else f":{file_identity(str(path))}"
+        digest.update(f"{path.relative_to(root).as_posix()}:{size}{content}\n".encode())
     return digest.hexdigest()
 
 

@@ -6,7 +6,8 @@ all files intact is not run again. Every file is written whole or not at all, th
 after the outcome; so a process may be killed at any moment, and a second call goes on where the first stopped.
 
 Layout of a run's folder: ``manifest.json`` (what readers read), ``.stages/<stage>.json`` (outcomes by stage, with keys),
-``.resume/`` (the state of an unfinished training), and the stages' own files.
+``.resume/`` (the state of an unfinished training), and the stages' own files. What `deploy` measured on a board stays in the
+manifest as long as the run still makes the network that was deployed.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def _lead(
     stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, workspace: bool
 ) -> RunReport:
     manifest = _fresh(folder, config, workspace)
+    deployed = () if workspace else tuple(s for s in _stored(folder).stages if s.is_deployment)
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran, reused = [], []
@@ -142,12 +144,13 @@ def _lead(
             if stage.collective:
                 peers.share("join " + manifest.model_dump_json())
             if not workspace:
-                manifest.save(folder)
+                manifest.with_deployments(deployed).save(folder)
             try:
                 result = _run(stage, key, ancestry, folder, manifest, reporter)
             except RescompressError as e:
                 if not workspace:
-                    manifest.with_stage(StageResult(stage=stage.name, status="failed", reason=str(e), key=key)).save(folder)
+                    failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
+                    manifest.with_stage(failed).with_deployments(deployed).save(folder)
                 raise
             if not stage.collective:
                 peers.share("skip")
@@ -156,6 +159,7 @@ def _lead(
             manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
             if workspace:
                 manifest.save(folder)
+    manifest = manifest.with_deployments(deployed)
     stored = _stored(folder)
     if ran or any(getattr(manifest, part) != getattr(stored, part) for part in ("stages", "config", "unfinished")):
         manifest.save(folder)

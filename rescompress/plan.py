@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.benchmark import cpu_name
 from edge_targets.catalog import load_target
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
+from rescompress.core import plugins
 from rescompress.core.errors import BadInput
+from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
 from rescompress.fingerprint import data_identity, file_identity
 from rescompress.stage import Context, Opening, Outcome, Stage
@@ -85,7 +88,7 @@ class Builder:
         def run(context: Context) -> Outcome:
             stages = importlib.import_module("rescompress.stages")
             resolved = {k: _source(stages, v) for k, v in sources.items()}
-            common = stages.Common(**asdict(settings))
+            common = stages.Common(**asdict(settings), data_identity=self._common()["data"])
             return cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
 
         everything = {"common": self._common(), "sources": identities, **depends}
@@ -117,7 +120,7 @@ class Builder:
                 budget and the plan are about the network of the stage ``dense`` then.
         """
         plan = file_identity(config.plan) if config.plan else None
-        depends = {"config": config.model_dump(), "plan": plan, "targets": _facts(targets)}
+        depends = {"config": config.model_dump(exclude={"plan"}), "plan": plan, "targets": _facts(targets)}
         arguments = {"config": config, "targets": tuple(targets), "name": name, "before": before}
         after = [before, "dense"] if before else []
         return self._stage(name, "pruned", arguments, depends, {"source": source}, after=after)
@@ -127,7 +130,7 @@ class Builder:
     ) -> Stage:
         """Return the fine-tuning stage."""
         sources = {"source": source, "teacher": teacher}
-        depends = {"config": config.model_dump()}
+        depends = {"config": config.model_dump(exclude={"teacher"})}
         return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
 
     def prune_and_tune(self, prune: PruneConfig, tune: FinetuneConfig | None, targets: Sequence[str]) -> list[Stage]:
@@ -172,7 +175,7 @@ class Builder:
         """Return the quantization stage; the targets matter for a latency budget only."""
         priced = tuple(targets) if config.max_slowdown is not None else ()
         arguments = {"config": config, "profile": profile, "targets": priced}
-        depends = {"config": config.model_dump(), "profile": profile, "targets": _facts(priced)}
+        depends = {"config": config.model_dump(exclude={"teacher"}), "profile": profile, "targets": _facts(priced)}
         sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
         return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
 
@@ -181,12 +184,14 @@ class Builder:
         return self._stage("export", "exported", {"options": dict(options)}, {"options": dict(options)}, {"source": source})
 
     def target(self, name: str, source: str | Opening, options: Mapping[str, Any], *, require_engine: bool = False) -> Stage:
-        """Return the stage of one edge target; a measurement belongs to this machine, so its key names it."""
+        """Return the stage of one edge target; a measurement belongs to a machine and a runtime, so its key names them."""
         chosen = load_target(name)
         arguments = {"name": name, "options": target_options(chosen, options), "require_engine": require_engine}
-        machine = {"cpu": cpu_name(), "threads": self.settings.threads}
+        machine: dict[str, Any] = {"cpu": cpu_name(), "threads": self.settings.threads}
+        if chosen.builds_here:
+            machine["runtime"] = plugins.load(BACKENDS, chosen.runtime, what="runtime").available().version
         depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
-        return self._stage(f"target:{chosen.name}", "target", arguments, depends, {"source": source}, after=["dense"])
+        return self._stage(TARGET_PREFIX + chosen.name, "target", arguments, depends, {"source": source}, after=["dense"])
 
 
 def _source(stages: Any, what: str | Opening | None) -> Any:

@@ -93,6 +93,30 @@ def test_latency_is_judged_over_processes(tmp_path: Path) -> None:
     assert "4 processes were measured, 5 are needed" in few.checks[2].message
 
 
+def test_what_was_measured_on_a_board_is_judged(tmp_path: Path) -> None:
+    """A run whose engine was deployed has a prediction for the board, too; measurements are compared with measurements."""
+
+    def deployed(name: str, factor: float) -> Path:
+        manifest = write_run(tmp_path / name)
+        cpu = manifest.stage("target:cpu")
+        assert cpu is not None
+        runs = [factor * r for r in STEADY]
+        on_board = {"device": "Jetson Orin Nano 8GB", "runtime": "tensorrt", "value": runs[2]}
+        metrics = {"p50_ms": cpu.metrics["p50_ms"].model_copy(update=on_board)}
+        stage = cpu.model_copy(
+            update={"stage": "deploy:jetson", "metrics": metrics, "details": {"latency_runs": runs}, "outputs": ()}
+        )
+        manifest.with_stage(stage).save(tmp_path / name)
+        return tmp_path / name
+
+    base, same, slow = deployed("base", 1.0), deployed("same", 1.0), deployed("slow", 3.0)
+    assert verdicts(judged((same, base)))["latency:jetson"] == "pass"
+    assert verdicts(judged((slow, base)))["latency:jetson"] == "fail"
+    write_run(tmp_path / "predicted")
+    check = next(c for c in judged((slow, tmp_path / "predicted")).checks if c.name == "latency:jetson")
+    assert (check.verdict, "predicted" in check.baseline) == ("pass", True), "a prediction is compared with a prediction"
+
+
 def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:
     """Each run measured the same dense network in turns with its own: today everything takes 1.3 times as long."""
     waves = [1.0, 1.4, 1.1, 0.9, 1.25]

@@ -13,8 +13,9 @@ import pytest
 
 from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
-from rescompress.core.manifest import load_manifest
+from rescompress.core.manifest import StageResult, load_manifest
 from rescompress.core.metric import counted
+from rescompress.fingerprint import data_identity
 from rescompress.pipeline import run_stages
 from rescompress.reporter import Silent
 from rescompress.stage import Context, Outcome, Stage
@@ -52,6 +53,45 @@ def test_a_second_call_does_nothing(tmp_path: Path) -> None:
     assert second.ran == ()
     assert before == ((tmp_path / "manifest.json").read_bytes(), (tmp_path / "manifest.json").stat().st_mtime_ns)
     assert (tmp_path / "three.txt").read_text() == "abc"
+
+
+def test_what_was_measured_on_a_board_stays_while_its_network_does(tmp_path: Path) -> None:
+    first = run_stages(chain([]), tmp_path, {}, reporter=Silent()).manifest
+    network = first.stage("two")
+    assert network is not None
+    board = StageResult(stage="deploy:jetson", status="done", ancestry=(str(network.checkpoint_sha256), *network.ancestry))
+    first.with_stage(board).save(tmp_path)
+    again = run_stages(chain([]), tmp_path, {}, reporter=Silent())
+    assert again.ran == ()
+    assert [s.stage for s in load_manifest(tmp_path).stages] == ["one", "two", "three", "side", "deploy:jetson"]
+    with pytest.raises(BadInput):
+        run_stages([*chain([]), _failing("last")], tmp_path, {}, reporter=Silent())
+    assert load_manifest(tmp_path).stage("deploy:jetson") == board
+    run_stages(chain([], middle="x"), tmp_path, {}, reporter=Silent())
+    assert load_manifest(tmp_path).stage("deploy:jetson") is None, "another network stands here now"
+
+
+def _failing(name: str) -> Stage:
+    def run(context: Context) -> Outcome:
+        raise BadInput("it fails")
+
+    return Stage(name, {}, (), run)
+
+
+def test_a_data_set_is_known_by_its_labels_and_by_images_whose_size_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("a.png,1\nb.png,7\n")
+    (tmp_path / "c.bmp").write_bytes(bytes(100))
+    (tmp_path / "a.jpg").write_bytes(bytes(100))
+    known = data_identity(str(tmp_path))
+    assert known == data_identity(str(tmp_path))
+    seen = {known}
+    (tmp_path / "labels.csv").write_text("a.png,7\nb.png,1\n")
+    seen.add(data_identity(str(tmp_path)))
+    (tmp_path / "c.bmp").write_bytes(bytes([1]) * 100)
+    seen.add(data_identity(str(tmp_path)))
+    (tmp_path / "a.jpg").write_bytes(bytes(101))
+    seen.add(data_identity(str(tmp_path)))
+    assert len(seen) == 4
 
 
 def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path: Path) -> None:

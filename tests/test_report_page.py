@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from report_factory import latency, write_run
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import accuracy, counted
 from rescompress.report.card import model_card
-from rescompress.report.charts import ticks
+from rescompress.report.charts import Axis, Point, scatter, ticks
 from rescompress.report.html import _step, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -209,6 +210,25 @@ def test_ticks_are_round_and_inside(low: float, span: float) -> None:
     found = ticks(low, high)
     assert 1 <= len(found) <= 8
     assert all(low - 1e-6 * span <= t <= high + 1e-6 * span for t in found)
+
+
+def test_a_front_joins_only_what_may_be_compared() -> None:
+    axes = Axis("ms", str), Axis("top-1, %", str)
+    near, far = Point(1.0, 90.0, "near", "near", family="board"), Point(2.0, 92.0, "far", "far", family="laptop")
+    assert '"front"' not in scatter("c", "t", "d", [near, far], *axes)
+    together = [replace(near, family="laptop"), far]
+    assert scatter("c", "t", "d", together, *axes).count('class="front"') == 1
+    four = [*together, near, Point(3.0, 95.0, "x", "x", family="board")]
+    assert scatter("c", "t", "d", four, *axes).count('class="front"') == 2
+
+
+def test_the_widths_after_several_steps_are_those_of_the_last() -> None:
+    steps = [
+        StageResult(stage=name, status="done", details={"widths_before": {"a": 16}, "widths_after": {"a": left}})
+        for name, left in (("prune-1", 8), ("prune", 4))
+    ]
+    words = " ".join(outline(page([("r", Manifest(stages=tuple(steps)))])).text)
+    assert "from 16 to 4 channels" in words
 
 
 def test_a_run_of_one_stage_makes_a_page() -> None:

@@ -136,7 +136,7 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
     loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
     for note in loaded.notes:
         output.hint(note)
-    return loaded.val if limit is None else loaded.val.take(limit, seed)
+    return loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
 
 
 def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) -> Any:
@@ -267,14 +267,14 @@ def _export(
 
 def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
     from rescompress.core.artifact import Artifact
-    from rescompress.core.manifest import StageResult
+    from rescompress.core.manifest import DEPLOY_PREFIX, StageResult
 
     def kind(file: Path) -> str:
         return "outcomes" if file.name.endswith(OUTCOMES) else {".engine": "engine", ".log": "log"}.get(file.suffix, "report")
 
     files = tuple(Artifact.of(kind(f), f, root) for f in done.best.files)
     return StageResult(
-        stage=f"deploy:{target.name}",
+        stage=DEPLOY_PREFIX + target.name,
         status="done",
         metrics=done.best.metrics,
         outputs=files,

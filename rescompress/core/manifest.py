@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from rescompress.core.spec import Frozen
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+TARGET_PREFIX = "target:"
+DEPLOY_PREFIX = "deploy:"
 
 Status = Literal["done", "skipped", "failed"]
 
@@ -22,7 +25,8 @@ class StageResult(Frozen):
     """The outcome of one stage; one row of the trade-off table.
 
     Attributes:
-        stage: Unique name: ``dense``, ``prune``, ``finetune``, ``quantize``, ``export``, ``target:cpu`` ...
+        stage: Unique name: ``dense``, ``prune``, ``finetune``, ``quantize``, ``export``, ``target:cpu``,
+            ``deploy:jetson-orin-nano-8gb`` ...
         status: ``done``, ``skipped`` or ``failed``; the last two carry a reason.
         reason: Why it was skipped or failed.
         key: Hash of everything the outcome depends on: inputs' content, settings, versions.
@@ -45,6 +49,17 @@ class StageResult(Frozen):
     finished: str = ""
     ancestry: tuple[str, ...] = ()
     details: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def target(self) -> str | None:
+        """The edge target that it is about, or None."""
+        found = next((p for p in (TARGET_PREFIX, DEPLOY_PREFIX) if self.stage.startswith(p)), None)
+        return self.stage.removeprefix(found) if found else None
+
+    @property
+    def is_deployment(self) -> bool:
+        """Whether it was built and measured on a board, by `deploy`, which is part of no run."""
+        return self.stage.startswith(DEPLOY_PREFIX)
 
     @property
     def checkpoint_sha256(self) -> str | None:
@@ -117,6 +132,12 @@ class Manifest(Frozen):
         """Return a manifest of the stages alone whose network began with the file of that hash."""
         kept = tuple(s for s in self.stages if s.ancestry[-1:] == (first_sha256,))
         return self.model_copy(update={"stages": kept, "config": self.config if kept else {}})
+
+    def with_deployments(self, deployments: Sequence[StageResult]) -> Manifest:
+        """Return a manifest that also has the deployments whose network is here, or, in an unfinished run, may come to be."""
+        here = {s.checkpoint_sha256 for s in self.stages} | {s.ancestry[0] for s in self.stages if s.ancestry}
+        kept = tuple(d for d in deployments if self.unfinished or here.intersection(d.ancestry[:1]))
+        return self.model_copy(update={"stages": (*self.stages, *kept)})
 
     def replacing(self, result: StageResult) -> Manifest:
         """Return a manifest in which `result` stands last, without the stage of its name and what was made from that."""

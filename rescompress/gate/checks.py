@@ -21,7 +21,7 @@ from rescompress.gate import ratios, tango
 from rescompress.gate.limits import Limits
 from rescompress.gate.tango import Paired
 from rescompress.report.columns import count, duration, provenance, size
-from rescompress.report.tables import DENSE, TARGET_PREFIX, figure
+from rescompress.report.tables import DENSE, figure
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -33,6 +33,9 @@ OWN = "latency_runs"
 
 BESIDE = "dense_latency_runs"
 """The same of the dense network, measured in turns with it."""
+
+VERSION = "runtime_version"
+"""The same of the runtime's version."""
 
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
@@ -376,7 +379,7 @@ def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) 
         limit = limits.latency_limit(target)
         if limit is None:
             continue
-        pair = found[0].get(target), found[1].get(target)
+        pair = _of_one_kind(found[0].get(target, ()), found[1].get(target, ()))
         if pair[0] is not None and pair[1] is not None:
             same = _beside(candidate.manifest, pair[0]) == _beside(baseline.manifest, pair[1]) is not None
             checks.append(_latency(target, pair[0], pair[1], limit, drift_is_known=same))
@@ -390,12 +393,21 @@ def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) 
     return checks
 
 
-def _targets(manifest: Manifest) -> dict[str, StageResult]:
-    return {
-        s.stage.removeprefix(TARGET_PREFIX): s
-        for s in manifest.stages
-        if s.stage.startswith(TARGET_PREFIX) and "p50_ms" in s.metrics
-    }
+def _targets(manifest: Manifest) -> dict[str, list[StageResult]]:
+    """Return the stages with a latency by target; what was measured on a board stands first."""
+    found: dict[str, list[StageResult]] = {}
+    for stage in sorted(manifest.stages, key=lambda s: not s.is_deployment):
+        if stage.target is not None and "p50_ms" in stage.metrics:
+            found.setdefault(stage.target, []).append(stage)
+    return found
+
+
+def _of_one_kind(
+    candidate: Sequence[StageResult], baseline: Sequence[StageResult]
+) -> tuple[StageResult | None, StageResult | None]:
+    """Return a stage of each: of one kind (deployed, or built or predicted in the run) where both have one."""
+    alike = next(((a, b) for a in candidate for b in baseline if a.is_deployment == b.is_deployment), None)
+    return alike or (next(iter(candidate), None), next(iter(baseline), None))
 
 
 def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None:
@@ -403,7 +415,8 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
     dense = manifest.stage(DENSE)
     onnx = dense.output("onnx") if dense is not None else None
     packages = manifest.environment.get("packages")
-    version = packages.get(stage.metrics["p50_ms"].runtime) if isinstance(packages, dict) else None
+    usual = packages.get(stage.metrics["p50_ms"].runtime) if isinstance(packages, dict) else None
+    version = stage.details.get(VERSION) or usual
     if onnx is None or version is None or len(_processes(stage, BESIDE)) != len(_processes(stage, OWN)):
         return None
     return onnx.sha256, version
@@ -520,7 +533,7 @@ def baseline_of(run: Run) -> Manifest:
     """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, no paths."""
     stages = []
     for result in run.manifest.stages:
-        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE)}
+        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE, VERSION)}
         if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
             details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
         # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.

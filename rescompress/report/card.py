@@ -8,7 +8,7 @@ from typing import Any
 
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.report.columns import provenance, scaled
-from rescompress.report.tables import DENSE, processes, rows_of, run_row, target_name, to_markdown
+from rescompress.report.tables import DENSE, processes, rows_of, run_row, to_markdown
 
 
 def model_card(name: str, manifest: Manifest) -> str:
@@ -96,7 +96,7 @@ def _origins(manifest: Manifest) -> list[str]:
         if latency is not None:
             band = "" if latency.low is None or latency.high is None else f", {latency.low:.3g} to {latency.high:.3g} ms"
             spread = processes(stage) or (band if latency.provenance == "predicted" else "")
-            lines.append(f"- Latency on {target_name(stage) or stage.stage}: {provenance(latency)}{spread}.")
+            lines.append(f"- Latency on {stage.target or stage.stage}: {provenance(latency)}{spread}.")
     return lines
 
 

@@ -7,7 +7,7 @@ description for those who do not see it; the page adds the figures as a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -49,6 +49,7 @@ class Point:
         x_band: Band of `x`.
         shape: By provenance: circle measured or counted, diamond predicted, square published.
         tone: ``front`` on the Pareto front, ``base`` for the dense network.
+        family: Points of one family may be compared; each has a front of its own.
     """
 
     x: float
@@ -59,6 +60,7 @@ class Point:
     x_band: tuple[float, float] | None = None
     shape: Shape = "circle"
     tone: Tone = "plain"
+    family: Hashable = None
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -139,7 +141,7 @@ class _Frame:
 
 
 def scatter(name: str, title: str, description: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
-    """Return a scatter chart with the Pareto front drawn as steps.
+    """Return a scatter chart with the Pareto front of each family drawn as steps.
 
     Args:
         name: Unique in the page.
@@ -162,16 +164,22 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
     )
     parts = _open(name, height, title, description)
     parts += frame.grid(x_axis, y_axis)
-    front = sorted((p for p in points if p.tone == "front" or _on_front(p, points)), key=lambda p: (p.x, p.y))
-    if len(front) > 1:
+    fronts = [_front([p for p in points if p.family == family]) for family in dict.fromkeys(p.family for p in points)]
+    for front in fronts:
         steps = [f"M{_number(frame.x(front[0].x))} {_number(frame.y(front[0].y))}"]
         for point in front[1:]:
             steps.append(f"H{_number(frame.x(point.x))}V{_number(frame.y(point.y))}")
-        parts.append(f'<path class="front" d="{"".join(steps)}"/>')
+        if len(front) > 1:
+            parts.append(f'<path class="front" d="{"".join(steps)}"/>')
     for point in points:
         parts += _mark(point, frame)
-    parts += _labels(points, front, frame)
+    parts += _labels(points, fronts, frame)
     return "".join([*parts, "</svg>"])
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    """Return the Pareto front from the cheapest on."""
+    return sorted((p for p in points if p.tone == "front" or _on_front(p, points)), key=lambda p: (p.x, p.y))
 
 
 def _on_front(point: Point, points: Sequence[Point]) -> bool:
@@ -194,14 +202,14 @@ def _mark(point: Point, frame: _Frame) -> list[str]:
     return [*parts, "</g>"]
 
 
-def _labels(points: Sequence[Point], front: Sequence[Point], frame: _Frame) -> list[str]:
+def _labels(points: Sequence[Point], fronts: Sequence[Sequence[Point]], frame: _Frame) -> list[str]:
     """Return the labels, each on the side of its mark where it covers least."""
     taken = [(frame.x(p.x) - 6, frame.y(p.y) - 6, 12.0, 12.0) for p in points]
     for point in points:
         if point.y_interval is not None:
             bottom, top = (frame.y(v) for v in point.y_interval)
             taken.append((frame.x(point.x) - 2, top, 4.0, bottom - top))
-    for a, b in pairwise(front):
+    for a, b in (pair for front in fronts for pair in pairwise(front)):
         taken.append((frame.x(a.x), frame.y(a.y) - 2, frame.x(b.x) - frame.x(a.x), 4.0))
     parts = []
     for point in sorted(points, key=lambda p: p.x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rescompress.report.charts import Axis, Bar, Point
 from rescompress.report.columns import (
     Column,
     columns_of,
+    conditions,
     count_tick,
     duration,
     percent,
@@ -40,7 +42,6 @@ from rescompress.report.tables import (
     footnotes,
     rows_of,
     run_row,
-    target_name,
 )
 
 NORMAL_95 = 1.96
@@ -156,8 +157,8 @@ def _tiles(manifest: Manifest) -> str:
 def _dense_value(manifest: Manifest, dense: StageResult | None, column: Column) -> Metric | None:
     base, _, target = column.metric.partition(":")
     if target:
-        stage = manifest.stage(f"target:{target}")
-        return stage.metrics.get(DENSE_PREFIX + base) if stage else None
+        about = sorted((s for s in manifest.stages if s.target == target), key=lambda s: s.is_deployment)
+        return about[-1].metrics.get(DENSE_PREFIX + base) if about else None
     return dense.metrics.get(base) if dense else None
 
 
@@ -295,17 +296,18 @@ def _trade_off_charts(manifest: Manifest) -> Section | None:
         ]
         plots.append(_scatter(f"by-{metric}", f"Accuracy against {axis.title}", points, axis))
     for stage in manifest.stages:
-        if target_name(stage) is not None and "p50_ms" in stage.metrics:
+        if stage.target is not None and "p50_ms" in stage.metrics:
             points = _latency_points(manifest, stage)
-            title = f"latency on {target_name(stage)}"
+            title = f"latency on {stage.target}" + (", measured on the board" if stage.is_deployment else "")
             axis = Axis(f"{title}, ms", plain_tick, from_zero=True)
             plots.append(_scatter(f"by-latency-{_slug(stage.stage)}", f"Accuracy against {title}", points, axis))
     found = [p for p in plots if p]
     if not found:
         return None
     legend = (
-        "Up and to the left is better; the dashed line is the Pareto front. Circles are measured or counted, diamonds "
-        "predicted, squares published; vertical lines are 95 % intervals of the accuracy, horizontal lines a prediction's band."
+        "Up and to the left is better; a dashed line is the Pareto front of values under equal circumstances. Circles are "
+        "measured or counted, diamonds predicted, squares published; vertical lines are 95 % intervals of the accuracy, "
+        "horizontal lines a prediction's band."
     )
     return Section("charts", "Trade-off", f'<p class="note">{legend}</p><div class="charts">{"".join(found)}</div>')
 
@@ -334,6 +336,7 @@ def _point(label: str, cost: Metric, top1: Metric, column: Column, *, base: bool
         x_band=band,
         shape=shape,
         tone="base" if base else "plain",
+        family=conditions(cost),
     )
 
 
@@ -383,8 +386,8 @@ def _scatter(name: str, title: str, points: Sequence[Point], axis: Axis) -> str:
     return _figure(chart, f"{title}.", _data_table(("what", "top-1", "figures"), rows, title))
 
 
-def _place(point: Point) -> tuple[float, float, str]:
-    return point.x, point.y, point.shape
+def _place(point: Point) -> tuple[float, float, str, str]:
+    return point.x, point.y, point.shape, str(point.family)
 
 
 def _merged(points: list[Point]) -> Point:
@@ -392,11 +395,11 @@ def _merged(points: list[Point]) -> Point:
     label = labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}" if len(labels) > 2 else ", ".join(labels)
     first = points[0]
     told = "; ".join(dict.fromkeys(p.told for p in points))
-    return Point(first.x, first.y, label, told, first.y_interval, first.x_band, first.shape, first.tone)
+    return dataclasses.replace(first, label=label, told=told)
 
 
 def _unlabelled(point: Point) -> Point:
-    return Point(point.x, point.y, "", point.told, None, point.x_band, point.shape, point.tone)
+    return dataclasses.replace(point, label="", y_interval=None)
 
 
 def _numbers(values: Any) -> dict[str, float]:
@@ -423,7 +426,8 @@ def _texts(values: Any) -> list[str]:
 
 
 def _pruning(manifest: Manifest) -> StageResult | None:
-    return next((s for s in manifest.stages if _channels(s)[0]), None)
+    """Return the stage after which nothing was pruned any more: the last one of several iterations."""
+    return next((s for s in reversed(manifest.stages) if _channels(s)[0]), None)
 
 
 def _widths(manifest: Manifest) -> Section | None:
@@ -452,7 +456,9 @@ def _step(removed: int, size: float, steps: int) -> int:
 
 
 def _curves(manifest: Manifest) -> Section | None:
-    stage = _pruning(manifest)
+    stage = next(
+        (s for s in manifest.stages if _channels(s)[0]), None
+    )  # of several steps the first, which saw the dense network
     if stage is None:
         return None
     curves = stage.details.get("curves")
@@ -500,7 +506,7 @@ def _layers(manifest: Manifest) -> Section | None:
             continue
         spent = sum(r.value for r in rows)
         longest = sorted(rows, key=lambda r: -r.value)[:3]
-        title = f"Time per layer on {target_name(stage) or stage.stage}"
+        title = f"Time per layer on {stage.target or stage.stage}"
         described = (
             f"{len(rows)} layers, {duration(spent)} in all. Longest: " + ", ".join(f"{r.label} {r.text}" for r in longest) + "."
         )

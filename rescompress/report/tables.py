@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 DENSE_PREFIX = "dense_"
-TARGET_PREFIX = "target:"
 DOMINATED_MARK = "†"
 NOT_REACHED = "not reached yet: run again to go on"
 UNSTEADY = 0.05
@@ -100,8 +99,8 @@ def run_row(manifest: Manifest, run: str) -> Row:
             if value is not None:
                 metrics[column.metric] = value
         base |= _dense_metrics(manifest, None) if last.stage != DENSE else {}
-    for result in done:
-        target = target_name(result)
+    for result in sorted(done, key=lambda s: s.is_deployment):  # what was measured on a board replaces what was predicted
+        target = result.target
         for column in COLUMNS:
             if target is not None and column.per_target and column.metric in result.metrics:
                 metrics[f"{column.metric}:{target}"] = result.metrics[column.metric]
@@ -133,15 +132,10 @@ def _network(manifest: Manifest) -> str:
     return f"{dense.details.get('arch', '')}/{params.value if params else '?'}"
 
 
-def target_name(result: StageResult) -> str | None:
-    """Return the target that a stage is about, or None."""
-    return result.stage.removeprefix(TARGET_PREFIX) if result.stage.startswith(TARGET_PREFIX) else None
-
-
 def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
     """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
     position = manifest.stages.index(stage)
-    before = [s for s in manifest.stages[:position] if target_name(s) is None and s.status == "done"]
+    before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done"]
     return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ PARITY_IMAGES = 1000
 def exported(context: Context, *, source: Source, common: Common, options: Mapping[str, Any]) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
     prepare(common)
-    checkpoint = source.load(context)
+    chosen = export_options(options)
+    checkpoint = as_exported(source.load(context), chosen)
     path = context.folder / "model.onnx"
-    proto, metrics, details = write_export(checkpoint, export_options(options), path, common)
+    proto, metrics, details = write_export(checkpoint, chosen, path, common)
     for note in details["notes"]:
         context.reporter.note(note)
     files = [("onnx", path)]
@@ -53,6 +55,11 @@ def exported(context: Context, *, source: Source, common: Common, options: Mappi
 def export_options(options: Mapping[str, Any]) -> ExportOptions:
     """Return the options with what was left out at its default."""
     return ExportOptions(**{k: v for k, v in options.items() if v is not None})
+
+
+def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
+    """Return the network that a file of these options holds: without quantizers where it is asked for in floating point."""
+    return checkpoint if "int8" in precision_of(checkpoint, options) else dataclasses.replace(checkpoint, quantization=None)
 
 
 def write_export(

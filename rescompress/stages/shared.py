@@ -63,6 +63,7 @@ class Common:
         device: Where torch computes.
         threads: CPU threads of torch and the runtimes, None for all.
         batch_size: Images per call when evaluating; chosen by image size when None.
+        data_identity: Hash of the data's content; images that were read are kept for it alone.
     """
 
     data: str | None = None
@@ -71,6 +72,7 @@ class Common:
     device: str = "auto"
     threads: int | None = None
     batch_size: int | None = None
+    data_identity: str | None = None
 
     def torch_device(self) -> str:
         """Return the torch device, ``auto`` resolved.
@@ -120,7 +122,9 @@ def prepare(common: Common) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _load_dataset(source: str, inputs: Inputs, seed: int, labels: tuple[tuple[str, str], ...] | None) -> Dataset:
+def _load_dataset(
+    source: str, identity: str | None, inputs: Inputs, seed: int, labels: tuple[tuple[str, str], ...] | None
+) -> Dataset:
     return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None)
 
 
@@ -128,7 +132,8 @@ def dataset(common: Common, spec: ModelSpec) -> Dataset:
     """Return the data set; the stages of one process share the decoded images."""
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
-    return _load_dataset(common.data, Inputs.of(spec), common.seed, tuple(sorted((common.labels or {}).items())) or None)
+    labels = tuple(sorted((common.labels or {}).items())) or None
+    return _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
 
 
 def evaluate_runner(context: Context, runner: Runner, split: Split, common: Common, spec: ModelSpec) -> Evaluation:

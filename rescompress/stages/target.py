@@ -21,11 +21,12 @@ from export.to_onnx import FP16_SCALE_OPSET, ExportOptions
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
+from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric
 from rescompress.core.quantizers import Profile
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.stage import Context, Outcome
-from rescompress.stages.export import export_options, write_export
+from rescompress.stages.export import as_exported, export_options, write_export
 from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
 
 _COST_OF_OTHER_PROFILE: Mapping[tuple[Profile, Profile], str] = MappingProxyType(
@@ -56,6 +57,7 @@ def target(
     if options.get("precision") == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
     chosen_options = _for_target(export_options(options), checkpoint, chosen)
+    checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen_options, path, common)
     details |= {
@@ -130,7 +132,7 @@ def _build_and_measure(
         return
     built = backend.build(path, path.parent, target=chosen, precision=precision, batch=batch)
     details |= {"engine": built.path.relative_to(context.folder).as_posix() if built.path else None}
-    details |= {"engine_status": built.status, "build": built.details}
+    details |= {"engine_status": built.status, "build": built.details, "runtime_version": available.version}
     files += [("engine", f) for f in engine_files(built.path)]
     if chosen.runtime == "tensorrt_rtx":
         return
@@ -153,14 +155,14 @@ def _build_and_measure(
     details["notes"] += options_note(chosen.runtime, details.get("runtime_options", {}))
     if float_path is not None:
         float_path.unlink()
-        if metrics["p50_ms"].value > metrics["fp32_p50_ms"].value:
+        if min(details["latency_runs"]) > max(details["fp32_latency_runs"]):
             details["notes"].append(
                 f"INT8 is slower than float32 with {chosen.runtime} on this machine: {metrics['p50_ms'].value:.2f} ms against "
                 f"{metrics['fp32_p50_ms'].value:.2f} ms"
             )
     if common.data is not None:
         runner = backend.runner(path, threads=common.threads)
-        stage = f"target:{chosen.name}"
+        stage = TARGET_PREFIX + chosen.name
         found = evaluate_runner(context, runner, dataset(common, checkpoint.spec).val, common, checkpoint.spec)
         metrics |= found.metrics
         files.append(("outcomes", outcomes_file(context, stage, found)))
