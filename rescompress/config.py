@@ -39,7 +39,7 @@ class PruneConfig(_Section):
         recalibrate: Whether BatchNorm statistics are measured again at the end; by default where nothing was repaired.
         repair: Whether the method makes up for what it removed; long fine-tuning may end higher without.
         sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
-        plan: A plan file to follow instead of searching; what it says is not to be said again.
+        plan: A plan file to follow instead of searching, relative to the config file; what it says is not to be said again.
     """
 
     method: str = "reconstruct"
@@ -96,7 +96,8 @@ class FinetuneConfig(_Section):
 
     Attributes:
         epochs: Passes over the training split.
-        teacher: ``dense`` (the network before pruning), a checkpoint file, or null for labels alone.
+        teacher: ``dense`` (the network before pruning), a checkpoint file (relative to the config file), or null for
+            labels alone.
         lr: Peak learning rate.
         batch_size: Images per step.
         distill: Weight of the teacher's loss.
@@ -190,7 +191,7 @@ class RunConfig(_Section):
     finetune: FinetuneConfig | None = None
     quantize: QuantizeConfig | None = None
     targets: tuple[str, ...] = ("cpu",)
-    batch: Literal["dynamic"] | int = 1
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = 1
     labels: dict[str, str] | None = None
     input: str | None = None
     preprocess: str | None = None
@@ -225,6 +226,12 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
     if not config.data.startswith("builtin:"):
         changed["data"] = _absolute(config.data, base)
+    if config.prune is not None and config.prune.plan is not None:
+        changed["prune"] = config.prune.model_copy(update={"plan": _absolute(config.prune.plan, base)})
+    for name in ("finetune", "quantize"):
+        training = getattr(config, name)
+        if training is not None and training.teacher not in (None, "none", "dense"):
+            changed[name] = training.model_copy(update={"teacher": _absolute(training.teacher, base)})
     return config.model_copy(update=changed)
 
 

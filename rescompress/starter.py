@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def starter_config(checkpoint: Path | None, data: str | None, target: str | None
         load_target(target)
     targets = target or "cpu, jetson"
     return f"""{about}
-checkpoint: {_relative(str(checkpoint), folder) if checkpoint else "CHANGE-ME.pt   # the dense network"}
-data: {_relative(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"}
+checkpoint: {_path(str(checkpoint), folder) if checkpoint else "CHANGE-ME.pt   # the dense network"}
+data: {_path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"}
 seed: 0
 
 # Structured pruning. One budget: macs, params, latency (fractions that remain) or ratio (fraction of channels removed).
@@ -65,7 +66,13 @@ batch: 1                # images per call; dynamic leaves it open
 """
 
 
-def _relative(path: str, folder: Path) -> str:
-    if path.startswith("builtin:"):
-        return path
-    return os.path.relpath(path, folder)
+def _path(path: str, folder: Path) -> str:
+    """Return a path relative to the config, in quotes where YAML would read it as something else."""
+    import yaml
+
+    text = path if path.startswith("builtin:") else os.path.relpath(path, folder)
+    try:
+        plain = yaml.safe_load(f"at: {text}") == {"at": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -24,6 +24,7 @@ from compress.resnet import build_model
 from edge_targets.catalog import target_names
 from rescompress.cli import compress, options
 from rescompress.cli.app import COMMANDS
+from rescompress.cli.output import Output
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +211,33 @@ def test_bad_input_ends_with_its_code_and_a_remedy(rescompress: Command, tmp_pat
             assert done.stderr.count("error: ") == 1, (args, done.stderr)
             assert "  -> " in done.stderr, (args, done.stderr)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".partial")]
+
+
+def test_a_command_that_would_eat_its_own_input_is_refused(rescompress: Command, tmp_path: Path) -> None:
+    rescompress("prune", DIGITS, "--ratio", "0.3", cwd=tmp_path)
+    made = tmp_path / "rescompress-out" / "prune.safetensors"
+    before = made.read_bytes()
+    done = rescompress(
+        "prune", "rescompress-out/prune.safetensors", "--ratio", "0.3", "-o", "x.safetensors", cwd=tmp_path, code=5
+    )
+    assert "would be replaced" in done.stderr
+    assert made.read_bytes() == before
+    made.rename(tmp_path / "mine.safetensors")
+    rescompress("prune", "mine.safetensors", "--ratio", "0.3", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), 7),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 7),
+        (torch.OutOfMemoryError("CUDA out of memory"), 7),
+        (RuntimeError("shapes do not match"), 1),
+    ],
+)
+def test_running_out_of_memory_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Output().failure(error) == code
+    assert ("bug" in capsys.readouterr().err) == (code == 1)
 
 
 def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from rescompress.config import load_config
 from rescompress.core.errors import ConfigError
+from rescompress.starter import starter_config
 
 GOOD = "checkpoint: net.pt\ndata: builtin:digits\nprune: {macs: 0.5}\nquantize: {mode: ptq}\ntargets: [cpu]\n"
 
@@ -30,6 +31,26 @@ def test_defaults_paths_and_overrides(tmp_path: Path) -> None:
     assert config.seed == 7
 
 
+def test_every_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    text = (
+        "checkpoint: net.pt\ndata: photos\nprune: {plan: plan.json}\nfinetune: {teacher: big.pt}\nquantize: {teacher: none}\n"
+    )
+    config = load_config(write(tmp_path, text))
+    assert config.prune is not None
+    assert config.finetune is not None
+    assert config.quantize is not None
+    places = [config.checkpoint, config.data, config.prune.plan, config.finetune.teacher]
+    assert places == [str(tmp_path / name) for name in ("net.pt", "photos", "plan.json", "big.pt")]
+    assert config.quantize.teacher == "none"
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net #2.pt", "a: b/n.pt", "'quoted' \\ name.pt", "- x", "2024", "ünïcode.pt"])
+def test_the_config_that_is_written_names_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = starter_config(None, str(path), None, tmp_path).replace("CHANGE-ME.pt", "net.pt")
+    assert load_config(write(tmp_path, text)).data == str(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message", "remedy"),
     [
@@ -38,6 +59,7 @@ def test_defaults_paths_and_overrides(tmp_path: Path) -> None:
         (GOOD.replace("macs: 0.5", "macs: 1.5"), "prune.macs", "mend"),
         (GOOD.replace("macs: 0.5", "macs: 0.5, ratio: 0.3"), "ratio and macs are budgets", "mend"),
         (GOOD.replace("mode: ptq", "mode: ptqq"), "quantize.mode", "mend"),
+        (GOOD + "batch: 0\n", "batch", "mend"),
         (GOOD.replace("data: builtin:digits\n", ""), "'data' is missing", "data: ..."),
         ("- a\n- b\n", "no mapping", "init"),
         ("a: [", "no YAML", "init"),

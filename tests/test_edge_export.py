@@ -97,6 +97,13 @@ def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithm
     scales = {n.input[1] for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     types = {i.data_type for i in model.graph.initializer if i.name in scales}
     assert types == {onnx.TensorProto.FLOAT16}
+    plain = call(
+        "export", "int8.safetensors", "-t", "jetson-thor-t5000", "--precision", "fp16", "-d", "builtin:digits", cwd=tmp_path
+    )
+    assert plain["precision"] == "fp16"
+    assert plain["parity"]["mean_abs"] < 1e-4 * plain["parity"]["logit_range"], (
+        "a float file is compared with the float network"
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_event_file_holds_curves_and_figures(tmp_path: Path) -> None:
     assert [struct.unpack("<f", e[-4:])[0] for e in loss] == pytest.approx([1.0, 1 / 2, 1 / 3])
 
 
+def test_runs_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_run(tmp_path / place / "run")
+    logs = f"tensorboard:{tmp_path / 'logs'}"
+    first, second, again = (track.log(logs, tmp_path / place / "run") for place in ("a", "b", "b"))
+    assert second == again != first
+    assert sorted(str(f) for f in (tmp_path / "logs").rglob("*tfevents*")) == sorted({first, second})
+    assert Path(first).parent.name == "run"
+
+
 def test_tensorboard_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

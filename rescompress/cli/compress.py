@@ -110,6 +110,7 @@ def prune(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
+    train_batch: opt.TrainBatch = 128,
 ) -> None:
     """Remove channels and let the rest make up for them.
 
@@ -156,10 +157,11 @@ def prune(
     builder = Builder(opening, settings)
     tuning = None
     if finetune_epochs is not None:
-        tuning = _config(FinetuneConfig, {"epochs": "--finetune-epochs"}, epochs=finetune_epochs)
+        options = {"epochs": "--finetune-epochs", "batch_size": "--train-batch"}
+        tuning = _config(FinetuneConfig, options, epochs=finetune_epochs, batch_size=train_batch)
     stages = [builder.dense(), *builder.prune_and_tune(config, tuning, [target] if target else [])]
     last = stages[-1].name
-    report, prints = workspace.run_here(stages, out)
+    report, prints = workspace.run_here(stages, out, checkpoint)
     if not prints:
         return
     before, result = workspace.final(report.manifest, "dense"), workspace.final(report.manifest, "prune")
@@ -195,7 +197,7 @@ def finetune(
         Path | None, typer.Option("--teacher", help="Checkpoint to distil from, such as the dense one.", show_default=False)
     ] = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 0.02,
-    train_batch: Annotated[int, typer.Option("--train-batch", min=2, help="Images per training step.")] = 128,
+    train_batch: opt.TrainBatch = 128,
     precision: Annotated[
         TrainPrecision, typer.Option("--precision", help="bf16 is faster on processors with bfloat16 units (AMX, Ampere).")
     ] = TrainPrecision.fp32,
@@ -230,7 +232,7 @@ def finetune(
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, settings).finetune(config, opening, opening.of(teacher) if teacher else None)
-    report, prints = workspace.run_here([stage], out)
+    report, prints = workspace.run_here([stage], out, checkpoint)
     if not prints:
         return
     result = workspace.final(report.manifest, "finetune")
@@ -287,6 +289,7 @@ def quantize(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
+    train_batch: opt.TrainBatch = 128,
 ) -> None:
     """Quantize to INT8, so that what was calibrated or trained is what runs.
 
@@ -299,8 +302,9 @@ def quantize(
     workspace.check_output(checkpoint, output)
     config = _config(
         QuantizeConfig,
-        {},
+        {"batch_size": "--train-batch"},
         mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
+        batch_size=train_batch,
         keep_float=_keep_float(keep_float or ""), max_divergence=max_divergence, max_slowdown=max_slowdown,
         teacher=str(teacher) if teacher else None,
     )  # fmt: skip
@@ -312,7 +316,7 @@ def quantize(
     placed = profile_for(config, [target] if target else [])
     mentor = opening.of(teacher) if teacher else opening
     stage = builder.quantize(config, placed, opening, mentor, targets=[target] if target else [])
-    report, prints = workspace.run_here([stage], out)
+    report, prints = workspace.run_here([stage], out, checkpoint)
     if not prints:
         return
     result = workspace.final(report.manifest, "quantize")

@@ -90,7 +90,7 @@ def export(
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     options = {"batch": parse_batch(batch), "opset": opset, "precision": precision.value}
     stage = Builder(opening, settings).target(target[0] if target else "cpu", opening, options, require_engine=require_engine)
-    report, _ = workspace.run_here([stage], out)
+    report, _ = workspace.run_here([stage], out, path)
     result = workspace.final(report.manifest, stage.name)
     folder = workspace.file_of(result, "onnx").parent
     packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None

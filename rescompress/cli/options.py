@@ -64,7 +64,16 @@ Threads = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", min=1, help="Images per step.", show_default="by image size", rich_help_panel="Computation"),
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Images per call when evaluating.",
+        show_default="by image size",
+        rich_help_panel="Computation",
+    ),
+]
+TrainBatch = Annotated[
+    int, typer.Option("--train-batch", min=2, help="Images per training step.", rich_help_panel="Computation")
 ]
 InputShape = Annotated[
     str | None,

@@ -74,9 +74,10 @@ class Output:
             sys.stderr.write(f"error: {text}\n")
             if error.remedy:
                 sys.stderr.write(f"  -> {error.remedy}\n")
-        elif isinstance(error, MemoryError):
+        elif _is_out_of_memory(error):
             code = 7
-            sys.stderr.write("error: out of memory\n  -> use a smaller --batch-size or fewer --calib images\n")
+            remedy = "use a smaller --batch-size (or --train-batch), or fewer --calib images"
+            sys.stderr.write(f"error: out of memory\n  -> {remedy}\n")
         elif isinstance(error, OSError) and error.errno == 28:
             code = 7
             sys.stderr.write(f"error: the disk is full: {error.filename or ''}\n  -> free some space and run again\n")
@@ -85,6 +86,13 @@ class Output:
         else:
             sys.stderr.write(f"error: {type(error).__name__}: {error}\n  -> a bug of rescompress; --debug shows where\n")
         return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch had no memory left; on a CPU torch says so in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def output_of(ctx: typer.Context) -> Output:

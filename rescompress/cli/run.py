@@ -29,7 +29,9 @@ def run(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="the config's")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.", show_default="the config's")
+    ] = None,
     track: Annotated[
         str | None,
         typer.Option(

@@ -97,11 +97,26 @@ def peers() -> Peers | None:
     return TorchPeers()
 
 
-def run_here(stages: Sequence[Stage], output: Output, folder: Path = WORKSPACE) -> tuple[RunReport, bool]:
-    """Run stages in the workspace; return the report, and whether this process is the one that prints."""
+def run_here(stages: Sequence[Stage], output: Output, read: Path) -> tuple[RunReport, bool]:
+    """Run stages in the workspace; return the report, and whether this process is the one that prints.
+
+    Args:
+        stages: In order.
+        output: Where words go.
+        read: The checkpoint that the first stage reads.
+
+    Raises:
+        BadInput: A stage would replace that checkpoint by what it makes of it, so that the command could not be repeated.
+    """
     from rescompress.cli.progress import reporting
+    from rescompress.core.errors import BadInput
     from rescompress.pipeline import run_stages
 
+    folder = WORKSPACE
+    if any((folder / f"{stage.name}.safetensors").resolve() == read.resolve() for stage in stages if stage.name != "dense"):
+        raise BadInput(
+            "would be replaced by what is made from it", where=str(read), remedy=f"copy it to a place outside of {folder} first"
+        )
     together = peers()
     if together is not None and not together.is_main:
         output.verbosity = -1

@@ -7,6 +7,7 @@ the data are ``Event`` messages of protocol buffers (tensorflow/core/util/event.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def check(address: str) -> None:
 def log(address: str, name: str, folder: Path, manifest: Manifest) -> str:
     """Write the run's event file below the folder `address` and return its path.
 
-    A run that is logged again replaces its file.
+    A run that is logged again replaces its file; another run of that name gets a folder of its own.
 
     Raises:
         EnvironmentFailed: The file cannot be written.
@@ -41,7 +42,12 @@ def log(address: str, name: str, folder: Path, manifest: Manifest) -> str:
     events = [_version_event(time)]
     events += [_scalar_event(time + epoch, epoch, tag, value) for tag, epoch, value in curves(manifest)]
     events += [_scalar_event(time, 0, tag, value) for tag, value in figures(manifest)]
-    path = Path(address) / name / "events.out.tfevents.0.rescompress"
+    identity = hashlib.sha256(f"{folder.resolve()} {manifest.created}".encode()).hexdigest()[:8]
+    own = f"events.out.tfevents.{int(time)}.{identity}"
+    place = Path(address) / name
+    if any(file.name != own for file in place.glob("events.out.tfevents.*")):
+        place = place.with_name(f"{name}-{identity}")
+    path = place / own
     write_bytes(path, b"".join(_record(e) for e in events))
     return str(path)
 
