@@ -32,6 +32,7 @@ def test_sensitivity_measures_and_draws(rescompress, tmp_path):
     document = json.loads(done.stdout)
     assert document["method"] == "reconstruct"
     assert document["blocks"]
+    assert "only 16 calibration images" in done.stderr
     root = ET.fromstring(picture.read_text())
     lines = [e for e in root.iter() if e.tag.endswith("polyline")]
     assert len(lines) == len(document["groups"]) > 5

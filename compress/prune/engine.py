@@ -275,6 +275,7 @@ def measure(
     calibration_x: Tensor | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Curves:
     """Return what a method says removing channels would cost, without removing any.
 
@@ -285,14 +286,20 @@ def measure(
         calibration_x: Preprocessed images (N, C, H, W), for methods that need them.
         seed: Of everything random.
         progress: As for `prune`.
+        note: Takes what the user should know.
 
     Raises:
         BadInput: The method is unknown or lacks data, or the checkpoint is quantized.
     """
+    engine = load_method(method)
     _check_float(checkpoint)
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), scope)
-    context = Context(checkpoint, groups, droppable(checkpoint.spec), calibration_x, seed, progress or _silent)
-    return load_method(method).curves(context)
+    tell = note or _unheard
+    context = Context(checkpoint, groups, droppable(checkpoint.spec), calibration_x, seed, progress or _silent, tell)
+    if engine.NEEDS_DATA:
+        for text in _data_notes(context.images()):
+            tell(text)
+    return engine.curves(context)
 
 
 def prune_by_plan(
@@ -328,7 +335,7 @@ def prune_by_plan(
     if calibration_x is None:
         return cut
     groups = prunable(list(Sizes(checkpoint.spec).groups.values()), plan.scope)
-    tell = note or (lambda text: None)
+    tell = note or _unheard
     context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent, tell)
     images = context.images()  # refuses, before any work, images that do not fit
     if repair or bn_recalibration is not False:
@@ -370,6 +377,10 @@ def _groups(spec: ModelSpec, scope: Scope, reference: ModelSpec | None = None) -
 
 def _silent(what: str, done: int, total: int) -> None:
     """Show no progress."""
+
+
+def _unheard(text: str) -> None:
+    """Tell nobody."""
 
 
 def _check_float(checkpoint: Checkpoint) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompress.cli import options
+from rescompress.cli import options, workspace
 from rescompress.cli.output import output_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoints.base import Checkpoint
+    from rescompress.reporter import Reporter
 
 app = typer.Typer()
 
@@ -55,13 +57,14 @@ def sensitivity(
         raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg or .png file")
     if int8 and data is None:
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
+    workspace.check_output(checkpoint, picture)
     import torch
     from rich.table import Table
 
     from compress.data import load_dataset
     from compress.prune import measure
     from compress.prune.picture import draw
-    from rescompress.cli import workspace
+    from rescompress.cli.progress import reporting
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -69,15 +72,27 @@ def sensitivity(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     loaded = opening.load()
-    images = None
-    if data is not None:
-        images = (
-            load_dataset(data, loaded.spec, seed=seed, labels=workspace.parse_labels(labels)).train.take(calib, seed).tensor()
-        )
-    elif method is None:
+    chosen = method or ("reconstruct" if data is not None else "magnitude")
+    if data is None and method is None:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")
-    chosen = method or ("reconstruct" if images is not None else "magnitude")
-    curves = measure(loaded, method=chosen, scope=scope.value, calibration_x=images, seed=seed)
+    images, layers_int8 = None, None
+    with reporting(sink) as reporter:
+        if data is not None:
+            dataset = load_dataset(data, loaded.spec, seed=seed, labels=workspace.parse_labels(labels))
+            for text in dataset.notes:
+                reporter.note(text)
+            images = dataset.train.take(calib, seed).tensor()
+        curves = measure(
+            loaded,
+            method=chosen,
+            scope=scope.value,
+            calibration_x=images,
+            seed=seed,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
+        if int8 and images is not None:
+            layers_int8 = _int8(loaded, images, reporter)
     if picture is not None:
         draw(curves, f"{loaded.spec.arch}: {chosen}", picture)
         sink.hint(f"wrote {picture}")
@@ -110,19 +125,19 @@ def sensitivity(
         for name, error in curves.blocks.items():
             blocks.add_row(name, f"{error:.3g}")
         shown.append(blocks)
-    if int8 and images is not None:
+    if layers_int8 is not None:
         layers = Table(title="quantizing one layer alone to INT8: divergence of the predictions")
         layers.add_column("layer")
         layers.add_column("nats", justify="right")
         layers.add_column("of it by the weights", justify="right")
-        document["int8"] = _int8(loaded, images)
-        for found in document["int8"]:
+        document["int8"] = layers_int8
+        for found in layers_int8:
             layers.add_row(found["layer"], f"{found['divergence']:.2g}", f"{100 * found['weight_share']:.0f} %")
         shown.append(layers)
     sink.result(document, *shown)
 
 
-def _int8(checkpoint: Checkpoint, images: Tensor) -> list[dict[str, Any]]:
+def _int8(checkpoint: Checkpoint, images: Tensor, reporter: Reporter) -> list[dict[str, Any]]:
     """Return how much each layer minds being quantized, measured on at most 256 of the images."""
     from dataclasses import asdict
 
@@ -131,7 +146,8 @@ def _int8(checkpoint: Checkpoint, images: Tensor) -> list[dict[str, Any]]:
 
     batches = [images[start : start + 64] for start in range(0, len(images), 64)]
     quantized = ptq(checkpoint, batches, calibration="mse", bias_correction=False)
-    return [asdict(found) for found in sensitivities(quantized, batches[:4])]
+    tell = functools.partial(reporter.progress, "quantizing one layer at a time")
+    return [asdict(found) for found in sensitivities(quantized, batches[:4], progress=tell)]
 
 
 @app.command()
