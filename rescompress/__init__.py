@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from compress.data import load_dataset
     from compress.evaluate import evaluate
     from compress.prune import Budget, prune
-    from compress.quantize import ptq as quantize
     from compress.resnet import build_model
     from compress.train import TrainSettings, train
-    from rescompress.api import export_onnx, predict_latency, run
+    from rescompress.api import export_onnx, predict_latency, quantize, run
     from rescompress.core.manifest import load_manifest
     from rescompress.core.spec import ModelSpec
 
@@ -44,7 +43,7 @@ _HOME = {
     "load_manifest": ("rescompress.core.manifest", "load_manifest"),
     "predict_latency": ("rescompress.api", "predict_latency"),
     "prune": ("compress.prune", "prune"),
-    "quantize": ("compress.quantize", "ptq"),
+    "quantize": ("rescompress.api", "quantize"),
     "run": ("rescompress.api", "run"),
     "save_checkpoint": ("compress.checkpoints", "save_checkpoint"),
     "train": ("compress.train", "train"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
+from compress.quantize import on_grid, ptq
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
 from rescompress.config import load_config
@@ -44,6 +48,22 @@ def export_onnx(
     chosen = opset or (load_target(target).opset if target else ExportOptions().opset)
     write_onnx(onnx_of(checkpoint, ExportOptions(batch=batch, opset=chosen)), Path(path))
     return Path(path)
+
+
+def quantize(checkpoint: Checkpoint, batches: Iterable[Tensor | Sequence[Tensor]], **options: Any) -> Checkpoint:
+    """Return the checkpoint calibrated to INT8, its biases at multiples of the step that integer kernels add in.
+
+    Args:
+        checkpoint: A float network.
+        batches: Preprocessed calibration images (N, C, H, W), or pairs whose second part is left aside.
+        options: As `compress.quantize.ptq` takes them: ``profile``, ``calibration``, ``keep_float`` and others.
+
+    Raises:
+        CheckpointError: Already quantized, or a weight that is not finite.
+        DataError: Too few images, or an activation that is not finite or zero everywhere.
+        ConfigError: A layer of `keep_float` that is not there, or an unknown calibration.
+    """
+    return on_grid(ptq(checkpoint, batches, **options))
 
 
 def predict_latency(

@@ -182,6 +182,8 @@ class RunConfig(_Section):
         labels: Label of the checkpoint for each class folder of the data.
         input: Input shape CxHxW, where the checkpoint leaves it open.
         preprocess: Preprocessing by name, where the checkpoint leaves it open.
+        arch_options: What else it leaves open, as with ``--arch-option``.
+        allow_pickle: Whether code stored in the checkpoint may run.
     """
 
     checkpoint: str
@@ -195,6 +197,14 @@ class RunConfig(_Section):
     labels: dict[str, str] | None = None
     input: str | None = None
     preprocess: str | None = None
+    arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    allow_pickle: bool = False
+
+    @property
+    def arch_words(self) -> tuple[str, ...]:
+        """The architecture options as ``key=value``; YAML takes yes and no for truth values."""
+        said = {True: "yes", False: "no"}
+        return tuple(f"{k}={said[v] if isinstance(v, bool) else v}" for k, v in self.arch_options.items())
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -224,7 +224,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
         BadInput: The checkpoint or a target is not there, or two stages would have one name.
     """
     shape = parse_shape(config.input) if config.input else None
-    opening = Opening(Path(config.checkpoint), shape, config.preprocess)
+    opening = Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
     builder = Builder(opening, settings)
     stages = [builder.dense()]
     last = "dense"

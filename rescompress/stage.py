@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,10 @@ from rescompress.reporter import Reporter
 
 if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
+
+
+_OF_ONE_FILE = ("root", "weights", "arch")
+"""Architecture options that say where a network stands in its file, or its name, rather than what it is."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class Opening:
         )
 
     def of(self, teacher: Path) -> Opening:
-        """Return how to open a teacher's file: with the same inputs, since it sees the same images."""
-        return Opening(teacher, self.input_shape, self.preprocess, allow_pickle=self.allow_pickle)
+        """Return how to open a teacher's file: it sees the same images, and its file leaves the same open."""
+        options = tuple(o for o in self.arch_options if o.partition("=")[0] not in _OF_ONE_FILE)
+        return dataclasses.replace(self, path=teacher, arch_options=options)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ import os
 from pathlib import Path
 
 from edge_targets.catalog import load_target
+from rescompress.stage import Opening
 
 _LARGE_SIDE = 64
 
 
-def starter_config(checkpoint: Path | None, data: str | None, target: str | None, folder: Path) -> str:
+def starter_config(opening: Opening | None, data: str | None, target: str | None, folder: Path) -> str:
     """Return YAML for a checkpoint, with each setting explained.
 
     Args:
-        checkpoint: The network; opened to see what it is. None leaves a blank.
+        opening: The network and what is stated about it; opened to see what it is. None leaves a blank.
         data: As in ``--data``.
         target: Edge target; cpu and jetson without one.
         folder: Where the config will stand; paths are written relative to it.
@@ -25,11 +26,10 @@ def starter_config(checkpoint: Path | None, data: str | None, target: str | None
     """
     about = "# Settings of a run; `rescompress run` this file, and again to go on after a stop.\n"
     epochs = 2
-    if checkpoint is not None:
-        from compress.checkpoints import load_checkpoint
+    if opening is not None:
         from rescompress.core.layers import total_macs, walk
 
-        spec = load_checkpoint(checkpoint).spec
+        spec = opening.load().spec
         shape = "x".join(str(n) for n in spec.input_shape)
         millions = f"{total_macs(walk(spec)) / 1e6:,.0f}"
         about += f"# {spec.arch}: input {shape}, {millions} million MACs, {spec.preprocessing.name} preprocessing\n"
@@ -37,9 +37,12 @@ def starter_config(checkpoint: Path | None, data: str | None, target: str | None
     if target is not None:
         load_target(target)
     targets = target or "cpu, jetson"
+    network = _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
+    stated = _stated(opening) if opening else ""
+    images = _path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"
     return f"""{about}
-checkpoint: {_path(str(checkpoint), folder) if checkpoint else "CHANGE-ME.pt   # the dense network"}
-data: {_path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"}
+checkpoint: {network}
+{stated}data: {images}
 seed: 0
 
 # Structured pruning. One budget: macs, params, latency (fractions that remain) or ratio (fraction of channels removed).
@@ -64,6 +67,20 @@ quantize:
 targets: [{targets}]    # rescompress targets lists all
 batch: 1                # images per call; dynamic leaves it open
 """
+
+
+def _stated(opening: Opening) -> str:
+    """Return the lines that say what the user stated about the checkpoint."""
+    lines = []
+    if opening.input_shape is not None:
+        lines.append("input: " + "x".join(map(str, opening.input_shape)))
+    if opening.preprocess is not None:
+        lines.append(f"preprocess: {json.dumps(opening.preprocess)}")
+    if opening.arch_options:
+        lines.append("arch_options: " + json.dumps(dict(o.split("=", 1) for o in opening.arch_options)))
+    if opening.allow_pickle:
+        lines.append("allow_pickle: true   # runs code stored in the file")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _path(path: str, folder: Path) -> str:

@@ -244,3 +244,85 @@ def test_what_was_left_out_is_told(two, tmp_path: Path) -> None:
     text = " ".join(loaded.provenance["notes"])  # type: ignore[arg-type]
     assert "fc_aux" in text
     assert "queue" in text
+
+
+def children(*head: nn.Module) -> nn.Module:
+    """A ResNet-18 as a Sequential of its children, and a head behind its pooling."""
+    torch.manual_seed(1)
+    return randomised(nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten(), *head))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        (nn.Linear(512, 10),),
+        (nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)),
+        (nn.BatchNorm1d(512), nn.Linear(512, 10)),
+        (nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 10)),
+        (nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)),),
+    ],
+)
+def test_a_head_behind_the_children_of_a_network_is_read_whole(head: tuple[nn.Module, ...], tmp_path: Path) -> None:
+    model = children(*head)
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    same_logits(tmp_path / "net.pt", model)
+
+
+class Classified(nn.Module):
+    """A backbone and one linear layer, as people write it."""
+
+    def __init__(self, name: str, norm: str | None = None) -> None:
+        super().__init__()
+        self.backbone = torchvision.models.resnet18()
+        self.backbone.fc = nn.Identity()
+        self.norm = norm
+        if norm is not None:
+            self.add_module(norm, nn.BatchNorm1d(512))
+        self.name = name
+        self.add_module(name, nn.Linear(512, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.backbone(x)
+        features = features if self.norm is None else self.get_submodule(self.norm)(features)
+        return self.get_submodule(self.name)(features)
+
+
+@pytest.mark.parametrize("name", ["clf", "new_fc", "final", "readout", "top"])
+def test_a_classifier_may_have_any_name(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = randomised(Classified(name))
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    same_logits(tmp_path / "net.pt", model)
+    notes = load_checkpoint(tmp_path / "net.pt").provenance["notes"]
+    assert any(name in note for note in notes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["clf", "classifier"])
+def test_a_batch_norm_in_front_of_the_classifier_is_not_left_out(name: str, tmp_path: Path) -> None:
+    torch.save(Classified(name, "bottleneck").state_dict(), tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="bottleneck"):
+        load_checkpoint(tmp_path / "net.pt")
+
+
+def test_a_missing_classifier_is_a_warning(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    for key in ("fc.weight", "fc.bias"):
+        del state[key]
+    state["a.weight"], state["b.weight"] = torch.zeros(512, 512), torch.zeros(512, 10)
+    torch.save(state, tmp_path / "net.pt")
+    loaded = load_checkpoint(tmp_path / "net.pt")
+    assert loaded.spec.head is None or not loaded.spec.head.num_classes
+    assert any("no classifier" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
+    assert any("a.weight" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
+
+
+def test_a_regnet_with_the_keys_of_a_resnet_is_refused(tmp_path: Path) -> None:
+    state = {"regnet.embedder.embedder.convolution.weight": torch.zeros(32, 3, 3, 3)}
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        state[f"regnet.embedder.embedder.normalization.{part}"] = torch.ones(32)
+    block = "regnet.encoder.stages.0.layers.0."
+    for key, shape in (("layer.0", (64, 32, 1, 1)), ("layer.1", (64, 16, 3, 3)), ("layer.2", (64, 64, 1, 1))):
+        state[f"{block}{key}.convolution.weight"] = torch.zeros(shape)
+    torch.save(state, tmp_path / "regnet.pt")
+    with pytest.raises(CheckpointError, match="RegNet"):
+        load_checkpoint(tmp_path / "regnet.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
@@ -25,7 +27,8 @@ from edge_targets.catalog import target_names
 from rescompress.cli import compress, options
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.output import Output
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, load_config
+from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")
@@ -321,6 +324,31 @@ def test_the_table_of_a_command_is_about_one_network(rescompress: Command, tmp_p
     assert [w for w in ("dense", "prune", "finetune") if w in rows] == ["dense", "finetune"]
     rows = rescompress("finetune", "half.safetensors", *tune, "--seed", "1", cwd=tmp_path).stdout
     assert [w for w in ("dense", "prune", "finetune") if w in rows] == ["finetune"]
+
+
+def test_what_is_stated_goes_into_the_config_and_from_there_into_the_run(rescompress: Command, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet50(num_classes=10).state_dict()
+    del state["fc.bias"]
+    torch.save(state, tmp_path / "net.pt")
+    stated = ("--input", "3x32x32", "--preprocess", "half", "--arch-option", "head_bias=no", "--arch-option", "stride_at=0")
+    assert "head_bias=no" in rescompress("init", "net.pt", "--data", "builtin:digits", cwd=tmp_path, code=5).stderr
+    rescompress("init", "net.pt", "--data", "builtin:digits", *stated, cwd=tmp_path)
+    config = load_config(tmp_path / "rescompress.yaml")
+    opening = Opening(Path(config.checkpoint), (3, 32, 32), config.preprocess, config.arch_words)
+    assert config.input == "3x32x32"
+    spec = opening.load().spec
+    assert (spec.input_shape, spec.preprocessing.name) == ((3, 32, 32), "half")
+    assert {b.stride_at for b in spec.blocks if b.stride > 1} == {0}
+    teacher = opening.of(opening.path)
+    assert teacher.load().spec == spec
+    assert dataclasses.replace(opening, arch_options=("weights=ema", "stride_at=0")).of(Path("t")).arch_options == (
+        "stride_at=0",
+    )
+    (tmp_path / "yes.yaml").write_text(
+        "checkpoint: net.pt\ndata: builtin:digits\narch_options: {head_bias: no, stride_at: 0}\n"
+    )
+    assert load_config(tmp_path / "yes.yaml").arch_words == ("head_bias=no", "stride_at=0")
 
 
 def test_what_is_stated_of_a_network_holds_for_its_teacher(rescompress: Command, tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from report_factory import write_run
+
 import rescompress
+from compress.quantize import on_grid
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +30,16 @@ def test_the_documented_example_runs(tmp_path: Path) -> None:
     assert 0.4 < fraction <= 0.5
     assert milliseconds > 0
     assert {p.name for p in tmp_path.iterdir()} == {"half.safetensors", "half-int8.onnx"}
+
+
+def test_int8_of_the_python_face_is_that_of_the_command_line(tmp_path: Path) -> None:
+    dense = rescompress.load_checkpoint(ROOT / "examples" / "resnet20_digits.safetensors")
+    data = rescompress.load_dataset("builtin:digits", dense.spec)
+    int8 = rescompress.quantize(dense, data.train.take(64, 0).batches(64))
+    again = on_grid(int8)
+    assert all(torch.equal(value, again.state_dict[key]) for key, value in int8.state_dict.items())
+    write_run(tmp_path / "run")
+    assert rescompress.load_manifest(str(tmp_path / "run")).stages
 
 
 def test_import_is_light_and_every_name_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_a_state_of_other_settings_is_not_taken_up(split: Split, tmp_path: Path)
         train(fresh(), split, settings(), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
     assert resume.is_file()
     assert train(fresh(), split, settings(lr=0.01), resume_file=resume).resumed_at == 0
+
+
+def test_a_state_of_other_preprocessing_is_not_taken_up(split: Split, tmp_path: Path) -> None:
+    resume = tmp_path / "state.pt"
+    other = dataclasses.replace(split, preprocessing=split.preprocessing.model_copy(update={"std": (0.7, 0.7, 0.7)}))
+    for changed in (other, dataclasses.replace(split, flips=not split.flips)):
+        with pytest.raises(_Killed):
+            train(fresh(), split, settings(), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
+        assert train(fresh(), changed, settings(), resume_file=resume).resumed_at == 0
 
 
 def test_a_state_of_another_network_or_teacher_is_not_taken_up(split: Split, tmp_path: Path) -> None:

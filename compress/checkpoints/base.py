@@ -24,7 +24,8 @@ class Checkpoint:
         spec: The network.
         state_dict: Every tensor of ``build_model(spec)``, float32 (BatchNorm's counters int64), by its name there.
         quantization: Every quantizer with its scales, or None for a float network.
-        provenance: Where it comes from: ``format``, ``path``, ``notes`` on what was assumed; JSON values.
+        provenance: Where it comes from: ``format``, ``path``, ``notes`` on what was assumed, and of them the ``warnings``, that
+            something in the file is no part of this network; JSON values.
     """
 
     spec: ModelSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,6 +16,7 @@ NAMES = ("fc", "linear", "head", "classifier", "cls_head", "heads", "classificat
          "output_layer", "logits", "predictions", "dense", "fully_connected", "mlp")  # fmt: skip
 _HEAD = re.compile(rf"(?:{'|'.join(NAMES)})\d*(?:$|[._])")
 _NOT_A_HEAD = re.compile(r"proj|predictor|prototypes|queue|aux|momentum|center|contrast", re.IGNORECASE)
+_AVERAGED = re.compile(r"ema|averaged|swa|teacher|target|encoder_k|shadow", re.IGNORECASE)
 _SELF_SUPERVISED = re.compile(r"last_layer\.|\.weight_[gv]$|\.original[01]$")  # normalised layers: no classifier has them
 TORCH_DROPOUT = 0.5
 TORCH_EPS = 1e-5
@@ -78,7 +79,7 @@ def _modules(tensors: Mapping[str, Stored]) -> list[_Module]:
     return [_Module(path, parts) for path, parts in grouped.items() if "weight" in parts]
 
 
-def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions) -> Found:
+def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions, *, any_name: bool = False) -> Found:
     """Return the classifier among `tensors`, empty when there is none.
 
     A module follows another when it reads as many features as that one makes. BatchNorm between linear layers is folded
@@ -88,12 +89,14 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
         tensors: Candidates by key, in the file's order.
         features: Width of the pooled features.
         options: What the user states; ``head_bias=no`` allows layers without bias.
+        any_name: Take the one linear layer that reads the features, whatever it is called.
 
     Raises:
         CheckpointError: There is a classifier, and it is not of a supported kind.
     """
     projectors = {k.split(".")[0] for k in tensors if _SELF_SUPERVISED.search(k)}
-    candidates = {k: v for k, v in tensors.items() if is_head_key(k) and k.split(".")[0] not in projectors}
+    named = _only_linear(tensors, features) if any_name else is_head_key
+    candidates = {k: v for k, v in tensors.items() if named(k) and k.split(".")[0] not in projectors}
     modules = _modules(candidates)
     orphans = [k for k in candidates if k.endswith(".bias") and f"{k[:-5]}.weight" not in candidates]
     if orphans:
@@ -103,6 +106,8 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
         return Found()
     starts = [m for m in linear if m.shape[1] == features]
     found = Found()
+    if any_name:
+        found.notes.append(f"the head is taken to be {linear[0].path}, the one linear layer that reads the features")
     start = starts[0] if starts and starts[0].parent != linear[0].parent else linear[0]
     if start.index is None and starts:
         start = starts[0]
@@ -120,6 +125,35 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
     for module in chain:
         found.used |= {f"{module.path}.{part}" if module.path else part for part in module.parts}
     return found
+
+
+def _only_linear(tensors: Mapping[str, Stored], features: int) -> Callable[[str], bool]:
+    """Return whether a key belongs to the only linear layer among `tensors`, if it reads the features; no key does else."""
+    linear = [m for m in _modules(tensors) if m.is_linear]
+    reads = len(linear) == 1 and linear[0].shape[1] == features
+    path = linear[0].path if reads and not _NOT_A_HEAD.search(linear[0].path) and not _AVERAGED.search(linear[0].path) else None
+    return lambda key: key.rpartition(".")[0] == path
+
+
+def refuse_norms(left: Mapping[str, Stored], found: Found, features: int) -> None:
+    """Refuse a BatchNorm over the features, or over the outputs of a head's layer, that is no part of what was read.
+
+    Args:
+        left: Tensors beside the backbone and its head, by key.
+        found: The head.
+        features: Width of the pooled features.
+
+    Raises:
+        CheckpointError: There is one: the network computes something else than its backbone and head do.
+    """
+    widths = {features, *(weight.shape[0] for weight, _ in found.layers)}
+    for module in _modules(left):
+        strange = _NOT_A_HEAD.search(module.path) or _AVERAGED.search(module.path)
+        if module.is_norm and module.shape[0] in widths and not strange:
+            raise CheckpointError(
+                f"holds a BatchNorm, {module.path}, between the backbone and its head, whose place cannot be told",
+                remedy="supported: BatchNorm inside the Sequential of the head",
+            )
 
 
 def chain_name(chain: Sequence[_Module]) -> str:

@@ -107,14 +107,16 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
     spec = _Reader(layout, facts, options).spec()
     tensors = _fit(spec, layout)
     notes = [*raw.notes, *layout.notes]
+    warnings = [] if layout.head else ["no classifier was found: the network ends in its pooled features"]
     if layout.ignored:
-        notes.append(f"left out, as no part of the network: {_some(layout.ignored)}")
+        warnings.append(f"left out, as no part of the network: {_some(layout.ignored)}")
     state_dict = read_values(tensors, notes)
     provenance: dict[str, object] = {
         "format": facts.format,
         "container": raw.container,
         "path": raw.path.name,
-        "notes": notes,
+        "notes": [*notes, *warnings],
+        "warnings": warnings,
     }
     return Checkpoint(spec, state_dict, None, provenance)
 

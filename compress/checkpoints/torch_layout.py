@@ -6,7 +6,9 @@ this reader, and differ in what they claim and what they assume.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from typing import Literal
 
 from compress.checkpoints import heads
@@ -65,6 +67,26 @@ def read(raw: RawState, root: Root, options: LoadOptions) -> tuple[Layout, froze
     return layout, frozenset(pooled), dropout
 
 
+def renamed(raw: RawState, name: Callable[[str], str]) -> RawState:
+    """Return the tensors under other keys.
+
+    Args:
+        raw: The tensors.
+        name: Gives the new key for each.
+
+    Raises:
+        CheckpointError: Two keys would become one.
+    """
+    tensors: dict[str, Stored] = {}
+    for key, stored in raw.tensors.items():
+        if name(key) in tensors:
+            raise CheckpointError(
+                f"two tensors would be called {name(key)}, one of them {key}", remedy="save the state_dict alone"
+            )
+        tensors[name(key)] = stored
+    return dataclasses.replace(raw, tensors=tensors)
+
+
 def _block_part(layout: Layout, pooled: set[str], raw: RawState, name: str, rest: str, stored: Stored) -> None:
     if _MAIN.fullmatch(rest):
         layout.tensors[f"{name}.{rest}"] = stored
@@ -119,14 +141,20 @@ def _deep_stem(layout: Layout, rest: dict[str, Stored]) -> None:
 
 def _head(layout: Layout, rest: dict[str, Stored], root: Root, options: LoadOptions) -> float:
     features = _feature_width(layout)
-    found = heads.find_head(rest, features, options)
-    if not found.layers:
-        for prefix, beside in heads_outside(root):
-            found = heads.find_head(beside, features, options)
+    beside = list(heads_outside(root))
+    for any_name in (False, True):
+        found = heads.find_head(rest, features, options, any_name=any_name)
+        outside: dict[str, Stored] = {}
+        for prefix, tensors in () if found.layers else beside:
+            found = heads.find_head(tensors, features, options, any_name=any_name)
             if found.layers:
                 layout.notes.append(f"the head stands outside of the backbone ({prefix}{sorted(found.used)[0]})")
+                outside = {k: v for k, v in tensors.items() if k not in found.used}
                 found.used = set()
                 break
+        if found.layers:
+            heads.refuse_norms({k: v for k, v in rest.items() if k not in found.used} | outside, found, features)
+            break
     layout.head = found.layers
     layout.notes.extend(found.notes)
     for key in found.used:

@@ -97,6 +97,10 @@ def init(
     data: opt.Data = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Config to write.")] = Path("rescompress.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.", show_default=False)] = False,
+    input_shape: opt.InputShape = None,
+    preprocess: opt.Preprocess = None,
+    arch_option: opt.ArchOption = None,
+    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
 
@@ -109,6 +113,15 @@ def init(
     out = output_of(ctx)
     if output.exists() and not force:
         raise BadInput("is there already", where=str(output), remedy="choose another -o, or --force")
-    text = starter_config(checkpoint, data, target, output.parent)
+    opening = None
+    if checkpoint is not None:
+        opening = workspace.opening(
+            checkpoint,
+            input_shape=input_shape,
+            preprocess=preprocess,
+            arch_options=arch_option or (),
+            allow_pickle=allow_pickle,
+        )
+    text = starter_config(opening, data, target, output.parent)
     write_text(output, text)
     out.result({"output": str(output), "config": text}, f"{output} is written; next: rescompress run {output}")

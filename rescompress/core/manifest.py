@@ -157,12 +157,13 @@ class Manifest(Frozen):
         return path
 
 
-def load_manifest(path: Path) -> Manifest:
+def load_manifest(path: Path | str) -> Manifest:
     """Return the manifest at `path`, a ``manifest.json`` or the folder that holds one.
 
     Raises:
         BadInput: It is missing, damaged, or of a layout this version cannot read.
     """
+    path = Path(path)
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:

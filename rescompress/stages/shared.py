@@ -49,7 +49,11 @@ class Source:
         if self.stage is not None:
             return load_checkpoint(context.file(self.stage, "checkpoint"))
         assert self.opening is not None
-        return self.opening.load()
+        checkpoint = self.opening.load()
+        warnings = checkpoint.provenance.get("warnings")
+        for text in warnings if context.main and isinstance(warnings, list) else ():
+            context.reporter.note(f"{self.opening.path.name}: {text}")
+        return checkpoint
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 from compress.checkpoints import torch_layout
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
 from compress.checkpoints.layout import Facts, assemble
+from compress.checkpoints.refusals import SUPPORTED
+from rescompress.core.errors import CheckpointError
 
 DESCRIPTION = "Hugging Face ResNet (resnet.embedder..., resnet.encoder.stages.0.layers.0..., classifier.1)"
 MARKER = re.compile(r"encoder\.stages\.\d+\.layers\.\d+\.layer\.0\.convolution\.weight$")
@@ -23,7 +24,10 @@ def matches(raw: RawState) -> bool:
 
 def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
-    renamed = dataclasses.replace(raw, tensors={_rename(key): stored for key, stored in raw.tensors.items()})
+    stem = raw.shape("embedder.embedder.convolution.weight")
+    if stem is not None and len(stem) == 4 and stem[2] == 3:  # a ResNet's is 7x7
+        raise CheckpointError("looks like a RegNet (its keys are those of a ResNet, its stem is 3x3)", remedy=SUPPORTED)
+    renamed = torch_layout.renamed(raw, _rename)
     layout, _, dropout = torch_layout.read(renamed, root, options)
     return assemble(raw, layout, Facts("huggingface", dropout=dropout), options)
 

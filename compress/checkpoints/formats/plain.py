@@ -5,7 +5,6 @@ What many small projects write: ``stem``/``conv_in``, then ``blocks.0.conv1`` ..
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 from compress.checkpoints import torch_layout
@@ -38,16 +37,15 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
     numbers = sorted({int(m[1]) for m in map(_BLOCK.fullmatch, raw.tensors) if m})
     position = {number: i for i, number in enumerate(numbers)}
-    renamed = {}
-    for key, stored in raw.tensors.items():
+
+    def rename(key: str) -> str:
         block, stem, norm = _BLOCK.fullmatch(key), _STEM.fullmatch(key), _STEM_NORM.fullmatch(key)
         if block:
-            key = f"layer1.{position[int(block[1])]}.{block[2]}"
-        elif stem and (len(stored.shape) == 4 or stem[1] == "bias"):
-            key = f"conv1.{stem[1]}"
-        elif norm:
-            key = f"bn1.{norm[1]}"
-        renamed[key] = stored
-    layout, pooled, dropout = torch_layout.read(dataclasses.replace(raw, tensors=renamed), root, options)
+            return f"layer1.{position[int(block[1])]}.{block[2]}"
+        if stem and (len(raw.tensors[key].shape) == 4 or stem[1] == "bias"):
+            return f"conv1.{stem[1]}"
+        return f"bn1.{norm[1]}" if norm else key
+
+    layout, pooled, dropout = torch_layout.read(torch_layout.renamed(raw, rename), root, options)
     layout.notes.append("every block is taken to end in a ReLU behind the addition")
     return assemble(raw, layout, Facts("plain", pooled=pooled, dropout=dropout), options)

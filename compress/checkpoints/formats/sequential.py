@@ -26,7 +26,7 @@ def matches(raw: RawState) -> bool:
 
 def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported."""
-    renamed = dataclasses.replace(raw, tensors={_rename(key): stored for key, stored in raw.tensors.items()})
+    renamed = torch_layout.renamed(raw, _rename)
     outside = root.outside
     if root.prefix.endswith("0."):  # fastai: the head stands beside the body
         sibling = f"{root.prefix[:-2]}1."
@@ -46,4 +46,4 @@ def _rename(key: str) -> str:
         return f"{'conv1' if index == 0 else 'bn1'}.{rest}"
     if 4 <= index <= 7:
         return f"layer{index - 3}.{rest}"
-    return f"fc.{rest}" if index >= 8 else key
+    return f"fc.{index}.{rest}" if index >= 8 else key  # the pooling, and a head of any depth
