@@ -326,3 +326,36 @@ def test_a_regnet_with_the_keys_of_a_resnet_is_refused(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "regnet.pt")
     with pytest.raises(CheckpointError, match="RegNet"):
         load_checkpoint(tmp_path / "regnet.pt")
+
+
+def changed(what: str) -> nn.Module:
+    """A whole ResNet that is not the usual one in what no tensor shows."""
+    torch.manual_seed(3)
+    if what == "dilation":
+        return randomised(torchvision.models.resnet50(num_classes=10, replace_stride_with_dilation=[False, False, True]))
+    model = torchvision.models.resnet18(num_classes=10)
+    if what == "3x3 stem with stride 2":
+        model.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
+    elif what == "no max pool":
+        model.maxpool = nn.Identity()
+    elif what == "epsilon":
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 1e-3
+    elif what == "activation":
+        model.layer2[0].relu = nn.LeakyReLU()
+    return randomised(model)
+
+
+@pytest.mark.parametrize("what", ["nothing", "3x3 stem with stride 2", "no max pool", "epsilon"])
+def test_what_a_whole_module_says_of_itself_counts(what: str, tmp_path: Path) -> None:
+    model = changed(what)
+    torch.save(model, tmp_path / "whole.pt")
+    same_logits(tmp_path / "whole.pt", model)
+
+
+@pytest.mark.parametrize(("what", "words"), [("dilation", "dilation 2"), ("activation", "LeakyReLU")])
+def test_what_a_whole_module_says_and_cannot_be_had_is_refused(what: str, words: str, tmp_path: Path) -> None:
+    torch.save(changed(what), tmp_path / "whole.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(tmp_path / "whole.pt")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from compress.checkpoints import refusals
+from compress.checkpoints import refusals, stated
 from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.files import Opened, open_file
 from compress.checkpoints.options import check
-from compress.checkpoints.roots import flatten, roots, strangers
+from compress.checkpoints.roots import flatten, modules, roots, strangers
 from rescompress.core import plugins
 from rescompress.core.errors import CheckpointError
 
@@ -57,7 +57,12 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
             f"other networks in the file were left out: {', '.join(o or '(top)' for o in others[:4])} "
             "(else: --arch-option root=PREFIX or weights=ema)"
         )
-    return format_.load(dataclasses.replace(raw, notes=tuple(notes)), root, options)
+    parts_of_it = modules(opened, root.prefix)
+    checkpoint = format_.load(
+        dataclasses.replace(raw, notes=tuple(notes)), root, stated.options_of(parts_of_it, options) if parts_of_it else options
+    )
+    stated.check(parts_of_it, checkpoint.spec, options)
+    return checkpoint
 
 
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:

@@ -30,7 +30,7 @@ def flatten(opened: Opened) -> dict[str, Stored]:
         CheckpointError: Two tensors get one key, or there are absurdly many.
     """
     found: dict[str, Stored] = {}
-    for nodes, (key, tensor) in enumerate(_walk(opened.content)):
+    for nodes, (key, _, tensor) in enumerate(_walk(opened.content)):
         if nodes > MAX_NODES or len(found) > MAX_TENSORS:
             raise CheckpointError("holds absurdly many entries", remedy="give the state_dict alone")
         if tensor is None:
@@ -41,8 +41,22 @@ def flatten(opened: Opened) -> dict[str, Stored]:
     return found
 
 
-def _walk(content: object) -> Iterator[tuple[str, Stored | None]]:
-    """Yield every node of the tree by its dotted key, with its tensor where it is one."""
+def modules(opened: Opened, prefix: str) -> dict[str, Record]:
+    """Return the modules of a network that was saved as a whole, by their names in it; nothing for a state_dict.
+
+    Args:
+        opened: The file.
+        prefix: Of the network's keys.
+    """
+    return {
+        key[len(prefix) :]: node
+        for key, node, _ in _walk(opened.content)
+        if isinstance(node, Record) and key.startswith(prefix) and "_modules" in node.state
+    }
+
+
+def _walk(content: object) -> Iterator[tuple[str, object, Stored | None]]:
+    """Yield every node of the tree by its dotted key, and its tensor where it is one."""
     todo: list[tuple[str, object, int]] = [("", content, 0)]
     while todo:
         key, node, depth = todo.pop()
@@ -57,7 +71,7 @@ def _walk(content: object) -> Iterator[tuple[str, Stored | None]]:
             tensor, inner = node, ()
         else:
             continue
-        yield key, tensor
+        yield key, node, tensor
         if depth < MAX_DEPTH:
             todo.extend((_join(key, k), v, depth + 1) for k, v in reversed(list(inner)) if isinstance(k, str) and v is not None)
 
