@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -393,3 +394,34 @@ def test_the_command_line_shows_no_traceback(
     assert "posix.system" in captured.err
     assert "--allow-pickle" in captured.err
     assert "Traceback" not in captured.err
+
+
+TRAINER_LOG = """
+class Log:
+    def __init__(self):
+        self.statistics = {"mean": Log.mean}
+
+    def mean(self):
+        open(self.mark, "w").close()
+
+
+class Calling:
+    def __reduce__(self):
+        return Log.mean, (Log(),)
+"""
+
+
+def test_methods_of_unknown_classes_are_read_without_looking_them_up(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mmengine writes them: training logs that name methods of their own class. Calling one is refused as ever."""
+    module = types.ModuleType("trainer_log")
+    exec(TRAINER_LOG, module.__dict__)
+    monkeypatch.setitem(sys.modules, "trainer_log", module)
+    module.Log.mark = str(tmp_path / "ran")
+    torch.save({"state_dict": state, "message_hub": {"loss": module.Log()}}, tmp_path / "logged.pt")
+    assert b"getattr" in zipfile.ZipFile(tmp_path / "logged.pt").read("logged/data.pkl")
+    assert load_checkpoint(tmp_path / "logged.pt").state_dict
+    torch.save({"state_dict": state, "message_hub": module.Calling()}, tmp_path / "calling.pt")
+    refuses(tmp_path / "calling.pt", "would run")
+    assert not (tmp_path / "ran").exists()

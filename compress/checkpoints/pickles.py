@@ -355,7 +355,21 @@ def _size(*args: object) -> Shape:
     return _integers(args[0] if args else ())
 
 
+def _method(*args: object) -> object:
+    """Return a stand-in for a method of a class that was not imported; real attributes are never looked up.
+
+    mmengine's training logs refer to methods of their own class in this way.
+
+    Raises:
+        CheckpointError: It is an attribute of anything else.
+    """
+    if len(args) != 2 or not isinstance(args[0], _Inert) or not isinstance(args[1], str):
+        raise _unsafe("builtins.getattr")
+    return _Inert(args[1], (Record,), {"path": f"{args[0].path}.{args[1]}"})
+
+
 _BUILDERS: dict[str, Callable[..., object]] = {
+    "builtins.getattr": _method,
     "torch._utils._rebuild_tensor": _rebuild_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
