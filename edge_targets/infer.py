@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # This file travels to boards as it is, down to Python 3.6: no annotations, no pathlib idioms, no f-strings.
-# ruff: noqa: UP031, PTH100, PTH110, PTH118, PTH120, PTH123, RUF005, RUF046, T201
+# ruff: noqa: UP031, PTH100, PTH110, PTH118, PTH120, PTH123, RUF005, T201
 # mypy: ignore-errors
 """Classify images with a TensorRT engine on the board: ``python3 infer.py model.engine image.jpg ...``.
 
@@ -8,7 +8,7 @@ Self-contained: it needs Python 3.6, numpy and the TensorRT Python module of the
 images. ``model.json`` beside the engine says how pixels become the network's input and what the classes are called;
 ``model.engine.json``, written by ``build.sh``, says which board and which TensorRT the engine was built with.
 
-    python3 infer.py model.engine photo.jpg               # the five best classes of each image
+    python3 infer.py model.engine photo.jpg               # the five best classes of each image; both, where there are two
     python3 infer.py model.engine --npy x.npy --out y.npy  # logits of preprocessed images (N, C, H, W)
 """
 
@@ -167,9 +167,10 @@ class Engine:
         self.input_shape = first[1:]
         self.batch = None if first[0] == -1 else first[0]
         if self.batch is None:
-            self.max_batch = self._profile(self.input)[2][0]
+            least, _, most = self._profile(self.input)
+            self.min_batch, self.max_batch = least[0], most[0]
         else:
-            self.max_batch = self.batch
+            self.min_batch = self.max_batch = self.batch
 
     def _profile(self, name):
         if self.named:
@@ -188,12 +189,17 @@ class Engine:
     def _run(self, x):
         shape = tuple(x.shape)
         if self.named:
-            self.context.set_input_shape(self.input, shape)
+            accepted = self.context.set_input_shape(self.input, shape)
             out_shape = tuple(self.context.get_tensor_shape(self.output))
         else:
             index = self.engine.get_binding_index
-            self.context.set_binding_shape(index(self.input), shape)
+            accepted = self.context.set_binding_shape(index(self.input), shape)
             out_shape = tuple(self.context.get_binding_shape(index(self.output)))
+        if not accepted:
+            raise EngineError(
+                "the engine refuses an input of shape %s: it takes batches of %d to %d images of shape %s"
+                % (_by(shape), self.min_batch, self.max_batch, _by(self.input_shape))
+            )
         x = np.ascontiguousarray(x, dtype=self.dtypes[self.input])
         y = np.empty(out_shape, dtype=self.dtypes[self.output])
         addresses = {self.input: self._buffer(self.input, x.nbytes), self.output: self._buffer(self.output, y.nbytes)}
@@ -216,8 +222,8 @@ class Engine:
         for start in range(0, len(images), self.max_batch):
             part = np.asarray(images[start : start + self.max_batch], dtype=np.float32)
             n = len(part)
-            if self.batch is not None and n < self.batch:
-                part = np.concatenate([part, np.zeros((self.batch - n,) + part.shape[1:], np.float32)])
+            if n < self.min_batch:
+                part = np.concatenate([part, np.zeros((self.min_batch - n,) + part.shape[1:], np.float32)])
             results.append(self._run(part)[:n])
         return np.concatenate(results)
 
@@ -232,29 +238,63 @@ class Engine:
         self._memory = {}
 
 
-def preprocess(image, about):
-    """Return (C, H, W) float32 for a Pillow image, as ``model.json`` says: resize, centre crop, scale, normalise."""
+def _by(shape):
+    return "x".join(str(n) for n in shape)
+
+
+def of_8_bits(image):
+    """Return a Pillow image with 16-bit grey values as 8-bit ones, where Pillow would cut all above 255 off."""
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels of mode %s have no known range; save it with 8 or 16 bits" % image.mode)
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def fit(image, about):
+    """Return the pixels (H, W, C) uint8 of a Pillow image at the network's input size, those the network was evaluated on.
+
+    An image of another size is resized until its shorter side is ``resize`` (more, where the input is larger) and its
+    centre cut out; without ``resize`` it is resized as a whole.
+    """
     from PIL import Image
 
     how = about["preprocessing"]
     channels, height, width = about["input_shape"]
-    image = image.convert("L" if channels == 1 else "RGB")
     filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "nearest": Image.NEAREST}
     chosen = filters[how["interpolation"]]
-    if how["resize"] is None:
-        image = image.resize((width, height), chosen)
-    else:
-        w, h = image.size
-        short = how["resize"]
-        size = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-        image = image.resize(size, chosen)
-        left, top = int(round((size[0] - width) / 2.0)), int(round((size[1] - height) / 2.0))
-        image = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
+    image = of_8_bits(image).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        if how["resize"] is None:
+            image = image.resize((width, height), chosen)
+        else:
+            ratio = max(how["resize"], height, width) / min(image.size)
+            image = image.resize((round(image.width * ratio), round(image.height * ratio)), chosen)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+
+
+def preprocess(image, about):
+    """Return (C, H, W) float32 for a Pillow image, as ``model.json`` says: resize, centre crop, scale, normalise."""
+    how = about["preprocessing"]
+    pixels = fit(image, about).astype(np.float32)
     if how["channel_order"] == "bgr":
         pixels = pixels[:, :, ::-1]
-    x = (pixels * how["scale"] - np.asarray(how["mean"], np.float32)) / np.asarray(how["std"], np.float32)
-    return np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32)
+    gain = np.array([how["scale"] / s for s in how["std"]], np.float32)
+    shift = np.array([-m / s for m, s in zip(how["mean"], how["std"])], np.float32)  # noqa: B905 (strict= is of Python 3.10)
+    return np.ascontiguousarray((pixels * gain + shift).transpose(2, 0, 1))
+
+
+def probabilities(logits):
+    """Return the share of each class for logits (K,); a single logit tells two classes apart, class 1 where it is above 0."""
+    if len(logits) == 1:
+        logits = np.array([0.0, logits[0]])
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
 def main():
@@ -278,9 +318,7 @@ def main():
             from PIL import Image
 
             for name in given.images:
-                logits = engine(preprocess(Image.open(name), about)[None])[0]
-                weights = np.exp(logits - logits.max())
-                share = weights / weights.sum()
+                share = probabilities(engine(preprocess(Image.open(name), about)[None])[0])
                 labels = about.get("labels")
                 for k in np.argsort(-share)[:5]:
                     print("%s\t%s\t%.4f" % (name, labels[k] if labels else k, share[k]))

@@ -1,5 +1,6 @@
 """The TensorRT adapter: recipes by version, a real builder through tensorrt_rtx, the runner on a double, bundles."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+from compress.data import decode, normalise
 from compress.zoo import spec
 from edge_targets import infer
 from edge_targets.backends import tensorrt as backend
@@ -29,6 +31,7 @@ from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.errors import ModelFileError, TargetError, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Quantization, place
+from rescompress.core.spec import Preprocessing
 
 needs_rtx = pytest.mark.skipif(not tensorrt_rtx.available(), reason="tensorrt_rtx is not installed")
 needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
@@ -140,8 +143,9 @@ class FakeCuda:
         pass
 
 
-def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
-    """A double of the TensorRT module whose engine returns the mean of each channel."""
+def fake_tensorrt(cuda, *, named, batch, version="10.3.0", batches=(1, 4)):
+    """A double of the TensorRT module whose engine returns the mean of each channel; `batches` of a dynamic one."""
+    profile = [(n, 3, 4, 4) for n in (batches[0], batches[1], batches[1])]
     shapes = {"x": (batch, 3, 4, 4), "y": (batch, 3)}
 
     class Context:
@@ -150,6 +154,9 @@ def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
             self.addresses = {}
 
         def set_input_shape(self, name, shape):
+            least, most = batches if batch == -1 else (batch, batch)
+            if not least <= shape[0] <= most or shape[1:] != (3, 4, 4):
+                return False
             self.shape = shape
             return True
 
@@ -157,10 +164,10 @@ def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
             return self.set_input_shape("x", shape)
 
         def get_tensor_shape(self, name):
-            return (self.shape[0], 3)
+            return (self.shape[0] if self.shape else -1, 3)
 
         def get_binding_shape(self, index):
-            return (self.shape[0], 3)
+            return self.get_tensor_shape("y")
 
         def set_tensor_address(self, name, address):
             self.addresses[name] = address
@@ -184,7 +191,7 @@ def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
             get_tensor_mode=lambda n: "in" if n == "x" else "out",
             get_tensor_shape=shapes.__getitem__,
             get_tensor_dtype=lambda n: np.float32,
-            get_tensor_profile_shape=lambda n, p: [(1, 3, 4, 4), (4, 3, 4, 4), (4, 3, 4, 4)],
+            get_tensor_profile_shape=lambda n, p: profile,
             **common,
         )
     else:
@@ -195,7 +202,7 @@ def fake_tensorrt(cuda, *, named, batch, version="10.3.0"):
             get_binding_index="xy".index,
             get_binding_shape=shapes.__getitem__,
             get_binding_dtype=lambda n: np.float32,
-            get_profile_shape=lambda p, n: [(1, 3, 4, 4), (4, 3, 4, 4), (4, 3, 4, 4)],
+            get_profile_shape=lambda p, n: profile,
             **common,
         )
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
@@ -221,6 +228,49 @@ def test_the_runner_feeds_both_apis_in_batches_the_engine_takes(tmp_path, named,
         assert runner.runtime == "tensorrt"
         np.testing.assert_allclose(runner(x), x.mean(axis=(2, 3)), rtol=1e-6)
     assert cuda.memory == {}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["8.5 and later", "8.2"])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 10])
+def test_a_piece_shorter_than_the_smallest_batch_of_an_engine_is_filled_up(tmp_path, named, count):
+    cuda = FakeCuda()
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"good")
+    x = np.random.default_rng(0).standard_normal((count, 3, 4, 4)).astype(np.float32)
+    with infer.Engine(str(path), fake_tensorrt(cuda, named=named, batch=-1, batches=(3, 4)), cuda) as engine:
+        np.testing.assert_allclose(engine(x), x.mean(axis=(2, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["8.5 and later", "8.2"])
+@pytest.mark.parametrize("batch", [-1, 4])
+def test_an_input_that_the_engine_does_not_take_is_refused(tmp_path, named, batch):
+    cuda = FakeCuda()
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"good")
+    with infer.Engine(str(path), fake_tensorrt(cuda, named=named, batch=batch, batches=(2, 4)), cuda) as engine:
+        takes = "2 to 4" if batch == -1 else "4 to 4"
+        with pytest.raises(infer.EngineError, match=rf"4x3x5x5: it takes batches of {takes} images of shape 3x4x4"):
+            engine(np.zeros((4, 3, 5, 5), np.float32))
+        assert cuda.memory == {}
+
+
+@pytest.mark.parametrize(("labels", "names"), [(["cat", "dog"], ("cat", "dog")), (None, ("0", "1"))])
+@pytest.mark.parametrize("logit", [-7.0, -0.5, 0.5, 100.0])
+def test_a_single_logit_tells_two_classes_apart(tmp_path, monkeypatch, capsys, labels, names, logit):
+    from PIL import Image
+
+    about = {"input_shape": [3, 8, 8], "preprocessing": Preprocessing().model_dump(mode="json"), "labels": labels}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(
+        infer, "Engine", lambda path: contextlib.nullcontext(lambda images: np.full((len(images), 1), logit, np.float32))
+    )
+    monkeypatch.setattr(sys, "argv", ["infer.py", str(tmp_path / "m.engine"), str(tmp_path / "photo.png")])
+    assert infer.main() == 0
+    rows = [line.split("\t")[1:] for line in capsys.readouterr().out.splitlines()]
+    one = 1 / (1 + np.exp(-logit))
+    expected = [[names[1], f"{one:.4f}"], [names[0], f"{1 - one:.4f}"]]
+    assert rows == (expected if logit > 0 else expected[::-1])
 
 
 def test_an_engine_of_another_board_or_version_is_refused(tmp_path):
@@ -353,20 +403,60 @@ def test_an_archive_holds_the_folder_and_is_reproducible(tmp_path):
         assert tar.getmember("resnet/build.sh").mode & 0o111
 
 
-def test_infer_preprocesses_as_the_data_pipeline_does(tmp_path):
+SIZES = [
+    ((640, 427), (224, 224), 256),
+    ((427, 640), (224, 224), 256),
+    ((641, 427), (224, 224), 232),
+    ((224, 224), (224, 224), 256),
+    ((500, 375), (288, 288), 256),
+    ((375, 500), (384, 384), 256),
+    ((500, 375), (384, 384), 256),
+    ((500, 375), (96, 160), 128),
+    ((500, 375), (224, 224), None),
+    ((375, 500), (160, 96), None),
+    ((50, 37), (224, 224), 256),
+]
+
+
+@pytest.mark.parametrize(("size", "side", "resize"), SIZES)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_infer_preprocesses_as_the_data_pipeline_does(tmp_path, size, side, resize, interpolation):
+    import torch
     from PIL import Image
 
+    how = Preprocessing(resize=resize, interpolation=interpolation)
+    blocks = np.random.default_rng(0).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(path)
+    about = {"input_shape": [3, *side], "preprocessing": how.model_dump(mode="json")}
+    expected = decode(path, (3, *side), how)
+    with Image.open(path) as image:
+        assert np.array_equal(infer.fit(image, about), expected)
+        x = infer.preprocess(image, about)
+    normal = normalise(torch.tensor(expected).permute(2, 0, 1)[None], how)[0].numpy()
+    np.testing.assert_allclose(x, normal, rtol=0, atol=1e-6)
+    assert x.dtype == np.float32
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "L", "P", "RGBA", "CMYK", "LA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_infer_reads_images_of_every_mode_as_the_data_pipeline_does(tmp_path, mode, channels):
+    from PIL import Image
+
+    how = Preprocessing(resize=20, channel_order="bgr", mean=(0.1,) * channels, std=(0.5,) * channels)
     rng = np.random.default_rng(0)
-    network = spec("resnet20")
-    about = {
-        "input_shape": list(network.input_shape),
-        "preprocessing": network.preprocessing.model_dump(mode="json"),
-    }
-    pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    x = infer.preprocess(Image.fromarray(pixels), about)
-    how = network.preprocessing
-    expected = (pixels.astype(np.float32) * how.scale - np.array(how.mean)) / np.array(how.std)
-    np.testing.assert_allclose(x, expected.transpose(2, 0, 1), atol=1e-5)
+    if mode.startswith("I"):
+        image = Image.fromarray(rng.integers(0, 65536, (30, 40)).astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).convert(mode)
+    assert image.mode == mode
+    path = tmp_path / "photo.tif"
+    image.save(path)
+    about = {"input_shape": [channels, 16, 16], "preprocessing": how.model_dump(mode="json")}
+    with Image.open(path) as image:
+        assert np.array_equal(infer.fit(image, about), decode(path, (channels, 16, 16), how))
+    with pytest.raises(ValueError, match="no known range"):
+        infer.fit(Image.fromarray(np.ones((16, 16), np.float32)), about)
 
 
 def test_infer_is_valid_for_the_python_of_the_oldest_board():
