@@ -14,7 +14,7 @@ import shlex
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +364,7 @@ def deploy(
             except OSError as e:
                 unscored = EnvironmentFailed(f"images cannot be kept here: {e}", remedy="free some space, or set TMPDIR")
     best = min(results, key=lambda r: r.metrics["p50_ms"].value)
+    notes += session.notes
     notes += [f"{r.precision}: spread {r.spread:.1%} after a second try, inconclusive" for r in results if not r.stable]
     return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored)
 
@@ -379,6 +380,28 @@ def _notes(found: Probe, target: Target | None) -> list[str]:
     return notes
 
 
+@dataclass(frozen=True)
+class Timed:
+    """One timing of an engine.
+
+    Attributes:
+        samples_ms: Time of each run.
+        log: What trtexec said.
+        times: File with the samples, here; what trtexec said lies beside it, as ``.log``.
+        watched: Log of tegrastats, on the board; None where it was not watched.
+    """
+
+    samples_ms: tuple[float, ...]
+    log: TrtexecLog
+    times: Path
+    watched: str | None
+
+    @property
+    def spread(self) -> float:
+        """Coefficient of variation of the samples."""
+        return statistics.pstdev(self.samples_ms) / statistics.fmean(self.samples_ms)
+
+
 @dataclass
 class _Session:
     """The work on one board, inside its work folder."""
@@ -392,6 +415,7 @@ class _Session:
     device: str
     ran: list[str]
     say: Say
+    notes: list[str] = field(default_factory=list)
 
     def run(self, command: Sequence[str], log: Path, *, timeout_s: float, watch: str | None = None) -> TrtexecLog:
         """Run trtexec; keep its output in `log`, whatever happened; return what it says.
@@ -402,9 +426,10 @@ class _Session:
         line = quoted(command)
         self.ran.append(line)
         if watch is not None:
+            # in braces: `cd ... && tegrastats &` would be one job, and killing that shell would leave tegrastats alive
             line = (
-                f"tegrastats --interval 100 > {shlex.quote(watch)} 2>/dev/null & t=$!; {line}; r=$?; "
-                "kill $t 2>/dev/null; wait $t 2>/dev/null; exit $r"
+                f"{{ tegrastats --interval 100 > {shlex.quote(watch)} 2>/dev/null & t=$!; {line}; r=$?; "
+                "kill $t 2>/dev/null; wait $t 2>/dev/null; exit $r; }"
             )
         done: Completed = self.board.run(f"cd {shlex.quote(self.work)} && {line}", timeout_s=timeout_s)
         write_text(log, done.output)
@@ -436,14 +461,12 @@ class _Session:
         files = [self.out / f"{name}.build.log"]
         for batch, command in zip(self.options.batches, times, strict=True):
             first = batch == self.options.batches[0]
-            runs = []
-            for number in range(1, (self.options.runs if first else 1) + 1):
-                samples, log, path = self.time(name, batch, command, number)
-                runs.append(samples)
-                files += [path, path.with_suffix(".log")]
-            here = max(statistics.pstdev(r) / statistics.fmean(r) for r in runs)
+            timed = [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
+            log = timed[-1].log
+            files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
+            here = max(t.spread for t in timed)
             summary = summarize(
-                [ms for samples in runs for ms in samples],
+                [ms for t in timed for ms in t.samples_ms],
                 device=self.device,
                 runtime="tensorrt",
                 batch=batch,
@@ -451,9 +474,9 @@ class _Session:
                 power_mode=self.found.power_mode,
             )
             if first:
-                medians = tuple(statistics.median(r) for r in runs)
+                medians = tuple(statistics.median(t.samples_ms) for t in timed)
                 metrics, spread, stable = {**summary, **metrics}, here, here <= UNSTABLE
-                metrics |= self.power(name, summary)
+                metrics |= self.power([t.watched for t in timed if t.watched is not None], summary)
             else:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
                 metrics[f"batch{batch}_images_per_s"] = summary["images_per_s"]
@@ -513,33 +536,42 @@ class _Session:
             with _BoardRunner(self, job.precision) as runner:
                 score(job.precision, runner)
 
-    def time(self, name: str, batch: int, command: Sequence[str], number: int) -> tuple[list[float], TrtexecLog, Path]:
-        """Time an engine at one batch; once more where the spread is large, and keep the calmer of the two."""
-        best: tuple[float, list[float], TrtexecLog] | None = None
-        there = f"{self.work}/{name}.batch{batch}.times.json"
-        path = self.out / f"{name}.batch{batch}{f'.run{number}' if number > 1 else ''}.times.json"
-        for attempt in (1, 2):
-            which = f", run {number}" if number > 1 else ""
-            self.say(f"time {name} at batch {batch}{which}" + (", once more" if attempt == 2 else ""))
-            watch = f"{self.work}/{name}.tegrastats" if self.found.tegrastats else None
-            limit = self.options.duration_s * 4 + 120
-            log = self.run(command, path.with_suffix(".log"), timeout_s=limit, watch=watch)
-            self.board.get(there, path)
-            samples = read_times(path)
-            spread = statistics.pstdev(samples) / statistics.fmean(samples)
-            if best is None or spread < best[0]:
-                best = (spread, samples, log)
-            if spread <= UNSTABLE:
-                break
-        assert best is not None
-        return best[1], best[2], path
+    def time(self, name: str, batch: int, command: Sequence[str], number: int) -> Timed:
+        """Time an engine at one batch; once more where the spread is large, and keep the calmer of the two and its files."""
+        stem = f"{name}.batch{batch}{f'.run{number}' if number > 1 else ''}"
+        what = f"time {name} at batch {batch}{f', run {number}' if number > 1 else ''}"
+        self.say(what)
+        kept = self.attempt(stem, f"{name}.batch{batch}.times.json", command)
+        if kept.spread <= UNSTABLE:
+            return kept
+        self.say(f"{what}, once more")
+        again = self.attempt(f"{stem}.again", f"{name}.batch{batch}.times.json", command)
+        calmer = again.spread < kept.spread
+        for written, final in ((again.times, kept.times), (again.times.with_suffix(".log"), kept.times.with_suffix(".log"))):
+            if calmer:
+                written.replace(final)
+            else:
+                written.unlink()
+        return replace(again, times=kept.times) if calmer else kept
 
-    def power(self, name: str, summary: dict[str, Metric]) -> dict[str, Metric]:
-        """Return power and memory while timing, where tegrastats wrote them."""
-        if not self.found.tegrastats:
+    def attempt(self, stem: str, there: str, command: Sequence[str]) -> Timed:
+        """Run a timing command that writes the file `there` in the work folder; files here are named after `stem`."""
+        times = self.out / f"{stem}.times.json"
+        watch = f"{self.work}/{stem}.tegrastats" if self.found.tegrastats else None
+        limit = self.options.duration_s * 4 + 120
+        log = self.run(command, times.with_suffix(".log"), timeout_s=limit, watch=watch)
+        self.board.get(f"{self.work}/{there}", times)
+        return Timed(tuple(read_times(times)), log, times, watch)
+
+    def power(self, logs: Sequence[str], summary: dict[str, Metric]) -> dict[str, Metric]:
+        """Return power and memory while timing, where tegrastats wrote them into `logs` on the board."""
+        if not logs:
             return {}
-        text = self.board.run(["cat", f"{self.work}/{name}.tegrastats"]).output
-        watched = parse_tegrastats(text)
+        watched = parse_tegrastats(self.board.run(["cat", *logs]).output)
+        if watched.unknown_rails:
+            rails = ", ".join(watched.unknown_rails)
+            note = f"power not reported: it is not known which of the board's rails add up to the module's ({rails})"
+            self.notes += [note] if note not in self.notes else []
         base = summary["p50_ms"].model_copy(update={"low": None, "high": None})
         metrics = {}
         if watched.power_w is not None:
@@ -608,14 +640,30 @@ class Watched:
     """What tegrastats saw.
 
     Attributes:
-        power_w: Mean power of the module (rail VDD_IN, or the sum of the rails where there is none).
+        power_w: Mean power of the module; None where no line tells it.
         memory_mb: Largest memory in use.
         samples: Lines.
+        unknown_rails: The power rails of a board of which it is not known whether and how they add up to the module.
     """
 
     power_w: float | None
     memory_mb: float | None
     samples: int
+    unknown_rails: tuple[str, ...] = ()
+
+
+TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
+"""Rails that feed the whole module; VIN, of the Thor, is measured on the carrier board and feeds that too."""
+
+SUMMED_RAILS = (
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
+)
+"""Rails that together feed the module, where there is no total: of the AGX Orin (its VDDQ_VDD2_1V8AO is no part of the sum)
+and of the AGX Xavier."""
+
+RAIL = re.compile(r"(?<!\S)([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
+"""Name and present power in mW of a rail in a line of tegrastats."""
 
 
 def parse_tegrastats(text: str) -> Watched:
@@ -625,16 +673,20 @@ def parse_tegrastats(text: str) -> Watched:
     rail; older releases write ``POM_5V_IN 2145/2145`` in mW without the unit.
     """
     powers, memories = [], []
+    unknown: dict[str, None] = {}
     for line in text.splitlines():
         ram = re.search(r"\bRAM (\d+)/\d+MB", line)
         if ram:
             memories.append(float(ram[1]))
-        rails = {n: float(v) / 1000.0 for n, v in re.findall(r"\b(V\w+|POM_\w+) (\d+)(?:mW)?/\d+", line)}
-        total = next((rails[n] for n in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0") if n in rails), None)
-        if total is None and rails:
-            total = sum(rails.values())
-        if total is not None:
-            powers.append(total)
+        rails = {name: float(mw) / 1000.0 for name, mw in RAIL.findall(line)}
+        known = next((r for r in (*((n,) for n in TOTAL_RAILS), *SUMMED_RAILS) if rails.keys() >= set(r)), None)
+        if known is not None:
+            powers.append(sum(rails[n] for n in known))
+        else:
+            unknown |= dict.fromkeys(rails)
     return Watched(
-        statistics.fmean(powers) if powers else None, max(memories) if memories else None, max(len(powers), len(memories))
+        statistics.fmean(powers) if powers else None,
+        max(memories) if memories else None,
+        max(len(powers), len(memories)),
+        () if powers else tuple(unknown),
     )

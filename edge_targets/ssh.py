@@ -1,16 +1,18 @@
 """The user's own OpenSSH client: their config, agent and jump hosts; never a password in our hands.
 
 Every command is one word list, quoted for the shell of the board. Files travel through ``cat`` on the same channel, so a
-board needs no more than a shell.
+board needs no more than a shell. What the start files of that shell print is told apart by a line printed after it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,15 @@ from rescompress.core.errors import BadInput, EnvironmentFailed, ToolMissing
 
 CONNECTION_FAILED = 255
 """Exit code of ssh for its own failures."""
+
+START_TIMEOUT_S = 60.0
+"""Until a work folder must be there, besides the time to connect."""
+
+BEGIN = "@@rescompress"
+"""Line that separates what the board's shell prints when it starts from what was asked for."""
+
+PRINT_BEGIN = "printf '@@%s\\n' rescompress"
+"""Prints `BEGIN`; in two parts, so that a shell that echoes its commands does not print it too."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +112,32 @@ class Board:
 
         Raises:
             ToolMissing: There is no ssh here.
-            EnvironmentFailed: The connection failed, was lost, or the command hangs.
+            EnvironmentFailed: The connection failed, was lost, the command hangs, or the board's shell does not come to it.
         """
         text = command if isinstance(command, str) else shlex.join(command)
         try:
             done = subprocess.run(
                 # a shell that stays turns a death by signal into an exit code; ssh itself would say 255 for it
-                self.command(f"{text}\nexit $?"),
+                self.command(f"{PRINT_BEGIN}\n{text}\nexit $?"),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 timeout=timeout_s,
             )
         except subprocess.TimeoutExpired as e:
+            started = (e.output or b"").decode(errors="replace")
+            if started and f"{BEGIN}\n" not in started:
+                raise self.shell_error(started) from e
             raise EnvironmentFailed(
                 f"did not answer within {timeout_s:g} s", where=f"{self.host}: {text}", remedy="is the board busy? try again"
             ) from e
         output = done.stdout.decode(errors="replace")
         if done.returncode == CONNECTION_FAILED:
             raise self.connection_error(output)
-        return Completed(done.returncode, output)
+        started, begin, asked = output.partition(f"{BEGIN}\n")
+        if not begin:
+            raise self.shell_error(started)
+        return Completed(done.returncode, asked)
 
     def connection_error(self, output: str) -> EnvironmentFailed:
         """Return the error for what ssh said when it failed."""
@@ -129,6 +146,16 @@ class Board:
         said = lines[-1] if lines else "no reason given"
         what, remedy = reason or (f"connection lost or refused: {said}", "is the board up? try `ssh` by hand, then run again")
         return EnvironmentFailed(what, where=self.host, remedy=remedy)
+
+    def shell_error(self, output: str) -> EnvironmentFailed:
+        """Return the error for a shell that printed `output` and did not come to the command it was given."""
+        said = ([line.strip() for line in output.splitlines() if line.strip()] or ["nothing"])[-1]
+        return EnvironmentFailed(
+            f"its shell does not come to the command it is given; the last it says: {said}",
+            where=self.host,
+            remedy="let its start file return at once, silently, in a non-interactive shell; first line of ~/.bashrc there: "
+            "case $- in *i*) ;; *) return;; esac",
+        )
 
     def put(self, local: Path, remote: str) -> None:
         """Copy a file to the board.
@@ -139,14 +166,20 @@ class Board:
         """
         with local.open("rb") as source:
             done = subprocess.run(
-                self.command(f"cat > {shlex.quote(remote)}"), stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                self.command(f"{PRINT_BEGIN}; cat > {shlex.quote(remote)}"),
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-        output = done.stdout.decode(errors="replace").strip()
+        started, begin, asked = done.stdout.decode(errors="replace").partition(f"{BEGIN}\n")
         if done.returncode == CONNECTION_FAILED:
-            raise self.connection_error(output)
+            raise self.connection_error(started + asked)
+        if not begin:
+            raise self.shell_error(started)
+        output = asked.strip()
         size = local.stat().st_size
-        counted = self.run(f"wc -c < {shlex.quote(remote)}") if done.returncode == 0 else None
-        if counted is None or counted.output.strip() != str(size):
+        stored = self._size(remote) if done.returncode == 0 else None
+        if stored != size:
             full = "the disk is full: " if "No space left" in output else ""
             raise EnvironmentFailed(
                 f"{full}could not store {local.name} ({size} bytes): {output or 'the copy is short'}",
@@ -154,23 +187,41 @@ class Board:
                 remedy="free some space on the board and run again",
             )
 
+    def _size(self, remote: str) -> int | None:
+        """Return the size in bytes of a file on the board, or None where it cannot be read."""
+        said = self.run(f"n=$(wc -c < {shlex.quote(remote)}) && echo @@size $n")
+        found = re.search(r"@@size (\d+)$", said.output, re.MULTILINE)
+        return int(found[1]) if found else None
+
     def get(self, remote: str, local: Path) -> None:
         """Copy a file from the board; `local` appears whole or not at all.
 
         Raises:
             ToolMissing: There is no ssh here.
-            EnvironmentFailed: The connection failed, the file is not there, or the disk is full.
+            EnvironmentFailed: The connection failed, the file is not there, the copy is short, or the disk is full.
         """
+        size = self._size(remote)
+        command = self.command(f"{PRINT_BEGIN}; cat < {shlex.quote(remote)}")
         with atomic_path(local) as temporary:
-            with temporary.open("wb") as sink:
-                done = subprocess.run(
-                    self.command(f"cat < {shlex.quote(remote)}"), stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.PIPE
-                )
-            said = done.stderr.decode(errors="replace").strip()
-            if done.returncode == CONNECTION_FAILED:
+            with temporary.open("wb") as sink, tempfile.TemporaryFile() as errors:
+                with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process:
+                    assert process.stdout is not None
+                    try:
+                        started, begun = _until_begin(process.stdout)
+                        shutil.copyfileobj(process.stdout, sink)
+                    except BaseException:
+                        process.kill()
+                        raise
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip()
+            if process.returncode == CONNECTION_FAILED:
                 raise self.connection_error(said)
-            if done.returncode != 0:
-                raise EnvironmentFailed(f"could not fetch {remote}: {said}", where=self.host, remedy="run again")
+            if not begun:
+                raise self.shell_error(started + said)
+            fetched = temporary.stat().st_size
+            if process.returncode != 0 or fetched != size:
+                reason = said if process.returncode != 0 else f"{fetched} bytes came of {size}"
+                raise EnvironmentFailed(f"could not fetch {remote}: {reason}", where=self.host, remedy="run again")
 
 
 _REASONS: tuple[tuple[str, tuple[str, str]], ...] = (
@@ -207,10 +258,10 @@ class WorkFolder:
 
         Raises:
             ToolMissing: There is no ssh here.
-            EnvironmentFailed: The connection failed, or the board has no room.
+            EnvironmentFailed: The connection failed, the board has no room, or its shell does not come to making the folder.
         """
         script = (
-            'd=$(mktemp -d "${TMPDIR:-/tmp}/rescompress.XXXXXX") || exit 1; '
+            f'{PRINT_BEGIN}; d=$(mktemp -d "${{TMPDIR:-/tmp}}/rescompress.XXXXXX") || exit 1; '
             "trap 'rm -rf -- \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; "
             'printf "%s\\n" "$d"; cat > /dev/null'
         )
@@ -222,12 +273,20 @@ class WorkFolder:
         )
         assert process.stdout is not None
         self._process = process
-        self.path = process.stdout.readline().decode(errors="replace").strip()
-        if not self.path.startswith("/"):
-            said = _rest(process.stderr)
-            code = process.wait()
-            if code == CONNECTION_FAILED:
+        timer = threading.Timer(self.board.connect_timeout_s + START_TIMEOUT_S, process.kill)
+        timer.start()
+        try:
+            started, begun = _until_begin(process.stdout)
+            self.path = process.stdout.readline().decode(errors="replace").strip()
+            made = self.path.startswith("/")
+            said = "" if made else process.communicate()[1].decode(errors="replace")
+        finally:
+            timer.cancel()
+        if not made:
+            if process.returncode == CONNECTION_FAILED:
                 raise self.board.connection_error(said)
+            if not begun:
+                raise self.board.shell_error(started + said)
             raise EnvironmentFailed(
                 f"could not make a work folder: {said.strip() or 'no reason given'}",
                 where=self.board.host,
@@ -254,5 +313,12 @@ class WorkFolder:
         self._sockets.cleanup()
 
 
-def _rest(stream: IO[bytes] | None) -> str:
-    return stream.read().decode(errors="replace") if stream is not None else ""
+def _until_begin(stream: IO[bytes]) -> tuple[str, bool]:
+    """Return what stands in a stream before `BEGIN`, and whether that came at all."""
+    started = ""
+    for line in iter(stream.readline, b""):
+        before, begin, _ = line.decode(errors="replace").partition(f"{BEGIN}\n")
+        started += before
+        if begin:
+            return started, True
+    return started, False

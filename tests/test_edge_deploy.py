@@ -7,11 +7,14 @@ import contextlib
 import io
 import json
 import os
+import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -22,10 +25,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_targets.remote import parse_tegrastats
-from edge_targets.ssh import Board
+from edge_targets import ssh
+from edge_targets.remote import DeployOptions, Probe, _Session, parse_tegrastats
+from edge_targets.ssh import Board, WorkFolder
+from edge_targets.tensorrt_versions import capabilities
 from rescompress.cli.app import main
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, EnvironmentFailed
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
 STANDIN_PYTHON = Path(__file__).with_name("edge_standin_python")
@@ -104,11 +109,12 @@ class Server:
             time.sleep(0.05)
         raise AssertionError("sshd does not listen")
 
-    def install(self, version="100300", trouble=None) -> None:
+    def install(self, version="100300", trouble=None, **more) -> None:
         shutil.copy(Path(__file__).with_name("edge_standin_trtexec"), self.tools / "trtexec")
         (self.tools / "trtexec").chmod(0o755)
-        (self.tools / "standin.json").write_text(json.dumps({"version": version, "trouble": trouble}))
-        (self.tools / "calls.log").unlink(missing_ok=True)
+        (self.tools / "standin.json").write_text(json.dumps({"version": version, "trouble": trouble, **more}))
+        for left in (self.tools / "calls.log", self.tools / "tegrastats", self.folder / ".bashrc"):
+            left.unlink(missing_ok=True)
         self.install_python()
 
     def install_python(self, modules=STANDIN_PYTHON, version="10.3.0") -> None:
@@ -246,6 +252,57 @@ def test_an_unstable_measurement_is_repeated_and_called_inconclusive(fresh, tmp_
 
 
 @needs_sshd
+@pytest.mark.parametrize(("spreads", "reported"), [((0.5, 0.9), 0.5), ((0.9, 0.5), 0.5), ((0.5, 0.01), 0.01)])
+def test_the_files_kept_are_those_of_the_attempt_that_is_reported(fresh, tmp_path, spreads, reported):
+    fresh.install("100300", spreads=spreads)
+    out = tmp_path / "out"
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", out)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    samples = [r["computeMs"] for r in json.loads((out / "deploy" / "model_fp16.batch1.times.json").read_text())]
+    assert (max(samples) - min(samples)) / np.mean(samples) == pytest.approx(reported, rel=0.1)
+    assert result["p50_ms"] == pytest.approx(np.median(samples), rel=1e-12)
+    log = (out / "deploy" / "model_fp16.batch1.times.log").read_text()
+    assert f"max = {max(samples):g} ms" in log
+    assert not list(out.rglob("*again*"))
+
+
+@needs_sshd
+def test_unknown_rails_give_a_note_instead_of_a_power(fresh, tmp_path):
+    (fresh.tools / "tegrastats").write_text(
+        "#!/bin/sh\nwhile :; do echo 'RAM 4/9MB VDD_NEW 9000mW/9000mW VDD_GPU 1mW/1mW'; sleep 0.01; done\n"
+    )
+    (fresh.tools / "tegrastats").chmod(0o755)
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out", "--runs", "3")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (note,) = [n for n in found["notes"] if "power not reported" in n]
+    assert "VDD_NEW, VDD_GPU" in note
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert stage["metrics"]["memory_mb"]["value"] == 4
+    assert "power_w" not in stage["metrics"]
+
+
+BASHRC = """echo "Welcome to the board"; echo 12345; set -x; echo "warning: nothing works" >&2; printf 'no line end'"""
+
+
+@needs_sshd
+@pytest.mark.skipif("bash" not in pwd.getpwuid(os.getuid()).pw_shell, reason="only bash reads .bashrc over ssh")
+def test_a_shell_that_prints_text_disturbs_nothing(fresh, tmp_path, no_hang):
+    model, data, right = labelled(tmp_path)
+    (fresh.folder / ".bashrc").write_text(BASHRC)
+    plain = ["ssh", "-F", fresh.ssh_config, "board", "true"]
+    assert "Welcome" in subprocess.run(plain, capture_output=True, text=True).stdout, "the shell prints nothing"
+    done = deploy(fresh, model, "--data", data, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["top1"] == pytest.approx(right.mean())
+    assert Path(found["results"][0]["engine"]).read_bytes().endswith(model.read_bytes())
+    assert "Welcome" not in (tmp_path / "out" / "deploy" / "model_fp16.build.log").read_text()
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
 def test_a_wrong_host_key(fresh, tmp_path):
     fresh.knows("other")
     done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out")
@@ -282,8 +339,6 @@ def test_a_full_disk_on_the_board(fresh, tmp_path):
 @needs_sshd
 def test_a_copy_that_does_not_fit(fresh, tmp_path):
     """The disk fills up after the check: the copy itself must notice."""
-    from rescompress.core.errors import EnvironmentFailed
-
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", fresh.temporary], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("no right to mount a small file system")
@@ -453,6 +508,141 @@ def test_hosts_that_ssh_would_misread_are_refused():
             Board(host)
 
 
+@dataclass(frozen=True)
+class LocalBoard(Board):
+    """This machine as a board: a shell that runs `start` before each command, in place of ssh."""
+
+    shell: str = "bash"
+    start: str = ":"
+
+    def command(self, remote, *, master=False):
+        return [self.shell, "-c", f"{self.start}\n{remote}"]
+
+
+@pytest.fixture
+def no_hang():
+    """Fail a test that hangs."""
+
+    def ring(number, frame):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("start", [":", BASHRC.replace("set -x; ", ""), BASHRC], ids=["silent", "prints", "prints, set -x"])
+def test_files_arrive_whole_through_a_shell_that_prints_text(tmp_path, monkeypatch, no_hang, shell, start):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    content = b"no line end" + bytes(range(256)) * 1000 + f"\n{ssh.BEGIN}\n".encode() + b"\r\n\n"
+    (tmp_path / "sent").write_bytes(content)
+    with WorkFolder(LocalBoard("local", shell=shell, start=start)) as work:
+        board = work.board
+        assert board.run("echo answer; exit 3").code == 3
+        assert board.run(["echo", "an answer"]).output.startswith("an answer\n" if "set -x" not in start else "")
+        board.put(tmp_path / "sent", f"{work.path}/it's there")
+        assert (Path(work.path) / "it's there").read_bytes() == content
+        board.get(f"{work.path}/it's there", tmp_path / "fetched")
+        assert (tmp_path / "fetched").read_bytes() == content
+        with pytest.raises(EnvironmentFailed, match="could not fetch"):
+            board.get(f"{work.path}/absent", tmp_path / "absent")
+        assert not (tmp_path / "absent").exists()
+        with pytest.raises(EnvironmentFailed, match="could not store"):
+            board.put(tmp_path / "sent", f"{work.path}/absent/file")
+    assert not Path(work.path).exists()
+
+
+@pytest.mark.parametrize("start", ["echo bye; exit 0", "echo bye; exec sleep 1000"], ids=["leaves", "waits"])
+def test_a_shell_that_never_comes_to_the_command_is_refused(tmp_path, monkeypatch, no_hang, start):
+    monkeypatch.setattr(ssh, "START_TIMEOUT_S", 0.5)
+    board = LocalBoard("local", connect_timeout_s=0, start=start)
+    (tmp_path / "sent").write_text("text")
+    with pytest.raises(EnvironmentFailed, match=r"does not come to the command.*bye") as e, WorkFolder(board):
+        pass
+    assert "~/.bashrc" in e.value.remedy
+    with pytest.raises(EnvironmentFailed, match="does not come to the command"):
+        board.run("true", timeout_s=0.5)
+    if "exit" in start:
+        with pytest.raises(EnvironmentFailed, match="does not come to the command"):
+            board.put(tmp_path / "sent", f"{tmp_path}/there")
+        with pytest.raises(EnvironmentFailed, match="does not come to the command"):
+            board.get(f"{tmp_path}/sent", tmp_path / "fetched")
+        assert not (tmp_path / "fetched").exists()
+
+
+def test_a_work_folder_that_cannot_be_made_is_told(monkeypatch, no_hang):
+    monkeypatch.setenv("TMPDIR", "/nonexistent")
+    with pytest.raises(EnvironmentFailed, match="could not make a work folder"), WorkFolder(LocalBoard("local")):
+        pass
+
+
+def session_with(tools, out, *, shell):
+    """Return a session on this machine with the programs in the folder `tools` on its PATH, in the work folder `out`."""
+    board = LocalBoard("local", shell=shell, start=f"PATH='{tools}':$PATH")
+    found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), True, None)
+    return _Session(board, found, capabilities("10.3.0"), DeployOptions(), out, str(out), "board", [], lambda text: None)
+
+
+def watched_tools(folder, *, code=0):
+    """Write a tegrastats that counts its starts, as its process id and as W, and a trtexec that waits for it to run."""
+    texts = {
+        "tegrastats": 'n=$(ls "$0".* 2>/dev/null | wc -l); echo "RAM 1/2MB VDD_IN $((n + 1))000mW/1mW"\n'
+        'echo $$ > "$0.part"; mv "$0.part" "$0.$n"; while :; do sleep 0.05; done',
+        "trtexec": 'n=$(ls "$0".* 2>/dev/null | wc -l); : > "$0.$n"\n'
+        'while [ ! -s "${0%/*}/tegrastats.$n" ]; do sleep 0.05; done\n'
+        'cp "${0%/*}/times$n.json" "${0%/*}/m.batch1.times.json"\n'
+        f'echo "attempt $((n + 1))"; echo "&&&& PASSED TensorRT.trtexec [TensorRT v100300] # trtexec"; exit {code}',
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
+def watchers(folder):
+    """Return the process ids of the stand-ins of tegrastats that still run."""
+    alive = [int(p.read_text()) for p in folder.glob("tegrastats.*") if Path(f"/proc/{p.read_text().strip()}").exists()]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    return alive
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc here")
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_tegrastats_ends_with_trtexec_whose_exit_code_is_kept(tmp_path, no_hang, shell, code):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    watched_tools(tmp_path, code=code)
+    (tmp_path / "times0.json").write_text("[]")
+    session = session_with(tmp_path, tmp_path, shell=shell)
+    refused = pytest.raises(EnvironmentFailed, match="exit code 3") if code else contextlib.nullcontext()
+    with refused:
+        session.run(["trtexec"], tmp_path / "log", timeout_s=60, watch=f"{tmp_path}/watched")
+    assert watchers(tmp_path) == []
+    assert "RAM 1/2MB" in (tmp_path / "watched").read_text()
+
+
+@pytest.mark.parametrize(("times", "attempt"), [(((1, 1.0),), 1), (((1, 2), (1, 9)), 1), (((1, 9), (1, 2)), 2)])
+def test_samples_log_and_power_are_of_one_attempt(tmp_path, no_hang, times, attempt):
+    watched_tools(tmp_path)
+    for i, samples in enumerate(times):
+        (tmp_path / f"times{i}.json").write_text(json.dumps([{"computeMs": ms} for ms in samples]))
+    session = session_with(tmp_path, tmp_path, shell="bash")
+    session.out = tmp_path / "out"
+    timed = session.time("m", 1, ["trtexec"], 1)
+    watchers(tmp_path)
+    assert timed.samples_ms == times[attempt - 1]
+    assert [r["computeMs"] for r in json.loads(timed.times.read_text())] == list(times[attempt - 1])
+    assert f"attempt {attempt}\n" in timed.times.with_suffix(".log").read_text()
+    assert parse_tegrastats(Path(timed.watched).read_text()).power_w == attempt
+    assert len(list(session.out.iterdir())) == 2
+
+
 def test_tegrastats():
     new = (
         "01-01-1970 00:00:01 RAM 2448/7620MB (lfb 4x4MB) GR3D_FREQ 99% VDD_IN 5000mW/4900mW VDD_CPU_GPU_CV 1234mW/1200mW\n"
@@ -462,3 +652,43 @@ def test_tegrastats():
     assert (found.power_w, found.memory_mb, found.samples) == (6.0, 2500.0, 2)
     assert parse_tegrastats("RAM 1/2MB POM_5V_IN 2145/2145 POM_5V_GPU 80/80").power_w == pytest.approx(2.145)
     assert parse_tegrastats("").power_w is None
+
+
+@pytest.mark.parametrize(
+    ("line", "power_w"),
+    [
+        (
+            "GR3D_FREQ 99% VDD_GPU_SOC 21000mW/20000mW VDD_CPU_CV 3000mW/3000mW VIN_SYS_5V0 4541mW/4500mW NC 0mW/0mW "
+            "VDDQ_VDD2_1V8AO 600mW/600mW NC 0mW/0mW",
+            28.541,
+        ),
+        (
+            "SWAP 2/15959MB (cached 1MB) CPU [0%@1190,off] EMC_FREQ 1%@408 GR3D_FREQ 12%@318 AO@38C GPU@39.5C CPU@40C "
+            "GPU 120/100 CPU 468/450 SOC 937/900 CV 5/0 VDDRQ 312/234 SYS5V 1458/1400",
+            3.3,
+        ),
+        ("GPU 120mW/100mW CPU 468mW/450mW SOC 937mW/900mW CV 5mW/0mW VDDRQ 312mW/234mW SYS5V 1458mW/1400mW", 3.3),
+        ("VDD_GPU 30000mW/3mW VDD_CPU_SOC_MSS 9000mW/9mW VIN_SYS_5V0 6000mW/6mW VIN 50000mW/50000mW", 50.0),
+        ("PMIC@50C VDD_IN 3056/3056 VDD_SYS_CPU 152/152 VDD_SYS_GPU 152/152 VDD_4V0_WIFI 0/0 VDD_SYS_DDR 883/883", 3.056),
+        ("VDD_IN 4987mW/4987mW VDD_CPU_GPU_CV 1234mW/1200mW VDD_SOC 1500mW/1400mW", 4.987),
+    ],
+    ids=["AGX Orin", "AGX Xavier", "AGX Xavier with units", "Thor", "TX2", "Orin NX"],
+)
+def test_the_power_of_the_module_on_every_board(line, power_w):
+    found = parse_tegrastats(f"RAM 2448/62800MB (lfb 4x4MB) {line}\nRAM 2448/62800MB (lfb 4x4MB)")
+    assert found.power_w == pytest.approx(power_w)
+    assert found.unknown_rails == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "rails"),
+    [
+        ("VDD_GPU_SOC 21000mW/20000mW VDD_CPU_CV 3000mW/3000mW", ("VDD_GPU_SOC", "VDD_CPU_CV")),
+        ("VIN_SYS_5V0 4541mW/4500mW", ("VIN_SYS_5V0",)),
+        ("RAM 1/2MB SWAP 0/3810MB (cached 0MB) IRAM 0/252kB(lfb 252kB)", ()),
+    ],
+)
+def test_a_set_of_rails_that_is_not_known_gives_no_power(line, rails):
+    found = parse_tegrastats(line)
+    assert found.power_w is None
+    assert found.unknown_rails == rails
