@@ -235,6 +235,21 @@ def test_predict_takes_names_and_foreign_files(tmp_path):
     assert run("predict", tmp_path / "absent.onnx")[0] == 5
 
 
+def test_predict_takes_the_batch_that_a_file_is_fixed_to(tmp_path):
+    def predicted(path, *arguments):
+        return json.loads(run("predict", path, *arguments, "--json")[1])
+
+    free = write_onnx(tmp_path / "free.onnx")
+    fixed = write_onnx(tmp_path / "fixed.onnx", batch=8)
+    assert predicted(free)["batch"] == 1
+    of_eight = predicted(free, "--batch", 8)
+    for found in (predicted(fixed), predicted(fixed, "--batch", 8)):
+        assert (found["batch"], found["p50_ms"]) == (8, of_eight["p50_ms"])
+    code, out, err = run("predict", fixed, "--batch", 1, "--json")
+    assert (code, json.loads(out)["p50_ms"]) == (0, predicted(free)["p50_ms"])
+    assert "is fixed to 8 images per call" in err
+
+
 def test_open_image_sides_need_an_input_shape(tmp_path):
     path = write_onnx(tmp_path / "m.onnx", size="side")
     with pytest.raises(ModelFileError, match="size of its input open"):

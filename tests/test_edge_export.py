@@ -13,6 +13,7 @@ import pytest
 
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
+from rescompress.cli.workspace import deliver
 from rescompress.config import QuantizeConfig
 from rescompress.core.quantizers import PROFILES
 from rescompress.plan import profile_for
@@ -52,6 +53,8 @@ def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
     beside = call("export", DIGITS, "--target", "jetson-nano", "-o", "bundle", "--archive", cwd=tmp_path)
     assert beside["archive"] == "bundle.tar.gz"
     assert (tmp_path / beside["onnx"]).is_file()
+    for name, executable in (("build.sh", True), ("infer.py", True), ("model.json", False), ("model.onnx", False)):
+        assert bool((crowded / name).stat().st_mode & 0o111) == executable, name
     root = unpacked(tmp_path / "bundle.tar.gz", tmp_path / "a")
     names = {p.name for p in root.iterdir()}
     assert names >= {"model.onnx", "build.sh", "infer.py", "model.json", "README.md", "SHA256SUMS"}
@@ -61,6 +64,14 @@ def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
     assert alone["archive"] == "given.tar.gz"
     assert (tmp_path / "given.tar.gz").read_bytes() == (tmp_path / "bundle.tar.gz").read_bytes()
     assert call("export", DIGITS, "--target", "jetson-nano", cwd=tmp_path)["archive"] is None
+
+
+def test_a_delivered_file_keeps_its_mode(tmp_path):
+    source = tmp_path / "build.sh"
+    source.write_text("#!/bin/sh\n")
+    for mode in (0o755, 0o640):
+        source.chmod(mode)
+        assert deliver(source, tmp_path / "out" / "build.sh").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize(

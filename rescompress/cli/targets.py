@@ -123,7 +123,9 @@ def predict(
     precision: Annotated[
         str, typer.Option("--precision", help="fp32, fp16, int8; auto: what the file is, else the fastest.")
     ] = "auto",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per call.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Images per call.", show_default="1, or what the file is fixed to")
+    ] = None,
     input_shape: InputShape = None,
     power_mode: Annotated[
         str | None, typer.Option("--power-mode", help="Of the device.", show_default="highest clocks")
@@ -143,23 +145,25 @@ def predict(
     from edge_targets.latency import Overrides, as_document, predict_kernels
 
     chosen = load_target(target)
-    kernels, own = _kernels(model, input_shape, chosen.device)
+    kernels, own, fixed = _kernels(model, input_shape, chosen.device)
+    output = output_of(ctx)
+    if fixed is not None and batch not in (None, fixed):
+        output.hint(f"{model} is fixed to {fixed} images per call: the figure is of the same network exported for {batch}")
     wanted = chosen.check_precision(own if precision == "auto" else precision)
     prediction = predict_kernels(
         kernels,
         chosen.device,
         precision=wanted,
-        batch=batch,
+        batch=batch or fixed or 1,
         power_mode=power_mode,
         overrides=Overrides(sm_count, gpu_mhz, emc_mhz),
     )
     document = {"model_file": model, "target": chosen.name, "alias": chosen.alias, **as_document(prediction)}
-    output = output_of(ctx)
     output.result(document, _prediction_table(document, slowest), _summary(document))
 
 
-def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[Kernel], str | None]:
-    """Return the kernels of a model and the precision it is written in (None where that is open)."""
+def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[Kernel], str | None, int | None]:
+    """Return the kernels of a model, the precision it is written in and its batch (None where these are open)."""
     from edge_targets.kernels import fuse
     from edge_targets.onnx_kernels import kernels_of
     from rescompress.cli.inspect import parse_shape
@@ -170,17 +174,17 @@ def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[
         from compress.zoo import spec
 
         found = spec(model.removeprefix("arch:"))
-        return fuse(walk(found if shape is None else found.replace(input_shape=shape))), None
+        return fuse(walk(found if shape is None else found.replace(input_shape=shape))), None, None
     path = Path(model)
     if path.suffix == ".onnx":
         read = kernels_of(path, input_shape=shape)
         # A float32 file leaves the choice to the builder, which may use FP16; any other file has made it.
         best_float = "fp16" if "fp16" in device.precisions else "fp32"
-        return list(read.kernels), best_float if read.precision == "fp32" else read.precision
+        return list(read.kernels), best_float if read.precision == "fp32" else read.precision, read.batch
     from compress.checkpoints import load_checkpoint
 
     checkpoint = load_checkpoint(path, input_shape=shape)
-    return fuse(walk(checkpoint.spec)), "int8" if checkpoint.quantization else None
+    return fuse(walk(checkpoint.spec)), "int8" if checkpoint.quantization else None, None
 
 
 def _prediction_table(document: dict[str, Any], slowest: int) -> Any:

@@ -157,13 +157,13 @@ def check_output(read: Path, *written: Path | None) -> None:
 
 
 def deliver(source: Path, wanted: Path | None) -> Path:
-    """Copy a result to where the user wants it, whole or not at all; return where it is."""
+    """Copy a result and its mode to where the user wants it, whole or not at all; return where it is."""
     if wanted is None:
         return source
     from rescompress.core.artifact import atomic_path
 
     with atomic_path(wanted) as temporary:
-        shutil.copyfile(source, temporary)
+        shutil.copy(source, temporary)
     return wanted
 
 
