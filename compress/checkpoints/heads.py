@@ -10,13 +10,13 @@ from torch import Tensor
 
 from compress.checkpoints.base import Derived, LoadOptions, Shape, Stored
 from compress.checkpoints.layout import BN_PARTS, zeros
+from compress.checkpoints.roots import AVERAGED
 from rescompress.core.errors import CheckpointError
 
 NAMES = ("fc", "linear", "head", "classifier", "cls_head", "heads", "classification_head", "last_linear", "output", "out",
          "output_layer", "logits", "predictions", "dense", "fully_connected", "mlp")  # fmt: skip
 _HEAD = re.compile(rf"(?:{'|'.join(NAMES)})\d*(?:$|[._])")
 _NOT_A_HEAD = re.compile(r"proj|predictor|prototypes|queue|aux|momentum|center|contrast", re.IGNORECASE)
-_AVERAGED = re.compile(r"ema|averaged|swa|teacher|target|encoder_k|shadow", re.IGNORECASE)
 _SELF_SUPERVISED = re.compile(r"last_layer\.|\.weight_[gv]$|\.original[01]$")  # normalised layers: no classifier has them
 TORCH_DROPOUT = 0.5
 TORCH_EPS = 1e-5
@@ -127,11 +127,16 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
     return found
 
 
+def _is_of_another(path: str) -> bool:
+    """Whether a module's name says that it belongs to a projection or to averaged weights, not to this network's head."""
+    return bool(_NOT_A_HEAD.search(path) or AVERAGED.search(path))
+
+
 def _only_linear(tensors: Mapping[str, Stored], features: int) -> Callable[[str], bool]:
     """Return whether a key belongs to the only linear layer among `tensors`, if it reads the features; no key does else."""
     linear = [m for m in _modules(tensors) if m.is_linear]
     reads = len(linear) == 1 and linear[0].shape[1] == features
-    path = linear[0].path if reads and not _NOT_A_HEAD.search(linear[0].path) and not _AVERAGED.search(linear[0].path) else None
+    path = linear[0].path if reads and not _is_of_another(linear[0].path) else None
     return lambda key: key.rpartition(".")[0] == path
 
 
@@ -148,8 +153,7 @@ def refuse_norms(left: Mapping[str, Stored], found: Found, features: int) -> Non
     """
     widths = {features, *(weight.shape[0] for weight, _ in found.layers)}
     for module in _modules(left):
-        strange = _NOT_A_HEAD.search(module.path) or _AVERAGED.search(module.path)
-        if module.is_norm and module.shape[0] in widths and not strange:
+        if module.is_norm and module.shape[0] in widths and not _is_of_another(module.path):
             raise CheckpointError(
                 f"holds a BatchNorm, {module.path}, between the backbone and its head, whose place cannot be told",
                 remedy="supported: BatchNorm inside the Sequential of the head",

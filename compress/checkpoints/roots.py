@@ -19,7 +19,7 @@ MAX_NODES = 1_000_000
 MAX_DEPTH = 60
 
 _TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_ddp_params_and_buffers"}
-_AVERAGED = re.compile(r"ema|averaged|swa|momentum|teacher|target|encoder_k|key_encoder|shadow", re.IGNORECASE)
+AVERAGED = re.compile(r"ema|averaged|swa|momentum|teacher|target|encoder_k|key_encoder|shadow", re.IGNORECASE)
 _USELESS = re.compile(r"(^|\.)(optimizer|optimizer_states|opt|scheduler|lr_schedulers|scaler|amp|loops|callbacks)(\.|$)")
 
 
@@ -110,12 +110,12 @@ def roots(tensors: Mapping[str, Stored], marker: re.Pattern[str]) -> list[Root]:
                 prefixes.add(key[:start])
                 break
     found = []
-    for prefix in sorted(prefixes, key=lambda p: (bool(_AVERAGED.search(p)), p.count("."), len(p), p)):
+    for prefix in sorted(prefixes, key=lambda p: (bool(AVERAGED.search(p)), p.count("."), len(p), p)):
         inside = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         if not prefix:
             inside = {k: v for k, v in inside.items() if not _USELESS.search(k)}
         found.append(
-            Root(prefix, inside, {k: v for k, v in tensors.items() if not k.startswith(prefix)}, bool(_AVERAGED.search(prefix)))
+            Root(prefix, inside, {k: v for k, v in tensors.items() if not k.startswith(prefix)}, bool(AVERAGED.search(prefix)))
         )
     return found
 
@@ -142,5 +142,5 @@ def strangers(root: Root, others: Iterable[str]) -> list[str]:
     return [
         key
         for key, stored in root.outside.items()
-        if len(stored.shape) >= 3 and not key.startswith(known) and not _USELESS.search(key) and not _AVERAGED.search(key)
+        if len(stored.shape) >= 3 and not key.startswith(known) and not _USELESS.search(key) and not AVERAGED.search(key)
     ]

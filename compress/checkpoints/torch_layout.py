@@ -79,11 +79,10 @@ def renamed(raw: RawState, name: Callable[[str], str]) -> RawState:
     """
     tensors: dict[str, Stored] = {}
     for key, stored in raw.tensors.items():
-        if name(key) in tensors:
-            raise CheckpointError(
-                f"two tensors would be called {name(key)}, one of them {key}", remedy="save the state_dict alone"
-            )
-        tensors[name(key)] = stored
+        new = name(key)
+        if new in tensors:
+            raise CheckpointError(f"two tensors would be called {new}, one of them {key}", remedy="save the state_dict alone")
+        tensors[new] = stored
     return dataclasses.replace(raw, tensors=tensors)
 
 

@@ -425,15 +425,16 @@ def _texts(values: Any) -> list[str]:
     return [v for v in values if isinstance(v, str)] if isinstance(values, list | tuple) else []
 
 
-def _pruning(manifest: Manifest) -> StageResult | None:
-    """Return the stage after which nothing was pruned any more: the last one of several iterations."""
-    return next((s for s in reversed(manifest.stages) if _channels(s)[0]), None)
+def _pruning(manifest: Manifest) -> list[StageResult]:
+    """Return the stages that pruned, one per iteration: the first saw the dense network, the last left what remains."""
+    return [s for s in manifest.stages if _channels(s)[0]]
 
 
 def _widths(manifest: Manifest) -> Section | None:
-    stage = _pruning(manifest)
-    if stage is None:
+    steps = _pruning(manifest)
+    if not steps:
         return None
+    stage = steps[-1]
     before, after = _channels(stage)
     rows = [
         Bar(name, after.get(name, 0.0), wide, f"{wide:.0f} → {after[name]:.0f}" if name in after else f"{wide:.0f} → gone")
@@ -456,11 +457,10 @@ def _step(removed: int, size: float, steps: int) -> int:
 
 
 def _curves(manifest: Manifest) -> Section | None:
-    stage = next(
-        (s for s in manifest.stages if _channels(s)[0]), None
-    )  # of several steps the first, which saw the dense network
-    if stage is None:
+    steps = _pruning(manifest)
+    if not steps:
         return None
+    stage = steps[0]
     curves = stage.details.get("curves")
     found: dict[str, list[float]] = {}
     for name, entry in (curves or {}).items() if isinstance(curves, Mapping) else ():
