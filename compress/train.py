@@ -167,8 +167,10 @@ def train(
     masks = [(p, p.detach() != 0) for p in model.parameters() if has_pattern(p.detach())]
     optimizer = _optimizer(model, settings)
     start_from = " ".join(_digest(network) for network in (model, teacher) if network is not None)
+    trained = " ".join(name for name, p in model.named_parameters() if p.requires_grad)
     pixels = f"{split.preprocessing.model_dump_json()} {split.flips} {tuple(split.pixels(np.arange(1))[0].shape)}"
-    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {pixels} {processes.world} {batch_size} {start_from}"
+    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {pixels} {processes.world} {batch_size} {start_from} "
+    fingerprint += hashlib.sha256(trained.encode()).hexdigest()
     log = TrainLog()
     start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log)
     log.resumed_at = start

@@ -127,6 +127,16 @@ def test_a_state_of_another_network_or_teacher_is_not_taken_up(split: Split, tmp
     assert train(fresh(), split, settings(), teacher=fresh(), resume_file=resume).resumed_at > 0
 
 
+def test_a_state_that_trained_other_parameters_is_not_taken_up(split: Split, tmp_path: Path) -> None:
+    """Learnable scales of quantizers are the same tensors as fixed ones, with a gradient or without."""
+    partly, resume = fresh(), tmp_path / "state.pt"
+    partly.get_submodule("conv1").requires_grad_(False)
+    with pytest.raises(_Killed):
+        train(partly, split, settings(), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
+    assert resume.is_file()
+    assert train(fresh(), split, settings(), resume_file=resume).resumed_at == 0
+
+
 def test_frozen_batch_norm_keeps_its_statistics(split: Split) -> None:
     model = fresh()
     before = model.get_submodule("bn1").running_mean.clone()
