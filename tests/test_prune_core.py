@@ -495,6 +495,45 @@ def test_later_steps_are_aligned_as_the_first(align):
             assert left in allowed[name], name
 
 
+def test_later_steps_prune_streams_of_which_a_block_has_gone():
+    spec = spec_of("resnet20", input_shape=(3, 8, 8))
+    whole = random_checkpoint(spec, dtype=torch.float32)
+    gone = ("layer1.1", "layer2.1", "layer3.2")
+    first = PruningPlan(arch="x", spec_digest=spec.digest, method="by hand", keep={}, dropped_blocks=gone)
+    rest = apply(whole, first)
+    budget = Budget(kind="ratio", value=0.5)
+    second = prune(rest, method="magnitude", budget=budget, align=1, scope="all", reference=spec)
+    streams = {g.name for g in Sizes(spec).groups.values() if g.kind == "stream"}
+    assert streams
+    assert all(second.widths[name] == Sizes(spec).groups[name].size // 2 for name in streams)
+
+
+@pytest.mark.parametrize("budget", [Budget(kind="ratio", value=0.5), Budget(kind="macs", value=0.6)])
+def test_a_later_step_may_find_nothing_left_to_do(budget):
+    """16 channels in steps of 8: where the first step has reached 8, the last one has met its budget."""
+    spec = spec_of("resnet20", input_shape=(3, 8, 8))
+    narrow = spec.model_copy(update={"stages": spec.stages[:1]})
+    whole = random_checkpoint(narrow, dtype=torch.float32)
+    first = prune(whole, method="magnitude", budget=Budget(kind="ratio", value=0.5), align=8, strict_align=True)
+    assert set(first.widths.values()) == {8}
+    options = {"method": "magnitude", "align": 8, "strict_align": True}
+    last = prune(first.checkpoint, budget=budget, reference=narrow, **options)
+    assert last.checkpoint.spec == first.checkpoint.spec
+    with pytest.raises(BudgetError):
+        prune(first.checkpoint, budget=Budget(kind="macs", value=0.1), reference=narrow, **options)
+    with pytest.raises(BadInput, match="no group can have fewer"):
+        prune(first.checkpoint, budget=budget, **options)
+
+
+def test_recalibration_weighs_all_images_alike():
+    """66 images were 64 and 2, and the statistics of the two weighed as much as those of the 64."""
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    x = torch.randn(66, 3, 8, 8)
+    x[64:] += 5
+    means = (recalibrate(checkpoint, x, size).state_dict["bn1.running_mean"] for size in (64, 66))
+    assert torch.allclose(*means, atol=1e-5)
+
+
 def test_following_a_plan_tells_what_searching_tells():
     checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
     images = torch.randn(4, 3, 8, 8)

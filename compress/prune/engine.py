@@ -16,7 +16,7 @@ from compress.prune.allocate import Allocation, Allocator, allowed_widths, meet,
 from compress.prune.apply import apply, pruned_spec
 from compress.prune.cost import CostFunction, cost_of
 from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunable
-from compress.prune.method import Context, Curves, Method, Progress
+from compress.prune.method import Context, Curves, Method, Progress, Repairs
 from compress.prune.plan import Budget, PruningPlan
 from compress.prune.recalibrate import recalibrate
 from rescompress.core import plugins
@@ -114,7 +114,7 @@ def prune(
         bn_recalibration: Whether BatchNorm statistics are measured again on the images at the end; by default where
             there are images and the method repairs nothing itself.
         repair: Whether the method makes up for what it removed. Without it the weights that stay are those of the network,
-            a much worse start, no worse an end after ten epochs of training (docs/decisions/26).
+            a much worse start, no worse an end after ten epochs of training (docs/decisions/0026).
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
@@ -228,7 +228,8 @@ def choose(
     sizes, whole = Sizes(spec), Sizes(reference or spec)
     groups = _groups(spec, scope, reference)
     widths, reached = _widths(groups, whole, align, strict=strict_align)
-    if not drop and all(len(allowed) == 1 for allowed in widths.values()):
+    first = reference is None  # a later step may find that rounding has left it nothing to do
+    if first and not drop and all(len(allowed) == 1 for allowed in widths.values()):
         raise BadInput(
             f"no group can have fewer channels and still a multiple of {align}",
             where="--align",
@@ -349,7 +350,7 @@ def _repaired(
     engine: Method, context: Context, plan: PruningPlan, cut: Checkpoint, *, repair: bool, bn_recalibration: bool | None
 ) -> Checkpoint:
     """Return what was cut as the method repairs it, with BatchNorm measured again where asked or where nothing was repaired."""
-    result = engine.compensate(context, plan, cut) if repair else cut
+    result = engine.compensate(context, plan, cut) if repair and isinstance(engine, Repairs) else cut
     again = bn_recalibration if bn_recalibration is not None else result is cut and context.calibration_NCHW is not None
     if not again:
         return result
@@ -364,12 +365,17 @@ def _repaired(
 def _groups(spec: ModelSpec, scope: Scope, reference: ModelSpec | None = None) -> list[ChannelGroup]:
     """Return the groups that may be pruned: those whose units a plan for the reference can name.
 
-    A grouped convolution that an earlier step left one group is none of them: its channels were never units.
+    A grouped convolution that an earlier step left one group is none of them: its channels were never units. Tensors of a
+    block that an earlier step dropped are missing, the group of the stream they belonged to stays one.
     """
     groups = prunable(list(Sizes(spec).groups.values()), scope)
     if reference is not None:
         whole = Sizes(reference).groups
-        groups = [g for g in groups if g.name in whole and g.channels == whole[g.name].channels]
+        groups = [
+            g
+            for g in groups
+            if g.name in whole and all(whole[g.name].channels.get(name) == units for name, units in g.channels.items())
+        ]
     if not groups:
         raise BadInput("the network has no channels that this scope may prune", remedy="use --scope all")
     return groups

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,11 @@ class Method(Protocol):
     def curves(self, context: Context) -> Curves:
         """Return what removing channels and blocks costs."""
         ...
+
+
+@runtime_checkable
+class Repairs(Protocol):
+    """What a method offers besides if it can make up for what was removed; one that only ranks leaves it out."""
 
     def compensate(self, context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
         """Return the pruned checkpoint with its remaining weights adjusted; `pruned` itself where there is nothing to do."""

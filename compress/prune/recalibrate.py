@@ -21,7 +21,7 @@ def recalibrate(checkpoint: Checkpoint, x_NCHW: Tensor, batch_size: int = 64) ->
     Args:
         checkpoint: A network.
         x_NCHW: Preprocessed images.
-        batch_size: Images per step; all batches count alike.
+        batch_size: Images per step, at most. All steps count alike, so they are of the same size, give or take an image.
     """
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     pixels = {layer.name: math.prod(layer.out_shape[1:]) for layer in walk(checkpoint.spec)}
@@ -30,8 +30,6 @@ def recalibrate(checkpoint: Checkpoint, x_NCHW: Tensor, batch_size: int = 64) ->
             module.reset_running_stats()
             module.momentum = None
             module.train()
-    for start in range(0, len(x_NCHW), batch_size):
-        batch = x_NCHW[start : start + batch_size]
-        if len(batch) > 1 or len(x_NCHW) == 1:
-            model(batch)
+    for batch in x_NCHW.tensor_split(math.ceil(len(x_NCHW) / batch_size)):
+        model(batch)
     return Checkpoint(checkpoint.spec, tensors_of(model), None, checkpoint.provenance)

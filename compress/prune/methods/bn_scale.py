@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from compress.checkpoints.base import Checkpoint
 from compress.prune.fold import norm_of
 from compress.prune.groups import Sizes
 from compress.prune.method import Context, Curves, curve_of
-from compress.prune.plan import PruningPlan
 from rescompress.core.errors import BadInput
 
 DESCRIPTION = "smallest BatchNorm scale first; needs no data; made for networks trained with a penalty on the scales"
@@ -35,8 +33,3 @@ def curves(context: Context) -> Curves:
             score += scale.double().square().view(g.size, -1).sum(1)
         found[g.name] = curve_of(score)
     return Curves(found, unit="share of squared BatchNorm scales")
-
-
-def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
-    """Return `pruned`: without data nothing can be adjusted."""
-    return pruned

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from compress.checkpoints.base import Checkpoint
 from compress.prune.fold import folded
 from compress.prune.groups import Sizes
 from compress.prune.method import Context, Curves, curve_of
-from compress.prune.plan import PruningPlan
 
 DESCRIPTION = "filters most like the others first (geometric median); needs no data"
 NEEDS_DATA = False
@@ -26,8 +24,3 @@ def curves(context: Context) -> Curves:
             score += (distance / distance.sum().clamp_min(1e-300)).square()
         found[g.name] = curve_of(score)
     return Curves(found, unit="share of squared distances")
-
-
-def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
-    """Return `pruned`: without data nothing can be adjusted."""
-    return pruned

@@ -13,7 +13,6 @@ from compress.checkpoints.base import Checkpoint
 from compress.prune.fold import folded
 from compress.prune.groups import ChannelGroup, Sizes
 from compress.prune.method import Context, Curves, curve_of
-from compress.prune.plan import PruningPlan
 
 DESCRIPTION = "smallest weights first; needs no data"
 NEEDS_DATA = False
@@ -43,8 +42,3 @@ def curves(context: Context) -> Curves:
     return Curves(
         {g.name: curve_of(scores(context.checkpoint, g, sizes)) for g in context.groups}, unit="share of squared weights"
     )
-
-
-def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
-    """Return `pruned`: without data nothing can be adjusted."""
-    return pruned

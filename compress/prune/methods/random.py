@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from compress.checkpoints.base import Checkpoint
 from compress.prune.method import Context, Curves, curve_of
-from compress.prune.plan import PruningPlan
 
 DESCRIPTION = "a random order, by the seed; needs no data; the baseline to beat"
 NEEDS_DATA = False
@@ -16,8 +14,3 @@ def curves(context: Context) -> Curves:
     """Return curves of random scores."""
     generator = torch.Generator().manual_seed(context.seed)
     return Curves({g.name: curve_of(torch.rand(g.size, generator=generator)) for g in context.groups}, unit="share of chance")
-
-
-def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
-    """Return `pruned`."""
-    return pruned

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from compress.checkpoints.base import Checkpoint
 from compress.prune.fold import folded
 from compress.prune.gradients import sampled_gradients
 from compress.prune.groups import Sizes
 from compress.prune.method import Context, Curves, ErrorCurve
-from compress.prune.plan import PruningPlan
 from compress.resnet import build_model
 
 DESCRIPTION = "smallest first-order change of the loss first; needs images, no labels"
@@ -39,8 +37,3 @@ def curves(context: Context) -> Curves:
         error = torch.cumsum(score_K[order], 0)
         found[group] = ErrorCurve(tuple(order.tolist()), (0.0, *error[:-1].tolist()))
     return Curves(found, unit="squared first-order change of the loss")
-
-
-def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
-    """Return `pruned`: this method only ranks."""
-    return pruned
