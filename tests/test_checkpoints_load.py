@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -328,34 +329,108 @@ def test_a_regnet_with_the_keys_of_a_resnet_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "regnet.pt")
 
 
-def changed(what: str) -> nn.Module:
-    """A whole ResNet that is not the usual one in what no tensor shows."""
+class OwnConv(nn.Conv2d):
+    """May compute anything."""
+
+
+class ConvWithPool(nn.Module):
+    """A max pool under another name behind a 3x3 stem, where a state_dict would be read as a network without one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        usual = torchvision.models.resnet18(num_classes=10)
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False), usual.bn1
+        self.pool = nn.MaxPool2d(size, 2, size // 2)
+        self.layer1, self.layer2, self.layer3, self.layer4, self.fc = (
+            usual.layer1, usual.layer2, usual.layer3, usual.layer4, usual.fc)  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.bn1(self.conv1(x)).relu())
+        return self.fc(self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def _with_epsilon(model: nn.Module, kind: type[nn.Module], eps: float) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.eps = eps  # type: ignore[assignment]
+    return model
+
+
+def _put(name: str, made: Callable[[], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def change(model: nn.Module) -> nn.Module:
+        model.set_submodule(name, made())
+        return model
+
+    return change
+
+
+def _head(*layers: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    return _put("fc", lambda: nn.Sequential(nn.Linear(512, 16), *layers, nn.Linear(16, 10)))
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    frozen = torchvision.ops.FrozenBatchNorm2d(64, eps=0.1)
+    frozen.load_state_dict({k: v for k, v in model.get_submodule("bn1").state_dict().items() if k != "num_batches_tracked"})
+    model.bn1 = frozen
+    return _with_epsilon(model, nn.BatchNorm2d, 0.1)
+
+
+USED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nothing": lambda model: model,
+    "3x3 stem with stride 2": _put("conv1", lambda: nn.Conv2d(3, 64, 3, 2, 1, bias=False)),
+    "no max pool": _put("maxpool", nn.Identity),
+    "an empty max pool": _put("maxpool", nn.Sequential),
+    "a max pool of another name": lambda model: ConvWithPool(3),
+    "same padding": _put("layer1.0.conv1", lambda: nn.Conv2d(64, 64, 3, padding="same", bias=False)),
+    "the mean of a window as large as the map": _put("avgpool", lambda: nn.AvgPool2d(2)),
+    "epsilon": lambda model: _with_epsilon(model, nn.BatchNorm2d, 1e-3),
+    "epsilon of a frozen BatchNorm": _frozen,
+    "epsilon of the head": lambda model: _with_epsilon(_head(nn.BatchNorm1d(16), nn.ReLU())(model), nn.BatchNorm1d, 0.5),
+}
+"""Changes that no tensor shows, and that what is read takes up."""
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "dilation": (
+        lambda model: torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]), "dilation 2"),
+    "activation": (_put("layer2.0.relu", nn.LeakyReLU), "LeakyReLU"),
+    "no activation": (_put("layer2.0.relu", nn.Identity), "layer2.0.relu is Identity"),
+    "sigmoid in the head": (_head(nn.Sigmoid()), "Sigmoid"),
+    "nothing but dropout in the head": (_head(nn.Dropout(0.2)), "no ReLU between fc.0 and fc.2"),
+    "rounding up": (_put("maxpool", lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True)), "pooling maxpool"),
+    "a small max pool": (lambda model: ConvWithPool(2), "pooling pool"),
+    "a mean as max pool": (_put("maxpool", lambda: nn.AvgPool2d(3, 2, 1)), "pooling maxpool averages"),
+    "a global max pool": (_put("avgpool", lambda: nn.AdaptiveMaxPool2d(1)), "takes maxima"),
+    "several pixels": (_put("avgpool", lambda: nn.AdaptiveAvgPool2d(2)), "leaves 2 pixels"),
+    "padding": (_put("conv1", lambda: nn.Conv2d(3, 64, 7, 2, 3, bias=False, padding_mode="reflect")), "reflect"),
+    "stride along one side": (_put("conv1", lambda: nn.Conv2d(3, 64, 7, (2, 1), 3, bias=False)), "along height"),
+    "a class of its own": (_put("conv1", lambda: OwnConv(3, 64, 7, 2, 3, bias=False)), "class of its own"),
+}  # fmt: skip
+"""Changes that no tensor shows, and that cannot be had."""
+
+
+def changed(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a whole ResNet that is not the usual one in what no tensor shows."""
     torch.manual_seed(3)
-    if what == "dilation":
-        return randomised(torchvision.models.resnet50(num_classes=10, replace_stride_with_dilation=[False, False, True]))
-    model = torchvision.models.resnet18(num_classes=10)
-    if what == "3x3 stem with stride 2":
-        model.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
-    elif what == "no max pool":
-        model.maxpool = nn.Identity()
-    elif what == "epsilon":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps = 1e-3
-    elif what == "activation":
-        model.layer2[0].relu = nn.LeakyReLU()
-    return randomised(model)
+    return randomised(change(torchvision.models.resnet18(num_classes=10))).eval()
 
 
-@pytest.mark.parametrize("what", ["nothing", "3x3 stem with stride 2", "no max pool", "epsilon"])
+@pytest.mark.parametrize("what", USED)
 def test_what_a_whole_module_says_of_itself_counts(what: str, tmp_path: Path) -> None:
-    model = changed(what)
+    model = changed(USED[what])
     torch.save(model, tmp_path / "whole.pt")
+    same_logits(tmp_path / "whole.pt", model, input_shape=(3, 64, 64))
+
+
+def test_a_sigmoid_behind_the_head_leaves_its_order(tmp_path: Path) -> None:
+    model = changed(_put("fc", lambda: nn.Sequential(nn.Linear(512, 10), nn.Sigmoid())))
+    torch.save(model, tmp_path / "whole.pt")
+    model.get_submodule("fc")[1] = nn.Identity()  # type: ignore[index, operator]
     same_logits(tmp_path / "whole.pt", model)
 
 
-@pytest.mark.parametrize(("what", "words"), [("dilation", "dilation 2"), ("activation", "LeakyReLU")])
-def test_what_a_whole_module_says_and_cannot_be_had_is_refused(what: str, words: str, tmp_path: Path) -> None:
-    torch.save(changed(what), tmp_path / "whole.pt")
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_whole_module_says_and_cannot_be_had_is_refused(what: str, tmp_path: Path) -> None:
+    change, words = REFUSED[what]
+    torch.save(changed(change), tmp_path / "whole.pt")
     with pytest.raises(CheckpointError, match=words):
-        load_checkpoint(tmp_path / "whole.pt")
+        load_checkpoint(tmp_path / "whole.pt", input_shape=(3, 64, 64))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.checkpoints.base import Derived, LoadOptions, Shape, Stored
 from compress.checkpoints.layout import BN_PARTS, zeros
+from compress.checkpoints.options import number
 from compress.checkpoints.roots import AVERAGED
 from rescompress.core.errors import CheckpointError
 
@@ -121,7 +122,7 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
         raise CheckpointError(
             f"incomplete: {without[0]}.bias is missing", remedy="if the layer has none: --arch-option head_bias=no"
         )
-    _read_chain(chain, found)
+    _read_chain(chain, found, number(options, "head_bn_eps", TORCH_EPS))
     for module in chain:
         found.used |= {f"{module.path}.{part}" if module.path else part for part in module.parts}
     return found
@@ -191,7 +192,7 @@ def _refuse_odd(chain: Sequence[_Module], modules: Sequence[_Module]) -> None:
             )
 
 
-def _read_chain(chain: Sequence[_Module], found: Found) -> None:
+def _read_chain(chain: Sequence[_Module], found: Found, eps: float) -> None:
     pending: list[_Module] = []  # BatchNorms that stand before the next linear layer
     previous: _Module | None = None
     folded = False
@@ -200,7 +201,7 @@ def _read_chain(chain: Sequence[_Module], found: Found) -> None:
             folded = True
             follows = previous is not None and previous.index is not None and module.index == previous.index + 1
             if follows or (previous is not None and module.index is None):
-                found.layers[-1] = fold_after(found.layers[-1], module.parts, TORCH_EPS)
+                found.layers[-1] = fold_after(found.layers[-1], module.parts, eps)
             else:
                 pending.append(module)
             previous = module
@@ -216,7 +217,7 @@ def _read_chain(chain: Sequence[_Module], found: Found) -> None:
         if previous is not None and _gap(previous, module) >= 3:
             found.dropout = TORCH_DROPOUT
         for norm in pending:
-            weight, bias = fold_before((weight, bias), norm.parts, TORCH_EPS)
+            weight, bias = fold_before((weight, bias), norm.parts, eps)
         pending = []
         found.layers.append((weight, bias))
         previous = module

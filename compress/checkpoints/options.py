@@ -17,6 +17,7 @@ KNOWN: dict[str, str] = {
     "strides": "stride of each stage, such as 1,2,2,2",
     "pad": "where the zero channels of pad shortcuts go: centre (half on each side) or end",
     "bn_eps": "epsilon of BatchNorm, such as 1e-3",
+    "head_bn_eps": "epsilon of BatchNorm in the head, such as 1e-3",
     "dropout": "dropout of the head in training, such as 0.5",
     "pool": "order of a head's two features per channel: max_avg (fastai) or avg_max (timm)",
     "head_bias": "no where linear layers of the head have no bias (else a missing one is an error)",
