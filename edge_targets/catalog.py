@@ -27,14 +27,34 @@ def load_device(name: str) -> Device:
     """Return the device that ``devices/<name>.yaml`` describes.
 
     Raises:
-        TargetError: There is no such file.
+        TargetError: There is no such file, or it describes no device.
     """
     import yaml
+    from pydantic import ValidationError
 
     path = DEVICES / f"{name}.yaml"
     if name not in target_names() or not path.is_file():
         raise TargetError(f"unknown target '{name}'", where="--target", remedy=nearest(name, target_names()))
-    return Device.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        device = Device.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if device.name != name:
+            raise ValueError(f"it is called '{device.name}', not '{name}' as its file")
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = f"{key}: {first['msg']}" if key else str(first["msg"])
+        raise _no_device(path, reason) from e
+    except (OSError, ValueError, TargetError, yaml.YAMLError) as e:
+        raise _no_device(path, e.what if isinstance(e, TargetError) else str(e)) from e
+    return device
+
+
+def _no_device(path: Path, reason: str) -> TargetError:
+    """Return the error of a file that describes no device."""
+    text = " ".join(reason.split())  # a YAML error has several lines
+    return TargetError(
+        f"describes no device: {text}", where=str(path), remedy="correct the file, or take it out of this folder"
+    )
 
 
 def board_here(model_file: Path = DEVICE_TREE_MODEL) -> str | None:
@@ -53,6 +73,8 @@ def board_here(model_file: Path = DEVICE_TREE_MODEL) -> str | None:
 def identify(model: str) -> str | None:
     """Return the device whose `models` has the longest text that occurs in `model`, or None.
 
+    A file that describes no device cannot be the one; `survey` tells which those are.
+
     Args:
         model: Content of ``/proc/device-tree/model``.
     """
@@ -61,7 +83,11 @@ def identify(model: str) -> str | None:
     for name in target_names():
         if name in ALIASES:
             continue
-        for known in load_device(name).models:
+        try:
+            models = load_device(name).models
+        except TargetError:
+            continue
+        for known in models:
             if known.lower() in text.lower() and (best is None or len(known) > best[0]):
                 best = (len(known), name)
     return best[1] if best else None
@@ -76,7 +102,8 @@ def load_target(name: str, *, jetpack: str | None = None, tensorrt: str | None =
         tensorrt: Version of TensorRT where it is known better than by the release.
 
     Raises:
-        TargetError: Nothing has that name (the message gives the nearest ones), or the board lacks that release.
+        TargetError: Nothing has that name (the message gives the nearest ones), its file describes no device, or the board
+            lacks that release.
     """
     alias = name if name in ALIASES else None
     if name == "jetson":
@@ -97,6 +124,18 @@ def load_target(name: str, *, jetpack: str | None = None, tensorrt: str | None =
     )
 
 
+def survey() -> tuple[list[Target], list[TargetError]]:
+    """Return every target, aliases last, and the error of each device file that had to be left out."""
+    found: list[Target] = []
+    left_out: dict[str | None, TargetError] = {}
+    for name in target_names():
+        try:
+            found.append(load_target(name))
+        except TargetError as e:
+            left_out.setdefault(e.where, e)  # an alias fails with the device it stands for
+    return found, list(left_out.values())
+
+
 def all_targets() -> list[Target]:
-    """Return every target but the aliases, by name."""
-    return [load_target(name) for name in target_names() if name not in ALIASES]
+    """Return every target but the aliases, by name; without those whose file describes no device."""
+    return [target for target in survey()[0] if target.alias is None]

@@ -130,6 +130,12 @@ class Device(Frozen):
             raise ValueError(f"{self.name}: default mode {self.default_mode!r} is none of its modes")
         if self.software and self.default_jetpack not in {s.jetpack for s in self.software}:
             raise ValueError(f"{self.name}: default JetPack {self.default_jetpack!r} is none of its releases")
+        # What commands ask of every listed device must not fail there: one such file would end them all.
+        for release in self.software:
+            capabilities(release.tensorrt)
+        if self.modes:
+            for precision in self.precisions:
+                self.macs_per_clock(precision)
         return self
 
     def mode(self, name: str | None = None) -> PowerMode:

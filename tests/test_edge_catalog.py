@@ -1,5 +1,8 @@
 """The catalogue: every device loads, every number has a source, names and aliases resolve, errors help."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ import pytest
 from edge_targets import catalog
 from edge_targets.device import Figure
 from edge_targets.tensorrt_versions import capabilities, parse_version
+from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
 
 
@@ -78,6 +82,57 @@ def test_an_unknown_target_names_the_nearest():
     assert "jetson-orin-nano-8gb" in e.value.remedy
     with pytest.raises(TargetError):
         catalog.load_target("../devices/cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the device files, to be spoilt."""
+    copied = shutil.copytree(catalog.DEVICES, tmp_path / "devices")
+    monkeypatch.setattr(catalog, "DEVICES", copied)
+    return copied
+
+
+CPU = (catalog.DEVICES / "cpu.yaml").read_text()
+NANO = (catalog.DEVICES / "jetson-nano.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (CPU.replace("name: cpu", "name: mine").replace("openvino", "openvinoo"), "runtime"),
+        (CPU, "it is called 'cpu', not 'mine'"),
+        ("", "describes no device"),
+        ("name: [mine", "line 1"),
+        ("name: m\u00fc".encode("latin-1"), "utf-8"),
+        (NANO.replace("jetson-nano", "mine").replace('tensorrt: "8.2.1"', 'tensorrt: "7.1"'), "too old"),
+        (re.sub("fp16_macs:.*\n", "", NANO.replace("jetson-nano", "mine")), "does not compute in fp16"),
+    ],
+)
+def test_a_file_that_describes_no_device_is_an_error_of_that_device_alone(folder, content, reason):
+    whole = [t.name for t in catalog.all_targets()]
+    (folder / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TargetError, match=reason) as e:
+        catalog.load_target("mine")
+    assert e.value.where == str(folder / "mine.yaml")
+    assert "\n" not in e.value.what
+    assert e.value.remedy
+    assert [t.name for t in catalog.all_targets()] == whole
+    assert catalog.identify("NVIDIA Jetson AGX Orin Developer Kit") == "jetson-agx-orin-64gb"
+    assert [error.where for error in catalog.survey()[1]] == [e.value.where]
+
+
+def test_the_list_says_once_what_it_left_out_and_goes_without_its_alias(folder, monkeypatch, capsys):
+    monkeypatch.setattr(catalog, "board_here", lambda: None)
+    whole = {t.alias or t.name for t in catalog.survey()[0]}
+    spoilt = folder / f"{catalog.DEFAULT_JETSON}.yaml"
+    spoilt.write_text(spoilt.read_text().replace("runtime: tensorrt", "runtime: tensorrtt"))
+    monkeypatch.setattr("sys.argv", ["rescompress", "targets", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert not ended.value.code
+    assert {row["name"] for row in json.loads(out)} == whole - {"jetson", catalog.DEFAULT_JETSON}
+    assert err.count("left out") == err.count(str(spoilt)) == 1
 
 
 def test_a_release_decides_the_tensorrt_version():

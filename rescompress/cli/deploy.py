@@ -61,7 +61,7 @@ def deploy(
     Example: rescompress deploy int8.safetensors --host nvidia@orin-nano --data photos/ --limit 2000 --runs 5
     """
     from edge_targets import remote
-    from edge_targets.catalog import load_target
+    from edge_targets.catalog import load_target, survey
     from edge_targets.ssh import Board
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
@@ -92,6 +92,7 @@ def deploy(
     found = remote.probe(board)
     on_board = _on_board(named, found, load_target)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
+    notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
     score = _scorer(images, scores, output) if images is not None else None

@@ -28,18 +28,22 @@ def targets(
 
     Example: rescompress targets jetson-agx-orin-64gb
     """
-    from edge_targets.catalog import ALIASES, all_targets, load_target
+    from edge_targets.catalog import load_target, survey
 
-    chosen = [load_target(name)] if name else all_targets()
-    documents = [_document(t) for t in chosen]
-    if name is None:
-        documents += [
-            {**_document(load_target(alias)), "name": alias, "alias_of": load_target(alias).name} for alias in ALIASES
-        ]
     output = output_of(ctx)
-    output.result(documents, *([_details(chosen[0])] if name else [_table(chosen)]))
-    if name is None:
-        output.hint(f"`--target jetson` is {load_target('jetson').name}; `rescompress targets NAME` shows one with its sources")
+    if name is not None:
+        chosen = load_target(name)
+        output.result([_document(chosen)], _details(chosen))
+        return
+    found, left_out = survey()
+    aliases = {t.alias: t for t in found if t.alias is not None}
+    documents = [_document(t) for t in found if t.alias is None]
+    documents += [{**_document(t), "name": alias, "alias_of": t.name} for alias, t in aliases.items()]
+    output.result(documents, _table([t for t in found if t.alias is None]))
+    for error in left_out:
+        output.hint(f"left out: {error}")
+    jetson = f"`--target jetson` is {aliases['jetson'].name}; " if "jetson" in aliases else ""
+    output.hint(f"{jetson}`rescompress targets NAME` shows one with its sources")
 
 
 def _document(target: Target) -> dict[str, Any]:
