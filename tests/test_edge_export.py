@@ -1,5 +1,6 @@
 """Exports for boards through the command line: archives, and the precision that suits the board's TensorRT."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,14 +11,20 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
+from quantize_zoo import checkpoint_of, images_for
 
+from compress.checkpoints import save_checkpoint
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
+from rescompress.api import quantize
+from rescompress.cli.deploy import _jobs
 from rescompress.cli.workspace import deliver
 from rescompress.config import QuantizeConfig
 from rescompress.core.quantizers import PROFILES
-from rescompress.plan import profile_for
-from rescompress.stages.target import _for_target, _profile_notes
+from rescompress.plan import profile_for, target_options
+from rescompress.stages.export import export_options
+from rescompress.stages.shared import onnx_of, write_onnx
+from rescompress.stages.target import for_target, profile_notes
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
@@ -93,9 +100,29 @@ def test_a_delivered_file_keeps_its_mode(tmp_path):
 def test_the_precision_of_a_file_suits_the_target(target, profile, asked, written):
     chosen = load_target(target)
     checkpoint = SimpleNamespace(quantization=SimpleNamespace(profile=profile) if profile else None)
-    assert _for_target(ExportOptions(opset=chosen.opset, precision=asked), checkpoint, chosen).precision == written
-    old = _for_target(ExportOptions(opset=17, precision=asked), checkpoint, chosen).precision
+    assert for_target(ExportOptions(opset=chosen.opset, precision=asked), checkpoint, chosen).precision == written
+    old = for_target(ExportOptions(opset=17, precision=asked), checkpoint, chosen).precision
     assert old == (written if written != "int8+fp16" else "int8")
+
+
+@pytest.mark.parametrize("board", ["jetson-thor-t5000", "jetson-agx-orin-64gb at 7.2", "jetson-agx-orin-64gb", "jetson-nano"])
+@pytest.mark.parametrize("profile", [None, *PROFILES])
+def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
+    name, _, release = board.partition(" at ")
+    chosen = load_target(name, jetpack=release or None)
+    checkpoint = checkpoint_of("basic")
+    if profile is not None:
+        checkpoint = quantize(checkpoint, images_for(checkpoint.spec), profile=profile)
+    save_checkpoint(checkpoint, tmp_path / "model.safetensors")
+    jobs, notes = _jobs(tmp_path / "model.safetensors", None, (1,), None, tmp_path, chosen)
+    int8 = profile is not None and "int8" in chosen.precisions
+    assert [job.precision for job in jobs] == ["fp16", *(["int8"] if int8 else [])]
+    assert notes == (profile_notes(checkpoint, chosen) if int8 else [])
+    variants = [dataclasses.replace(checkpoint, quantization=None), checkpoint]
+    for job, variant in zip(jobs, variants, strict=False):
+        options = export_options(target_options(chosen, {"precision": "auto"}))
+        write_onnx(onnx_of(variant, for_target(options, variant, chosen)), tmp_path / "export.onnx")
+        assert job.onnx.read_bytes() == (tmp_path / "export.onnx").read_bytes()
 
 
 def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithmetic(tmp_path):
@@ -140,6 +167,6 @@ def test_a_target_of_another_runtime_says_what_it_costs(trained):
     checkpoint = SimpleNamespace(quantization=SimpleNamespace(profile=trained))
     wanted = {"cpu": "openvino", "cpu-ort": "onnxruntime", "jetson": "tensorrt"}
     for name, profile in wanted.items():
-        notes = _profile_notes(checkpoint, load_target(name))
+        notes = profile_notes(checkpoint, load_target(name))
         assert len(notes) == (trained != profile)
         assert all(f"--profile {profile}" in note and trained in note for note in notes)

@@ -216,7 +216,7 @@ def _jobs(
     if model.suffix == ".onnx":
         files = [model, *([baseline] if baseline else [])]
     else:
-        files = _export(model, input_shape, folder, target, dynamic=len(batches) > 1, batch=batches[0])
+        files, notes = _export(model, input_shape, folder, target, dynamic=len(batches) > 1, batch=batches[0])
     jobs = []
     for file in files:
         read = kernels_of(file, input_shape=input_shape)
@@ -245,25 +245,27 @@ def _jobs(
 
 def _export(
     model: Path, shape: tuple[int, int, int] | None, folder: Path, target: Target, *, dynamic: bool, batch: int
-) -> list[Path]:
-    """Write a checkpoint as ONNX for the board, in float and, where it is quantized, in INT8; return the files."""
+) -> tuple[list[Path], list[str]]:
+    """Write a checkpoint as ONNX for the board, in float and, where it is quantized, in INT8; return files and notes.
+
+    They are the files that ``export`` writes for this target.
+    """
     from compress.checkpoints import load_checkpoint
-    from export.to_onnx import ExportOptions, to_onnx
-    from rescompress.core.artifact import write_bytes
+    from export.to_onnx import ExportOptions
+    from rescompress.stages.shared import onnx_of, write_onnx
+    from rescompress.stages.target import for_target, profile_notes
 
     checkpoint = load_checkpoint(model, input_shape=shape)
-    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in checkpoint.state_dict.items()}
-    wanted: Any = "dynamic" if dynamic else batch
-    half = target.strongly_typed and "fp16" in target.precisions
+    options = ExportOptions("dynamic" if dynamic else batch, target.opset)
+    variants = {"float": dataclasses.replace(checkpoint, quantization=None)}
+    if checkpoint.quantization is not None and "int8" in target.precisions:
+        variants["int8"] = checkpoint
     files = []
-    for name in ("float", *(("int8",) if checkpoint.quantization and "int8" in target.precisions else ())):
-        precision: Any = ("int8+fp16" if half else "int8") if name == "int8" else ("fp16" if half else "fp32")
-        quantization = checkpoint.quantization if name == "int8" else None
-        proto = to_onnx(checkpoint.spec, tensors, quantization, ExportOptions(wanted, target.opset, precision))
+    for name, variant in variants.items():
         path = folder / f"{model.stem}.{name}.onnx"
-        write_bytes(path, proto.SerializeToString())
+        write_onnx(onnx_of(variant, for_target(options, variant, target)), path)
         files.append(path)
-    return files
+    return files, profile_notes(checkpoint, target) if "int8" in variants else []
 
 
 def _stage(done: Deployment, target: Target, root: Path) -> StageResult:

@@ -56,7 +56,7 @@ def target(
     checkpoint = source.load(context)
     if options.get("precision") == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
-    chosen_options = _for_target(export_options(options), checkpoint, chosen)
+    chosen_options = for_target(export_options(options), checkpoint, chosen)
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen_options, path, common)
@@ -66,7 +66,7 @@ def target(
         "alias": chosen.alias,
         "device": chosen.device.title,
         "runtime": chosen.runtime,
-        "notes": [*details["notes"], *_profile_notes(checkpoint, chosen)],
+        "notes": [*details["notes"], *profile_notes(checkpoint, chosen)],
     }
     files = [("onnx", path)]
     if chosen.builds_here:
@@ -80,10 +80,13 @@ def target(
     return Outcome(metrics, files, details)
 
 
-def _for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -> ExportOptions:
+def for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -> ExportOptions:
     """Return the options with precision ``auto`` resolved: INT8 for a quantized network, else the target's best float.
 
     A strongly typed TensorRT takes types from the file, so what is not INT8 there is written as float16.
+
+    Raises:
+        TargetError: The target lacks the precision.
     """
     if options.precision != "auto":
         chosen.check_precision("int8" if "int8" in options.precision else options.precision)
@@ -102,7 +105,8 @@ def _dense_file(context: Context, kind: str) -> Path | None:
     return context.folder / artifact.path if artifact else None
 
 
-def _profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
+def profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
+    """Return what it costs that a network is quantized for another runtime than the target's; nothing where it is not."""
     trained = checkpoint.quantization.profile if checkpoint.quantization else None
     if trained is None or trained == chosen.profile:
         return []
