@@ -17,6 +17,11 @@ Runtime = Literal["tensorrt", "tensorrt_rtx", "openvino", "onnxruntime"]
 Architecture = Literal["maxwell", "pascal", "volta", "turing", "ampere", "ada", "blackwell", "x86_64", "aarch64", "host"]
 
 
+def base_precision(written: str) -> str:
+    """Return the one of `PRECISIONS` that a file's precision counts as: ``int8`` for ``int8+fp16``, too."""
+    return "int8" if "int8" in written else written
+
+
 class Figure(Frozen):
     """One number with its source.
 
@@ -137,6 +142,11 @@ class Device(Frozen):
             for precision in self.precisions:
                 self.macs_per_clock(precision)
         return self
+
+    @property
+    def best_float(self) -> Precision:
+        """What a network that is not quantized computes in at its fastest."""
+        return "fp16" if "fp16" in self.precisions else "fp32"
 
     def mode(self, name: str | None = None) -> PowerMode:
         """Return the power mode called `name` (case does not count); without a name the one with the highest clocks.

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from edge_targets import catalog
-from edge_targets.device import Figure
+from edge_targets.device import Figure, base_precision
 from edge_targets.tensorrt_versions import capabilities, parse_version
 from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
@@ -48,6 +48,18 @@ def test_old_boards_have_no_int8_and_read_opset_13(name):
     with pytest.raises(TargetError, match="does not run int8") as e:
         target.check_precision("int8")
     assert "fp16" in e.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "best"), [("jetson-nano", "fp16"), ("jetson-thor-t5000", "fp16"), ("rtx-sm86", "fp16"), ("cpu", "fp32")]
+)
+def test_the_best_float(name, best):
+    assert catalog.load_device(name).best_float == best
+
+
+def test_a_file_counts_as_what_its_convolutions_compute_in():
+    written = ["fp32", "fp16", "int8", "int8+fp16"]
+    assert [base_precision(p) for p in written] == ["fp32", "fp16", "int8", "int8"]
 
 
 def test_aliases_say_what_they_stand_for(monkeypatch, tmp_path):

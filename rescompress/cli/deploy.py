@@ -227,8 +227,8 @@ def _jobs(
                 remedy="export with --batch dynamic, or leave --batches out",
             )
         precision = read.precision
-        if precision == "fp32" and not target.strongly_typed and "fp16" in target.precisions:
-            precision = "fp16"
+        if precision == "fp32" and not target.strongly_typed:
+            precision = target.device.best_float
         target.check_precision(precision)
         shapes = None
         if read.batch is None:

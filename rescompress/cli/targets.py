@@ -183,8 +183,7 @@ def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[
     if path.suffix == ".onnx":
         read = kernels_of(path, input_shape=shape)
         # A float32 file leaves the choice to the builder, which may use FP16; any other file has made it.
-        best_float = "fp16" if "fp16" in device.precisions else "fp32"
-        return list(read.kernels), best_float if read.precision == "fp32" else read.precision, read.batch
+        return list(read.kernels), device.best_float if read.precision == "fp32" else read.precision, read.batch
     from compress.checkpoints import load_checkpoint
 
     checkpoint = load_checkpoint(path, input_shape=shape)

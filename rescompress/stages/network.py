@@ -287,7 +287,7 @@ def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
     """
     device = modelled(targets).device
     int8 = cost_function(device, precision="int8")
-    wide = cost_function(device, precision="fp16" if "fp16" in device.precisions else "fp32")
+    wide = cost_function(device, precision=device.best_float)
     layers = {layer.name: layer for layer in walk(spec)}
     all_int8 = int8(list(layers.values()))
 

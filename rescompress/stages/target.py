@@ -14,7 +14,7 @@ from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import load_target
-from edge_targets.device import Target
+from edge_targets.device import Target, base_precision
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.to_onnx import FP16_SCALE_OPSET, ExportOptions
@@ -89,14 +89,14 @@ def for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -
         TargetError: The target lacks the precision.
     """
     if options.precision != "auto":
-        chosen.check_precision("int8" if "int8" in options.precision else options.precision)
+        chosen.check_precision(base_precision(options.precision))
         return options
     if checkpoint.quantization is not None:
         chosen.check_precision("int8")
-        typed = chosen.profile == "tensorrt" and chosen.strongly_typed and "fp16" in chosen.precisions
+        typed = chosen.profile == "tensorrt" and chosen.strongly_typed and chosen.device.best_float == "fp16"
         half = typed and options.opset >= FP16_SCALE_OPSET and checkpoint.quantization.profile == "tensorrt"
         return dataclasses.replace(options, precision="int8+fp16" if half else "int8")
-    return dataclasses.replace(options, precision="fp16" if "fp16" in chosen.precisions else "fp32")
+    return dataclasses.replace(options, precision=chosen.device.best_float)
 
 
 def _dense_file(context: Context, kind: str) -> Path | None:
@@ -128,7 +128,7 @@ def _build_and_measure(
     details: dict[str, Any],
 ) -> None:
     backend = plugins.load(BACKENDS, chosen.runtime, what="runtime")
-    precision = chosen.check_precision("int8" if "int8" in details["precision"] else details["precision"])
+    precision = chosen.check_precision(base_precision(details["precision"]))
     batch = options.batch if isinstance(options.batch, int) else 1
     available = backend.available()
     if not available:
@@ -183,7 +183,7 @@ def _prepare_and_predict(
     details: dict[str, Any],
 ) -> None:
     """Leave what the board needs beside the ONNX file, and predict its latency there."""
-    precision = chosen.check_precision("int8" if "int8" in options.precision else options.precision)
+    precision = chosen.check_precision(base_precision(options.precision))
     batch = options.batch if isinstance(options.batch, int) else 1
     shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
     for file in write_bundle(path, checkpoint.spec, chosen, precision, shapes=shapes):
@@ -195,9 +195,10 @@ def _prepare_and_predict(
     metrics["p50_ms"] = predicted.metric()
     dense_path = _dense_file(context, "checkpoint")
     if dense_path is not None:
-        best_float = "fp16" if "fp16" in chosen.precisions else "fp32"
         dense = load_checkpoint(dense_path)
-        before = predict(walk(dense.spec), chosen.device, precision=chosen.check_precision(best_float), batch=batch)
+        before = predict(
+            walk(dense.spec), chosen.device, precision=chosen.check_precision(chosen.device.best_float), batch=batch
+        )
         metrics["dense_p50_ms"] = before.metric()
     details |= {
         "engine": None,
