@@ -24,8 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from edge_targets.backends import PACKAGE, cpu_threads
-from rescompress.core import plugins
+from edge_targets.backends import cpu_threads, load_backend
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, RescompressError, ToolMissing
 from rescompress.core.metric import Metric
 from rescompress.core.runner import Runner
@@ -235,7 +234,7 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     """
     effort = effort or Effort()
     for candidate in candidates:
-        plugins.load(PACKAGE, candidate.runtime, what="runtime")
+        load_backend(candidate.runtime)
     samples: list[list[list[float]]] = [[] for _ in candidates]
     options: list[dict[str, str]] = [{} for _ in candidates]
     for _ in range(effort.rounds):
@@ -339,15 +338,15 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
     first = json.loads(questions.readline())
     shape = tuple(first["shape"])
     try:
-        backend = plugins.load(PACKAGE, first["runtime"], what="runtime")
+        backend = load_backend(first["runtime"])
         with backend.runner(Path(first["path"]), threads=first["threads"], batch=first["batch"]) as runner:
-            if getattr(runner, "batch", None) not in (None, first["batch"]):
+            if runner.batch not in (None, first["batch"]):
                 raise ModelFileError(
                     f"takes {runner.batch} images per call, not {first['batch']}",
                     where=first["path"],
                     remedy="measure at that batch, or export with --batch dynamic",
                 )
-            answer({"options": getattr(runner, "options", {})})
+            answer({"options": dict(runner.options)})
             for line in questions:
                 asked = json.loads(line)
                 samples = time_runner(

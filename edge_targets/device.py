@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.backends import load_backend
 from edge_targets.tensorrt_versions import Capabilities, capabilities
+from rescompress.core import plugins
 from rescompress.core.errors import TargetError, nearest
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import Frozen
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-Runtime = Literal["tensorrt", "tensorrt_rtx", "openvino", "onnxruntime"]
 Architecture = Literal["maxwell", "pascal", "volta", "turing", "ampere", "ada", "blackwell", "x86_64", "aarch64", "host"]
 
 
@@ -82,7 +84,7 @@ class Device(Frozen):
         title: What people call it.
         architecture: Of the GPU, or of the CPU where there is no GPU.
         compute_capability: Of the GPU, such as ``8.7``.
-        runtime: What runs models on it.
+        runtime: What runs models on it: a file of `edge_targets.backends`.
         precisions: What the runtime computes in on it, fastest last.
         align: Per precision, the multiple that channel counts should have.
         align_source: Where `align` was read.
@@ -107,7 +109,7 @@ class Device(Frozen):
     title: str
     architecture: Architecture
     compute_capability: str | None = None
-    runtime: Runtime
+    runtime: str
     precisions: tuple[Precision, ...] = Field(min_length=1)
     align: dict[Precision, int]
     align_source: str = Field(min_length=1)
@@ -126,6 +128,13 @@ class Device(Frozen):
     default_jetpack: str | None = None
     models: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @field_validator("runtime")
+    @classmethod
+    def _known_runtime(cls, name: str) -> str:
+        if not plugins.known(BACKENDS, name):
+            raise ValueError(f"unknown runtime '{name}', {nearest(name, plugins.names(BACKENDS))}")
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -218,7 +227,7 @@ class Target(Frozen):
     jetpack: str | None = None
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> str:
         """What runs the model."""
         return self.device.runtime
 
@@ -230,7 +239,7 @@ class Target(Frozen):
     @property
     def profile(self) -> Profile:
         """Where quantizers go for this runtime (`rescompress.core.quantizers`)."""
-        return "tensorrt" if self.runtime == "tensorrt_rtx" else self.runtime
+        return load_backend(self.runtime).PROFILE
 
     @property
     def capabilities(self) -> Capabilities | None:
@@ -241,22 +250,18 @@ class Target(Frozen):
     def opset(self) -> int:
         """The ONNX opset to write for it."""
         known = self.capabilities
-        if known:
-            return known.opset
-        return 19 if self.runtime == "tensorrt_rtx" else 17
+        return known.opset if known else load_backend(self.runtime).OPSET
 
     @property
     def strongly_typed(self) -> bool:
         """Whether float16 must be written into the ONNX, because the runtime takes the types from the file."""
-        if self.runtime == "tensorrt_rtx":
-            return True
         known = self.capabilities
-        return known.strongly_typed if known else True
+        return known.strongly_typed if known else load_backend(self.runtime).STRONGLY_TYPED
 
     @property
     def builds_here(self) -> bool:
         """Whether the runtime needs nothing but this machine to make a runnable or checkable artifact."""
-        return self.runtime != "tensorrt"
+        return load_backend(self.runtime).BUILDS_HERE
 
     def align(self, precision: Precision | None = None) -> int:
         """Return the multiple that channel counts should have.

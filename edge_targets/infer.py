@@ -141,6 +141,7 @@ class Engine:
                 "%s cannot be loaded by TensorRT %s on this GPU: it was built on another board or version, build it again"
                 % (path, self.trt.__version__)
             )
+        self.options = {}  # TensorRT chose its kernels when the engine was built
         self.context = self.engine.create_execution_context()
         self.named = hasattr(self.engine, "num_io_tensors")  # since 8.5; before that, bindings are numbered
         self._find_tensors()

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.backends import load_backend
 from edge_targets.benchmark import cpu_name
+from rescompress.core import plugins
 from rescompress.core.artifact import file_sha256
 from rescompress.core.errors import BadInput
 
@@ -67,7 +70,8 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     packages = {}
-    for name in ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "numpy"):
+    runtimes = [load_backend(name).PACKAGE.replace("-", "_") for name in plugins.names(BACKENDS)]
+    for name in dict.fromkeys(["torch", "torchvision", "onnx", "nncf", "numpy", *runtimes]):
         try:
             packages[name] = version(name.replace("_", "-"))
         except PackageNotFoundError:

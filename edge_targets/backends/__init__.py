@@ -1,23 +1,29 @@
-"""One file per runtime, each with the same three functions (the ``Backend`` protocol below).
+"""One file per runtime, each with the same facts and the same three functions (the ``Backend`` protocol below).
 
-``available()`` says whether the runtime works here, ``build()`` makes the artifact that the device loads, ``runner()``
-returns a `rescompress.core.runner.Runner`. Nothing here imports a runtime until it is asked for.
+All that the rest of the product knows about a runtime is read from its file, by `load_backend`. ``available()`` says
+whether the runtime works here, ``build()`` makes the artifact that the device loads, ``runner()`` returns a
+`ModelRunner`. Nothing here imports a runtime until it is asked for.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edge_targets.device import Precision, Target
+from rescompress.core import plugins
+from rescompress.core.errors import BadInput
+from rescompress.core.quantizers import Profile
 from rescompress.core.runner import Runner
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    # At run time devices read the facts below, so this module must not need theirs.
+    from edge_targets.device import Precision, Target
 
 PACKAGE = "edge_targets.backends"
 
@@ -58,8 +64,46 @@ class Built:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class ModelRunner(Runner, Protocol):
+    """A runner as runtimes return it: it also says how it runs the model.
+
+    Attributes:
+        batch: The only number of images that one call of the runtime takes; None where it takes any.
+        options: Options that change the runtime's choice of kernels, to be told beside a measurement.
+    """
+
+    batch: int | None
+    options: Mapping[str, str]
+
+    def __enter__(self) -> ModelRunner:
+        """Return itself."""
+        ...
+
+
 class Backend(Protocol):
-    """What a file in this package offers."""
+    """What a file in this package offers.
+
+    Attributes:
+        PROFILE: Where quantizers go for this runtime (`rescompress.core.quantizers`).
+        COST_OF_PROFILE: What networks that are quantized for other profiles lose here, one clause for the user; a profile
+            that is left out gets a neutral one.
+        OPSET: The ONNX opset to write, where no version of TensorRT says it.
+        STRONGLY_TYPED: Whether it takes the types from the file, where no version of TensorRT says it.
+        BUILDS_HERE: Whether any machine that has the package makes the artifact. Where it is false, the target is a board
+            with TensorRT: it gets a bundle and a predicted latency.
+        RUNS_HERE: Whether what `build` made can be run and timed on this machine where `available` says yes.
+        PACKAGE: The Python distribution it comes in.
+        REMEDY: How to get it.
+    """
+
+    PROFILE: Profile
+    COST_OF_PROFILE: Mapping[Profile, str]
+    OPSET: int
+    STRONGLY_TYPED: bool
+    BUILDS_HERE: bool
+    RUNS_HERE: bool
+    PACKAGE: str
+    REMEDY: str
 
     def available(self) -> Availability:
         """Return whether the runtime works here."""
@@ -82,7 +126,7 @@ class Backend(Protocol):
         """
         ...
 
-    def runner(self, path: Path, *, threads: int | None = None, batch: int | None = None) -> Runner:
+    def runner(self, path: Path, *, threads: int | None = None, batch: int | None = None) -> ModelRunner:
         """Return a runner for an ONNX file or a built artifact.
 
         Args:
@@ -95,6 +139,23 @@ class Backend(Protocol):
             ModelFileError: It cannot load the file.
         """
         ...
+
+
+def load_backend(name: str) -> Backend:
+    """Return the runtime called `name`.
+
+    Raises:
+        BadInput: No runtime has that name, or its file lacks a fact.
+    """
+    module = plugins.load(PACKAGE, name, what="runtime")
+    missing = [fact for fact in Backend.__annotations__ if not hasattr(module, fact)]
+    if missing:
+        raise BadInput(
+            f"the runtime '{name}' lacks {', '.join(missing)}",
+            where=module.__name__,
+            remedy="add what edge_targets.backends.Backend names",
+        )
+    return cast(Backend, module)
 
 
 def cpu_threads(threads: int | None) -> int:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edge_targets.backends import Availability, Built, cpu_threads, in_batches
 from edge_targets.device import Precision, Target
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import ModelFileError, ToolMissing
+from rescompress.core.quantizers import Profile
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PROFILE: Profile = "onnxruntime"
+COST_OF_PROFILE: Mapping[Profile, str] = MappingProxyType(
+    {
+        "tensorrt": "expect more latency here: onnxruntime is slow with signed activations on x86",
+        "openvino": "expect more latency here: onnxruntime runs the ends of main branches in float",
+    }
+)
+OPSET = 17
+STRONGLY_TYPED = True
+BUILDS_HERE = True
+RUNS_HERE = True
+PACKAGE = "onnxruntime"
 REMEDY = "pip install onnxruntime"
 
 
@@ -83,10 +98,12 @@ class OnnxRuntimeRunner:
 
     Attributes:
         runtime: ``onnxruntime``.
+        options: None are set that change its choice of kernels.
         threads: CPU threads it uses.
     """
 
     runtime = "onnxruntime"
+    options: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: Path, *, threads: int | None, batch: int | None) -> None:
         self.threads = cpu_threads(threads)

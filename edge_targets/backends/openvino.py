@@ -13,11 +13,24 @@ from edge_targets.backends import Availability, Built, cpu_threads, in_batches
 from edge_targets.device import Precision, Target
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import ModelFileError, ToolMissing
+from rescompress.core.quantizers import Profile
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PROFILE: Profile = "openvino"
+COST_OF_PROFILE: Mapping[Profile, str] = MappingProxyType(
+    {
+        "tensorrt": "behind ReLU half of the levels are not used here",
+        "onnxruntime": "OpenVINO leaves out a rounding in front of residual sums: answers differ a little",
+    }
+)
+OPSET = 17
+STRONGLY_TYPED = True
+BUILDS_HERE = True
+RUNS_HERE = True
+PACKAGE = "openvino"
 REMEDY = "pip install openvino"
 
 # OpenVINO may compile element-wise operators into kernels of their own ("snippets"). In a quantized model of fixed shape
@@ -116,7 +129,7 @@ class OpenVINORunner:
             # On CPUs with bfloat16 units OpenVINO would silently compute float32 layers in bfloat16.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self.options = dict(QUANTIZED_OPTIONS) if _quantized(model) else {}
+        self.options: Mapping[str, str] = dict(QUANTIZED_OPTIONS) if _quantized(model) else {}
         try:
             compiled = self._compile(model, settings)
         except RuntimeError as e:

@@ -7,23 +7,40 @@ engines is `edge_targets.infer`, which also travels to boards in bundles.
 from __future__ import annotations
 
 import ctypes.util
+import importlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
-from edge_targets import infer as _infer
-from edge_targets.backends import Availability, Built
+from edge_targets.backends import Availability, Built, ModelRunner
 from edge_targets.device import Precision, Target
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trt_build import build_engine, recipe_for
 from rescompress.core.artifact import file_sha256, write_bytes, write_text
 from rescompress.core.errors import ModelFileError, ToolMissing
-from rescompress.core.runner import Runner
+from rescompress.core.quantizers import Profile
 
+PROFILE: Profile = "tensorrt"
+COST_OF_PROFILE: Mapping[Profile, str] = MappingProxyType(
+    {
+        "openvino": "TensorRT does not read unsigned activations",
+        "onnxruntime": "TensorRT does not read unsigned activations",
+    }
+)
+OPSET = 17
+STRONGLY_TYPED = True
+BUILDS_HERE = False
+RUNS_HERE = True
+PACKAGE = "tensorrt"
 REMEDY = "on a Jetson it comes with JetPack; elsewhere: pip install 'rescompress[tensorrt]'"
-infer: Any = _infer
+
+
+def _infer() -> Any:
+    """Return `edge_targets.infer`; it is not typed, and it needs numpy, which the facts above do not."""
+    return importlib.import_module("edge_targets.infer")
 
 
 def available() -> Availability:
@@ -78,7 +95,7 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     write_bytes(path, engine.content)
     if engine.timing_cache is not None:
         write_bytes(cache, engine.timing_cache)
-    capability = infer.Cuda().capability()
+    capability = _infer().Cuda().capability()
     note = record(tensorrt, onnx_path, precision, compute_capability=capability)
     write_text(Path(f"{path}.json"), json.dumps(note, indent=1) + "\n")
     return Built(
@@ -95,7 +112,7 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     )
 
 
-def runner(path: Path, *, threads: int | None = None, batch: int | None = None) -> Runner:
+def runner(path: Path, *, threads: int | None = None, batch: int | None = None) -> ModelRunner:
     """Return a runner for an engine, as `edge_targets.backends.Backend.runner` says; `threads` and `batch` do not matter.
 
     Raises:
@@ -110,7 +127,7 @@ def runner(path: Path, *, threads: int | None = None, batch: int | None = None) 
     return load_engine(path, tensorrt)
 
 
-def load_engine(path: Path, trt: ModuleType, cuda: Any = None) -> Runner:
+def load_engine(path: Path, trt: ModuleType, cuda: Any = None) -> ModelRunner:
     """Return a runner for an engine.
 
     Args:
@@ -123,8 +140,9 @@ def load_engine(path: Path, trt: ModuleType, cuda: Any = None) -> Runner:
     """
     if not path.is_file() or path.suffix == ".onnx":
         raise ModelFileError("is no engine", where=str(path), remedy="build one with `rescompress export` on the device")
+    infer = _infer()
     try:
-        engine: Runner = infer.Engine(str(path), trt, cuda)
+        engine: ModelRunner = infer.Engine(str(path), trt, cuda)
     except infer.EngineError as e:
         raise ModelFileError(str(e), where=str(path), remedy="build it again on this device") from e
     return engine

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from edge_targets.backends import Availability, Built
+from edge_targets.backends import Availability, Built, ModelRunner
 from edge_targets.device import Precision, Target
 from edge_targets.trt_build import Engine, build_engine
 from rescompress.core.artifact import write_bytes
 from rescompress.core.errors import ModelFileError, ToolMissing
-from rescompress.core.runner import Runner
+from rescompress.core.quantizers import Profile
 
+PROFILE: Profile = "tensorrt"
+COST_OF_PROFILE: Mapping[Profile, str] = MappingProxyType(
+    {
+        "openvino": "TensorRT does not read unsigned activations",
+        "onnxruntime": "TensorRT does not read unsigned activations",
+    }
+)
+OPSET = 19
+STRONGLY_TYPED = True
+BUILDS_HERE = True
+RUNS_HERE = False
+PACKAGE = "tensorrt-rtx"
 REMEDY = "pip install 'rescompress[rtx]'"
 GATE_CAPABILITY = "8.6"
 """What a file for any other device is tried on: Ampere, the architecture of the Jetson Orin."""
@@ -90,7 +104,7 @@ def conv_nodes(onnx_path: Path) -> list[str]:
     return [node.name for node in onnx.load(onnx_path, load_external_data=False).graph.node if node.op_type == "Conv"]
 
 
-def runner(path: Path, *, threads: int | None = None, batch: int | None = None) -> Runner:
+def runner(path: Path, *, threads: int | None = None, batch: int | None = None) -> ModelRunner:
     """Refuse: a TensorRT for RTX engine runs on an NVIDIA GPU only, and this project times its engines on the board.
 
     Raises:

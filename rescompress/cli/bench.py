@@ -64,11 +64,10 @@ def _check_measurable(name: str, runtime: str) -> None:
     Raises:
         ToolMissing: Its runtime, or the device, is not here.
     """
-    from edge_targets.backends import PACKAGE
-    from rescompress.core import plugins
+    from edge_targets.backends import load_backend
     from rescompress.core.errors import ToolMissing
 
-    found = plugins.load(PACKAGE, runtime, what="runtime").available()
+    found = load_backend(runtime).available()
     if not found:
         raise ToolMissing(
             f"{name} cannot be measured here: {found.reason}",

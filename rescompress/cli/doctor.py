@@ -45,12 +45,19 @@ def doctor(ctx: typer.Context) -> None:
     from importlib.metadata import PackageNotFoundError, version
     from pathlib import Path
 
+    from edge_targets.backends import PACKAGE as BACKENDS
+    from edge_targets.backends import load_backend
+    from rescompress.core import plugins
     from rescompress.core.errors import RescompressError, ToolMissing
     from rescompress.fingerprint import environment
     from rescompress.siblings import check_siblings
 
     rows: list[dict[str, Any]] = []
-    for name, (purpose, remedy) in PACKAGES.items():
+    packages = dict(PACKAGES)
+    for runtime in plugins.names(BACKENDS):
+        backend = load_backend(runtime)
+        packages.setdefault(backend.PACKAGE, (f"targets that run {runtime}", backend.REMEDY))
+    for name, (purpose, remedy) in packages.items():
         try:
             found: str | None = version(name)
         except PackageNotFoundError:

@@ -27,14 +27,12 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
-class Runtime(StrEnum):
-    """What runs the model."""
+def _runtimes(incomplete: str) -> list[str]:
+    """Return what runs models and begins so, for the shell."""
+    from edge_targets.backends import PACKAGE
+    from rescompress.core.plugins import names
 
-    auto = "auto"
-    torch = "torch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    tensorrt = "tensorrt"
+    return [name for name in ("auto", "torch", *names(PACKAGE)) if name.startswith(incomplete)]
 
 
 @app.command()
@@ -216,7 +214,10 @@ def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or .onnx file.", show_default=False)],
     data: opt.NeededData,
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
-    runtime: Annotated[Runtime, typer.Option("--runtime", help="auto: torch, or onnxruntime for .onnx.")] = Runtime.auto,
+    runtime: Annotated[
+        str,
+        typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
+    ] = "auto",
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
@@ -232,15 +233,18 @@ def evaluate(
     Example: rescompress evaluate rescompress-out/cpu/model.onnx --data photos/
     """
     from rescompress.cli.progress import reporting
+    from rescompress.core.errors import BadInput, nearest
     from rescompress.evaluation import evaluate_file
 
+    if runtime not in (known := _runtimes("")):
+        raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))
     out = output_of(ctx)
     opening = workspace.opening(
         model, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     with reporting(out) as reporter:
-        found = evaluate_file(opening, settings, split=split, runtime=runtime.value, reporter=reporter)
+        found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
     top1 = found.metrics["top1"]
     document = {k: m.value for k, m in found.metrics.items()} | {
         "n": top1.n,

@@ -33,6 +33,11 @@ def names(package: str) -> list[str]:
     return sorted({*_files(package), *third_party})
 
 
+def known(package: str, name: str) -> bool:
+    """Return whether `package` has a plugin called `name`; nothing is imported, and entry points are read only if needed."""
+    return name in _files(package) or any(e.name == name for e in importlib.metadata.entry_points(group=package))
+
+
 def load(package: str, name: str, *, what: str = "plugin") -> ModuleType:
     """Return the module of the plugin called `name`.
 

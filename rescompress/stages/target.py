@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
-from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.backends import load_backend
 from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import load_target
@@ -18,27 +17,16 @@ from edge_targets.device import Target, base_precision
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.to_onnx import FP16_SCALE_OPSET, ExportOptions
-from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric
-from rescompress.core.quantizers import Profile
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import as_exported, export_options, write_export
 from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
 
-_COST_OF_OTHER_PROFILE: Mapping[tuple[Profile, Profile], str] = MappingProxyType(
-    {
-        ("openvino", "tensorrt"): "TensorRT does not read unsigned activations",
-        ("onnxruntime", "tensorrt"): "TensorRT does not read unsigned activations",
-        ("tensorrt", "openvino"): "behind ReLU half of the levels are not used here",
-        ("onnxruntime", "openvino"): "OpenVINO leaves out a rounding in front of residual sums: answers differ a little",
-        ("tensorrt", "onnxruntime"): "expect more latency here: onnxruntime is slow with signed activations on x86",
-        ("openvino", "onnxruntime"): "expect more latency here: onnxruntime runs the ends of main branches in float",
-    }
-)
+_NEUTRAL_COST = "it may be slower here, or less exact"
 
 
 def target(
@@ -112,7 +100,7 @@ def profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
         return []
     return [
         f"the network is quantized for the {trained} profile, {chosen.name} wants `quantize --profile {chosen.profile}`: "
-        + _COST_OF_OTHER_PROFILE[trained, chosen.profile]
+        + load_backend(chosen.runtime).COST_OF_PROFILE.get(trained, _NEUTRAL_COST)
     ]
 
 
@@ -127,7 +115,7 @@ def _build_and_measure(
     files: list[tuple[str, Path]],
     details: dict[str, Any],
 ) -> None:
-    backend = plugins.load(BACKENDS, chosen.runtime, what="runtime")
+    backend = load_backend(chosen.runtime)
     precision = chosen.check_precision(base_precision(details["precision"]))
     batch = options.batch if isinstance(options.batch, int) else 1
     available = backend.available()
@@ -138,7 +126,7 @@ def _build_and_measure(
     details |= {"engine": built.path.relative_to(context.folder).as_posix() if built.path else None}
     details |= {"engine_status": built.status, "build": built.details, "runtime_version": available.version}
     files += [("engine", f) for f in engine_files(built.path)]
-    if chosen.runtime == "tensorrt_rtx":
+    if not backend.RUNS_HERE:
         return
     runs = [Candidate(path, chosen.runtime, checkpoint.spec.input_shape, batch, common.threads, str(details["precision"]))]
     names = [""]
