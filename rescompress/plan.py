@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from compress.checkpoints.options import parse_shape
 from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.benchmark import cpu_name
 from edge_targets.catalog import load_target
@@ -262,16 +263,3 @@ def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:
     if text is None or text == "none":
         return None
     return "dense" if text == "dense" else opening.of(Path(text))
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return (C, H, W) from text such as ``3x224x224``.
-
-    Raises:
-        BadInput: It is no such text.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise BadInput(f"'{text}' is no input shape", where="--input", remedy="write it like 3x224x224")
-    c, h, w = (int(p) for p in parts)
-    return c, h, w

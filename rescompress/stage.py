@@ -29,7 +29,7 @@ class Opening:
         path: The file.
         input_shape: CxHxW.
         preprocess: Name of a preprocessing.
-        arch_options: ``key=value`` each.
+        arch_options: ``key=value`` each, as the user wrote them.
         allow_pickle: Whether code in the file may run.
     """
 
@@ -39,6 +39,17 @@ class Opening:
     arch_options: tuple[str, ...] = ()
     allow_pickle: bool = False
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The architecture options by name.
+
+        Raises:
+            BadInput: One is malformed, unknown or impossible.
+        """
+        from compress.checkpoints.options import parse
+
+        return parse(self.arch_options)
+
     def load(self) -> Checkpoint:
         """Return the checkpoint."""
         from compress.checkpoints import load_checkpoint
@@ -47,13 +58,13 @@ class Opening:
             self.path,
             input_shape=self.input_shape,
             preprocess=self.preprocess,
-            arch_options=dict(option.split("=", 1) for option in self.arch_options),
+            arch_options=self.facts,
             allow_pickle=self.allow_pickle,
         )
 
     def of(self, teacher: Path) -> Opening:
         """Return how to open a teacher's file: it sees the same images, and its file leaves the same open."""
-        options = tuple(o for o in self.arch_options if o.partition("=")[0] not in _OF_ONE_FILE)
+        options = tuple(o for o in self.arch_options if o.partition("=")[0].strip() not in _OF_ONE_FILE)
         return dataclasses.replace(self, path=teacher, arch_options=options)
 
 

@@ -77,7 +77,7 @@ def _stated(opening: Opening) -> str:
     if opening.preprocess is not None:
         lines.append(f"preprocess: {json.dumps(opening.preprocess)}")
     if opening.arch_options:
-        lines.append("arch_options: " + json.dumps(dict(o.split("=", 1) for o in opening.arch_options)))
+        lines.append("arch_options: " + json.dumps(opening.facts))
     if opening.allow_pickle:
         lines.append("allow_pickle: true   # runs code stored in the file")
     return "".join(f"{line}\n" for line in lines)

@@ -351,6 +351,21 @@ def test_what_is_stated_goes_into_the_config_and_from_there_into_the_run(rescomp
     assert load_config(tmp_path / "yes.yaml").arch_words == ("head_bias=no", "stride_at=0")
 
 
+def test_every_command_reads_a_shape_and_an_architecture_option_alike(rescompress: Command, tmp_path: Path) -> None:
+    spec = load_checkpoint(DIGITS).spec
+    torch.save(build_model(spec).state_dict(), tmp_path / "raw.pt")
+    data = ("--data", "builtin:digits")
+    stated = ("--input", "*".join(map(str, spec.input_shape)), "--arch-option", " arch = foo")
+    assert "foo" in rescompress("inspect", "raw.pt", *stated, cwd=tmp_path).stdout
+    rescompress("evaluate", "raw.pt", *data, *stated, cwd=tmp_path)
+    rescompress("init", "raw.pt", *data, *stated, cwd=tmp_path)
+    assert load_config(tmp_path / "rescompress.yaml").arch_words == ("arch=foo",)
+    for command in (("inspect", "raw.pt"), ("evaluate", "raw.pt", *data), ("init", "raw.pt", "--force")):
+        assert "3x70000x8" in rescompress(*command, "--input", "3x70000x8", cwd=tmp_path, code=5).stderr
+        assert "NAME=VALUE" in rescompress(*command, "--arch-option", "arch", cwd=tmp_path, code=5).stderr
+    assert Opening(DIGITS, arch_options=(" root = x", "stride_at=0")).of(DIGITS).arch_options == ("stride_at=0",)
+
+
 def test_what_is_stated_of_a_network_holds_for_its_teacher(rescompress: Command, tmp_path: Path) -> None:
     spec = load_checkpoint(DIGITS).spec
     torch.save(build_model(spec).state_dict(), tmp_path / "raw.pt")

@@ -1,8 +1,8 @@
-"""What a user may state about a checkpoint where its file leaves it open (``--arch-option NAME=VALUE``)."""
+"""What a user may state about a checkpoint where its file leaves it open (``--input CxHxW``, ``--arch-option NAME=VALUE``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rescompress.core.errors import BadInput, nearest
@@ -47,7 +47,23 @@ def check(options: Mapping[str, str]) -> None:
             raise BadInput(f"{name} is {value!r}", where="--arch-option", remedy=f"choose one of {', '.join(_CHOICES[name])}")
 
 
-def parse(values: list[str]) -> dict[str, str]:
+_MAX_SIDE = 65_536
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return channels, height and width of a text such as ``3x224x224``.
+
+    Raises:
+        BadInput: It is none.
+    """
+    parts = text.lower().replace("*", "x").split("x")
+    sizes = [int(part) if part.isdecimal() else 0 for part in parts]
+    if len(sizes) != 3 or not all(0 < size <= _MAX_SIDE for size in sizes):
+        raise BadInput(f"{text!r} is no input shape", where="--input", remedy="write channels x height x width: 3x224x224")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def parse(values: Iterable[str]) -> dict[str, str]:
     """Return the options of ``NAME=VALUE`` words; raises BadInput when one is malformed."""
     found: dict[str, str] = {}
     for word in values:

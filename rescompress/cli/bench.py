@@ -30,10 +30,10 @@ def bench(
 
     Example: rescompress bench model_fp32.onnx model_int8.onnx --target cpu --target cpu-ort --threads 2
     """
+    from compress.checkpoints.options import parse_shape
     from edge_targets.benchmark import Candidate, Effort, measure_processes, options_note
     from edge_targets.catalog import load_target
     from edge_targets.onnx_kernels import kernels_of
-    from rescompress.cli.inspect import parse_shape
 
     shape = parse_shape(input_shape) if input_shape else None
     candidates, labels = [], []

@@ -205,10 +205,10 @@ def _jobs(
     Raises:
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
+    from compress.checkpoints.options import parse_shape
     from edge_targets.onnx_kernels import kernels_of
     from edge_targets.remote import Job
     from edge_targets.trtexec import InputShapes
-    from rescompress.cli.inspect import parse_shape
     from rescompress.core.errors import ModelFileError
 
     input_shape = parse_shape(shape) if shape else None

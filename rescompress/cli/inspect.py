@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompress.cli import options
+from rescompress.cli import options, workspace
 from rescompress.cli.output import output_of
 
 if TYPE_CHECKING:
@@ -15,25 +15,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Preprocess = Annotated[
-    str | None,
-    typer.Option(
-        "--preprocess", help="imagenet, cifar, half, rescale, raw or keras-caffe; else as assumed.", show_default=False
-    ),
-]
-ArchOption = Annotated[
-    list[str] | None,
-    typer.Option("--arch-option", metavar="NAME=VALUE", help="A fact the file leaves open; repeatable.", show_default=False),
-]
-
 
 @app.command()
 def inspect(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)],
     input_shape: options.InputShape = None,
-    preprocess: Preprocess = None,
-    arch_option: ArchOption = None,
+    preprocess: options.Preprocess = None,
+    arch_option: options.ArchOption = None,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
@@ -43,18 +32,14 @@ def inspect(
     Where a file leaves something open (input size, preprocessing, where bottlenecks stride), the reading that was taken
     is told, and --input, --preprocess and --arch-option take its place.
     """
-    from compress.checkpoints import load_checkpoint
-    from compress.checkpoints.options import parse
-
     output = output_of(ctx)
-    shape = parse_shape(input_shape) if input_shape else None
-    loaded = load_checkpoint(
+    loaded = workspace.opening(
         checkpoint,
-        input_shape=shape,
+        input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=parse(arch_option or []),
+        arch_options=arch_option or (),
         allow_pickle=allow_pickle,
-    )
+    ).load()
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
@@ -88,21 +73,6 @@ def formats(ctx: typer.Context) -> None:
         "arch_options": KNOWN,
     }
     output_of(ctx).result(document, table, facts, "architectures: " + ", ".join(zoo.names()))
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return channels, height and width of a text such as ``3x224x224``.
-
-    Raises:
-        BadInput: It is none.
-    """
-    from rescompress.core.errors import BadInput
-
-    parts = text.lower().replace("*", "x").split("x")
-    sizes = [int(part) if part.isdigit() else 0 for part in parts]
-    if len(sizes) != 3 or not all(0 < size <= 65_536 for size in sizes):
-        raise BadInput(f"{text!r} is no input shape", where="--input", remedy="write channels x height x width: 3x224x224")
-    return sizes[0], sizes[1], sizes[2]
 
 
 def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:

@@ -103,7 +103,7 @@ Preprocess = Annotated[
     str | None,
     typer.Option(
         "--preprocess",
-        help="Preprocessing by name, such as imagenet or cifar.",
+        help="imagenet, cifar, half, rescale, raw or keras-caffe; else as assumed.",
         show_default=False,
         rich_help_panel="Checkpoint and data",
     ),
@@ -112,7 +112,8 @@ ArchOption = Annotated[
     list[str] | None,
     typer.Option(
         "--arch-option",
-        help="What the file leaves open, as key=value.",
+        metavar="NAME=VALUE",
+        help="A fact the file leaves open (`rescompress formats`); repeatable.",
         show_default=False,
         rich_help_panel="Checkpoint and data",
     ),

@@ -168,9 +168,9 @@ def predict(
 
 def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[Kernel], str | None, int | None]:
     """Return the kernels of a model, the precision it is written in and its batch (None where these are open)."""
+    from compress.checkpoints.options import parse_shape
     from edge_targets.kernels import fuse
     from edge_targets.onnx_kernels import kernels_of
-    from rescompress.cli.inspect import parse_shape
     from rescompress.core.layers import walk
 
     shape = parse_shape(input_shape) if input_shape else None

@@ -76,14 +76,15 @@ def opening(
     arch_options: Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> Opening:
-    """Return the checkpoint file and what the user states about it."""
-    from rescompress.core.errors import BadInput
-    from rescompress.plan import parse_shape
+    """Return the checkpoint file and what the user states about it.
+
+    Raises:
+        BadInput: The shape or an option is malformed, or an option is unknown or impossible.
+    """
+    from compress.checkpoints.options import parse, parse_shape
     from rescompress.stage import Opening
 
-    wrong = next((o for o in arch_options if "=" not in o), None)
-    if wrong is not None:
-        raise BadInput(f"'{wrong}' is no assignment", where="--arch-option", remedy="write it like stride_at=1")
+    parse(arch_options)  # what is wrong with them is said before any work
     shape = parse_shape(input_shape) if input_shape else None
     return Opening(path, shape, preprocess, tuple(arch_options), allow_pickle)
 
