@@ -16,8 +16,9 @@ from rescompress.config import load_config
 from rescompress.core.layers import walk
 from rescompress.core.manifest import Manifest
 from rescompress.pipeline import run_stages
-from rescompress.plan import Settings, run_plan
+from rescompress.plan import run_plan
 from rescompress.reporter import Reporter, Silent
+from rescompress.settings import Settings
 from rescompress.stages.shared import onnx_of, write_onnx
 
 if TYPE_CHECKING:

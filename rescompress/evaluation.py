@@ -14,10 +14,10 @@ from export.to_onnx import read_metadata
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
-from rescompress.plan import Settings
 from rescompress.reporter import Reporter
+from rescompress.settings import Settings
 from rescompress.stage import Opening
-from rescompress.stages import Common, network_of
+from rescompress.stages import network_of
 
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
@@ -38,30 +38,28 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         raise BadInput(f"unknown split '{split}'", where="--split", remedy=nearest(split, ["train", "val"]))
     if settings.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
-    common = Common(settings.data, settings.labels, settings.seed, settings.device, settings.threads, settings.batch_size)
-    runner, inputs = _open(opening, common, runtime)
+    runner, inputs = _open(opening, settings, runtime)
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
         reporter.note(note)
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
+    images = data.train if split == "train" else data.val
     with runner:
-        return evaluate(
-            runner, data.train if split == "train" else data.val, batch_size=common.eval_batch(inputs.shape), progress=progress
-        )
+        return evaluate(runner, images, batch_size=settings.eval_batch(inputs.shape), progress=progress)
 
 
-def _open(opening: Opening, common: Common, runtime: str) -> tuple[Runner, Inputs]:
+def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, Inputs]:
     if opening.path.suffix == ".onnx":
         if runtime == "torch":
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
         name = "onnxruntime" if runtime == "auto" else runtime
         inputs = onnx_inputs(opening.path)
         backend = plugins.load(BACKENDS, name, what="runtime")
-        return backend.runner(opening.path, threads=common.threads), inputs
+        return backend.runner(opening.path, threads=settings.threads), inputs
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load()
-    return TorchRunner(network_of(checkpoint), common.torch_device()), Inputs.of(checkpoint.spec)
+    return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
 
 
 def onnx_inputs(path: Path) -> Inputs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,8 @@ from rescompress.core import plugins
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
-from rescompress.fingerprint import data_identity, file_identity
+from rescompress.fingerprint import file_identity
+from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome, Stage
 
 if TYPE_CHECKING:
@@ -35,24 +36,6 @@ def _identity(opening: Opening) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all stages of a run or command share; see `rescompress.stages.Common`."""
-
-    data: str | None = None
-    labels: Mapping[str, str] | None = None
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    batch_size: int | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it contributes to a content key: the content of the data, not its place."""
-        data = data_identity(self.data) if self.data is not None else None
-        return {"data": data, "labels": dict(self.labels or {}), "seed": self.seed}
-
-
-@dataclass(frozen=True)
 class Builder:
     """Builds stages that share settings and, for the first, a checkpoint file.
 
@@ -63,12 +46,6 @@ class Builder:
 
     opening: Opening
     settings: Settings
-    _identity: dict[str, Any] = field(default_factory=dict)
-
-    def _common(self) -> dict[str, Any]:
-        if not self._identity:
-            self._identity.update(self.settings.identity)
-        return self._identity
 
     def _stage(
         self,
@@ -89,10 +66,9 @@ class Builder:
         def run(context: Context) -> Outcome:
             stages = importlib.import_module("rescompress.stages")
             resolved = {k: _source(stages, v) for k, v in sources.items()}
-            common = stages.Common(**asdict(settings), data_identity=self._common()["data"])
-            return cast(Outcome, getattr(stages, function)(context, common=common, **resolved, **arguments))
+            return cast(Outcome, getattr(stages, function)(context, common=settings, **resolved, **arguments))
 
-        everything = {"common": self._common(), "sources": identities, **depends}
+        everything = {"common": settings.identity, "sources": identities, **depends}
         source = sources["source"]
         read = source if isinstance(source, str) else identities["source"]["sha256"]
         return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective, read)

@@ -298,6 +298,7 @@ def test_a_plan_is_a_file_that_can_be_followed(rescompress: Command, tmp_path: P
         (("--align", "7.5"), "--align"),
         (("--iterations", "3"), "--iterations"),
         (("--device", "cuda:99"), "--device"),
+        (("--device", "tpu"), "--device"),
         (("-o", str(DIGITS)), str(DIGITS)),
     ],
 )

@@ -14,7 +14,8 @@ from compress.prune.picture import draw
 from rescompress.config import FinetuneConfig, PruneConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, walk
-from rescompress.plan import Builder, Settings
+from rescompress.plan import Builder
+from rescompress.settings import Settings
 from rescompress.stage import Opening
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"

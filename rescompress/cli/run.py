@@ -46,8 +46,9 @@ def run(
     from rescompress.cli.progress import reporting
     from rescompress.config import load_config
     from rescompress.pipeline import run_stages
-    from rescompress.plan import Settings, run_plan
+    from rescompress.plan import run_plan
     from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
+    from rescompress.settings import Settings
 
     out = output_of(ctx)
     loaded = load_config(config, tuple(overrides or ()))

@@ -13,7 +13,7 @@ from rescompress.cli.output import Output
 if TYPE_CHECKING:
     from rescompress.core.manifest import Manifest, StageResult
     from rescompress.pipeline import Peers, RunReport
-    from rescompress.plan import Settings
+    from rescompress.settings import Settings
     from rescompress.stage import Opening, Stage
 
 WORKSPACE = Path("rescompress-out")
@@ -33,11 +33,8 @@ def settings(
     Raises:
         BadInput: The labels cannot be read, or there is no such device.
     """
-    from rescompress.core.errors import BadInput
-    from rescompress.plan import Settings
+    from rescompress.settings import Settings
 
-    if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
-        raise BadInput(f"unknown device '{device}'", where="--device", remedy="use auto, cpu, cuda, cuda:1 or mps")
     if data is not None and not data.startswith("builtin:"):
         data = str(Path(data).expanduser().resolve())
     return Settings(data, parse_labels(labels), seed, device, threads, batch_size)

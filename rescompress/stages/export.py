@@ -19,9 +19,9 @@ from export.recount import recount
 from export.to_onnx import ExportOptions
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
+from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import (
-    Common,
     Source,
     dataset,
     evaluate_runner,
@@ -35,7 +35,7 @@ from rescompress.stages.shared import (
 PARITY_IMAGES = 1000
 
 
-def exported(context: Context, *, source: Source, common: Common, options: Mapping[str, Any]) -> Outcome:
+def exported(context: Context, *, source: Source, common: Settings, options: Mapping[str, Any]) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
     prepare(common)
     chosen = export_options(options)
@@ -63,7 +63,7 @@ def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
 
 
 def write_export(
-    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Common
+    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings
 ) -> tuple[onnx.ModelProto, dict[str, Metric], dict[str, Any]]:
     """Write the ONNX file, recount it, compare it with torch; return it with its row and details."""
     proto = onnx_of(checkpoint, options)
@@ -107,7 +107,7 @@ def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> str:
     return "int8" if checkpoint.quantization is not None else "fp32"
 
 
-def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Common) -> tuple[Parity, Parity | None, str]:
+def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Settings) -> tuple[Parity, Parity | None, str]:
     """Return how far onnxruntime on the file is from torch, and on which images that was seen.
 
     The first is of the file as onnxruntime runs it, against fake quantization; float sums in different orders count in it.

@@ -36,14 +36,15 @@ from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import ModelSpec
+from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.shared import Common, Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
 
 
-def dense(context: Context, *, source: Source, common: Common) -> Outcome:
+def dense(context: Context, *, source: Source, common: Settings) -> Outcome:
     """The network as it came: its accuracy, its counts, its float32 ONNX file."""
     prepare(common)
     checkpoint = source.load(context)
@@ -57,7 +58,7 @@ def pruned(
     context: Context,
     *,
     source: Source,
-    common: Common,
+    common: Settings,
     config: PruneConfig,
     targets: tuple[str, ...],
     name: str = "prune",
@@ -132,7 +133,7 @@ def _sparse(
     checkpoint: Checkpoint,
     config: PruneConfig,
     images: Tensor | None,
-    common: Common,
+    common: Settings,
     details: dict[str, Any],
 ) -> Checkpoint:
     """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
@@ -186,7 +187,7 @@ def modelled(targets: Sequence[Target]) -> Target:
 
 
 def _pruned_row(
-    context: Context, name: str, common: Common, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
+    context: Context, name: str, common: Settings, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
 ) -> Outcome:
     for note in details["notes"]:
         context.reporter.note(note)
@@ -200,7 +201,7 @@ def finetuned(
     *,
     source: Source,
     teacher: Source | None,
-    common: Common,
+    common: Settings,
     config: FinetuneConfig,
     name: str = "finetune",
 ) -> Outcome:
@@ -232,7 +233,7 @@ def quantized(
     *,
     source: Source,
     teacher: Source | None,
-    common: Common,
+    common: Settings,
     config: QuantizeConfig,
     profile: Profile,
     targets: tuple[str, ...] = (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
+from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome
 
 
@@ -56,48 +57,6 @@ class Source:
         return checkpoint
 
 
-@dataclass(frozen=True)
-class Common:
-    """What most stages share.
-
-    Attributes:
-        data: As in ``--data``, or None.
-        labels: Label of the checkpoint for each class folder.
-        seed: Of everything random.
-        device: Where torch computes.
-        threads: CPU threads of torch and the runtimes, None for all.
-        batch_size: Images per call when evaluating; chosen by image size when None.
-        data_identity: Hash of the data's content; images that were read are kept for it alone.
-    """
-
-    data: str | None = None
-    labels: Mapping[str, str] | None = None
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    batch_size: int | None = None
-    data_identity: str | None = None
-
-    def torch_device(self) -> str:
-        """Return the torch device, ``auto`` resolved.
-
-        Raises:
-            BadInput: It is not there.
-        """
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        kind, _, number = self.device.partition(":")
-        count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
-        if number not in ("", *map(str, range(count))) or not count:
-            raise BadInput(f"torch finds no device '{self.device}' here", where="--device", remedy="use auto or cpu")
-        return self.device
-
-    def eval_batch(self, input_shape: tuple[int, int, int]) -> int:
-        """Return images per call: small images go in larger batches."""
-        _, height, width = input_shape
-        return self.batch_size or max(1, min(256, 4_000_000 // (height * width)))
-
-
 def network_of(checkpoint: Checkpoint) -> ResNet:
     """Return the torch network of a checkpoint: fake-quantized if it is quantized, in eval mode."""
     if checkpoint.quantization is not None:
@@ -118,7 +77,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def prepare(common: Common) -> None:
+def prepare(common: Settings) -> None:
     """Make sure that the device is there, and give torch the threads that the user wants it to have."""
     common.torch_device()
     if common.threads is not None:
@@ -132,7 +91,7 @@ def _load_dataset(
     return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None)
 
 
-def dataset(common: Common, spec: ModelSpec) -> Dataset:
+def dataset(common: Settings, spec: ModelSpec) -> Dataset:
     """Return the data set; the stages of one process share the decoded images."""
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
@@ -140,14 +99,14 @@ def dataset(common: Common, spec: ModelSpec) -> Dataset:
     return _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
 
 
-def evaluate_runner(context: Context, runner: Runner, split: Split, common: Common, spec: ModelSpec) -> Evaluation:
+def evaluate_runner(context: Context, runner: Runner, split: Split, common: Settings, spec: ModelSpec) -> Evaluation:
     """Return the accuracy of anything that runs; progress is told."""
     progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
         return evaluate(runner, split, batch_size=common.eval_batch(spec.input_shape), progress=progress)
 
 
-def evaluate_model(context: Context, model: ResNet, split: Split, common: Common, spec: ModelSpec) -> Evaluation:
+def evaluate_model(context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec) -> Evaluation:
     """Return the accuracy of a torch network; progress is told."""
     return evaluate_runner(context, TorchRunner(model, common.torch_device()), split, common, spec)
 
@@ -163,7 +122,7 @@ def finish(
     context: Context,
     stage: str,
     checkpoint: Checkpoint,
-    common: Common,
+    common: Settings,
     details: dict[str, Any],
     *,
     files: Sequence[tuple[str, Path]] = (),

@@ -22,9 +22,10 @@ from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric
 from rescompress.file_check import lint_findings, validity_gate
+from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import as_exported, export_options, write_export
-from rescompress.stages.shared import Common, Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+from rescompress.stages.shared import Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
 
 _NEUTRAL_COST = "it may be slower here, or less exact"
 
@@ -34,7 +35,7 @@ def target(
     *,
     name: str,
     source: Source,
-    common: Common,
+    common: Settings,
     options: Mapping[str, Any],
     require_engine: bool = False,
 ) -> Outcome:
@@ -108,7 +109,7 @@ def _build_and_measure(
     context: Context,
     chosen: Target,
     checkpoint: Checkpoint,
-    common: Common,
+    common: Settings,
     options: ExportOptions,
     path: Path,
     metrics: dict[str, Metric],
