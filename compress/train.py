@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Split, normalise
+from compress.device import torch_device
 from compress.prune.sparsity import has_pattern
 from compress.resnet import ResNet
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import BadInput, DataError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Precision = Literal["fp32", "bf16"]
 
@@ -50,7 +55,8 @@ class TrainSettings:
             the data allows it. ``none``: the images as they are.
         freeze_bn_after: Fraction of the steps after which BatchNorm uses and keeps its running statistics.
         seed: Of order, augmentation and dropout.
-        device: ``cpu``, ``cuda``, or ``auto``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``, as `compress.device.torch_device` reads them. Processes
+            that were launched together take one GPU each instead, where there are any and it is not ``cpu``.
         features: Weight of the distance between the outputs of the blocks and the teacher's (`feature_loss`), beside the
             other losses. Only with a teacher.
         precision: ``fp32``, or ``bf16``: convolutions and linear layers compute in bfloat16 (autocast), weights and the
@@ -145,16 +151,14 @@ def train(
         save_every_s: Seconds between two savings.
 
     Raises:
-        BadInput: The training diverged, or settings make no sense.
+        BadInput: The training diverged, settings make no sense, or the device is not there.
         DataError: The split is too small.
     """
-    from accelerate import Accelerator
-
     if settings.epochs <= 0 or settings.lr <= 0:
         raise BadInput("epochs and learning rate are above 0", remedy="give --epochs and --lr above 0")
     if len(split) < 2:
         raise DataError(f"{len(split)} image cannot train a network", where="--data", remedy="give more training images")
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    accelerator = _accelerator(settings.device)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     batch_size = min(settings.batch_size, len(split)) // processes.world * processes.world
     if not batch_size:
@@ -217,6 +221,20 @@ def train(
     accelerator.wait_for_everyone()
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return log
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Return what runs the steps, on the device that evaluation would take, too.
+
+    Raises:
+        BadInput: The device is not there.
+    """
+    from accelerate import Accelerator
+
+    found = torch_device(device)
+    if found.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        torch.cuda.set_device(found)  # Accelerate cannot be told a number; alone it takes the current CUDA device
+    return Accelerator(cpu=found == "cpu")
 
 
 def _digest(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from compress.resnet import ResNet, build_model
 from compress.train import (
     TrainSettings,
     TrainState,
+    _accelerator,
     augment,
     distillation_loss,
     feature_loss,
@@ -52,6 +54,39 @@ def fresh() -> ResNet:
 
 def settings(**changed: object) -> TrainSettings:
     return TrainSettings(**{"epochs": 3, "batch_size": 16, "device": "cpu", "lr": 0.05} | changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("word", "gpus", "processes", "current", "cpu"),
+    [
+        ("auto", 0, 1, [], True),
+        ("auto", 2, 1, [], False),
+        ("cpu", 2, 1, [], True),
+        ("cuda", 2, 1, [], False),
+        ("cuda:1", 2, 1, ["cuda:1"], False),
+        ("cuda:1", 2, 2, [], False),
+        ("mps", 0, 1, [], False),
+    ],
+)
+def test_training_takes_the_device_that_evaluation_takes(
+    monkeypatch: pytest.MonkeyPatch, word: str, gpus: int, processes: int, current: list[str], cpu: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # which Accelerate prefers to anything else
+    monkeypatch.setattr(accelerate, "Accelerator", lambda *, cpu: cpu)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert _accelerator(word) is cpu  # type: ignore[comparison-overlap]
+    assert asked == current
+
+
+@pytest.mark.parametrize("word", ["cuda", "cuda:2", "tpu"])
+def test_a_device_that_is_not_there_does_not_train(split: Split, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if ":" in word else 0)
+    with pytest.raises(BadInput, match=word):
+        train(fresh(), split, settings(device=word))
 
 
 def test_it_learns_and_logs_each_epoch(split: Split) -> None:
