@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
 from rescompress.core.errors import ConfigError, nearest
-from rescompress.core.quantizers import Profile
 from rescompress.core.spec import Frozen
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -47,7 +47,7 @@ class PruneConfig(_Section):
     macs: Fraction | None = Field(None, gt=0.0, le=1.0)
     params: Fraction | None = Field(None, gt=0.0, le=1.0)
     latency: Fraction | None = Field(None, gt=0.0, le=1.0)
-    scope: Literal["inner", "all"] = "inner"
+    scope: Scope = "inner"
     align: Align = "auto"
     calib: int = Field(512, ge=1)
     drop_blocks: bool | None = None
@@ -113,7 +113,7 @@ class FinetuneConfig(_Section):
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0)
     features: float = Field(0.0, ge=0.0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: TrainPrecision = "fp32"
 
 
 class QuantizeConfig(_Section):
@@ -143,11 +143,11 @@ class QuantizeConfig(_Section):
         teacher: As in `FinetuneConfig`.
     """
 
-    mode: Literal["ptq", "qat"] = "qat"
+    mode: Mode = "qat"
     epochs: float = Field(1.0, gt=0.0)
-    profile: Literal["auto"] | Profile = "auto"
+    profile: ProfileOrAuto = "auto"
     calib: int = Field(512, ge=2)
-    calibration: Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"] = "auto"
+    calibration: Calibration = "auto"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     bias_correction: bool = True
     keep_float: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] | tuple[str, ...] = ()

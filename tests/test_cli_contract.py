@@ -9,25 +9,22 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from compress.checkpoints import load_checkpoint
 from compress.prune import method_names
 from compress.resnet import build_model
 from edge_targets.catalog import target_names
-from rescompress.cli import compress, options
+from rescompress.cli import options
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.output import Output
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, load_config
+from rescompress.config import load_config
 from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
@@ -93,23 +90,14 @@ def test_every_command_has_help_with_an_example_and_the_common_options(helps: di
         assert option in text
 
 
-@pytest.mark.parametrize(
-    ("choices", "config", "field"),
-    [
-        (options.Scope, PruneConfig, "scope"),
-        (compress.TrainPrecision, FinetuneConfig, "precision"),
-        (compress.Mode, QuantizeConfig, "mode"),
-        (compress.Profile, QuantizeConfig, "profile"),
-        (compress.Calibration, QuantizeConfig, "calibration"),
-    ],
-)
-def test_an_option_offers_what_a_config_may_say(choices: type[StrEnum], config: type[BaseModel], field: str) -> None:
-    said = config.model_json_schema()["properties"][field]
-    assert {choice.value for choice in choices} == {v for part in said.get("anyOf", [said]) for v in _values(part)}
-
-
-def _values(schema: dict[str, Any]) -> list[str]:
-    return schema["enum"] if "enum" in schema else [schema["const"]]
+def test_the_choices_of_an_option_are_shown_and_kept_to(helps: dict[str, str], rescompress: Command, tmp_path: Path) -> None:
+    assert "inner|all" in helps["prune"]
+    assert "inner|all" in helps["sensitivity"]
+    assert "fp32|bf16" in helps["finetune"]
+    assert "auto|tensorrt|openvino|onnxruntime" in helps["quantize"]
+    assert "auto|fp32|fp16|int8" in helps["export"]
+    done = rescompress("prune", DIGITS, "--scope", "outer", cwd=tmp_path, code=2)
+    assert all(word in done.stderr for word in ("--scope", "outer", "inner", "all"))
 
 
 def test_the_shell_completes_methods_and_targets() -> None:

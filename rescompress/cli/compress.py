@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,45 +11,9 @@ import typer
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.output import output_of
+from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
 
 app = typer.Typer()
-
-
-class Mode(StrEnum):
-    """How INT8 is reached."""
-
-    ptq = "ptq"
-    qat = "qat"
-
-
-class TrainPrecision(StrEnum):
-    """What training computes in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Profile(StrEnum):
-    """The runtime whose placement of quantizers is used."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    openvino = "openvino"
-    onnxruntime = "onnxruntime"
-
-
-class Calibration(StrEnum):
-    """How activation ranges are estimated."""
-
-    auto = "auto"
-    nncf = "nncf"
-    mean_max = "mean-max"
-    max = "max"
-    percentile = "percentile"
-    mse = "mse"
-
-
-Fraction = Annotated[float | None, typer.Option(show_default=False)]
 
 
 @app.command()
@@ -71,9 +34,7 @@ def prune(
     target: opt.Target = None,
     data: opt.Data = None,
     method: opt.Method = None,
-    scope: Annotated[
-        opt.Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")
-    ] = opt.Scope.inner,
+    scope: Annotated[Scope, typer.Option("--scope", help="inner: inside blocks; all: the residual stream, too.")] = "inner",
     align: Annotated[str, typer.Option("--align", help="Widths are multiples of this; auto asks the target.")] = "auto",
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     drop_blocks: Annotated[
@@ -139,7 +100,7 @@ def prune(
             f"{iterations} iterations need fine-tuning between them", where="--iterations", remedy="give --finetune-epochs"
         )
     typed = _typed(
-        ctx, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope.value, calib=calib,
+        ctx, ratio=ratio, macs=macs, params=params, latency=latency, scope=scope, calib=calib,
         align=_multiple(align), drop_blocks=drop_blocks,
         iterations=iterations, recalibrate=recalibrate, repair=repair, sparsity=sparsity,
     )  # fmt: skip
@@ -200,7 +161,7 @@ def finetune(
     train_batch: opt.TrainBatch = 128,
     precision: Annotated[
         TrainPrecision, typer.Option("--precision", help="bf16 is faster on processors with bfloat16 units (AMX, Ampere).")
-    ] = TrainPrecision.fp32,
+    ] = "fp32",
     output: opt.OutFile = None,
     labels: opt.Labels = None,
     input_shape: opt.InputShape = None,
@@ -225,7 +186,7 @@ def finetune(
     config = _config(
         FinetuneConfig, {"batch_size": "--train-batch"},
         epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
-        precision=precision.value,
+        precision=precision,
     )  # fmt: skip
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
@@ -247,17 +208,17 @@ def quantize(
     ctx: typer.Context,
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
-    mode: Annotated[Mode, typer.Option("--mode", help="ptq: calibrate; qat: calibrate, then train.")] = Mode.ptq,
+    mode: Annotated[Mode, typer.Option("--mode", help="ptq: calibrate; qat: calibrate, then train.")] = "ptq",
     epochs: Annotated[float, typer.Option("--epochs", "-e", min=0.001, help="Passes over the training images, for qat.")] = 1.0,
     teacher: Annotated[
         Path | None, typer.Option("--teacher", help="Float checkpoint to distil from.", show_default="the network itself")
     ] = None,
     target: opt.Target = None,
     profile: Annotated[
-        Profile, typer.Option("--profile", help="Runtime whose placement of quantizers is used; auto: the target's.")
-    ] = Profile.auto,
+        ProfileOrAuto, typer.Option("--profile", help="Runtime whose placement of quantizers is used; auto: the target's.")
+    ] = "auto",
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
-    calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = Calibration.auto,
+    calibration: Annotated[Calibration, typer.Option("--calibration", help="Range estimator.")] = "auto",
     keep_float: Annotated[
         str | None,
         typer.Option(
@@ -303,7 +264,7 @@ def quantize(
     config = _config(
         QuantizeConfig,
         {"batch_size": "--train-batch"},
-        mode=mode.value, epochs=epochs, profile=profile.value, calib=calib, calibration=calibration.value, lr=lr,
+        mode=mode, epochs=epochs, profile=profile, calib=calib, calibration=calibration, lr=lr,
         batch_size=train_batch,
         keep_float=_keep_float(keep_float or ""), max_divergence=max_divergence, max_slowdown=max_slowdown,
         teacher=str(teacher) if teacher else None,
@@ -321,7 +282,7 @@ def quantize(
         return
     result = workspace.final(report.manifest, "quantize")
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
-    document: dict[str, Any] = {"output": str(path), "mode": mode.value, "profile": placed}
+    document: dict[str, Any] = {"output": str(path), "mode": mode, "profile": placed}
     document |= {"top1_before": result.details.get("float_top1"), "top1_after": result.metrics["top1"].value}
     out.result(document, workspace.trade_off(report.manifest, "quantize"), str(path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,20 +10,12 @@ import typer
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.output import output_of
+from rescompress.core.choices import Precision
 
 if TYPE_CHECKING:
     from rescompress.core.manifest import StageResult
 
 app = typer.Typer()
-
-
-class Precision(StrEnum):
-    """What the exported file computes in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
 
 
 def _runtimes(incomplete: str) -> list[str]:
@@ -42,7 +33,7 @@ def export(
         Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
     ] = None,
     target: opt.Targets = None,
-    precision: Annotated[Precision, typer.Option("--precision", help="auto: what suits both.")] = Precision.auto,
+    precision: Annotated[Precision, typer.Option("--precision", help="auto: what suits both.")] = "auto",
     batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
     data: opt.Data = None,
@@ -86,7 +77,7 @@ def export(
         path, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
-    options = {"batch": parse_batch(batch), "opset": opset, "precision": precision.value}
+    options = {"batch": parse_batch(batch), "opset": opset, "precision": precision}
     stage = Builder(opening, settings).target(target[0] if target else "cpu", opening, options, require_engine=require_engine)
     report, _ = workspace.run_here([stage], out, path)
     result = workspace.final(report.manifest, stage.name)

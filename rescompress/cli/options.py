@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-
-class Scope(StrEnum):
-    """Which channels are looked at."""
-
-    inner = "inner"
-    all = "all"
-
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)]
 Data = Annotated[

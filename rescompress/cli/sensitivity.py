@@ -9,6 +9,7 @@ import typer
 
 from rescompress.cli import options, workspace
 from rescompress.cli.output import output_of
+from rescompress.core.choices import Scope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,7 @@ def sensitivity(
     checkpoint: options.Checkpoint,
     data: options.Data = None,
     method: options.Method = None,
-    scope: Annotated[
-        options.Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")
-    ] = options.Scope.inner,
+    scope: Annotated[Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")] = "inner",
     calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     output: Annotated[
         str | None,
@@ -85,7 +84,7 @@ def sensitivity(
         curves = measure(
             loaded,
             method=chosen,
-            scope=scope.value,
+            scope=scope,
             calibration_x=images,
             seed=seed,
             progress=reporter.progress,

@@ -31,10 +31,10 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from rescompress.core.choices import Mode
+from rescompress.core.choices import Profile as Profile
 from rescompress.core.layers import GLOBAL_POOLS, Layer, walk
 from rescompress.core.spec import Frozen, ModelSpec
-
-Profile = Literal["tensorrt", "openvino", "onnxruntime"]
 
 
 class _Rules(NamedTuple):
@@ -108,7 +108,7 @@ class Quantization(Frozen):
 
     profile: Profile
     quantizers: tuple[Quantizer, ...] = Field(min_length=1)
-    method: Literal["ptq", "qat"] = "ptq"
+    method: Mode = "ptq"
 
     def activation(self, tensor: str) -> Quantizer | None:
         """Return the quantizer of the activation `tensor`, or None."""
