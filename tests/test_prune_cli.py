@@ -92,3 +92,15 @@ def test_images_of_one_class_are_told(rescompress, tmp_path):
     notes = json.loads(done.stdout)["notes"]
     assert any("of one class" in n for n in notes)
     assert any("only 2 calibration" in n for n in notes)
+
+
+def test_sensitivity_reads_and_writes_in_the_home_folder(rescompress, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", "val"):
+        for label in ("0", "1"):
+            (tmp_path / "photos" / split / label).mkdir(parents=True)
+            Image.new("L", (8, 8), 40).save(tmp_path / "photos" / split / label / "0.png")
+    args = ("--data", "~/photos", "-m", "magnitude", "--calib", 2, "-o", "~/curves.svg", "--json")
+    found = json.loads(rescompress("sensitivity", DIGITS, *args, cwd=tmp_path).stdout)
+    assert found["picture"] == str(tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").is_file()

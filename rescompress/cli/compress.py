@@ -86,7 +86,7 @@ def prune(
     workspace.check_output(checkpoint, output, plan_out)
     by_weights = method is None and plan_in is None and data is None
     if method is None and plan_in is None:
-        method = "magnitude" if by_weights else "reconstruct"
+        method = opt.method_or_default(method, data)
     if latency is not None and target is None:
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
     if sparsity is not None and data is None:

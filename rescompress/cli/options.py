@@ -37,6 +37,13 @@ Method = Annotated[
         autocompletion=_methods,
     ),
 ]
+
+
+def method_or_default(method: str | None, data: str | None) -> str:
+    """Return the pruning method: the one that was named, else what can repair its loss, which takes images."""
+    return method or ("reconstruct" if data is not None else "magnitude")
+
+
 _TARGET = typer.Option(
     "--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +11,9 @@ from rescompress.cli.output import output_of
 from rescompress.core.choices import Scope
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from rich.table import Table
 
-    from compress.checkpoints.base import Checkpoint
-    from rescompress.reporter import Reporter
+    from rescompress.sensitivity import Sensitivity
 
 app = typer.Typer()
 
@@ -51,58 +49,39 @@ def sensitivity(
     from rescompress.core.errors import BadInput
 
     sink = output_of(ctx)
-    picture = Path(output) if output else None
+    picture = Path(output).expanduser() if output else None
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
         raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg or .png file")
     if int8 and data is None:
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     workspace.check_output(checkpoint, picture)
-    import torch
-    from rich.table import Table
-
-    from compress.data import load_dataset
-    from compress.prune import measure
-    from compress.prune.picture import draw
-    from rescompress.cli.progress import reporting
-
-    if threads is not None:
-        torch.set_num_threads(threads)
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
-    loaded = opening.load()
-    chosen = method or ("reconstruct" if data is not None else "magnitude")
+    settings = workspace.settings(data, labels=labels, seed=seed, threads=threads)
+    from rescompress.cli.progress import reporting
+    from rescompress.sensitivity import measure_sensitivity  # takes seconds to import
+
     if data is None and method is None:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")
-    images, layers_int8 = None, None
+    chosen = options.method_or_default(method, data)
     with reporting(sink) as reporter:
-        if data is not None:
-            dataset = load_dataset(data, loaded.spec, seed=seed, labels=workspace.parse_labels(labels))
-            for text in dataset.notes:
-                reporter.note(text)
-            images = dataset.train.take(calib, seed).tensor()
-        curves = measure(
-            loaded,
-            method=chosen,
-            scope=scope,
-            calibration_x=images,
-            seed=seed,
-            progress=reporter.progress,
-            note=reporter.note,
-        )
-        if int8 and images is not None:
-            layers_int8 = _int8(loaded, images, reporter)
+        found = measure_sensitivity(opening, settings, method=chosen, scope=scope, calib=calib, int8=int8, reporter=reporter)
     if picture is not None:
-        draw(curves, f"{loaded.spec.arch}: {chosen}", picture)
+        from compress.prune.picture import draw
+
+        draw(found.curves, f"{found.arch}: {found.method}", picture)
         sink.hint(f"wrote {picture}")
-    document: dict[str, Any] = {
-        "method": chosen,
-        "unit": curves.unit,
-        "groups": {name: {"order": list(c.order), "error": list(c.error)} for name, c in curves.groups.items()},
-        "blocks": dict(curves.blocks),
-        "picture": str(picture) if picture else None,
-    }
-    table = Table(title=f"{loaded.spec.arch}, {chosen}: {curves.unit}")
+    document = found.document | {"picture": str(picture) if picture else None}
+    sink.result(document, *_tables(found))
+
+
+def _tables(found: Sensitivity) -> list[Table]:
+    """Return what is shown: groups, and blocks and INT8 layers where they were measured."""
+    from rich.table import Table
+
+    curves = found.curves
+    table = Table(title=f"{found.arch}, {found.method}: {curves.unit}")
     table.add_column("group")
     table.add_column("units", justify="right")
     for head in ("25 % gone", "50 % gone", "75 % gone"):
@@ -116,7 +95,7 @@ def sensitivity(
     for name, row in errors.items():
         bar = "█" * round(30 * row[1] / worst)
         table.add_row(name, str(len(curves.groups[name].order)), *(f"{e:.3g}" for e in row), bar)
-    shown: list[Any] = [table]
+    shown = [table]
     if curves.blocks:
         blocks = Table(title="leaving out a whole block")
         blocks.add_column("block")
@@ -124,29 +103,15 @@ def sensitivity(
         for name, error in curves.blocks.items():
             blocks.add_row(name, f"{error:.3g}")
         shown.append(blocks)
-    if layers_int8 is not None:
+    if found.int8 is not None:
         layers = Table(title="quantizing one layer alone to INT8: divergence of the predictions")
         layers.add_column("layer")
         layers.add_column("nats", justify="right")
         layers.add_column("of it by the weights", justify="right")
-        document["int8"] = layers_int8
-        for found in layers_int8:
-            layers.add_row(found["layer"], f"{found['divergence']:.2g}", f"{100 * found['weight_share']:.0f} %")
+        for layer in found.int8:
+            layers.add_row(layer["layer"], f"{layer['divergence']:.2g}", f"{100 * layer['weight_share']:.0f} %")
         shown.append(layers)
-    sink.result(document, *shown)
-
-
-def _int8(checkpoint: Checkpoint, images: Tensor, reporter: Reporter) -> list[dict[str, Any]]:
-    """Return how much each layer minds being quantized, measured on at most 256 of the images."""
-    from dataclasses import asdict
-
-    from compress.quantize import ptq
-    from compress.quantize.sensitivity import sensitivities
-
-    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
-    quantized = ptq(checkpoint, batches, calibration="mse", bias_correction=False)
-    tell = functools.partial(reporter.progress, "quantizing one layer at a time")
-    return [asdict(found) for found in sensitivities(quantized, batches[:4], progress=tell)]
+    return shown
 
 
 @app.command()
