@@ -18,8 +18,10 @@ from report_factory import CLASSES, digest, latency, outcomes_with, write_run
 
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.metric import accuracy, counted
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate import GateReport, Limits, judge, limits_of, load_limits, load_run
+from rescompress.gate import GateReport, Limits, Run, judge, limits_of, load_limits, load_run
+from rescompress.gate.checks import baseline_of
 from rescompress.gate.render import gitlab_code_quality, to_junit, to_markdown
 
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
@@ -115,6 +117,60 @@ def test_what_was_measured_on_a_board_is_judged(tmp_path: Path) -> None:
     write_run(tmp_path / "predicted")
     check = next(c for c in judged((slow, tmp_path / "predicted")).checks if c.name == "latency:jetson")
     assert (check.verdict, "predicted" in check.baseline) == ("pass", True), "a prediction is compared with a prediction"
+
+
+def _board(name: str, precision: str, n_right: int, size_bytes: int | None = None, *, quantized: int = 3000) -> Run:
+    """Return a run whose INT8 network has 3,000 of 5,000 right, deployed in a precision with another accuracy."""
+
+    def stage(name: str, right: int, size: int | None, **facts: Any) -> StageResult:
+        inline = Outcomes.pack([True] * right + [False] * (5000 - right), "samples").model_dump()
+        metrics = {"top1": accuracy(right, 5000, runtime="any")}
+        metrics |= {} if size is None else {"size_bytes": counted(size, "bytes")}
+        if facts:
+            metrics["p50_ms"] = latency(1.0, device="jetson", runtime="tensorrt", precision=facts["precision"])
+        return StageResult(stage=name, status="done", metrics=metrics, details={"outcomes": inline, **facts})
+
+    stages = (
+        stage("dense", 4500, 100_000_000),
+        stage("quantize", quantized, 25_000_000),
+        stage("deploy:jetson", n_right, size_bytes, precision=precision, latency_runs=STEADY),
+    )
+    return Run(name, Path(), Manifest(stages=stages))
+
+
+def test_accuracy_size_and_latency_are_of_one_engine() -> None:
+    """The faster engine of a board may be the float one, whose file is not that of the stage before."""
+    base = _board("base", "int8", 4490, quantized=4490)
+    report = judge(_board("cand", "fp16", 4500), base, Limits())
+    checks = {c.name: c for c in report.checks}
+    assert report.verdict == checks["size"].verdict == "inconclusive"
+    assert checks["size"].message == "cannot be compared: cand has no size of deploy:jetson (fp16)"
+    assert (checks["size"].baseline, checks["size"].candidate) == ("25.0 MB", "")
+    told = "the candidate's deploy:jetson computes in fp16, the baseline's deploy:jetson in int8"
+    for name in ("accuracy", "latency:jetson"):
+        assert checks[name].message.endswith(told)
+        assert f"{name}: {told}" in report.notes
+    reverse = judge(base, _board("cand", "fp16", 4500), Limits())
+    assert "cand has no size of" in next(c.message for c in reverse.checks if c.name == "size")
+    sized = judge(_board("cand", "fp16", 4500, 50_000_000), base, Limits())
+    size = next(c for c in sized.checks if c.name == "size")
+    assert (size.verdict, size.value) == ("fail", 2.0)
+    alike = judge(_board("cand", "int8", 4490, quantized=4490), base, Limits())
+    assert (alike.verdict, alike.notes) == ("pass", ()), "the INT8 engine is of the INT8 file"
+
+
+def test_a_latency_of_another_engine_than_the_accuracy_is_told() -> None:
+    run = _board("run", "fp16", 4500)
+    deployed = run.manifest.stages[-1]
+    timed = deployed.model_copy(update={"metrics": {"p50_ms": deployed.metrics["p50_ms"]}})
+    run = Run("run", Path(), run.manifest.with_stage(timed))
+    assert judge(run, run, Limits()).notes == ("latency on jetson is of fp16, accuracy and size are of int8",)
+
+
+def test_a_baseline_file_keeps_what_its_stages_compute_in() -> None:
+    exported = StageResult(stage="export", status="done", details={"precision": "int8+fp16", "arch": "x"})
+    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,)))).stages[0]
+    assert saved.details == {"precision": "int8+fp16"}
 
 
 def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rescompress.report.tables import (
     Row,
     best,
     dominated,
+    figure,
     processes,
     rows_of,
     run_row,
@@ -66,6 +67,30 @@ def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions(
     metrics = {"p50_ms": latency(2.0), "dense_p50_ms": latency(4.0, precision="fp32")}
     beside = Manifest(stages=(StageResult(stage="target:cpu", status="done", metrics=metrics),))
     assert rows_of(beside)[0].note.endswith("; dense: 4.00 ms fp32")
+
+
+def test_a_row_takes_no_figure_of_another_precision() -> None:
+    """A float engine of a quantized network has another file and other answers; its MACs and parameters are the same."""
+
+    def stage(name: str, size: int | None = None, top1: int | None = None, **p50: str) -> StageResult:
+        metrics = {"macs": counted(9, "macs")} if not p50 else {"p50_ms": latency(1.0, device="jetson", **p50)}  # type: ignore[arg-type]
+        metrics |= {} if size is None else {"size_bytes": counted(size, "bytes")}
+        metrics |= {} if top1 is None else {"top1": accuracy(top1, 100, runtime="any")}
+        return StageResult(stage=name, status="done", metrics=metrics)
+
+    def row(deployed: StageResult) -> tuple[Row, Metric | None]:
+        manifest = Manifest(stages=(stage("dense", 100, 90), stage("quantize", 25, 60), deployed))
+        return run_row(manifest, "r"), figure(manifest, deployed, "top1")
+
+    half, _ = row(stage("deploy:jetson", None, 90, precision="fp16"))
+    assert (half.stage, half.metrics["macs"].value) == ("deploy:jetson", 9)
+    assert "size_bytes" not in half.metrics
+    int8, _ = row(stage("deploy:jetson", None, 60, precision="int8"))
+    assert (int8.metrics["size_bytes"].value, int8.note) == (25, "")
+    timed, top1 = row(stage("deploy:jetson", precision="fp16"))
+    assert (timed.stage, timed.note) == ("quantize", "latency on jetson is of fp16, accuracy and size are of int8")
+    assert top1 is not None
+    assert top1.value == 0.9, "the float engine answers like the float network"
 
 
 def test_accuracies_of_different_samples_are_not_compared() -> None:

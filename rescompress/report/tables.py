@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 DENSE_PREFIX = "dense_"
+INT8 = "int8"
 DOMINATED_MARK = "†"
 NOT_REACHED = "not reached yet: run again to go on"
 UNSTEADY = 0.05
@@ -99,8 +100,11 @@ def run_row(manifest: Manifest, run: str) -> Row:
             if value is not None:
                 metrics[column.metric] = value
         base |= _dense_metrics(manifest, None) if last.stage != DENSE else {}
+    timed: dict[str, StageResult] = {}
     for result in sorted(done, key=lambda s: s.is_deployment):  # what was measured on a board replaces what was predicted
         target = result.target
+        if target is not None and "p50_ms" in result.metrics:
+            timed[target] = result
         for column in COLUMNS:
             if target is not None and column.per_target and column.metric in result.metrics:
                 metrics[f"{column.metric}:{target}"] = result.metrics[column.metric]
@@ -118,7 +122,7 @@ def run_row(manifest: Manifest, run: str) -> Row:
         reason="; ".join(bad) or None,
         metrics=metrics,
         against_dense=_all_against(metrics, base),
-        note="; ".join(bad),
+        note="; ".join([*bad, *(mixed(last, timed.values()) if last is not None else ())]),
         created=manifest.created,
         network=_network(manifest),
     )
@@ -133,10 +137,53 @@ def _network(manifest: Manifest) -> str:
 
 
 def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
-    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
+    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's).
+
+    The float engine of a quantized network is another file with other answers: its size and accuracy are taken only from a
+    stage that computes in the same.
+    """
+    if metric in stage.metrics:
+        return stage.metrics[metric]
     position = manifest.stages.index(stage)
-    before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done"]
-    return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
+    before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done" and metric in s.metrics]
+    return next((s.metrics[metric] for s in reversed(before) if _holds_for(metric, s, stage)), None)
+
+
+def _holds_for(metric: str, before: StageResult, stage: StageResult) -> bool:
+    """Whether a figure of an earlier stage is one of `stage`, too."""
+    if metric in ("macs", "params"):
+        return True
+    own, other = precision_of(stage), precision_of(before)
+    if own is None or other is None:
+        return False
+    return own == other if metric == "size_bytes" else (own == INT8) == (other == INT8)
+
+
+def precision_of(stage: StageResult) -> str | None:
+    """Return what a stage's network computes in, or None if that is unknown; ``int8`` also where the rest of it is ``fp16``."""
+    told = stage.details.get("precision")
+    if not isinstance(told, str):
+        told = next((m.precision for m in map(stage.metrics.get, ("top1", "p50_ms")) if m is not None and m.precision), None)
+    if told is None:
+        name = stage.stage.partition("-")[0]  # prune-1 is the first of several iterations
+        told = INT8 if name == "quantize" else "fp32" if name in (DENSE, "prune", "finetune") else None
+    return INT8 if told is not None and INT8 in told else told
+
+
+def mixed(stage: StageResult, latencies: Iterable[StageResult]) -> list[str]:
+    """Return a sentence for each latency that is of a float network where the accuracy of `stage` is of INT8, or the reverse.
+
+    Args:
+        stage: The stage whose accuracy and size count.
+        latencies: Stages with a latency.
+    """
+    own = precision_of(stage)
+    found = [(s, precision_of(s)) for s in latencies]
+    return [
+        f"latency on {s.target} is of {other}, accuracy and size are of {own}"
+        for s, other in found
+        if own is not None and other is not None and (own == INT8) != (other == INT8)
+    ]
 
 
 def _dense_metrics(manifest: Manifest, result: StageResult | None) -> dict[str, Metric]:
