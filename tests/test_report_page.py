@@ -237,6 +237,17 @@ def test_a_run_of_one_stage_makes_a_page() -> None:
     assert "dense" in words
 
 
+def test_a_front_is_of_accuracies_of_as_many_samples() -> None:
+    def run(right: int, n: int, size: int) -> Manifest:
+        metrics = {"top1": accuracy(right, n, runtime="torch"), "size_bytes": counted(size, "bytes")}
+        return Manifest(stages=(StageResult(stage="dense", status="done", metrics=metrics),))
+
+    small = run(180, 200, 900)
+    for n, drawn in ((200, True), (20, False)):
+        text = page([("a", small), ("b", run(n * 19 // 20, n, 1000))])
+        assert ('<path class="front"' in text) == drawn
+
+
 def test_model_card_has_figures_and_provenance(run: Path) -> None:
     card = model_card("resnet32", load_manifest(run))
     assert card.startswith("---\npipeline_tag: image-classification\n")

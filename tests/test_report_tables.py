@@ -158,6 +158,16 @@ def test_dominance_is_a_strict_order_and_leaves_a_front(rows: list[Row]) -> None
         assert dominated([*front, rows[i]]) == {len(front)}, "each beaten row is beaten by one of the front (transitivity)"
 
 
+def test_accuracies_of_other_samples_dominate_nothing() -> None:
+    def row(right: int, n: int, size: int) -> Row:
+        metrics = {"top1": accuracy(right, n, runtime="torch"), "size_bytes": counted(size, "bytes")}
+        return Row(run="r", stage="s", metrics=metrics)
+
+    many = row(9490, 10_000, 1100)
+    assert dominated([row(19, 20, 1000), many]) == set(), "95 % of 20 images say little"
+    assert dominated([row(9500, 10_000, 1000), many]) == {1}
+
+
 @given(random_rows())
 def test_best_marks_the_extreme_of_each_comparable_group(rows: list[Row]) -> None:
     for i, name in best(rows):

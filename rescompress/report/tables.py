@@ -243,8 +243,8 @@ def processes(result: StageResult) -> str:
 def dominated(rows: Sequence[Row]) -> set[int]:
     """Return the positions of rows that another row beats (Pareto).
 
-    Row A beats row B when its top-1 is at least as high, every cost that B has (MACs, parameters, size, latency) A has
-    under the same conditions and is no higher, and something is strictly better.
+    Row A beats row B when its top-1 on as many samples is at least as high, every cost that B has (MACs, parameters, size,
+    latency) A has under the same conditions and is no higher, and something is strictly better.
     """
     costs = [
         {
@@ -254,13 +254,15 @@ def dominated(rows: Sequence[Row]) -> set[int]:
         }
         for row in rows
     ]
-    tops = [row.metrics["top1"].value if "top1" in row.metrics else None for row in rows]
+    tops = [row.metrics.get("top1") for row in rows]
 
     def beats(a: int, b: int) -> bool:
         top_a, top_b = tops[a], tops[b]
-        if top_a is None or top_b is None or top_a < top_b or not costs[b]:
+        if top_a is None or top_b is None or conditions(top_a) != conditions(top_b):
             return False
-        better = top_a > top_b
+        if top_a.value < top_b.value or not costs[b]:
+            return False
+        better = top_a.value > top_b.value
         for name, (under, cost) in costs[b].items():
             other = costs[a].get(name)
             if other is None or other[0] != under or other[1] > cost:
