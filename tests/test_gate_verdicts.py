@@ -405,6 +405,30 @@ def test_damaged_runs_are_refused(tmp_path: Path, what: str, word: str, which: s
     assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [-5.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("stage", "metric", "told"),
+    [
+        ("target:cpu", "size_bytes", "size"),
+        ("target:cpu", "p50_ms", "latency:cpu"),
+        ("target:jetson", "p50_ms", "latency:jetson"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["candidate", "baseline"])
+def test_figures_that_nothing_real_has_are_refused(
+    tmp_path: Path, whose: str, stage: str, metric: str, told: str, value: float
+) -> None:
+    write_run(tmp_path, n=100, runs_ms=STEADY)
+    good = load_run(tmp_path)
+    old = good.manifest.stage(stage)
+    assert old is not None
+    changed = {**old.metrics, metric: old.metrics[metric].model_copy(update={"value": value})}
+    bad = Run("bad", tmp_path, good.manifest.with_stage(old.model_copy(update={"metrics": changed})))
+    with pytest.raises(BadInput, match=f"the {whose}'s {told} is {value:g}") as caught:
+        judge(*((bad, good) if whose == "candidate" else (good, bad)), Limits())
+    assert caught.value.exit_code == 5
+
+
 def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> None:
     candidate, _ = pair_of_runs(tmp_path, 500)
     (tmp_path / "empty").mkdir()

@@ -326,8 +326,7 @@ def _difference(a: Sequence[str], b: Sequence[str]) -> str:
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
-    basis = f"{name} is {baseline.value:g}"
-    return _without_noise(name, basis, candidate, baseline, limit, _text_of(name), "times as much")
+    return _without_noise(name, candidate, baseline, limit, _text_of(name), "times as much")
 
 
 def _text_of(name: str) -> Callable[[Metric], str]:
@@ -338,27 +337,26 @@ def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -
     def text(metric: Metric) -> str:
         return f"~{duration(metric.value)} predicted"
 
-    basis = f"latency on {target} is {baseline.value:g} ms"
-    words = "times as long by the same model"
-    return _without_noise(f"latency:{target}", basis, candidate, baseline, limit, text, words)
+    return _without_noise(f"latency:{target}", candidate, baseline, limit, text, "times as long by the same model")
 
 
 def _without_noise(
-    name: str, basis: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
+    name: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
 ) -> Check:
     """Return the check of a figure that is the same however often it is taken: there is no interval.
 
     Args:
         name: Of the check.
-        basis: What the baseline's figure is, for people.
         candidate: The figure.
         baseline: What it is compared with.
         limit: The ratio that is still good.
         text: Writes a figure.
         words: What a ratio means.
+
+    Raises:
+        BadInput: A figure is no positive number.
     """
-    if baseline.value <= 0:
-        raise BadInput(f"the baseline's {basis}", remedy="renew the baseline")
+    _check_positive(name, candidate, baseline)
     ratio = candidate.value / baseline.value
     texts = [text(m) for m in (baseline, candidate)]
     return Check(
@@ -375,6 +373,20 @@ def _without_noise(
         samples_needed=None,
         message=f"{texts[1]} against {texts[0]}, {ratio:.3f} {words}; the limit is {limit:g}",
     )
+
+
+def _check_positive(name: str, candidate: Metric, baseline: Metric) -> None:
+    """Refuse figures that nothing real has; a ratio of theirs would pass any limit.
+
+    Raises:
+        BadInput: One is not above zero, or not finite.
+    """
+    for whose, metric, remedy in (
+        ("candidate", candidate, "run the pipeline again, or restore the manifest"),
+        ("baseline", baseline, "renew the baseline"),
+    ):
+        if not 0 < metric.value < math.inf:
+            raise BadInput(f"the {whose}'s {name} is {metric.value:g} {metric.unit}", remedy=remedy)
 
 
 def _stage_failed(result: StageResult) -> Check:
@@ -465,6 +477,7 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
 
 def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float, *, drift_is_known: bool) -> Check:
     new, old = candidate.metrics["p50_ms"], baseline.metrics["p50_ms"]
+    _check_positive(f"latency:{target}", new, old)
     for fact in ("provenance", "device", "runtime", "threads", "batch", "power_mode"):
         a, b = getattr(new, fact), getattr(old, fact)
         if a != b:
