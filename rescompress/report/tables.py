@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, markdown, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -489,17 +489,17 @@ def to_markdown(rows: Sequence[Row], *, wide: bool = False) -> str:
     grid = _grid(rows, wide=wide)
     marked = best(rows)
     lines = [
-        "| " + " | ".join(grid.head) + " |",
+        "| " + " | ".join(map(markdown, grid.head)) + " |",
         "|" + "|".join("---:" if column else "---" for column in grid.columns) + "|",
     ]
     for i, cells in enumerate(grid.body):
         out = []
         for cell, column in zip(cells, grid.columns, strict=True):
-            text = cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+            text = markdown(cell)
             out.append(f"**{text}**" if column and (i, column.metric) in marked else text)
         lines.append("| " + " | ".join(out) + " |")
     for note in footnotes(rows):
-        lines += ["", note.replace("|", "\\|")]
+        lines += ["", markdown(note)]
     return "\n".join(lines) + "\n"
 
 
