@@ -116,6 +116,8 @@ def test_processes_that_disagree_are_called_unsteady() -> None:
     assert words(0.57, 12.6, 4.0) == ", 3 processes 0.570 to 12.6 ms, unsteady"
     assert words(2.0) == ", 1 processes 2.00 to 2.00 ms"
     assert words() == ""
+    assert words(99, 100, 101) == ", 3 processes 99.0 to 101 ms", "1 % is steady, however long it takes"
+    assert words(0.0099, 0.0100, 0.0130).endswith(", unsteady")
 
 
 def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
@@ -130,6 +132,34 @@ def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
     document = {r["stage"]: r for r in to_document(rows)}
     assert document["target:jetson"]["metrics"]["p50_ms"]["provenance"] == "predicted"
     json.dumps(document, allow_nan=False)
+
+
+def test_what_was_measured_on_a_board_stands_for_a_run_wherever_its_stage_is() -> None:
+    board = StageResult(stage="deploy:jetson", status="done", metrics={"p50_ms": latency(2.0, device="jetson")})
+    predicted = latency(1.0, provenance="predicted", device="jetson")
+    target = StageResult(stage="target:jetson", status="done", metrics={"p50_ms": predicted})
+    for stages in ((board, target), (target, board)):
+        assert run_row(Manifest(stages=stages), "r").metrics["p50_ms:jetson"].provenance == "measured"
+
+
+def test_csv_cells_stand_below_their_names() -> None:
+    dense = StageResult(
+        stage="dense", status="done", metrics={"top1": accuracy(90, 100, runtime="any"), "size_bytes": counted(400, "bytes")}
+    )
+    last = StageResult(
+        stage="quantize", status="done", metrics={"top1": accuracy(80, 100, runtime="any"), "size_bytes": counted(100, "bytes")}
+    )
+    _, row = csv.DictReader(io.StringIO(to_csv(rows_of(Manifest(stages=(dense, last))))))
+    assert {k: float(row[k]) for k in row if k.startswith(("top1", "size"))} == pytest.approx(
+        {
+            "top1": 0.8,
+            "top1_points_to_dense": -10,
+            "top1_std_error": 0.04,
+            "top1_n": 100,
+            "size_bytes": 100,
+            "size_bytes_ratio_to_dense": 0.25,
+        }
+    )
 
 
 def random_rows() -> st.SearchStrategy[list[Row]]:
