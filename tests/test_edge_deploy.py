@@ -215,6 +215,8 @@ def test_success_with_every_version_of_tensorrt(fresh, tmp_path, version):
     (stage,) = manifest["stages"]
     assert stage["metrics"]["p50_ms"]["provenance"] == "measured"
     assert stage["metrics"]["p50_ms"]["runtime"] == "tensorrt"
+    fastest = model if stage["details"]["precision"] == "int8" else baseline
+    assert stage["metrics"]["size_bytes"]["value"] == fastest.stat().st_size
     assert {a["kind"] for a in stage["outputs"]} >= {"engine", "log"}
     assert fresh.left_behind() == []
     assert len(fresh.calls()) == 2 * (1 + 2 + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -18,8 +19,10 @@ from report_factory import CLASSES, digest, latency, outcomes_with, write_run
 
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.metric import accuracy, counted
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate import GateReport, Limits, judge, limits_of, load_limits, load_run
+from rescompress.gate import GateReport, Limits, Run, judge, limits_of, load_limits, load_run
+from rescompress.gate.checks import _outcomes, baseline_of
 from rescompress.gate.render import gitlab_code_quality, to_junit, to_markdown
 
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
@@ -117,6 +120,60 @@ def test_what_was_measured_on_a_board_is_judged(tmp_path: Path) -> None:
     assert (check.verdict, "predicted" in check.baseline) == ("pass", True), "a prediction is compared with a prediction"
 
 
+def _board(name: str, precision: str, n_right: int, size_bytes: int | None = None, *, quantized: int = 3000) -> Run:
+    """Return a run whose INT8 network has 3,000 of 5,000 right, deployed in a precision with another accuracy."""
+
+    def stage(name: str, right: int, size: int | None, **facts: Any) -> StageResult:
+        inline = Outcomes.pack([True] * right + [False] * (5000 - right), "samples").model_dump()
+        metrics = {"top1": accuracy(right, 5000, runtime="any")}
+        metrics |= {} if size is None else {"size_bytes": counted(size, "bytes")}
+        if facts:
+            metrics["p50_ms"] = latency(1.0, device="jetson", runtime="tensorrt", precision=facts["precision"])
+        return StageResult(stage=name, status="done", metrics=metrics, details={"outcomes": inline, **facts})
+
+    stages = (
+        stage("dense", 4500, 100_000_000),
+        stage("quantize", quantized, 25_000_000),
+        stage("deploy:jetson", n_right, size_bytes, precision=precision, latency_runs=STEADY),
+    )
+    return Run(name, Path(), Manifest(stages=stages))
+
+
+def test_accuracy_size_and_latency_are_of_one_engine() -> None:
+    """The faster engine of a board may be the float one, whose file is not that of the stage before."""
+    base = _board("base", "int8", 4490, quantized=4490)
+    report = judge(_board("cand", "fp16", 4500), base, Limits())
+    checks = {c.name: c for c in report.checks}
+    assert report.verdict == checks["size"].verdict == "inconclusive"
+    assert checks["size"].message == "cannot be compared: cand has no size of deploy:jetson (fp16)"
+    assert (checks["size"].baseline, checks["size"].candidate) == ("25.0 MB", "")
+    told = "the candidate's deploy:jetson computes in fp16, the baseline's deploy:jetson in int8"
+    for name in ("accuracy", "latency:jetson"):
+        assert checks[name].message.endswith(told)
+        assert f"{name}: {told}" in report.notes
+    reverse = judge(base, _board("cand", "fp16", 4500), Limits())
+    assert "cand has no size of" in next(c.message for c in reverse.checks if c.name == "size")
+    sized = judge(_board("cand", "fp16", 4500, 50_000_000), base, Limits())
+    size = next(c for c in sized.checks if c.name == "size")
+    assert (size.verdict, size.value) == ("fail", 2.0)
+    alike = judge(_board("cand", "int8", 4490, quantized=4490), base, Limits())
+    assert (alike.verdict, alike.notes) == ("pass", ()), "the INT8 engine is of the INT8 file"
+
+
+def test_a_latency_of_another_engine_than_the_accuracy_is_told() -> None:
+    run = _board("run", "fp16", 4500)
+    deployed = run.manifest.stages[-1]
+    timed = deployed.model_copy(update={"metrics": {"p50_ms": deployed.metrics["p50_ms"]}})
+    run = Run("run", Path(), run.manifest.with_stage(timed))
+    assert judge(run, run, Limits()).notes == ("latency on jetson is of fp16, accuracy and size are of int8",)
+
+
+def test_a_baseline_file_keeps_what_its_stages_compute_in() -> None:
+    exported = StageResult(stage="export", status="done", details={"precision": "int8+fp16", "arch": "x"})
+    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,)))).stages[0]
+    assert saved.details == {"precision": "int8+fp16"}
+
+
 def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:
     """Each run measured the same dense network in turns with its own: today everything takes 1.3 times as long."""
     waves = [1.0, 1.4, 1.1, 0.9, 1.25]
@@ -133,7 +190,7 @@ def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(t
 
     same = check("same")
     assert (same.verdict, round(same.value, 6)) == ("pass", 1.0)
-    assert "measured in turns" in same.message
+    assert "measured in turns with each (1.241 times its earlier self)" in same.message
     slower = check("slower", runs_ms=[0.6 * w for w in today])
     assert (slower.verdict, round(slower.value, 6)) == ("fail", 1.2)
     assert check("other-runtime", openvino="2027.0.0").verdict != "pass", (
@@ -349,6 +406,82 @@ def test_damaged_runs_are_refused(tmp_path: Path, what: str, word: str, which: s
     assert word in str(caught.value)
 
 
+def test_a_baseline_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, n=100)
+    good = load_run(tmp_path)
+    stopped = Run("stopped", tmp_path, good.manifest.model_copy(update={"unfinished": ("target:rtx-4090",)}))
+    with pytest.raises(BadInput, match=r"stopped.*target:rtx-4090 not reached|target:rtx-4090 not reached.*stopped"):
+        judge(good, stopped, Limits())
+
+
+@pytest.mark.parametrize(("n_lost", "n_won", "told"), [(30, 10, "drops by 0.40 points"), (10, 30, "rises by 0.40 points")])
+def test_the_message_says_which_way_accuracy_went(tmp_path: Path, n_lost: int, n_won: int, told: str) -> None:
+    message = judged(pair_of_runs(tmp_path, 5000, n_lost, n_won)).checks[0].message
+    assert message.startswith(f"top-1 of target:cpu {told} on 5000 samples ({n_lost} lost, {n_won} won;")
+
+
+def test_only_what_is_surely_better_by_more_than_the_limit_is_stale(tmp_path: Path) -> None:
+    """0.4 points with a limit of 1, and 6 % with one of 5 % but runs that differ by 4 %, leave the baseline as it is."""
+    report = judged(pair_of_runs(tmp_path, 5000, 0, 20, runs_ms=[0.94 * r for r in STEADY]))
+    check = next(c for c in report.checks if c.name == "latency:cpu")
+    assert report.checks[0].bounds is not None
+    assert report.checks[0].bounds[1] < 0, "it is surely better"
+    assert check.value is not None
+    assert check.value * check.limit < 1
+    assert report.stale_baseline == ()
+
+
+def test_outcomes_with_bits_behind_the_last_sample_are_damaged() -> None:
+    def found(content: bytes) -> Outcomes:
+        inline = {"n": 13, "samples_sha256": "x", "bits": base64.b64encode(content).decode()}
+        result = StageResult(stage="dense", status="done", details={"outcomes": inline})
+        return _outcomes(Run("r", Path(), Manifest(stages=(result,))), result)
+
+    assert found(b"\xff\xf8").correct == 13
+    for padding in (0xF9, 0xFA, 0xFC):
+        with pytest.raises(BadInput, match="damaged"):
+            found(bytes([0xFF, padding]))
+
+
+def test_dense_runs_that_are_not_as_many_say_nothing_of_a_drift(tmp_path: Path) -> None:
+    changes = {"n": 100, "runs_ms": STEADY}
+    for name, dense in (("base", STEADY), ("same", STEADY), ("short", STEADY[:4])):
+        write_run(tmp_path / name, dense_runs_ms=dense, **changes)  # type: ignore[arg-type]
+
+    def told(candidate: str, baseline: str) -> str:
+        report = judged((tmp_path / candidate, tmp_path / baseline))
+        return next(c.message for c in report.checks if c.name == "latency:cpu")
+
+    write_run(tmp_path / "same", dense_runs_ms=STEADY, n=100, runs_ms=[1.01 * r for r in STEADY])
+    assert "measured in turns" in told("same", "base")
+    assert "measured in turns" not in told("same", "short")
+    assert "measured in turns" not in told("short", "same")
+
+
+@pytest.mark.parametrize("value", [-5.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("stage", "metric", "told"),
+    [
+        ("target:cpu", "size_bytes", "size"),
+        ("target:cpu", "p50_ms", "latency:cpu"),
+        ("target:jetson", "p50_ms", "latency:jetson"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["candidate", "baseline"])
+def test_figures_that_nothing_real_has_are_refused(
+    tmp_path: Path, whose: str, stage: str, metric: str, told: str, value: float
+) -> None:
+    write_run(tmp_path, n=100, runs_ms=STEADY)
+    good = load_run(tmp_path)
+    old = good.manifest.stage(stage)
+    assert old is not None
+    changed = {**old.metrics, metric: old.metrics[metric].model_copy(update={"value": value})}
+    bad = Run("bad", tmp_path, good.manifest.with_stage(old.model_copy(update={"metrics": changed})))
+    with pytest.raises(BadInput, match=f"the {whose}'s {told} is {value:g}") as caught:
+        judge(*((bad, good) if whose == "candidate" else (good, bad)), Limits())
+    assert caught.value.exit_code == 5
+
+
 def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> None:
     candidate, _ = pair_of_runs(tmp_path, 500)
     (tmp_path / "empty").mkdir()
@@ -362,10 +495,6 @@ def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> N
 
 @given(st.binary(max_size=200))
 def test_outcomes_of_any_bytes_are_read_or_refused(content: bytes) -> None:
-    import base64
-
-    from rescompress.gate.checks import Run, _outcomes
-
     inline = {"n": 13, "samples_sha256": "x", "bits": base64.b64encode(content).decode()}
     result = StageResult(stage="dense", status="done", details={"outcomes": inline})
     try:

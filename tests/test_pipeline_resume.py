@@ -8,17 +8,21 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
-from rescompress.core.manifest import StageResult, load_manifest
+from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
 from rescompress.fingerprint import data_identity
-from rescompress.pipeline import run_stages
+from rescompress.pipeline import _key, run_stages
+from rescompress.plan import Builder, Settings
 from rescompress.reporter import Silent
-from rescompress.stage import Context, Outcome, Stage
+from rescompress.stage import Context, Opening, Outcome, Stage
 
 
 def writer(
@@ -102,6 +106,139 @@ def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path: Path) -> None:
     assert calls == ["two", "three"]
     assert [s.stage for s in report.manifest.stages] == ["one", "two", "three", "side"]
     assert (tmp_path / "three.txt").read_text() == "aBc"
+
+
+def test_a_skipped_stage_says_so_when_it_is_read_again(tmp_path: Path) -> None:
+    stages = [Stage("one", {}, (), lambda context: Outcome(skipped="no device here"))]
+    run_stages(stages, tmp_path, {}, reporter=Silent())
+    again = run_stages(stages, tmp_path, {}, reporter=Silent())
+    assert again.reused == ("one",)
+    for manifest in (again.manifest, load_manifest(tmp_path)):
+        assert [(s.status, s.reason) for s in manifest.stages] == [("skipped", "no device here")]
+
+
+def test_a_stage_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr("rescompress.pipeline.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert run_stages([writer("one", "a")], tmp_path, {}, reporter=Silent()).manifest.stages[0].duration_s == 2.5
+
+
+def test_a_run_remembers_when_it_was_made_and_its_newest_settings(tmp_path: Path) -> None:
+    first = run_stages([writer("one", "a")], tmp_path, {"x": 1}, reporter=Silent()).manifest
+    made = "2020-01-01T00:00:00+00:00"
+    first.model_copy(update={"created": made}).save(tmp_path)
+    assert run_stages([writer("one", "a")], tmp_path, {"x": 2}, reporter=Silent()).ran == ()
+    assert (load_manifest(tmp_path).config, load_manifest(tmp_path).created) == ({"x": 2}, made)
+    assert run_stages([writer("one", "b")], tmp_path, {"x": 2}, reporter=Silent()).ran == ("one",)
+    assert load_manifest(tmp_path).created == made
+
+
+def test_a_stage_runs_again_when_an_onnx_file_before_it_or_the_version_of_the_package_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(text: str) -> list[Stage]:
+        def run(context: Context) -> Outcome:
+            write_text(context.folder / "model.onnx", text)
+            return Outcome(files=[("onnx", context.folder / "model.onnx")])
+
+        return [Stage("export", {"text": text}, (), run), Stage("reader", {}, ("export",), lambda context: Outcome())]
+
+    def ran(text: str) -> tuple[str, ...]:
+        return run_stages(stages(text), tmp_path, {}, reporter=Silent()).ran
+
+    assert ran("a") == ("export", "reader")
+    assert ran("b") == ("export", "reader")
+    assert ran("b") == ()
+    monkeypatch.setattr("rescompress.pipeline.version", lambda package: "99.0")
+    assert ran("b") == ("export", "reader")
+
+
+FILES = ("net", "teacher", "data", "plan")
+EVERY = {"dense", "prune", "finetune", "quantize", "export", "target:cpu"}
+USUAL: dict[str, Any] = {
+    "input_shape": None,
+    "preprocess": None,
+    "arch_options": (),
+    "allow_pickle": False,
+    "labels": None,
+    "seed": 0,
+    "threads": 2,
+    "targets": ("cpu",),
+    "calib": 64,
+    "epochs": 1.0,
+    "max_slowdown": 1.5,
+    "profile": "openvino",
+    "export": {"batch": 1},
+    "target": {"batch": 1},
+    "require_engine": False,
+}
+
+
+def _keys(folder: Path, **changed: Any) -> dict[str, str]:
+    """Return the key of every stage of a run by its name; those of the stages before do not enter here."""
+    facts = USUAL | changed
+    stated = {k: facts[k] for k in ("input_shape", "preprocess", "arch_options", "allow_pickle")}
+    settings = Settings(str(folder / "data"), facts["labels"], facts["seed"], threads=facts["threads"])
+    builder, teacher = Builder(Opening(folder / "net", **stated), settings), Opening(folder / "teacher")
+    prune = PruneConfig(plan=str(folder / "plan"), calib=facts["calib"])
+    quantize = QuantizeConfig(keep_float="auto", max_slowdown=facts["max_slowdown"])
+    stages = [
+        builder.dense(),
+        builder.prune(prune, facts["targets"], "dense"),
+        builder.finetune(FinetuneConfig(epochs=facts["epochs"]), "prune", teacher),
+        builder.quantize(quantize, facts["profile"], "finetune", teacher, targets=facts["targets"]),
+        builder.export("quantize", facts["export"]),
+        builder.target("cpu", "quantize", facts["target"], require_engine=facts["require_engine"]),
+    ]
+    return {s.name: _key(s, Manifest()) for s in stages}
+
+
+@pytest.mark.parametrize(
+    ("changed", "stages"),
+    [
+        ("net", {"dense"}),
+        ("teacher", {"finetune", "quantize"}),
+        ("data", EVERY),
+        ("plan", {"prune"}),
+        ("cpu", {"target:cpu"}),
+        ("runtime", {"target:cpu"}),
+        ({"input_shape": (3, 32, 32)}, {"dense"}),
+        ({"preprocess": "imagenet"}, {"dense"}),
+        ({"arch_options": ("arch=resnet18",)}, {"dense"}),
+        ({"allow_pickle": True}, {"dense"}),
+        ({"labels": {"cat": "3"}}, EVERY),
+        ({"seed": 1}, EVERY),
+        ({"threads": 1}, {"target:cpu"}),
+        ({"targets": ("jetson",)}, {"prune", "quantize"}),
+        ({"calib": 65}, {"prune"}),
+        ({"epochs": 2.0}, {"finetune"}),
+        ({"max_slowdown": 1.6}, {"quantize"}),
+        ({"profile": "tensorrt"}, {"quantize"}),
+        ({"export": {"batch": "dynamic"}}, {"export"}),
+        ({"target": {"batch": "dynamic"}}, {"target:cpu"}),
+        ({"target": {"batch": 1, "opset": 19}}, {"target:cpu"}),
+        ({"require_engine": True}, {"target:cpu"}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str | dict) else "",
+)
+def test_the_key_of_a_stage_changes_with_everything_its_outcome_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | dict[str, Any], stages: set[str]
+) -> None:
+    machine = {"cpu": "a cpu", "runtime": "1.0"}
+    backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
+    monkeypatch.setattr("rescompress.plan.plugins.load", lambda *args, **kwargs: backend)
+    monkeypatch.setattr("rescompress.plan.cpu_name", lambda: machine["cpu"])
+    for name in FILES:
+        (tmp_path / name).write_text(f"the content of {name}")
+    before = _keys(tmp_path)
+    assert set(before) == EVERY
+    assert _keys(tmp_path) == before
+    if changed in FILES:
+        (tmp_path / str(changed)).write_text("another content")
+    elif isinstance(changed, str):
+        machine[changed] = "another"
+    after = _keys(tmp_path, **(changed if isinstance(changed, dict) else {}))
+    assert {name for name, key in after.items() if key != before[name]} == stages
 
 
 def test_a_damaged_or_missing_file_is_made_again(tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from report_factory import latency, write_run
 
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import accuracy, counted
+from rescompress.gate import GateReport, render
 from rescompress.report.card import model_card
 from rescompress.report.charts import Axis, Point, scatter, ticks
 from rescompress.report.html import _step, page
+from rescompress.report.tables import rows_of, run_row, to_markdown
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SVG_LEAVES = {"line", "path", "circle", "rect"}
@@ -237,6 +239,17 @@ def test_a_run_of_one_stage_makes_a_page() -> None:
     assert "dense" in words
 
 
+def test_a_front_is_of_accuracies_of_as_many_samples() -> None:
+    def run(right: int, n: int, size: int) -> Manifest:
+        metrics = {"top1": accuracy(right, n, runtime="torch"), "size_bytes": counted(size, "bytes")}
+        return Manifest(stages=(StageResult(stage="dense", status="done", metrics=metrics),))
+
+    small = run(180, 200, 900)
+    for n, drawn in ((200, True), (20, False)):
+        text = page([("a", small), ("b", run(n * 19 // 20, n, 1000))])
+        assert ('<path class="front"' in text) == drawn
+
+
 def test_model_card_has_figures_and_provenance(run: Path) -> None:
     card = model_card("resnet32", load_manifest(run))
     assert card.startswith("---\npipeline_tag: image-classification\n")
@@ -245,6 +258,34 @@ def test_model_card_has_figures_and_provenance(run: Path) -> None:
         "was skipped: tensorrt_rtx is not installed", "measure on the device before relying on them",
     ):  # fmt: skip
         assert words in card
+
+
+def test_markdown_shows_tags_from_files_as_text() -> None:
+    """A name, a reason or a setting may hold anything; only code spans, which show tags as they are, keep them unescaped."""
+    evil = "<script>alert(1)</script>|`&"
+    metrics = {"top1": accuracy(9, 10, runtime=evil), "p50_ms": latency(1.0, device=evil, runtime=evil)}
+    stages = (
+        StageResult(stage="dense", status="done", metrics=metrics, details={"arch": evil, "engine_status": evil}),
+        StageResult(
+            stage=f"target:{evil}", status="done", metrics=metrics, details={"kept": "ptq", "notes": [evil + "\n\nand more"]}
+        ),
+        StageResult(stage="prune", status="failed", reason=evil + "\n\n# new"),
+    )
+    config = {"data": evil, evil: evil, "a`": "<b>"}
+    manifest = Manifest(stages=stages, config=config, created=evil, rescompress_version=evil, unfinished=(evil,))
+    report = GateReport("pass", (), (), (evil,), evil, evil)
+    texts = [
+        model_card(evil, manifest),
+        to_markdown(rows_of(manifest)),
+        to_markdown([run_row(manifest, evil), run_row(manifest, "b")]),
+        render.to_markdown(report),
+    ]
+    for text in texts:
+        outside = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", text.replace(r"\`", "")) if "## Figures" in text else text
+        assert "&lt;script&gt;" in outside
+        assert "&amp;" in outside
+        assert "<" not in outside
+        assert "# new" not in text.splitlines()
 
 
 def test_model_card_names_no_path_of_the_machine(run: Path) -> None:

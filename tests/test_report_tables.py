@@ -24,6 +24,7 @@ from rescompress.report.tables import (
     Row,
     best,
     dominated,
+    figure,
     processes,
     rows_of,
     run_row,
@@ -68,6 +69,30 @@ def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions(
     assert rows_of(beside)[0].note.endswith("; dense: 4.00 ms fp32")
 
 
+def test_a_row_takes_no_figure_of_another_precision() -> None:
+    """A float engine of a quantized network has another file and other answers; its MACs and parameters are the same."""
+
+    def stage(name: str, size: int | None = None, top1: int | None = None, **p50: str) -> StageResult:
+        metrics = {"macs": counted(9, "macs")} if not p50 else {"p50_ms": latency(1.0, device="jetson", **p50)}  # type: ignore[arg-type]
+        metrics |= {} if size is None else {"size_bytes": counted(size, "bytes")}
+        metrics |= {} if top1 is None else {"top1": accuracy(top1, 100, runtime="any")}
+        return StageResult(stage=name, status="done", metrics=metrics)
+
+    def row(deployed: StageResult) -> tuple[Row, Metric | None]:
+        manifest = Manifest(stages=(stage("dense", 100, 90), stage("quantize", 25, 60), deployed))
+        return run_row(manifest, "r"), figure(manifest, deployed, "top1")
+
+    half, _ = row(stage("deploy:jetson", None, 90, precision="fp16"))
+    assert (half.stage, half.metrics["macs"].value) == ("deploy:jetson", 9)
+    assert "size_bytes" not in half.metrics
+    int8, _ = row(stage("deploy:jetson", None, 60, precision="int8"))
+    assert (int8.metrics["size_bytes"].value, int8.note) == (25, "")
+    timed, top1 = row(stage("deploy:jetson", precision="fp16"))
+    assert (timed.stage, timed.note) == ("quantize", "latency on jetson is of fp16, accuracy and size are of int8")
+    assert top1 is not None
+    assert top1.value == 0.9, "the float engine answers like the float network"
+
+
 def test_accuracies_of_different_samples_are_not_compared() -> None:
     def change(n: int) -> float | None:
         stages = [
@@ -91,6 +116,8 @@ def test_processes_that_disagree_are_called_unsteady() -> None:
     assert words(0.57, 12.6, 4.0) == ", 3 processes 0.570 to 12.6 ms, unsteady"
     assert words(2.0) == ", 1 processes 2.00 to 2.00 ms"
     assert words() == ""
+    assert words(99, 100, 101) == ", 3 processes 99.0 to 101 ms", "1 % is steady, however long it takes"
+    assert words(0.0099, 0.0100, 0.0130).endswith(", unsteady")
 
 
 def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
@@ -105,6 +132,34 @@ def test_every_form_tells_measured_from_predicted(tmp_path: Path) -> None:
     document = {r["stage"]: r for r in to_document(rows)}
     assert document["target:jetson"]["metrics"]["p50_ms"]["provenance"] == "predicted"
     json.dumps(document, allow_nan=False)
+
+
+def test_what_was_measured_on_a_board_stands_for_a_run_wherever_its_stage_is() -> None:
+    board = StageResult(stage="deploy:jetson", status="done", metrics={"p50_ms": latency(2.0, device="jetson")})
+    predicted = latency(1.0, provenance="predicted", device="jetson")
+    target = StageResult(stage="target:jetson", status="done", metrics={"p50_ms": predicted})
+    for stages in ((board, target), (target, board)):
+        assert run_row(Manifest(stages=stages), "r").metrics["p50_ms:jetson"].provenance == "measured"
+
+
+def test_csv_cells_stand_below_their_names() -> None:
+    dense = StageResult(
+        stage="dense", status="done", metrics={"top1": accuracy(90, 100, runtime="any"), "size_bytes": counted(400, "bytes")}
+    )
+    last = StageResult(
+        stage="quantize", status="done", metrics={"top1": accuracy(80, 100, runtime="any"), "size_bytes": counted(100, "bytes")}
+    )
+    _, row = csv.DictReader(io.StringIO(to_csv(rows_of(Manifest(stages=(dense, last))))))
+    assert {k: float(row[k]) for k in row if k.startswith(("top1", "size"))} == pytest.approx(
+        {
+            "top1": 0.8,
+            "top1_points_to_dense": -10,
+            "top1_std_error": 0.04,
+            "top1_n": 100,
+            "size_bytes": 100,
+            "size_bytes_ratio_to_dense": 0.25,
+        }
+    )
 
 
 def random_rows() -> st.SearchStrategy[list[Row]]:
@@ -131,6 +186,16 @@ def test_dominance_is_a_strict_order_and_leaves_a_front(rows: list[Row]) -> None
     assert dominated(front) == set()
     for i in beaten:
         assert dominated([*front, rows[i]]) == {len(front)}, "each beaten row is beaten by one of the front (transitivity)"
+
+
+def test_accuracies_of_other_samples_dominate_nothing() -> None:
+    def row(right: int, n: int, size: int) -> Row:
+        metrics = {"top1": accuracy(right, n, runtime="torch"), "size_bytes": counted(size, "bytes")}
+        return Row(run="r", stage="s", metrics=metrics)
+
+    many = row(9490, 10_000, 1100)
+    assert dominated([row(19, 20, 1000), many]) == set(), "95 % of 20 images say little"
+    assert dominated([row(9500, 10_000, 1000), many]) == {1}
 
 
 @given(random_rows())

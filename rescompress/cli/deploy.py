@@ -97,7 +97,7 @@ def deploy(
     scores: dict[Precision, Evaluation] = {}
     score = _scorer(images, scores, output) if images is not None else None
     done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
-    done = _with_scores(done, scores, folder)
+    done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
     manifest = load_manifest(out) if (out / MANIFEST_NAME).is_file() else Manifest()
     result = _stage(done, on_board, out).model_copy(update={"ancestry": manifest.ancestry(file_sha256(model))})
@@ -180,6 +180,16 @@ def _with_scores(done: Deployment, scores: dict[Precision, Evaluation], folder: 
     if done.unscored is not None:
         notes = (*notes, f"accuracy was not measured on the board: {done.unscored.what}")
     return dataclasses.replace(done, results=tuple(results), best=best, notes=notes)
+
+
+def _with_sizes(done: Deployment, jobs: list[Job]) -> Deployment:
+    """Return the deployment with the size of the file that each engine was built from, which is what export stages tell."""
+    from rescompress.core.metric import counted
+
+    sizes = {job.precision: counted(job.onnx.stat().st_size, "bytes") for job in jobs}
+    results = tuple(dataclasses.replace(r, metrics={**r.metrics, "size_bytes": sizes[r.precision]}) for r in done.results)
+    best = next(r for r in results if r.precision == done.best.precision)
+    return dataclasses.replace(done, results=results, best=best)
 
 
 def _batches(text: str) -> tuple[int, ...]:

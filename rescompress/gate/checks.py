@@ -6,7 +6,7 @@ import base64
 import binascii
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from rescompress.gate import ratios, tango
 from rescompress.gate.limits import Limits
 from rescompress.gate.tango import Paired
 from rescompress.report.columns import count, duration, provenance, size
-from rescompress.report.tables import DENSE, figure
+from rescompress.report.tables import DENSE, figure, mixed, precision_of
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -36,6 +36,9 @@ BESIDE = "dense_latency_runs"
 
 VERSION = "runtime_version"
 """The same of the runtime's version."""
+
+PRECISION = "precision"
+"""The same of what the stage's network computes in."""
 
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
@@ -144,7 +147,7 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     notes: list[str] = []
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
     if limits.max_drop is not None and not math.isinf(limits.max_drop):
-        checks.append(_accuracy(candidate, baseline, stages, limits.max_drop))
+        checks.append(_told_precision(_accuracy(candidate, baseline, stages, limits.max_drop), *stages, notes))
     for name, metric, limit in (
         ("size", "size_bytes", limits.max_size),
         ("macs", "macs", limits.max_macs),
@@ -152,11 +155,13 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     ):
         if limit is not None and not math.isinf(limit):
             pair = figure(candidate.manifest, stages[0], metric), figure(baseline.manifest, stages[1], metric)
-            if pair[0] is None or pair[1] is None:
-                notes.append(f"{name} is not compared: {_lacking(pair, candidate, baseline)} no {metric}")
-            else:
+            if pair[0] is not None and pair[1] is not None:
                 checks.append(_exact(name, pair[0], pair[1], limit))
-    checks += _latencies(candidate, baseline, limits, notes)
+            elif pair[0] is None and pair[1] is None:
+                notes.append(f"{name} is not compared: {candidate.name} and {baseline.name} have no {metric}")
+            else:
+                checks.append(_lacking(name, pair, stages, candidate, baseline, limit))
+    checks += _latencies(candidate, baseline, limits, stages[0], notes)
     for result in candidate.manifest.stages:
         if result.status == "failed":
             checks.append(_stage_failed(result))
@@ -186,8 +191,31 @@ def _stage_of(run: Run, name: str | None) -> StageResult:
     return result
 
 
-def _lacking(pair: tuple[Metric | None, Metric | None], candidate: Run, baseline: Run) -> str:
-    return " and ".join(r.name for r, m in zip((candidate, baseline), pair, strict=True) if m is None) + " has"
+def _lacking(
+    name: str,
+    pair: tuple[Metric | None, Metric | None],
+    stages: tuple[StageResult, StageResult],
+    candidate: Run,
+    baseline: Run,
+    limit: float,
+) -> Check:
+    """Return the check of a figure that one of the runs has no more, or not yet, which is no reason to pass."""
+    run, stage = (candidate, stages[0]) if pair[0] is None else (baseline, stages[1])
+    precision = precision_of(stage)
+    of = f"{stage.stage} ({precision})" if precision else stage.stage
+    why = f"{run.name} has no {name} of {of}"
+    new, old = ("" if m is None else _text_of(name)(m) for m in pair)
+    return _inconclusive(name, limit, why, old, new)
+
+
+def _told_precision(check: Check, candidate: StageResult, baseline: StageResult, notes: list[str]) -> Check:
+    """Return the check, which says so where the two networks compute in different precisions; that goes to `notes`, too."""
+    new, old = precision_of(candidate), precision_of(baseline)
+    if new is None or old is None or new == old:
+        return check
+    told = f"the candidate's {candidate.stage} computes in {new}, the baseline's {baseline.stage} in {old}"
+    notes.append(f"{check.name}: {told}")
+    return replace(check, message=f"{check.message}; {told}")
 
 
 def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageResult], max_drop: float) -> Check:
@@ -298,35 +326,37 @@ def _difference(a: Sequence[str], b: Sequence[str]) -> str:
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
-    basis = f"{name} is {baseline.value:g}"
-    return _without_noise(name, basis, candidate, baseline, limit, size if name == "size" else count, "times as much")
+    return _without_noise(name, candidate, baseline, limit, _text_of(name), "times as much")
+
+
+def _text_of(name: str) -> Callable[[Metric], str]:
+    return size if name == "size" else count
 
 
 def _predicted(target: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
     def text(metric: Metric) -> str:
         return f"~{duration(metric.value)} predicted"
 
-    basis = f"latency on {target} is {baseline.value:g} ms"
-    words = "times as long by the same model"
-    return _without_noise(f"latency:{target}", basis, candidate, baseline, limit, text, words)
+    return _without_noise(f"latency:{target}", candidate, baseline, limit, text, "times as long by the same model")
 
 
 def _without_noise(
-    name: str, basis: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
+    name: str, candidate: Metric, baseline: Metric, limit: float, text: Callable[[Metric], str], words: str
 ) -> Check:
     """Return the check of a figure that is the same however often it is taken: there is no interval.
 
     Args:
         name: Of the check.
-        basis: What the baseline's figure is, for people.
         candidate: The figure.
         baseline: What it is compared with.
         limit: The ratio that is still good.
         text: Writes a figure.
         words: What a ratio means.
+
+    Raises:
+        BadInput: A figure is no positive number.
     """
-    if baseline.value <= 0:
-        raise BadInput(f"the baseline's {basis}", remedy="renew the baseline")
+    _check_positive(name, candidate, baseline)
     ratio = candidate.value / baseline.value
     texts = [text(m) for m in (baseline, candidate)]
     return Check(
@@ -343,6 +373,20 @@ def _without_noise(
         samples_needed=None,
         message=f"{texts[1]} against {texts[0]}, {ratio:.3f} {words}; the limit is {limit:g}",
     )
+
+
+def _check_positive(name: str, candidate: Metric, baseline: Metric) -> None:
+    """Refuse figures that nothing real has; a ratio of theirs would pass any limit.
+
+    Raises:
+        BadInput: One is not above zero, or not finite.
+    """
+    for whose, metric, remedy in (
+        ("candidate", candidate, "run the pipeline again, or restore the manifest"),
+        ("baseline", baseline, "renew the baseline"),
+    ):
+        if not 0 < metric.value < math.inf:
+            raise BadInput(f"the {whose}'s {name} is {metric.value:g} {metric.unit}", remedy=remedy)
 
 
 def _stage_failed(result: StageResult) -> Check:
@@ -362,8 +406,16 @@ def _stage_failed(result: StageResult) -> Check:
     )
 
 
-def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) -> list[Check]:
-    """Return one check per target that both runs have a latency for; what is left out goes to `notes`."""
+def _latencies(candidate: Run, baseline: Run, limits: Limits, judged: StageResult, notes: list[str]) -> list[Check]:
+    """Return one check per target that both runs have a latency for; what is left out goes to `notes`.
+
+    Args:
+        candidate: The run.
+        baseline: What it is compared with.
+        limits: What is allowed.
+        judged: The candidate's stage whose accuracy and size are judged.
+        notes: What was not compared, or is not of one network.
+    """
     found = _targets(candidate.manifest), _targets(baseline.manifest)
     named = limits.max_latency if isinstance(limits.max_latency, dict) else {}
     for target in named:
@@ -379,15 +431,16 @@ def _latencies(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) 
         limit = limits.latency_limit(target)
         if limit is None:
             continue
-        pair = _of_one_kind(found[0].get(target, ()), found[1].get(target, ()))
-        if pair[0] is not None and pair[1] is not None:
-            same = _beside(candidate.manifest, pair[0]) == _beside(baseline.manifest, pair[1]) is not None
-            checks.append(_latency(target, pair[0], pair[1], limit, drift_is_known=same))
+        new, old = _of_one_kind(found[0].get(target, ()), found[1].get(target, ()))
+        if new is not None and old is not None:
+            same = _beside(candidate.manifest, new) == _beside(baseline.manifest, old) is not None
+            checks.append(_told_precision(_latency(target, new, old, limit, drift_is_known=same), new, old, notes))
+            notes += mixed(judged, [new])
             continue
-        lacking = candidate if pair[0] is None else baseline
+        lacking = candidate if new is None else baseline
         why = f"{lacking.name} has no latency on {target}"
         if target in named:
-            checks.append(_undecided(target, limit, why, pair[1], pair[0]))
+            checks.append(_undecided(target, limit, why, old, new))
         else:
             notes.append(f"latency on {target} is not compared: {why}")
     return checks
@@ -424,6 +477,7 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
 
 def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float, *, drift_is_known: bool) -> Check:
     new, old = candidate.metrics["p50_ms"], baseline.metrics["p50_ms"]
+    _check_positive(f"latency:{target}", new, old)
     for fact in ("provenance", "device", "runtime", "threads", "batch", "power_mode"):
         a, b = getattr(new, fact), getattr(old, fact)
         if a != b:
@@ -513,16 +567,20 @@ def _undecided(target: str, limit: float, why: str, baseline: StageResult | None
         metric = None if stage is None else stage.metrics["p50_ms"]
         return "" if metric is None else f"{duration(metric.value)}, {provenance(metric)}"
 
+    return _inconclusive(f"latency:{target}", limit, why, text(baseline), text(candidate))
+
+
+def _inconclusive(name: str, limit: float, why: str, baseline: str, candidate: str) -> Check:
     return Check(
-        name=f"latency:{target}",
+        name=name,
         verdict="inconclusive",
         value=None,
         limit=limit,
         unit="ratio",
         interval=None,
         bounds=None,
-        baseline=text(baseline),
-        candidate=text(candidate),
+        baseline=baseline,
+        candidate=candidate,
         stale=False,
         samples_needed=None,
         message=f"cannot be compared: {why}",
@@ -530,10 +588,10 @@ def _undecided(target: str, limit: float, why: str, baseline: StageResult | None
 
 
 def baseline_of(run: Run) -> Manifest:
-    """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, no paths."""
+    """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, precision; no paths."""
     stages = []
     for result in run.manifest.stages:
-        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE, VERSION)}
+        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE, VERSION, PRECISION)}
         if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
             details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
         # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.

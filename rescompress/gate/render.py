@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from rescompress.gate.checks import Check, GateReport, points
+from rescompress.report.columns import markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,12 +75,12 @@ def to_markdown(report: GateReport, *, trade_off: str = "") -> str:
     ]
     for check in report.checks:
         cells = [check.name, f"{SIGNS[check.verdict]} {check.verdict}", *_cells(check)]
-        lines.append("| " + " | ".join(_escaped(c) for c in cells) + " |")
+        lines.append("| " + " | ".join(markdown(c) for c in cells) + " |")
     lines.append("")
-    lines += [f"- **{c.name}**: {_escaped(c.message)}" for c in report.checks if c.verdict != "pass"]
-    lines += [f"- {_escaped(note)}" for note in report.notes]
+    lines += [f"- **{markdown(c.name)}**: {markdown(c.message)}" for c in report.checks if c.verdict != "pass"]
+    lines += [f"- {markdown(note)}" for note in report.notes]
     if report.stale_baseline:
-        lines.append(f"- {_escaped(stale_text(report))}")
+        lines.append(f"- {markdown(stale_text(report))}")
     if trade_off:
         lines += ["", "<details><summary>Every stage of the candidate</summary>", "", trade_off.rstrip(), "", "</details>"]
     return "\n".join(lines).rstrip() + "\n"
@@ -88,10 +89,6 @@ def to_markdown(report: GateReport, *, trade_off: str = "") -> str:
 def stale_text(report: GateReport) -> str:
     """Return the advice to renew a baseline that the candidate left far behind."""
     return f"stale baseline: far better than the baseline in {', '.join(report.stale_baseline)}; renew it with --save-baseline"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def to_junit(report: GateReport, *, inconclusive_fails: bool) -> str:

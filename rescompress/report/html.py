@@ -336,7 +336,7 @@ def _point(label: str, cost: Metric, top1: Metric, column: Column, *, base: bool
         x_band=band,
         shape=shape,
         tone="base" if base else "plain",
-        family=conditions(cost),
+        family=(conditions(cost), conditions(top1)),
     )
 
 

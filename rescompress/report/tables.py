@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, markdown, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 DENSE_PREFIX = "dense_"
+INT8 = "int8"
 DOMINATED_MARK = "†"
 NOT_REACHED = "not reached yet: run again to go on"
 UNSTEADY = 0.05
@@ -99,8 +100,11 @@ def run_row(manifest: Manifest, run: str) -> Row:
             if value is not None:
                 metrics[column.metric] = value
         base |= _dense_metrics(manifest, None) if last.stage != DENSE else {}
+    timed: dict[str, StageResult] = {}
     for result in sorted(done, key=lambda s: s.is_deployment):  # what was measured on a board replaces what was predicted
         target = result.target
+        if target is not None and "p50_ms" in result.metrics:
+            timed[target] = result
         for column in COLUMNS:
             if target is not None and column.per_target and column.metric in result.metrics:
                 metrics[f"{column.metric}:{target}"] = result.metrics[column.metric]
@@ -118,7 +122,7 @@ def run_row(manifest: Manifest, run: str) -> Row:
         reason="; ".join(bad) or None,
         metrics=metrics,
         against_dense=_all_against(metrics, base),
-        note="; ".join(bad),
+        note="; ".join([*bad, *(mixed(last, timed.values()) if last is not None else ())]),
         created=manifest.created,
         network=_network(manifest),
     )
@@ -133,10 +137,53 @@ def _network(manifest: Manifest) -> str:
 
 
 def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
-    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's)."""
+    """Return a figure of `stage`, or of the nearest stage before it that is no target (a target's network is its input's).
+
+    The float engine of a quantized network is another file with other answers: its size and accuracy are taken only from a
+    stage that computes in the same.
+    """
+    if metric in stage.metrics:
+        return stage.metrics[metric]
     position = manifest.stages.index(stage)
-    before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done"]
-    return next((s.metrics[metric] for s in (stage, *reversed(before)) if metric in s.metrics), None)
+    before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done" and metric in s.metrics]
+    return next((s.metrics[metric] for s in reversed(before) if _holds_for(metric, s, stage)), None)
+
+
+def _holds_for(metric: str, before: StageResult, stage: StageResult) -> bool:
+    """Whether a figure of an earlier stage is one of `stage`, too."""
+    if metric in ("macs", "params"):
+        return True
+    own, other = precision_of(stage), precision_of(before)
+    if own is None or other is None:
+        return False
+    return own == other if metric == "size_bytes" else (own == INT8) == (other == INT8)
+
+
+def precision_of(stage: StageResult) -> str | None:
+    """Return what a stage's network computes in, or None if that is unknown; ``int8`` also where the rest of it is ``fp16``."""
+    told = stage.details.get("precision")
+    if not isinstance(told, str):
+        told = next((m.precision for m in map(stage.metrics.get, ("top1", "p50_ms")) if m is not None and m.precision), None)
+    if told is None:
+        name = stage.stage.partition("-")[0]  # prune-1 is the first of several iterations
+        told = INT8 if name == "quantize" else "fp32" if name in (DENSE, "prune", "finetune") else None
+    return INT8 if told is not None and INT8 in told else told
+
+
+def mixed(stage: StageResult, latencies: Iterable[StageResult]) -> list[str]:
+    """Return a sentence for each latency that is of a float network where the accuracy of `stage` is of INT8, or the reverse.
+
+    Args:
+        stage: The stage whose accuracy and size count.
+        latencies: Stages with a latency.
+    """
+    own = precision_of(stage)
+    found = [(s, precision_of(s)) for s in latencies]
+    return [
+        f"latency on {s.target} is of {other}, accuracy and size are of {own}"
+        for s, other in found
+        if own is not None and other is not None and (own == INT8) != (other == INT8)
+    ]
 
 
 def _dense_metrics(manifest: Manifest, result: StageResult | None) -> dict[str, Metric]:
@@ -196,8 +243,8 @@ def processes(result: StageResult) -> str:
 def dominated(rows: Sequence[Row]) -> set[int]:
     """Return the positions of rows that another row beats (Pareto).
 
-    Row A beats row B when its top-1 is at least as high, every cost that B has (MACs, parameters, size, latency) A has
-    under the same conditions and is no higher, and something is strictly better.
+    Row A beats row B when its top-1 on as many samples is at least as high, every cost that B has (MACs, parameters, size,
+    latency) A has under the same conditions and is no higher, and something is strictly better.
     """
     costs = [
         {
@@ -207,13 +254,15 @@ def dominated(rows: Sequence[Row]) -> set[int]:
         }
         for row in rows
     ]
-    tops = [row.metrics["top1"].value if "top1" in row.metrics else None for row in rows]
+    tops = [row.metrics.get("top1") for row in rows]
 
     def beats(a: int, b: int) -> bool:
         top_a, top_b = tops[a], tops[b]
-        if top_a is None or top_b is None or top_a < top_b or not costs[b]:
+        if top_a is None or top_b is None or conditions(top_a) != conditions(top_b):
             return False
-        better = top_a > top_b
+        if top_a.value < top_b.value or not costs[b]:
+            return False
+        better = top_a.value > top_b.value
         for name, (under, cost) in costs[b].items():
             other = costs[a].get(name)
             if other is None or other[0] != under or other[1] > cost:
@@ -440,17 +489,17 @@ def to_markdown(rows: Sequence[Row], *, wide: bool = False) -> str:
     grid = _grid(rows, wide=wide)
     marked = best(rows)
     lines = [
-        "| " + " | ".join(grid.head) + " |",
+        "| " + " | ".join(map(markdown, grid.head)) + " |",
         "|" + "|".join("---:" if column else "---" for column in grid.columns) + "|",
     ]
     for i, cells in enumerate(grid.body):
         out = []
         for cell, column in zip(cells, grid.columns, strict=True):
-            text = cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+            text = markdown(cell)
             out.append(f"**{text}**" if column and (i, column.metric) in marked else text)
         lines.append("| " + " | ".join(out) + " |")
     for note in footnotes(rows):
-        lines += ["", note.replace("|", "\\|")]
+        lines += ["", markdown(note)]
     return "\n".join(lines) + "\n"
 
 
