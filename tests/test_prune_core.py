@@ -16,17 +16,19 @@ from compress.prune import (
     apply,
     choose,
     find_groups,
+    measure,
     method_names,
     prunable,
     prune,
     prune_by_plan,
     pruned_spec,
 )
-from compress.prune.allocate import _knapsack, allowed_widths, nearest_width
+from compress.prune.allocate import Allocator, _knapsack, allowed_widths, nearest_width
 from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
+from compress.prune.gradients import sampled_gradients
 from compress.prune.groups import Sizes, droppable
-from compress.prune.method import Curves, ErrorCurve
+from compress.prune.method import Context, Curves, ErrorCurve, curve_of
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.zoo import names
@@ -730,3 +732,119 @@ def test_a_latency_budget_over_streams_and_blocks_is_used_up():
     choice = choose(spec, curves, budget=budget, scope="all", align=target.align(), cost=cost, drop=droppable(spec))
     assert 0.988 * 0.6 <= choice.cost_after / choice.cost_before <= 0.6
     assert choice.plan.dropped_blocks
+
+
+def test_scores_are_taken_away_smallest_first():
+    curve = curve_of(torch.tensor([3.0, 1.0, 2.0]))
+    assert curve.order == (1, 2, 0)
+    assert curve.error == pytest.approx((0.0, 1 / 6, 1 / 2))
+
+
+def ranked(method, checkpoint, group="layer2.0.conv1", **options):
+    curves = measure(checkpoint, method=method, calibration_x=options.pop("calibration_x", None), **options)
+    return curves.groups[group]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "bn_scale", "taylor"])
+def test_a_channel_that_is_nothing_goes_first(method):
+    """Zero scale, zero shift: whatever the weights are, nothing arrives behind it."""
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    for part in ("weight", "bias"):
+        checkpoint.state_dict[f"layer2.0.bn1.{part}"][3] = 0
+    checkpoint.state_dict["layer2.0.conv2.weight"][:, 3] *= 1e-3  # `magnitude` looks at what reads it, too
+    found = ranked(method, checkpoint, calibration_x=torch.randn(8, 3, 8, 8))
+    assert found.error[found.order.index(3) + 1] < 1e-6  # it may share the first place
+    assert found.order.index(3) < 3
+
+
+def test_bn_scale_looks_at_the_scale_alone():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    checkpoint.state_dict["layer2.0.bn1.weight"][3] = 0
+    checkpoint.state_dict["layer2.0.bn1.bias"][3] = 100
+    assert ranked("bn_scale", checkpoint).order[0] == 3
+
+
+def test_taylor_looks_at_the_gradient_not_at_the_activation():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    checkpoint.state_dict["layer2.0.bn1.bias"][3] = 100
+    checkpoint.state_dict["layer2.0.conv2.weight"][:, 3] = 0
+    found = ranked("taylor", checkpoint, calibration_x=torch.randn(8, 3, 8, 8))
+    assert found.error[found.order.index(3) + 1] < 1e-12
+    assert found.error[-1] > 1e-6
+
+
+def test_magnitude_weighs_makers_and_readers_alike():
+    """Weights in front of a BatchNorm of large scale say no more than those behind it."""
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    before = ranked("magnitude", checkpoint)
+    for part in ("weight", "bias"):
+        checkpoint.state_dict[f"layer2.0.bn1.{part}"] *= 100
+    assert ranked("magnitude", checkpoint).error == pytest.approx(before.error)
+
+
+def test_fpgm_takes_the_filter_nearest_to_all_others():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    filters = checkpoint.state_dict["layer2.0.conv1.weight"]
+    for part, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        checkpoint.state_dict[f"layer2.0.bn1.{part}"].fill_(value)
+    distance = [sum(float((a - b).norm()) for b in filters) for a in filters]
+    assert list(ranked("fpgm", checkpoint).order) == sorted(range(len(filters)), key=distance.__getitem__)
+
+
+@pytest.mark.parametrize("method", ["random", "taylor"])
+def test_a_seed_makes_a_difference(method):
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    images = torch.randn(4, 3, 8, 8)
+    curves = [ranked(method, checkpoint, calibration_x=images, seed=seed) for seed in (0, 0, 1)]
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_a_plan_knows_its_seed():
+    checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
+    options = {"budget": Budget(kind="macs", value=0.5), "align": 1, "calibration_x": torch.randn(80, 3, 8, 8), "seed": 3}
+    result = prune(checkpoint, **options)
+    assert result.plan.seed == 3
+    followed = prune_by_plan(checkpoint, result.plan, calibration_x=options["calibration_x"], seed=3)
+    assert all(torch.equal(v, followed.state_dict[k]) for k, v in result.checkpoint.state_dict.items())
+
+
+def test_sampled_gradients_have_the_fisher_matrix():
+    """Of softmax regression: diag(p) - p p^T per image; with labels of the largest output it would be (p - e)(p - e)^T."""
+    spec = SPECS["cifar-pad"]
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    checkpoint.state_dict["fc.weight"] *= 0.05
+    model = build_model(spec, checkpoint.state_dict).requires_grad_(False)
+    x = torch.randn(1, 3, 8, 8).expand(4000, -1, -1, -1)
+    p = model(x[:1]).softmax(1)[0]
+    found = [seen["fc"][1] for seen in sampled_gradients(Context(checkpoint, []), model, x, ["fc"])]
+    g = torch.cat(found)
+    assert torch.allclose(g.T @ g / len(g), p.diag() - p.outer(p), atol=0.03)
+
+
+def test_asked_for_blocks_go_under_a_budget_of_macs():
+    spec = spec_of("resnet20", input_shape=(3, 8, 8))
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    for name in ("layer2.1", "layer3.2"):
+        for part in ("weight", "bias"):
+            checkpoint.state_dict[f"{name}.bn2.{part}"] *= 1e-4
+    options = {"budget": Budget(kind="macs", value=0.5), "align": 1, "calibration_x": torch.randn(16, 3, 8, 8)}
+    assert {"layer2.1", "layer3.2"} <= set(prune(checkpoint, drop_blocks=True, **options).plan.dropped_blocks)
+    assert not prune(checkpoint, **options).plan.dropped_blocks
+
+
+def test_the_block_that_matters_most_of_a_stage_stays():
+    spec = spec_of("resnet20", input_shape=(3, 8, 8))
+    sizes = Sizes(spec)
+    prices = {"layer1.0": 1.0, "layer1.1": 7.0, "layer1.2": 3.0}
+    flat = {name: ErrorCurve(tuple(range(g.size)), (0.0,) * g.size) for name, g in sizes.groups.items()}
+    widths = {name: allowed_widths(g, 1, strict=False)[0] for name, g in sizes.groups.items() if g.kind == "inner"}
+    allocator = Allocator(sizes, Curves(flat, prices), widths, total_macs, drop=list(prices), keep_one_of=[list(prices)])
+    assert set(allocator.smallest().dropped) == {"layer1.0", "layer1.2"}
+
+
+def test_the_error_of_a_choice_is_that_of_its_curves():
+    spec = SPECS["cifar-pad"]
+    curves = measure(random_checkpoint(spec, dtype=torch.float32), method="magnitude", scope="all")
+    found = choose(spec, curves, budget=Budget(kind="macs", value=0.4), scope="all", align=1)
+    groups = Sizes(spec).groups
+    assert found.error == pytest.approx(sum(c.at(len(found.plan.kept(groups[name]))) for name, c in curves.groups.items()))

@@ -14,12 +14,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compress.data import Inputs, MemoryStore, Split
+from compress.data import Inputs, MemoryStore, Split, normalise
 from compress.resnet import ResNet, build_model
 from compress.train import (
+    Processes,
     TrainSettings,
     TrainState,
     _accelerator,
+    _batch,
+    _optimizer,
+    _step,
     augment,
     distillation_loss,
     feature_loss,
@@ -279,3 +283,98 @@ def test_bfloat16_computes_in_bfloat16_and_leaves_a_float32_network(split: Split
     assert model(torch.zeros(1, *SPEC.input_shape)).dtype == torch.float32
     assert seen == {torch.float32}
     hook.remove()
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 4.0), (0.25, 2.0), (1.0, 3.0)])
+def test_the_loss_mixes_teacher_and_labels_as_asked(weight: float, temperature: float) -> None:
+    student, teacher = fresh().eval(), build_model(SPEC).eval()
+    x, y = torch.randn(6, *SPEC.input_shape), torch.tensor([0, 1, 1, 0, 1, 0])
+    loss, correct = _step(student, teacher, x, y, settings(distill=weight, temperature=temperature))
+    soft, hard = distillation_loss(student(x), teacher(x), temperature), F.cross_entropy(student(x), y)
+    assert loss.item() == pytest.approx((weight * soft + (1 - weight) * hard).item(), rel=1e-5)
+    assert correct == int((student(x).argmax(1) == y).sum())
+
+
+def test_one_output_says_the_second_class_above_zero() -> None:
+    one = build_model(SPEC.model_copy(update={"head": Head(num_classes=1)})).eval()
+    x = torch.randn(16, *SPEC.input_shape)
+    with torch.no_grad():
+        one.get_submodule("fc").bias -= one(x).median()  # type: ignore[operator]
+    y = (one(x)[:, 0] > 0).long()
+    assert 0 < y.sum() < 16
+    assert _step(one, None, x, y, settings())[1] == 16
+    assert _step(one, None, x, 1 - y, settings())[1] == 0
+
+
+def test_only_matrices_decay() -> None:
+    by_decay = {
+        group["weight_decay"]: group["params"] for group in _optimizer(fresh(), settings(weight_decay=0.3)).param_groups
+    }
+    assert {p.ndim for p in by_decay[0.3]} == {2, 4}
+    assert {p.ndim for p in by_decay[0.0]} == {1}
+    assert sum(len(params) for params in by_decay.values()) == len(list(fresh().parameters()))
+
+
+def test_steps_are_those_of_nesterov_momentum() -> None:
+    """With gradient 1: v1 = 1, v2 = m + 1, and each step moves by lr (1 + m v) (Sutskever et al. 2013, in torch's form)."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = _optimizer(model, settings(lr=0.1, momentum=0.5, weight_decay=0.0))
+    start = model.weight.item()
+    for _ in range(2):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    assert model.weight.item() == pytest.approx(start - 0.1 * ((1 + 0.5) + (1 + 0.5 * 1.5)))
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine(split: Split) -> None:
+    rates: list[float] = []
+    train(fresh(), split, settings(epochs=5, lr=0.1, warmup=0.2), progress=lambda state: rates.append(state.lr))
+    assert len(rates) == 20
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert rates[4:] == pytest.approx([0.05 * (1 + np.cos(np.pi * i / 16)) for i in range(16)])
+
+
+def test_batch_norm_freezes_after_the_fraction_of_steps_that_was_asked_for(split: Split) -> None:
+    training: list[bool] = []
+    model = fresh()
+    norm = model.get_submodule("bn1")
+    hook = norm.register_forward_hook(lambda module, _i, _o: training.append(module.training))
+    train(model, split, settings(epochs=2, freeze_bn_after=0.5))
+    hook.remove()
+    assert training == [True] * 4 + [False] * 4
+
+
+def test_a_teacher_in_training_mode_is_read_in_evaluation(split: Split) -> None:
+    torch.manual_seed(5)
+    made = build_model(SPEC)
+    students = [fresh(), fresh()]
+    for student, teacher in zip(students, (copy.deepcopy(made).train(), copy.deepcopy(made).eval()), strict=True):
+        train(student, split, settings(epochs=1), teacher=teacher)
+    assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
+
+
+def test_batches_are_a_function_of_seed_epoch_and_step(split: Split) -> None:
+    def taken(seed: int, epoch: int, step: int, augment: str = "none") -> torch.Tensor:
+        return torch.cat(
+            [_batch(split, settings(seed=seed, augment=augment), epoch, i, step, 16, Processes(0, 1))[0] for i in range(4)]
+        )
+
+    whole = normalise(split.pixels(np.arange(64))[0], split.preprocessing)
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        x = taken(seed, epoch, 0)
+        order = [int((whole - image).abs().flatten(1).sum(1).argmin()) for image in x]
+        assert sorted(order) == list(range(64))
+        assert torch.equal(whole[order], x)  # not augmented
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) == 3
+    drawn = [_batch(split, settings(seed=seed), 0, 0, step, 64, Processes(0, 1)) for seed, step in ((0, 0), (0, 0), (0, 1))]
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert not torch.equal(drawn[0][0], drawn[2][0])
+
+
+def test_augmentation_depends_on_the_seed(split: Split) -> None:
+    """The same images in the same order, moved differently."""
+    one = dataclasses.replace(split.subset(np.array([3])))
+    moved = [_batch(one, settings(seed=seed), 0, 0, 0, 1, Processes(0, 1))[0] for seed in range(8)]
+    assert len({tuple(image.flatten().tolist()) for image in moved}) > 1
