@@ -18,6 +18,7 @@ from rescompress.plan import Settings
 from rescompress.reporter import Reporter
 from rescompress.stage import Opening
 from rescompress.stages import Common, network_of
+from rescompress.stages.shared import prepare
 
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
@@ -39,6 +40,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     if settings.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     common = Common(settings.data, settings.labels, settings.seed, settings.device, settings.threads, settings.batch_size)
+    prepare(common)
     runner, inputs = _open(opening, common, runtime)
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
