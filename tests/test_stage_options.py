@@ -92,7 +92,7 @@ class Bench:
         return self.real_prune(checkpoint, method="magnitude", budget=Budget(kind="ratio", value=0.25), align=1)
 
     def _ptq(
-        self, checkpoint: Checkpoint, batches: Any, *, profile: Any, keep_float: Any = frozenset(), **_: Any
+        self, checkpoint: Checkpoint, batches: Any, *, profile: Any = "tensorrt", keep_float: Any = frozenset(), **_: Any
     ) -> Checkpoint:
         few = list(batches)[:1]
         options = {"profile": profile, "keep_float": keep_float, "calibration": "max", "bias_correction": False}
