@@ -18,6 +18,7 @@ from rescompress.reporter import Reporter
 from rescompress.settings import Settings
 from rescompress.stage import Opening
 from rescompress.stages import network_of
+from rescompress.stages.shared import prepare
 
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
@@ -38,6 +39,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         raise BadInput(f"unknown split '{split}'", where="--split", remedy=nearest(split, ["train", "val"]))
     if settings.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
+    prepare(settings)
     runner, inputs = _open(opening, settings, runtime)
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
