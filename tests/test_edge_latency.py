@@ -13,7 +13,17 @@ from compress.zoo import spec
 from edge_targets import fit
 from edge_targets.catalog import all_targets, load_device
 from edge_targets.kernels import Kernel, fuse
-from edge_targets.latency import CONSTANTS, Overrides, cost_function, kernel_times, padded, predict, rates
+from edge_targets.latency import (
+    CONSTANTS,
+    Overrides,
+    as_document,
+    cost_function,
+    fitted_model,
+    kernel_times,
+    padded,
+    predict,
+    rates,
+)
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import total_macs, walk
 
@@ -192,3 +202,43 @@ def test_what_cannot_be_predicted_is_refused():
         total(batch=0)
     with pytest.raises(BadInput):
         Overrides(gpu_mhz=-1.0)
+
+
+def log_errors_of(relative):
+    return np.abs(np.log1p(relative))
+
+
+@pytest.mark.parametrize(
+    ("errors", "stored"),
+    [("group_errors", "bands"), ("device_errors", "unseen_device_bands"), ("model_errors", "unseen_network_bands")],
+)
+def test_a_band_holds_its_share_of_the_errors_it_is_made_for(published, errors, stored):
+    document = json.loads(CONSTANTS.read_text())[stored]
+    assert document == getattr(published.fitted, stored)
+    found = log_errors_of(getattr(published, errors))
+    low = np.array([g.precision != "fp32" for g in published.groups])
+    for pool, precision in ((found[~low], "fp32"), (found[low], "fp16"), (found[low], "int8")):
+        # the narrowest width among the errors themselves that holds the share; stored rounded to three digits
+        narrowest = min(w for w in pool if np.mean(pool <= w) >= fit.COVERAGE)
+        assert document["ampere"][precision] == pytest.approx(narrowest, abs=6e-4)
+
+
+@pytest.mark.parametrize("device", JETSONS, ids=lambda d: d.name)
+def test_only_boards_with_published_figures_get_the_band_of_known_boards(device):
+    named = {fit.DEVICES[g.device] for g in fit.load_groups()}
+    model = fitted_model()
+    found = predict(walk(spec("resnet20")), device, precision="fp16")
+    half = np.log(found.high_ms / found.p50_ms)
+    assert set(model.devices) == named
+    if device.name in named:
+        assert half == pytest.approx(model.bands[device.architecture]["fp16"])
+        assert found.notes == ()
+    else:
+        assert half >= model.unseen_device_bands["ampere"]["fp16"] - 1e-9
+        assert "no published figure of this board" in found.notes[0]
+    assert as_document(found)["notes"] == list(found.notes)
+
+
+def test_predictions_of_an_older_baseline_stay_comparable(published):
+    # gates compare predictions of one version: bands of unseen boards change no prediction, and so not the version
+    assert fitted_model().version == published.fitted.version == "published-8b23568d"
