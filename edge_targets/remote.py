@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_targets import infer
-from edge_targets.benchmark import summarize
+from edge_targets.benchmark import summarize_processes
 from edge_targets.catalog import identify
 from edge_targets.device import Precision, Target
 from edge_targets.ssh import Board, Completed, WorkFolder
@@ -190,7 +190,8 @@ class Measured:
         engine: The engine, here.
         metrics: ``p50_ms`` and so on, at the first batch; ``batch<N>_p50_ms`` and ``batch<N>_images_per_s`` at the
             others; ``power_w``, ``images_per_s_per_w`` and ``memory_mb`` where they were watched.
-        spread: Coefficient of variation of the samples that count; the largest one of several runs.
+        spread: Coefficient of variation of the samples that count. Of several runs, the largest one; that of their medians
+            where it is larger still: runs that are each steady may disagree.
         stable: Whether the spread is small enough.
         log: What trtexec said.
         files: Everything fetched.
@@ -365,7 +366,10 @@ def deploy(
                 unscored = EnvironmentFailed(f"images cannot be kept here: {e}", remedy="free some space, or set TMPDIR")
     best = min(results, key=lambda r: r.metrics["p50_ms"].value)
     notes += session.notes
-    notes += [f"{r.precision}: spread {r.spread:.1%} after a second try, inconclusive" for r in results if not r.stable]
+    for r in results:
+        if not r.stable:
+            within = " within or between runs" if len(r.run_medians_ms) > 1 else ""
+            notes.append(f"{r.precision}: spread {r.spread:.1%}{within} after a second try, inconclusive")
     return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored)
 
 
@@ -399,7 +403,12 @@ class Timed:
     @property
     def spread(self) -> float:
         """Coefficient of variation of the samples."""
-        return statistics.pstdev(self.samples_ms) / statistics.fmean(self.samples_ms)
+        return variation(self.samples_ms)
+
+
+def variation(values_ms: Sequence[float]) -> float:
+    """Return the coefficient of variation: standard deviation over mean."""
+    return statistics.pstdev(values_ms) / statistics.fmean(values_ms)
 
 
 @dataclass
@@ -464,9 +473,8 @@ class _Session:
             timed = [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
             log = timed[-1].log
             files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
-            here = max(t.spread for t in timed)
-            summary = summarize(
-                [ms for t in timed for ms in t.samples_ms],
+            summary, found_medians = summarize_processes(
+                [t.samples_ms for t in timed],
                 device=self.device,
                 runtime="tensorrt",
                 batch=batch,
@@ -474,8 +482,9 @@ class _Session:
                 power_mode=self.found.power_mode,
             )
             if first:
-                medians = tuple(statistics.median(t.samples_ms) for t in timed)
-                metrics, spread, stable = {**summary, **metrics}, here, here <= UNSTABLE
+                medians = found_medians
+                spread = max(*(t.spread for t in timed), variation(medians))
+                metrics, stable = {**summary, **metrics}, spread <= UNSTABLE
                 metrics |= self.power([t.watched for t in timed if t.watched is not None], summary)
             else:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]

@@ -26,10 +26,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
-from edge_targets.remote import DeployOptions, Probe, _Session, parse_tegrastats
+from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
+from edge_targets.trtexec_log import TrtexecLog
 from rescompress.cli.app import main
+from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
@@ -641,6 +643,60 @@ def test_samples_log_and_power_are_of_one_attempt(tmp_path, no_hang, times, atte
     assert f"attempt {attempt}\n" in timed.times.with_suffix(".log").read_text()
     assert parse_tegrastats(Path(timed.watched).read_text()).power_w == attempt
     assert len(list(session.out.iterdir())) == 2
+
+
+class Counted(_Session):
+    """A session whose runs take the times in `runs`; nothing is built."""
+
+    runs = ()
+
+    def run(self, command, log, **more):
+        write_text(log, "")
+        return TrtexecLog("passed")
+
+    def time(self, name, batch, command, number):
+        times = self.out / f"{name}.batch{batch}.run{number}.times.json"
+        write_text(times, "[]")
+        write_text(times.with_suffix(".log"), "")
+        return Timed(tuple(self.runs[number - 1]), TrtexecLog("passed"), times, None)
+
+
+class Files:
+    """A board that keeps nothing and gives empty files."""
+
+    host = "board"
+
+    def put(self, local, remote):
+        pass
+
+    def get(self, remote, local):
+        local.write_text('{"Layers": []}' if "layers" in remote else "[]")
+
+
+@pytest.mark.parametrize(
+    ("runs", "stable"),
+    [
+        (([0.5] * 2000, [1.0] * 1000), False),
+        (([0.5] * 2000, [0.51] * 1000), True),
+        (([0.5] * 2000, [0.5, 1.0] * 500), False),
+        (([0.5] * 20,), True),
+    ],
+    ids=["runs disagree", "runs agree", "one run is not steady", "one run"],
+)
+def test_every_run_counts_alike_and_runs_that_disagree_are_not_stable(tmp_path, runs, stable):
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
+    options = DeployOptions(runs=len(runs))
+    session = Counted(Files(), found, capabilities("10.3"), options, tmp_path, "/w", "board", [], lambda text: None)
+    session.runs = runs
+    measured = session.measure(Job("int8", tmp_path / "m.onnx"))
+    p50 = measured.metrics["p50_ms"]
+    medians = tuple(float(np.median(r)) for r in runs)
+    assert measured.stable == stable
+    assert measured.run_medians_ms == pytest.approx(medians)
+    assert (p50.low, p50.high) == pytest.approx((min(medians), max(medians)))
+    assert p50.n == len(runs) * min(len(r) for r in runs)
+    assert measured.metrics["mean_ms"].value == pytest.approx(np.mean([np.mean(r) for r in runs]))
 
 
 def test_tegrastats():
