@@ -577,6 +577,48 @@ def test_a_shell_that_never_comes_to_the_command_is_refused(tmp_path, monkeypatc
         assert not (tmp_path / "fetched").exists()
 
 
+@dataclass(frozen=True)
+class OwnGroup(LocalBoard):
+    """The same with a process group per command, as sshd makes it."""
+
+    def command(self, remote, *, master=False):
+        return ["setsid", *super().command(remote)]
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="no setsid here")
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("has_timeout", [True, False], ids=["timeout", "no timeout"])
+def test_a_command_that_hangs_is_ended_on_the_board_with_what_it_started(tmp_path, no_hang, shell, has_timeout):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    for tool in ("sh", "sleep", "true", *(("timeout",) if has_timeout else ())):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    board = OwnGroup("local", shell=str(shutil.which(shell)), start=f"PATH='{tmp_path}'")
+    assert board.run("echo quick; exit 3", timeout_s=30) == ssh.Completed(3, "quick\n")
+    script = f"sleep 600 & echo $! > '{tmp_path}/watcher'; echo $$ > '{tmp_path}/command'; sleep 600; echo on"
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFailed, match="did not answer within 0.2 s"):
+        board.run(script, timeout_s=0.2)
+    assert time.monotonic() - started < ssh.GRACE_S
+    pids = [int((tmp_path / name).read_text()) for name in ("watcher", "command")]
+    left = [pid for pid in pids if running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def running(pid):
+    """Return whether a process runs; one that ended and that nobody asked after does not."""
+    for _ in range(20):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def test_a_work_folder_that_cannot_be_made_is_told(monkeypatch, no_hang):
     monkeypatch.setenv("TMPDIR", "/nonexistent")
     with pytest.raises(EnvironmentFailed, match="could not make a work folder"), WorkFolder(LocalBoard("local")):
