@@ -109,7 +109,9 @@ class Board:
             "-o", "ServerAliveCountMax=3",
         ]  # fmt: skip
         if self.control is not None:
-            options += ["-o", f"ControlMaster={'yes' if master else 'no'}", "-o", f"ControlPath={self.control}"]
+            # ssh reads an option like a line of its config: blanks end a word, and % begins a token
+            path = str(self.control).replace("%", "%%")
+            options += ["-o", f"ControlMaster={'yes' if master else 'no'}", "-o", f'ControlPath="{path}"']
         if self.config is not None:
             options = ["-F", str(self.config), *options]
         if self.port is not None:

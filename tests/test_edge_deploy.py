@@ -510,6 +510,17 @@ def test_hosts_that_ssh_would_misread_are_refused():
             Board(host)
 
 
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh here")
+@pytest.mark.parametrize("folder", ["plain", "with blank", "50%h", "a 'quote' %% b"])
+def test_ssh_reads_the_path_of_the_shared_connection_as_it_is(tmp_path, folder):
+    control = tmp_path / folder / "s"
+    command = Board("board", config=Path("/dev/null"), control=control).command("true")
+    # -G prints the configuration as ssh reads it, tokens replaced, and connects to nothing
+    said = subprocess.run(["ssh", "-G", *command[1:-1]], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert f"controlpath {control}" in said.stdout.splitlines()
+
+
 @dataclass(frozen=True)
 class LocalBoard(Board):
     """This machine as a board: a shell that runs `start` before each command, in place of ssh."""
