@@ -584,7 +584,10 @@ class _Session:
         base = summary["p50_ms"].model_copy(update={"low": None, "high": None})
         metrics = {}
         if watched.power_w is not None:
-            metrics["power_w"] = base.model_copy(update={"value": watched.power_w, "unit": "W", "n": watched.samples})
+            if watched.power_of != AT_WORK:
+                note = "power is the median while trtexec ran: tegrastats does not tell when the GPU worked"
+                self.notes += [note] if note not in self.notes else []
+            metrics["power_w"] = base.model_copy(update={"value": watched.power_w, "unit": "W", "n": watched.power_lines})
             rate = summary["images_per_s"].value / watched.power_w
             metrics["images_per_s_per_w"] = base.model_copy(update={"value": rate, "unit": "images/s/W"})
         if watched.memory_mb is not None:
@@ -644,21 +647,35 @@ class _BoardRunner:
         self._folder.cleanup()
 
 
+AT_WORK, MEDIAN = "GPU at work", "median of all"
+
+WORKS = 0.5
+"""Share of the highest load of the GPU from which on it counts as working: while trtexec starts CUDA, loads the engine and
+ends, its load is next to nothing."""
+
+IDLE_PERCENT = 10
+"""Load of the GPU, in percent, that says nothing: on a DLA its highest load is that of the desktop."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """What tegrastats saw.
 
     Attributes:
-        power_w: Mean power of the module; None where no line tells it.
+        power_w: Power of the module while the GPU works, from the lines that `power_of` names; None where no line tells it.
         memory_mb: Largest memory in use.
         samples: Lines.
         unknown_rails: The power rails of a board of which it is not known whether and how they add up to the module.
+        power_of: ``GPU at work``, or ``median of all`` where no line tells that the GPU works.
+        power_lines: How many lines `power_w` is taken from.
     """
 
     power_w: float | None
     memory_mb: float | None
     samples: int
     unknown_rails: tuple[str, ...] = ()
+    power_of: str = AT_WORK
+    power_lines: int = 0
 
 
 TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
@@ -676,12 +693,16 @@ RAIL = re.compile(r"(?<!\S)([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
 
 
 def parse_tegrastats(text: str) -> Watched:
-    """Return mean power and largest memory of a tegrastats log.
+    """Return power while the GPU works and largest memory of a tegrastats log.
+
+    tegrastats runs as long as trtexec, which is idle at both ends; these lines are left out by ``GR3D_FREQ``, the load of the
+    GPU. Where that is not told, the median of all lines stands in: timing takes most of them.
 
     A line reads ``RAM 2448/7620MB (...) ... VDD_IN 5017mW/4987mW VDD_CPU_GPU_CV 1234mW/1200mW``: now and average of each
     rail; older releases write ``POM_5V_IN 2145/2145`` in mW without the unit.
     """
-    powers, memories = [], []
+    powers: list[tuple[float, int]] = []
+    memories = []
     unknown: dict[str, None] = {}
     for line in text.splitlines():
         ram = re.search(r"\bRAM (\d+)/\d+MB", line)
@@ -690,12 +711,21 @@ def parse_tegrastats(text: str) -> Watched:
         rails = {name: float(mw) / 1000.0 for name, mw in RAIL.findall(line)}
         known = next((r for r in (*((n,) for n in TOTAL_RAILS), *SUMMED_RAILS) if rails.keys() >= set(r)), None)
         if known is not None:
-            powers.append(sum(rails[n] for n in known))
+            load = re.search(r"\bGR3D_FREQ (\d+)%", line)
+            powers.append((sum(rails[n] for n in known), int(load[1]) if load else 0))
         else:
             unknown |= dict.fromkeys(rails)
+    highest = max((load for _, load in powers), default=0)
+    at_work = [w for w, load in powers if load >= WORKS * highest] if highest > IDLE_PERCENT else []
+    if at_work:
+        power: float | None = statistics.fmean(at_work)
+    else:
+        power = statistics.median(w for w, _ in powers) if powers else None
     return Watched(
-        statistics.fmean(powers) if powers else None,
+        power,
         max(memories) if memories else None,
         max(len(powers), len(memories)),
         () if powers else tuple(unknown),
+        AT_WORK if at_work else MEDIAN,
+        len(at_work or powers),
     )

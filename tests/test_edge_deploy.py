@@ -26,6 +26,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
+from edge_targets.benchmark import summarize
 from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
@@ -608,7 +609,7 @@ def test_a_command_that_hangs_is_ended_on_the_board_with_what_it_started(tmp_pat
     assert board.run("echo quick; exit 3", timeout_s=30) == ssh.Completed(3, "quick\n")
     script = f"sleep 600 & echo $! > '{tmp_path}/watcher'; echo $$ > '{tmp_path}/command'; sleep 600; echo on"
     started = time.monotonic()
-    with pytest.raises(EnvironmentFailed, match="did not answer within 0.2 s"):
+    with pytest.raises(EnvironmentFailed, match=r"did not answer within 0\.2 s"):
         board.run(script, timeout_s=0.2)
     assert time.monotonic() - started < ssh.GRACE_S
     pids = [int((tmp_path / name).read_text()) for name in ("watcher", "command")]
@@ -761,6 +762,35 @@ def test_tegrastats():
     assert (found.power_w, found.memory_mb, found.samples) == (6.0, 2500.0, 2)
     assert parse_tegrastats("RAM 1/2MB POM_5V_IN 2145/2145 POM_5V_GPU 80/80").power_w == pytest.approx(2.145)
     assert parse_tegrastats("").power_w is None
+
+
+def tegrastats_log(*lines):
+    """Return a log: of each W, how many lines and the load of the GPU in percent (None where it is not told)."""
+    shown = [(w, "" if load is None else f"GR3D_FREQ {load}%@[611]") for w, count, load in lines for _ in range(count)]
+    return "\n".join(f"RAM 3000/15389MB CPU [1%@729] {load} VDD_IN {w}000mW/1mW" for w, load in shown)
+
+
+@pytest.mark.parametrize(
+    ("lines", "power_w", "power_of", "n"),
+    [
+        (((5, 30, 0), (15, 105, 99), (5, 5, 0)), 15.0, "GPU at work", 105),
+        (((5, 30, 0), (14, 50, 62), (16, 50, 99), (7, 5, 30)), 15.0, "GPU at work", 100),
+        (((5, 30, None), (15, 105, None)), 15.0, "median of all", 135),
+        (((5, 30, 0), (9, 105, 0), (8, 1, 4)), 9.0, "median of all", 136),
+    ],
+    ids=["idle at both ends", "load varies", "load not told", "on a DLA"],
+)
+def test_power_is_that_of_the_time_when_the_gpu_works(tmp_path, lines, power_w, power_of, n):
+    log = tegrastats_log(*lines)
+    found = parse_tegrastats(log)
+    assert (found.power_w, found.power_of, found.power_lines) == (pytest.approx(power_w), power_of, n)
+    (tmp_path / "log").write_text(log)
+    session = session_with(tmp_path, tmp_path, shell="bash")
+    about = {"device": "board", "runtime": "tensorrt", "batch": 1}
+    metrics = session.power([str(tmp_path / "log")], summarize([2.0] * 10, **about))
+    assert (metrics["power_w"].value, metrics["power_w"].n) == (pytest.approx(power_w), n)
+    assert metrics["images_per_s_per_w"].value == pytest.approx(500 / power_w)
+    assert bool(session.notes) == (power_of == "median of all")
 
 
 @pytest.mark.parametrize(
