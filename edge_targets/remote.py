@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edge_targets import infer
 from edge_targets.benchmark import summarize_processes
 from edge_targets.catalog import identify
-from edge_targets.device import Precision, Target
+from edge_targets.device import Precision, Target, mode_name
 from edge_targets.ssh import Board, Completed, WorkFolder
 from edge_targets.tensorrt_versions import Capabilities, capabilities
 from edge_targets.trtexec import (
@@ -127,7 +127,7 @@ def probe(board: Board) -> Probe:
         device=identify(model) if model else None,
         trtexec=trtexec,
         version=_dotted(version[1]),
-        power_mode=mode[1] if mode else None,
+        power_mode=mode_name(mode[1]) if mode else None,
         clocks=parts.get("clocks") or None,
         flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))),
         tegrastats=bool(parts.get("tegrastats")),

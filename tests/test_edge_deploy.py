@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
 from edge_targets.benchmark import summarize
-from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats
+from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats, probe
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trtexec_log import TrtexecLog
@@ -697,6 +697,13 @@ def test_samples_log_and_power_are_of_one_attempt(tmp_path, no_hang, times, atte
     assert f"attempt {attempt}\n" in timed.times.with_suffix(".log").read_text()
     assert parse_tegrastats(Path(timed.watched).read_text()).power_w == attempt
     assert len(list(session.out.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("told", "mode"), [("MODE_30W", "30W"), ("MAXN_SUPER", "MAXN_SUPER"), ("", None)])
+def test_the_power_mode_a_board_tells_is_named_as_in_the_catalogue(monkeypatch, told, mode):
+    said = f"@@nvpmodel\nNV Power Mode: {told}\n@@trtexec\ntrtexec\n@@help\n[TensorRT v100300]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    assert probe(Board("board")).power_mode == mode
 
 
 class Counted(_Session):

@@ -169,6 +169,14 @@ def _timed(cost):
     return time.perf_counter() - start
 
 
+@pytest.mark.parametrize("told", ["30W", "MODE_30W", "mode_30w"])
+def test_a_power_mode_is_found_by_what_nvpmodel_says_of_it(told):
+    assert ORIN.mode(told).name == "30W"
+    assert total(power_mode=told) == total(power_mode="30W")
+    own = ORIN.mode("30W").model_copy(update={"name": "MODE_30W"})
+    assert ORIN.model_copy(update={"modes": (own,)}).mode(told) is own
+
+
 def test_power_modes_change_multiprocessors_as_well_as_clocks():
     fast, slow = total(), total(power_mode="30w")
     by_clock_alone = total(overrides=Overrides(gpu_mhz=612))
