@@ -276,7 +276,7 @@ def test_bench_measures_and_has_the_promised_keys(tmp_path):
         assert "predict" in err
 
 
-def row(target, precision, p50):
+def row(target, precision, p50, processes=5):
     return {
         "model": f"{precision}.onnx",
         "target": target,
@@ -285,6 +285,7 @@ def row(target, precision, p50):
         "p50_ms": p50,
         "p50_low_ms": p50 * 0.98,
         "p50_high_ms": p50 * 1.02,
+        "latency_runs": [p50] * processes,
     }
 
 
@@ -295,3 +296,27 @@ def test_the_table_says_where_int8_is_slower_and_which_runtime_is_better():
     assert not any("slower" in n and "on cpu:" in n for n in notes)
     assert any("fastest: int8.onnx on cpu " in n for n in notes)
     assert bench_command._notes([row("cpu", "fp32", 30.0), row("cpu", "int8", 30.5)]) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 5])
+def test_few_processes_decide_nothing(processes):
+    rows = [row("cpu-ort", "fp32", 30.0, processes), row("cpu", "int8", 10.0, 5), row("cpu", "fp32", 5.0, 5)]
+    notes = bench_command._notes(rows)
+    assert (f"{processes} process" in notes[0]) == (processes < 5)
+    assert ("INT8 is slower" in notes[0]) == (processes == 5)
+    assert len(notes) == (1 if processes < 5 else 2)
+    assert bench_command._notes(rows[:1]) == []
+
+
+@pytest.mark.parametrize(("processes", "head"), [(1, "95 % in 1 process"), (2, "range of 2 processes")])
+def test_the_table_says_what_its_interval_is(processes, head):
+    more = {"device": "d", "threads": 1, "p90_ms": 1.0, "p99_ms": 1.0, "spread": 0.1, "images_per_s": 1.0, "n": 9}
+    table = bench_command._table([row("cpu", "fp32", 1.0, processes) | more])
+    assert head in [c.header for c in table.columns]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_the_range_of_processes_holds_the_true_median_as_often_as_the_docs_say(processes):
+    medians = np.random.default_rng(0).standard_normal((20000, processes))
+    inside = np.mean((medians.min(axis=1) <= 0) & (medians.max(axis=1) >= 0))
+    assert inside == pytest.approx(1 - 2 * 0.5**processes, abs=0.01)
