@@ -85,6 +85,7 @@ class Probe:
 
 
 PROBE = r"""
+exec 2>/dev/null
 echo "@@model"; tr -d '\000' < /proc/device-tree/model 2>/dev/null; echo
 echo "@@free"; df -Pk "${TMPDIR:-/tmp}" 2>/dev/null | awk 'NR==2 {print $4}'
 echo "@@nvpmodel"; { nvpmodel -q 2>/dev/null || sudo -n nvpmodel -q 2>/dev/null; } | head -n 4
@@ -107,7 +108,8 @@ def probe(board: Board) -> Probe:
     """
     output = board.run(f"sh -c {shlex.quote(PROBE)}").output
     parts = {m[1]: m[2].strip() for m in re.finditer(r"^@@(\w+)\n(.*?)(?=^@@)", output, re.MULTILINE | re.DOTALL)}
-    trtexec = parts.get("trtexec", "")
+    # what the shell says on stderr travels apart and may arrive in the middle; the path is what is printed last
+    trtexec = parts.get("trtexec", "").rpartition("\n")[2]
     if not trtexec:
         raise ToolMissing(
             f"no trtexec there (looked for {', '.join(LOCATIONS)})",

@@ -706,6 +706,12 @@ def test_the_power_mode_a_board_tells_is_named_as_in_the_catalogue(monkeypatch, 
     assert probe(Board("board")).power_mode == mode
 
 
+def test_an_error_of_the_shell_is_not_taken_for_a_part_of_trtexecs_path(monkeypatch):
+    said = "@@trtexec\nsh: cannot open /proc/x\n/usr/src/tensorrt/bin/trtexec\n@@help\n[TensorRT v100300]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    assert probe(Board("board")).trtexec == "/usr/src/tensorrt/bin/trtexec"
+
+
 class Counted(_Session):
     """A session whose runs take the times in `runs`; nothing is built."""
 
