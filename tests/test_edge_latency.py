@@ -23,6 +23,7 @@ from edge_targets.latency import (
     padded,
     predict,
     rates,
+    work_of,
 )
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import total_macs, walk
@@ -250,3 +251,32 @@ def test_only_boards_with_published_figures_get_the_band_of_known_boards(device)
 def test_predictions_of_an_older_baseline_stay_comparable(published):
     # gates compare predictions of one version: bands of unseen boards change no prediction, and so not the version
     assert fitted_model().version == published.fitted.version == "published-8b23568d"
+
+
+def test_a_prediction_keeps_its_circumstances_in_metric_and_document():
+    found = predict(RESNET50, ORIN, precision="fp16", batch=4, power_mode="30W")
+    metric = found.metric()
+    assert metric.low < metric.value < metric.high
+    assert (metric.batch, metric.precision, metric.power_mode, metric.device) == (4, "fp16", "30W", ORIN.name)
+    document = as_document(found)
+    assert (document["batch"], document["low_ms"], document["high_ms"]) == (4, metric.low, metric.high)
+    for shown, kernel in zip(document["layers"], found.kernels, strict=True):
+        assert shown["overhead_ms"] + shown["compute_ms"] + shown["memory_ms"] == pytest.approx(shown["ms"])
+        assert (shown["compute_ms"], shown["memory_ms"]) == (kernel.compute_ms, kernel.memory_ms)
+    assert any(k["compute_ms"] > 0 for k in document["layers"])
+
+
+@pytest.mark.parametrize("change", [{"power_mode": "30W"}, {"overrides": Overrides(gpu_mhz=700)}, {"batch": 3}])
+def test_the_cost_function_is_the_prediction_in_every_mode(change):
+    assert cost_function(ORIN, precision="int8", **change)(RESNET50) == pytest.approx(total(**change), rel=1e-9)
+    assert total(**change) != pytest.approx(total())
+
+
+def test_a_grouped_convolution_is_priced_by_its_groups():
+    dense = Kernel("c", "conv", pixels=196, in_width=256, width=256, taps=9, in_pixels=196)
+    grouped = dataclasses.replace(dense, groups=32)
+    work = {k.groups: work_of(k, batch=1, align=32, element_bytes=1, pad_kernels=False) for k in (dense, grouped)}
+    # 8 of 256 channels per group, which is what they are padded to
+    assert work[1].macs == 196 * 256 * 9 * 256
+    assert work[32].macs == 196 * 256 * 9 * 8
+    assert work[1].bytes - work[32].bytes == 256 * 9 * (256 - 8)
