@@ -137,6 +137,39 @@ def summarize(
     }
 
 
+def summarize_processes(
+    processes: Sequence[Sequence[float]],
+    *,
+    device: str,
+    runtime: str,
+    batch: int,
+    precision: str | None = None,
+    threads: int | None = None,
+    power_mode: str | None = None,
+) -> tuple[dict[str, Metric], tuple[float, ...]]:
+    """Return what `summarize` says of the samples of several processes, and the median of each process.
+
+    Every process counts alike (`even`). With more than one, ``p50_ms`` carries the range of their medians, smallest to
+    largest: what differs between processes shows in no single one, and samples of one are no independent witnesses of it.
+
+    Raises:
+        BadInput: There is no sample.
+    """
+    metrics = summarize(
+        [ms for process in even(processes) for ms in process],
+        device=device,
+        runtime=runtime,
+        batch=batch,
+        precision=precision,
+        threads=threads,
+        power_mode=power_mode,
+    )
+    medians = tuple(statistics.median(process) for process in processes)
+    if len(medians) > 1:
+        metrics["p50_ms"] = metrics["p50_ms"].model_copy(update={"low": min(medians), "high": max(medians)})
+    return metrics, medians
+
+
 def time_runner(runner: Runner, shape: tuple[int, int, int], *, batch: int, seconds: float, min_iterations: int) -> list[float]:
     """Return the latency of each call in ms, calling `runner` on random images for `seconds`, in this process."""
     import numpy as np
@@ -205,8 +238,7 @@ class Measured:
     """What was measured of one candidate.
 
     Attributes:
-        metrics: As `summarize` names them, over all processes; the band of ``p50_ms`` is that of the processes' medians, for
-            what differs between processes shows in no single one.
+        metrics: Of `summarize_processes`, over all processes.
         process_medians_ms: Median latency of each process, in order of time.
         runtime_options: Options, other than the runtime's defaults, that decide which kernels ran.
     """
@@ -249,17 +281,14 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
 
 
 def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options: dict[str, str]) -> Measured:
-    metrics = summarize(
-        [ms for process in even(samples) for ms in process],
+    metrics, medians = summarize_processes(
+        samples,
         device=cpu_name(),
         runtime=candidate.runtime,
         batch=candidate.batch,
         precision=candidate.precision,
         threads=cpu_threads(candidate.threads),
     )
-    medians = tuple(statistics.median(process) for process in samples)
-    if len(medians) > 1:
-        metrics["p50_ms"] = metrics["p50_ms"].model_copy(update={"low": min(medians), "high": max(medians)})
     return Measured(metrics, medians, options)
 
 

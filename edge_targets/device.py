@@ -38,11 +38,16 @@ class Figure(Frozen):
     verified: bool = True
 
 
+def mode_name(told: str) -> str:
+    """Return the name of a power mode without the ``MODE_`` that nvpmodel of some releases puts in front of it."""
+    return told[len("MODE_") :] if told.upper().startswith("MODE_") else told
+
+
 class PowerMode(Frozen):
     """One power mode of a board: it sets the number of active multiprocessors as well as the clocks.
 
     Attributes:
-        name: As ``nvpmodel -q`` prints it.
+        name: As ``nvpmodel -q`` prints it, without the ``MODE_`` that some releases put in front.
         nvpmodel: Its number for ``nvpmodel -m``, where known.
         sm_count: Active streaming multiprocessors.
         gpu_mhz: Cap of the GPU clock.
@@ -158,7 +163,9 @@ class Device(Frozen):
         return "fp16" if "fp16" in self.precisions else "fp32"
 
     def mode(self, name: str | None = None) -> PowerMode:
-        """Return the power mode called `name` (case does not count); without a name the one with the highest clocks.
+        """Return the power mode called `name`; without a name the one with the highest clocks.
+
+        Case does not count, nor does a ``MODE_`` in front.
 
         Raises:
             TargetError: The device has no such mode, or none at all.
@@ -168,7 +175,7 @@ class Device(Frozen):
         if name is None:
             return self.modes[0]
         for mode in self.modes:
-            if mode.name.lower() == name.lower():
+            if mode_name(mode.name).lower() == mode_name(name).lower():
                 return mode
         raise TargetError(f"{self.name} has no power mode '{name}'", remedy=nearest(name, [m.name for m in self.modes]))
 

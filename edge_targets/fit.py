@@ -289,6 +289,8 @@ def band_of(pool: Floats) -> float:
 def bands(groups: Sequence[Group], errors: Floats) -> dict[str, dict[str, float]]:
     """Return the band per architecture and precision: from all held-out errors of that precision class.
 
+    What was held out decides what the band is of: of a configuration of a known board, of a board, or of a network.
+
     float32 has a class of its own (fewer and older figures); float16 and INT8 share one.
     """
     low = np.array([g.precision != "fp32" for g in groups])
@@ -311,8 +313,23 @@ def coverage(groups: Sequence[Group], errors: Floats) -> tuple[float, float]:
     return float(np.mean(inside)), float(np.median(halves))
 
 
-def model_of(x: Floats, widths: dict[str, dict[str, float]]) -> Model:
-    """Return the fitted model with its bands."""
+def model_of(
+    x: Floats,
+    widths: dict[str, dict[str, float]],
+    *,
+    devices: Sequence[str],
+    unseen_device: dict[str, dict[str, float]],
+    unseen_network: dict[str, dict[str, float]],
+) -> Model:
+    """Return the fitted model with its bands.
+
+    Args:
+        x: The parameters.
+        widths: Bands of the boards that the fit has figures of.
+        devices: These boards, as the catalogue names them.
+        unseen_device: Bands of any other board.
+        unseen_network: Bands of a network that the fit has no figures of.
+    """
     architectures = {}
     for i, name in enumerate(ARCHITECTURES):
         own = x[_SHARED + i * _OWN : _SHARED + (i + 1) * _OWN]
@@ -322,9 +339,10 @@ def model_of(x: Floats, widths: dict[str, dict[str, float]]) -> Model:
             bandwidth=round(float(np.exp(-x[1] - own[1])), 4),
             compute=compute,
         )
+    # the bands of what is unseen stay out of it: gates compare predictions of one version, and these move none of them
     document = json.dumps([{n: vars(c) for n, c in architectures.items()}, widths, CLOCK_EXPONENT], sort_keys=True)
     version = "published-" + hashlib.sha256(document.encode()).hexdigest()[:8]
-    return Model(version, CLOCK_EXPONENT, architectures, widths)
+    return Model(version, CLOCK_EXPONENT, architectures, widths, tuple(devices), unseen_device, unseen_network)
 
 
 @dataclass(frozen=True)
@@ -355,18 +373,24 @@ class Report:
 def report() -> Report:
     """Return the fit to all groups and the errors of its cross-validation."""
     groups = load_groups()
-    errors = held_out(groups, by_group)
+    errors, device_errors, model_errors = (held_out(groups, key) for key in (by_group, by_device, by_model))
     share, half = coverage(groups, errors)
     x = fit(groups)
     return Report(
         groups=groups,
         group_errors=np.expm1(errors),
-        device_errors=np.expm1(held_out(groups, by_device)),
-        model_errors=np.expm1(held_out(groups, by_model)),
+        device_errors=np.expm1(device_errors),
+        model_errors=np.expm1(model_errors),
         coverage=share,
         half_width=half,
         mlperf_factor=float(np.exp(x[2])),
-        fitted=model_of(x, bands(groups, errors)),
+        fitted=model_of(
+            x,
+            bands(groups, errors),
+            devices=sorted({DEVICES[g.device] for g in groups}),
+            unseen_device=bands(groups, device_errors),
+            unseen_network=bands(groups, model_errors),
+        ),
     )
 
 
@@ -384,6 +408,13 @@ def table(found: Report) -> str:
             f"{np.median(size):.1%} (all); worst {size[low].max():.1%} (FP16 and INT8), {size.max():.1%} (all)"
         )
     lines.append(f"bands: {found.coverage:.0%} of held-out groups inside, median half-width {found.half_width:.0%}")
+    for title, widths in (
+        ("a board with published figures", found.fitted.bands),
+        ("any other board", found.fitted.unseen_device_bands),
+        ("a network unlike those published", found.fitted.unseen_network_bands),
+    ):
+        halves = ", ".join(f"{p} {math.expm1(width):.0%}" for p, width in widths["ampere"].items())
+        lines.append(f"band of {title}: up to {halves} above the prediction")
     lines.append(f"MLPerf entries: {found.mlperf_factor:.2f} of what the model says for a plain file")
     return "\n".join(lines)
 
@@ -396,6 +427,9 @@ def document_of(fitted: Model) -> dict[str, Any]:
         "clock_exponent": fitted.clock_exponent,
         "architectures": {n: vars(c) for n, c in fitted.architectures.items()},
         "bands": fitted.bands,
+        "devices": fitted.devices,
+        "unseen_device_bands": fitted.unseen_device_bands,
+        "unseen_network_bands": fitted.unseen_network_bands,
     }
 
 

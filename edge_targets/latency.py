@@ -56,16 +56,23 @@ class Model:
     """The whole fitted model.
 
     Attributes:
-        version: Changes whenever a constant does.
+        version: Changes whenever a constant or a band of a known board does.
         clock_exponent: How the overhead grows as the GPU clock falls.
         architectures: Constants per GPU architecture.
-        bands: Per architecture and precision, the half-width of the band in log space.
+        bands: Per architecture and precision, the half-width of the band in log space, for boards in `devices`.
+        devices: Boards with published figures in the fit.
+        unseen_device_bands: As `bands`, for any other board: from errors with whole devices held out.
+        unseen_network_bands: As `bands`, from errors with whole networks held out. Nothing here tells whether a network is
+            like a published one, so no prediction carries them: docs/latency.md says when to reckon with them.
     """
 
     version: str
     clock_exponent: float
     architectures: Mapping[str, Constants]
     bands: Mapping[str, Mapping[str, float]]
+    devices: tuple[str, ...]
+    unseen_device_bands: Mapping[str, Mapping[str, float]]
+    unseen_network_bands: Mapping[str, Mapping[str, float]]
 
 
 @cache
@@ -77,6 +84,9 @@ def fitted_model() -> Model:
         clock_exponent=document["clock_exponent"],
         architectures={name: Constants(**c) for name, c in document["architectures"].items()},
         bands=document["bands"],
+        devices=tuple(document["devices"]),
+        unseen_device_bands=document["unseen_device_bands"],
+        unseen_network_bands=document["unseen_network_bands"],
     )
 
 
@@ -145,6 +155,7 @@ class LatencyPrediction:
         gpu_mhz: GPU clock.
         emc_mhz: Memory clock.
         model: Version of the constants.
+        notes: What to know before trusting the band.
     """
 
     p50_ms: float
@@ -159,6 +170,7 @@ class LatencyPrediction:
     gpu_mhz: float
     emc_mhz: float
     model: str
+    notes: tuple[str, ...] = ()
 
     def metric(self) -> Metric:
         """Return the latency as a predicted `Metric` with its band."""
@@ -296,7 +308,8 @@ def _no_model(device: Device) -> TargetError:
 
 
 LIKE = {"blackwell": "ampere"}
-"""Architectures without published ResNet latencies, and whose constants stand in; their bands are twice as wide."""
+"""Architectures without published ResNet latencies, and whose constants stand in; their bands are twice as wide as those of
+other boards without published figures."""
 
 
 def _constants(device: Device, model: Model) -> Constants:
@@ -309,8 +322,19 @@ def _constants(device: Device, model: Model) -> Constants:
 def band(device: Device, precision: Precision, model: Model | None = None) -> float:
     """Return the half-width of the error band in log space: low = p50 / exp(band), high = p50 * exp(band)."""
     model = model or fitted_model()
-    known = model.bands[LIKE.get(device.architecture, device.architecture)][precision]
+    # with its own figures in the fit, a board is predicted far better than one that the fit never saw
+    bands = model.bands if device.name in model.devices else model.unseen_device_bands
+    known = bands[LIKE.get(device.architecture, device.architecture)][precision]
     return known * (2.0 if device.architecture in LIKE else 1.0)
+
+
+def board_notes(device: Device, model: Model | None = None) -> tuple[str, ...]:
+    """Return what to know about predictions for `device`: whether the constants were fitted without any figure of it."""
+    model = model or fitted_model()
+    if device.name in model.devices:
+        return ()
+    fitted_on = "other boards" if device.architecture not in LIKE else "boards of another GPU architecture"
+    return (f"no published figure of this board: the constants are fitted to {fitted_on}, and the band is wider for it",)
 
 
 def kernel_times(kernels: Sequence[Kernel], price: Rates, *, batch: int) -> list[KernelTime]:
@@ -383,6 +407,7 @@ def predict_kernels(
         gpu_mhz=gpu_mhz,
         emc_mhz=emc_mhz,
         model=fitted_model().version,
+        notes=board_notes(device),
     )
 
 
@@ -433,6 +458,7 @@ def as_document(prediction: LatencyPrediction) -> dict[str, Any]:
         "gpu_mhz": prediction.gpu_mhz,
         "emc_mhz": prediction.emc_mhz,
         "model": prediction.model,
+        "notes": list(prediction.notes),
         "layers": [
             {
                 "name": k.name,

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_targets import infer
-from edge_targets.benchmark import summarize
+from edge_targets.benchmark import summarize_processes
 from edge_targets.catalog import identify
-from edge_targets.device import Precision, Target
+from edge_targets.device import Precision, Target, mode_name
 from edge_targets.ssh import Board, Completed, WorkFolder
 from edge_targets.tensorrt_versions import Capabilities, capabilities
 from edge_targets.trtexec import (
@@ -85,6 +85,7 @@ class Probe:
 
 
 PROBE = r"""
+exec 2>/dev/null
 echo "@@model"; tr -d '\000' < /proc/device-tree/model 2>/dev/null; echo
 echo "@@free"; df -Pk "${TMPDIR:-/tmp}" 2>/dev/null | awk 'NR==2 {print $4}'
 echo "@@nvpmodel"; { nvpmodel -q 2>/dev/null || sudo -n nvpmodel -q 2>/dev/null; } | head -n 4
@@ -107,7 +108,8 @@ def probe(board: Board) -> Probe:
     """
     output = board.run(f"sh -c {shlex.quote(PROBE)}").output
     parts = {m[1]: m[2].strip() for m in re.finditer(r"^@@(\w+)\n(.*?)(?=^@@)", output, re.MULTILINE | re.DOTALL)}
-    trtexec = parts.get("trtexec", "")
+    # what the shell says on stderr travels apart and may arrive in the middle; the path is what is printed last
+    trtexec = parts.get("trtexec", "").rpartition("\n")[2]
     if not trtexec:
         raise ToolMissing(
             f"no trtexec there (looked for {', '.join(LOCATIONS)})",
@@ -127,7 +129,7 @@ def probe(board: Board) -> Probe:
         device=identify(model) if model else None,
         trtexec=trtexec,
         version=_dotted(version[1]),
-        power_mode=mode[1] if mode else None,
+        power_mode=mode_name(mode[1]) if mode else None,
         clocks=parts.get("clocks") or None,
         flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))),
         tegrastats=bool(parts.get("tegrastats")),
@@ -190,7 +192,8 @@ class Measured:
         engine: The engine, here.
         metrics: ``p50_ms`` and so on, at the first batch; ``batch<N>_p50_ms`` and ``batch<N>_images_per_s`` at the
             others; ``power_w``, ``images_per_s_per_w`` and ``memory_mb`` where they were watched.
-        spread: Coefficient of variation of the samples that count; the largest one of several runs.
+        spread: Coefficient of variation of the samples that count. Of several runs, the largest one; that of their medians
+            where it is larger still: runs that are each steady may disagree.
         stable: Whether the spread is small enough.
         log: What trtexec said.
         files: Everything fetched.
@@ -365,7 +368,10 @@ def deploy(
                 unscored = EnvironmentFailed(f"images cannot be kept here: {e}", remedy="free some space, or set TMPDIR")
     best = min(results, key=lambda r: r.metrics["p50_ms"].value)
     notes += session.notes
-    notes += [f"{r.precision}: spread {r.spread:.1%} after a second try, inconclusive" for r in results if not r.stable]
+    for r in results:
+        if not r.stable:
+            within = " within or between runs" if len(r.run_medians_ms) > 1 else ""
+            notes.append(f"{r.precision}: spread {r.spread:.1%}{within} after a second try, inconclusive")
     return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored)
 
 
@@ -399,7 +405,12 @@ class Timed:
     @property
     def spread(self) -> float:
         """Coefficient of variation of the samples."""
-        return statistics.pstdev(self.samples_ms) / statistics.fmean(self.samples_ms)
+        return variation(self.samples_ms)
+
+
+def variation(values_ms: Sequence[float]) -> float:
+    """Return the coefficient of variation: standard deviation over mean."""
+    return statistics.pstdev(values_ms) / statistics.fmean(values_ms)
 
 
 @dataclass
@@ -464,9 +475,8 @@ class _Session:
             timed = [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
             log = timed[-1].log
             files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
-            here = max(t.spread for t in timed)
-            summary = summarize(
-                [ms for t in timed for ms in t.samples_ms],
+            summary, found_medians = summarize_processes(
+                [t.samples_ms for t in timed],
                 device=self.device,
                 runtime="tensorrt",
                 batch=batch,
@@ -474,8 +484,9 @@ class _Session:
                 power_mode=self.found.power_mode,
             )
             if first:
-                medians = tuple(statistics.median(t.samples_ms) for t in timed)
-                metrics, spread, stable = {**summary, **metrics}, here, here <= UNSTABLE
+                medians = found_medians
+                spread = max(*(t.spread for t in timed), variation(medians))
+                metrics, stable = {**summary, **metrics}, spread <= UNSTABLE
                 metrics |= self.power([t.watched for t in timed if t.watched is not None], summary)
             else:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
@@ -575,7 +586,10 @@ class _Session:
         base = summary["p50_ms"].model_copy(update={"low": None, "high": None})
         metrics = {}
         if watched.power_w is not None:
-            metrics["power_w"] = base.model_copy(update={"value": watched.power_w, "unit": "W", "n": watched.samples})
+            if watched.power_of != AT_WORK:
+                note = "power is the median while trtexec ran: tegrastats does not tell when the GPU worked"
+                self.notes += [note] if note not in self.notes else []
+            metrics["power_w"] = base.model_copy(update={"value": watched.power_w, "unit": "W", "n": watched.power_lines})
             rate = summary["images_per_s"].value / watched.power_w
             metrics["images_per_s_per_w"] = base.model_copy(update={"value": rate, "unit": "images/s/W"})
         if watched.memory_mb is not None:
@@ -635,21 +649,35 @@ class _BoardRunner:
         self._folder.cleanup()
 
 
+AT_WORK, MEDIAN = "GPU at work", "median of all"
+
+WORKS = 0.5
+"""Share of the highest load of the GPU from which on it counts as working: while trtexec starts CUDA, loads the engine and
+ends, its load is next to nothing."""
+
+IDLE_PERCENT = 10
+"""Load of the GPU, in percent, that says nothing: on a DLA its highest load is that of the desktop."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """What tegrastats saw.
 
     Attributes:
-        power_w: Mean power of the module; None where no line tells it.
+        power_w: Power of the module while the GPU works, from the lines that `power_of` names; None where no line tells it.
         memory_mb: Largest memory in use.
         samples: Lines.
         unknown_rails: The power rails of a board of which it is not known whether and how they add up to the module.
+        power_of: ``GPU at work``, or ``median of all`` where no line tells that the GPU works.
+        power_lines: How many lines `power_w` is taken from.
     """
 
     power_w: float | None
     memory_mb: float | None
     samples: int
     unknown_rails: tuple[str, ...] = ()
+    power_of: str = AT_WORK
+    power_lines: int = 0
 
 
 TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
@@ -667,12 +695,16 @@ RAIL = re.compile(r"(?<!\S)([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
 
 
 def parse_tegrastats(text: str) -> Watched:
-    """Return mean power and largest memory of a tegrastats log.
+    """Return power while the GPU works and largest memory of a tegrastats log.
+
+    tegrastats runs as long as trtexec, which is idle at both ends; these lines are left out by ``GR3D_FREQ``, the load of the
+    GPU. Where that is not told, the median of all lines stands in: timing takes most of them.
 
     A line reads ``RAM 2448/7620MB (...) ... VDD_IN 5017mW/4987mW VDD_CPU_GPU_CV 1234mW/1200mW``: now and average of each
     rail; older releases write ``POM_5V_IN 2145/2145`` in mW without the unit.
     """
-    powers, memories = [], []
+    powers: list[tuple[float, int]] = []
+    memories = []
     unknown: dict[str, None] = {}
     for line in text.splitlines():
         ram = re.search(r"\bRAM (\d+)/\d+MB", line)
@@ -681,12 +713,21 @@ def parse_tegrastats(text: str) -> Watched:
         rails = {name: float(mw) / 1000.0 for name, mw in RAIL.findall(line)}
         known = next((r for r in (*((n,) for n in TOTAL_RAILS), *SUMMED_RAILS) if rails.keys() >= set(r)), None)
         if known is not None:
-            powers.append(sum(rails[n] for n in known))
+            load = re.search(r"\bGR3D_FREQ (\d+)%", line)
+            powers.append((sum(rails[n] for n in known), int(load[1]) if load else 0))
         else:
             unknown |= dict.fromkeys(rails)
+    highest = max((load for _, load in powers), default=0)
+    at_work = [w for w, load in powers if load >= WORKS * highest] if highest > IDLE_PERCENT else []
+    if at_work:
+        power: float | None = statistics.fmean(at_work)
+    else:
+        power = statistics.median(w for w, _ in powers) if powers else None
     return Watched(
-        statistics.fmean(powers) if powers else None,
+        power,
         max(memories) if memories else None,
         max(len(powers), len(memories)),
         () if powers else tuple(unknown),
+        AT_WORK if at_work else MEDIAN,
+        len(at_work or powers),
     )

@@ -7,6 +7,7 @@ board needs no more than a shell. What the start files of that shell print is to
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shlex
 import shutil
@@ -27,6 +28,18 @@ CONNECTION_FAILED = 255
 
 START_TIMEOUT_S = 60.0
 """Until a work folder must be there, besides the time to connect."""
+
+GRACE_S = 10.0
+"""Given to the board, after a time-out here, to end what still runs there."""
+
+LIMITED = r"""if timeout -k 5 1 true 2>/dev/null; then timeout -k 5 LIMIT sh -c COMMAND; else
+( n=0; while [ $n -lt LIMIT ] && kill -0 $$; do sleep 1; n=$((n + 1)); done; trap "" TERM; kill -s TERM -- -$$; sleep 5
+kill -s KILL -- -$$ ) < /dev/null > /dev/null 2>&1 &
+sh -c COMMAND; fi
+exit $?"""
+"""Runs COMMAND for LIMIT seconds at most, then ends it and what it started. ``timeout`` makes a process group of its own and
+ends that. Without it: sshd makes each command the leader of a group, which a loop beside it ends; as the loop looks every
+second whether the leader is still there, it does not outlive it by more."""
 
 BEGIN = "@@rescompress"
 """Line that separates what the board's shell prints when it starts from what was asked for."""
@@ -96,7 +109,9 @@ class Board:
             "-o", "ServerAliveCountMax=3",
         ]  # fmt: skip
         if self.control is not None:
-            options += ["-o", f"ControlMaster={'yes' if master else 'no'}", "-o", f"ControlPath={self.control}"]
+            # ssh reads an option like a line of its config: blanks end a word, and % begins a token
+            path = str(self.control).replace("%", "%%")
+            options += ["-o", f"ControlMaster={'yes' if master else 'no'}", "-o", f'ControlPath="{path}"']
         if self.config is not None:
             options = ["-F", str(self.config), *options]
         if self.port is not None:
@@ -106,8 +121,10 @@ class Board:
     def run(self, command: Sequence[str] | str, *, timeout_s: float = 60.0) -> Completed:
         """Run one command on the board and return its exit code and output.
 
+        A command that hangs is ended there too, with what it started: it would disturb the next measurement.
+
         Args:
-            command: Words, which are quoted, or a text for the shell of the board.
+            command: Words, which are quoted, or a text for ``sh`` on the board.
             timeout_s: Until it counts as hanging.
 
         Raises:
@@ -115,29 +132,38 @@ class Board:
             EnvironmentFailed: The connection failed, was lost, the command hangs, or the board's shell does not come to it.
         """
         text = command if isinstance(command, str) else shlex.join(command)
-        try:
-            done = subprocess.run(
-                # a shell that stays turns a death by signal into an exit code; ssh itself would say 255 for it
-                self.command(f"{PRINT_BEGIN}\n{text}\nexit $?"),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=timeout_s,
-            )
-        except subprocess.TimeoutExpired as e:
-            started = (e.output or b"").decode(errors="replace")
-            if started and f"{BEGIN}\n" not in started:
-                raise self.shell_error(started) from e
-            raise EnvironmentFailed(
-                f"did not answer within {timeout_s:g} s", where=f"{self.host}: {text}", remedy="is the board busy? try again"
-            ) from e
-        output = done.stdout.decode(errors="replace")
-        if done.returncode == CONNECTION_FAILED:
+        # the clock here starts first, so what it says decides
+        limited = LIMITED.replace("LIMIT", str(math.ceil(timeout_s))).replace("COMMAND", shlex.quote(text))
+        with subprocess.Popen(
+            # a shell that stays turns a death by signal into an exit code; ssh itself would say 255 for it
+            self.command(f"{PRINT_BEGIN}\n{limited}"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired as e:
+                started = (e.output or b"").decode(errors="replace")
+                if started and f"{BEGIN}\n" not in started:
+                    raise self.shell_error(started) from e
+                if started:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.communicate(timeout=GRACE_S)
+                raise EnvironmentFailed(
+                    f"did not answer within {timeout_s:g} s",
+                    where=f"{self.host}: {text}",
+                    remedy="is the board busy? try again",
+                ) from e
+            finally:
+                process.kill()
+        output = said.decode(errors="replace")
+        if process.returncode == CONNECTION_FAILED:
             raise self.connection_error(output)
         started, begin, asked = output.partition(f"{BEGIN}\n")
         if not begin:
             raise self.shell_error(started)
-        return Completed(done.returncode, asked)
+        return Completed(process.returncode, asked)
 
     def connection_error(self, output: str) -> EnvironmentFailed:
         """Return the error for what ssh said when it failed."""

@@ -29,12 +29,7 @@ class Capabilities(NamedTuple):
         precision_flags: ``--fp16`` and ``--int8`` (``BuilderFlag.FP16``, ``BuilderFlag.INT8``) exist.
         mem_pool_size: ``--memPoolSize`` (``set_memory_pool_limit``) exists; before it, ``--workspace``.
         skip_inference: The flag that builds without running.
-        transfers_default: Host-device copies are part of a run unless turned off.
-        spin_wait_default: Busy waiting is on unless turned off.
-        cuda_graph_default: CUDA graphs are on unless turned off.
-        separate_profile_default: Profiling always runs apart from timing, and the flag that asked for it is gone.
         explicit_batch_flag: The Python API needs ``EXPLICIT_BATCH`` to read ONNX.
-        inspector_io_key: Name of the list of inputs and outputs in the layer information.
         dla: DLA can be asked for.
     """
 
@@ -45,12 +40,7 @@ class Capabilities(NamedTuple):
     precision_flags: bool
     mem_pool_size: bool
     skip_inference: str
-    transfers_default: bool
-    spin_wait_default: bool
-    cuda_graph_default: bool
-    separate_profile_default: bool
     explicit_batch_flag: bool
-    inspector_io_key: str
     dla: bool
 
 
@@ -86,21 +76,15 @@ def capabilities(version: str | Version) -> Capabilities:
     if v < OLDEST:
         raise TargetError(f"TensorRT {v[0]}.{v[1]} is too old", remedy="8.2 (JetPack 4.6.1) is the oldest that reads INT8 Q/DQ")
     max_opset = next(o for since, o in (((11, 0), 25), ((10, 15), 24), ((9, 2), 19), ((8, 5), 17), OPSET_8_2) if v >= since)
-    new = v >= (11, 0)
     return Capabilities(
         version=v,
         opset=min(max_opset, 19),
         max_opset=max_opset,
         strongly_typed=v >= (10, 12),
-        precision_flags=not new,
+        precision_flags=v < (11, 0),
         mem_pool_size=v >= (8, 4),
         skip_inference="--skipInference" if v >= (8, 6) else "--buildOnly",
-        transfers_default=not new,
-        spin_wait_default=new,
-        cuda_graph_default=new,
-        separate_profile_default=new,
         explicit_batch_flag=v < (10, 0),
-        inspector_io_key="I/O Tensors" if new else "Bindings",
         dla=not (10, 8) <= v < (11, 4),
     )
 

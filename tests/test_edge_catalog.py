@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from edge_targets import catalog
+from edge_targets import catalog, tensorrt_versions
 from edge_targets.device import Figure, base_precision
-from edge_targets.tensorrt_versions import capabilities, parse_version
+from edge_targets.tensorrt_versions import Capabilities, capabilities, parse_version
 from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
 
@@ -188,8 +189,14 @@ def test_the_version_table_row_by_row(version, max_opset, strong, flags, build_f
     assert (row.max_opset, row.strongly_typed, row.precision_flags) == (max_opset, strong, flags)
     assert (row.skip_inference, row.mem_pool_size) == (build_flag, pool)
     assert row.opset <= min(row.max_opset, 19)
-    assert row.inspector_io_key == ("I/O Tensors" if version.startswith("11") else "Bindings")
     assert row.explicit_batch_flag == version.startswith("8")
+
+
+def test_the_version_table_holds_nothing_that_nobody_reads():
+    folder = Path(tensorrt_versions.__file__).parent
+    readers = [p for top in (folder, folder.parent / "rescompress") for p in top.rglob("*.py")]
+    text = "".join(p.read_text() for p in readers if p.name != Path(tensorrt_versions.__file__).name)
+    assert [name for name in Capabilities._fields if not re.search(rf"\.{name}\b", text)] == []
 
 
 def test_too_old_a_version_is_refused():

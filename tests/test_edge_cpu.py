@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -276,7 +277,7 @@ def test_bench_measures_and_has_the_promised_keys(tmp_path):
         assert "predict" in err
 
 
-def row(target, precision, p50):
+def row(target, precision, p50, processes=5):
     return {
         "model": f"{precision}.onnx",
         "target": target,
@@ -285,6 +286,7 @@ def row(target, precision, p50):
         "p50_ms": p50,
         "p50_low_ms": p50 * 0.98,
         "p50_high_ms": p50 * 1.02,
+        "latency_runs": [p50] * processes,
     }
 
 
@@ -295,3 +297,82 @@ def test_the_table_says_where_int8_is_slower_and_which_runtime_is_better():
     assert not any("slower" in n and "on cpu:" in n for n in notes)
     assert any("fastest: int8.onnx on cpu " in n for n in notes)
     assert bench_command._notes([row("cpu", "fp32", 30.0), row("cpu", "int8", 30.5)]) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 5])
+def test_few_processes_decide_nothing(processes):
+    rows = [row("cpu-ort", "fp32", 30.0, processes), row("cpu", "int8", 10.0, 5), row("cpu", "fp32", 5.0, 5)]
+    notes = bench_command._notes(rows)
+    assert (f"{processes} process" in notes[0]) == (processes < 5)
+    assert ("INT8 is slower" in notes[0]) == (processes == 5)
+    assert len(notes) == (1 if processes < 5 else 2)
+    assert bench_command._notes(rows[:1]) == []
+
+
+@pytest.mark.parametrize(("processes", "head"), [(1, "95 % in 1 process"), (2, "range of 2 processes")])
+def test_the_table_says_what_its_interval_is(processes, head):
+    more = {"device": "d", "threads": 1, "p90_ms": 1.0, "p99_ms": 1.0, "spread": 0.1, "images_per_s": 1.0, "n": 9}
+    table = bench_command._table([row("cpu", "fp32", 1.0, processes) | more])
+    assert head in [c.header for c in table.columns]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_the_range_of_processes_holds_the_true_median_as_often_as_the_docs_say(processes):
+    medians = np.random.default_rng(0).standard_normal((20000, processes))
+    inside = np.mean((medians.min(axis=1) <= 0) & (medians.max(axis=1) >= 0))
+    assert inside == pytest.approx(1 - 2 * 0.5**processes, abs=0.01)
+
+
+def test_a_call_is_timed_in_ms_at_the_batch_and_as_often_as_asked():
+    shapes = []
+
+    def runner(x):
+        shapes.append(x.shape)
+        time.sleep(0.02)
+
+    samples = benchmark.time_runner(runner, (3, 4, 5), batch=2, seconds=0.0, min_iterations=3)
+    assert 15 < np.median(samples) < 100
+    assert len(samples) == 3
+    assert set(shapes) == {(2, 3, 4, 5)}
+
+
+class Worker:
+    """A measuring process that notes what it is asked, in place of one."""
+
+    def __init__(self, asked, samples):
+        self.asked, self.samples, self.runtime_options = asked, samples, {}
+
+    def ask(self, question):
+        self.asked.append(question)
+        return {"samples_ms": self.samples}
+
+
+def test_a_warm_up_comes_first_and_every_process_counts_alike(monkeypatch):
+    asked, runs = [], iter([[1.0] * 300, [3.0] * 100])
+    monkeypatch.setattr(benchmark, "_worker", lambda candidate: contextlib.nullcontext(Worker(asked, next(runs))))
+    effort = Effort(warmup_s=0.7, seconds=8.0, rounds=2, min_iterations=9)
+    (found,) = measure_processes([Candidate(Path("m"), "onnxruntime", (3, 8, 8))], effort=effort)
+    assert asked == [{"seconds": s, "min_iterations": 9} for s in (0.7, 4.0)] * 2
+    assert found.metrics["mean_ms"].value == pytest.approx(2.0)
+    assert found.metrics["p50_ms"].n == 200
+
+
+def test_a_measuring_process_gets_its_threads(monkeypatch):
+    given_environment, given_first, given_threads = {}, {}, []
+
+    def popen(words, env, **more):
+        given_environment.update(env)
+        return mock.MagicMock()
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", popen)
+    monkeypatch.setattr(benchmark._Worker, "ask", lambda worker, first: given_first.update(first) or {"options": {}})
+    with benchmark._worker(Candidate(Path("m"), "onnxruntime", (3, 8, 8), threads=3)):
+        assert (given_environment["OMP_NUM_THREADS"], given_first["threads"]) == ("3", 3)
+
+    def runner(path, *, threads, batch):
+        given_threads.append(threads)
+        return contextlib.nullcontext(lambda x: x)
+
+    monkeypatch.setattr(plugins, "load", lambda *names, **more: mock.Mock(runner=runner))
+    benchmark._serve(io.StringIO(json.dumps({**given_first, "shape": [3, 8, 8]}) + "\n"), io.StringIO())
+    assert given_threads == [3]

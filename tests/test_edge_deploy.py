@@ -26,10 +26,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
-from edge_targets.remote import DeployOptions, Probe, _Session, parse_tegrastats
+from edge_targets.benchmark import summarize
+from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats, probe
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
+from edge_targets.trtexec_log import TrtexecLog
 from rescompress.cli.app import main
+from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
@@ -510,6 +513,17 @@ def test_hosts_that_ssh_would_misread_are_refused():
             Board(host)
 
 
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh here")
+@pytest.mark.parametrize("folder", ["plain", "with blank", "50%h", "a 'quote' %% b"])
+def test_ssh_reads_the_path_of_the_shared_connection_as_it_is(tmp_path, folder):
+    control = tmp_path / folder / "s"
+    command = Board("board", config=Path("/dev/null"), control=control).command("true")
+    # -G prints the configuration as ssh reads it, tokens replaced, and connects to nothing
+    said = subprocess.run(["ssh", "-G", *command[1:-1]], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert f"controlpath {control}" in said.stdout.splitlines()
+
+
 @dataclass(frozen=True)
 class LocalBoard(Board):
     """This machine as a board: a shell that runs `start` before each command, in place of ssh."""
@@ -575,6 +589,48 @@ def test_a_shell_that_never_comes_to_the_command_is_refused(tmp_path, monkeypatc
         with pytest.raises(EnvironmentFailed, match="does not come to the command"):
             board.get(f"{tmp_path}/sent", tmp_path / "fetched")
         assert not (tmp_path / "fetched").exists()
+
+
+@dataclass(frozen=True)
+class OwnGroup(LocalBoard):
+    """The same with a process group per command, as sshd makes it."""
+
+    def command(self, remote, *, master=False):
+        return ["setsid", *super().command(remote)]
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="no setsid here")
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("has_timeout", [True, False], ids=["timeout", "no timeout"])
+def test_a_command_that_hangs_is_ended_on_the_board_with_what_it_started(tmp_path, no_hang, shell, has_timeout):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    for tool in ("sh", "sleep", "true", *(("timeout",) if has_timeout else ())):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    board = OwnGroup("local", shell=str(shutil.which(shell)), start=f"PATH='{tmp_path}'")
+    assert board.run("echo quick; exit 3", timeout_s=30) == ssh.Completed(3, "quick\n")
+    script = f"sleep 600 & echo $! > '{tmp_path}/watcher'; echo $$ > '{tmp_path}/command'; sleep 600; echo on"
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFailed, match=r"did not answer within 0\.2 s"):
+        board.run(script, timeout_s=0.2)
+    assert time.monotonic() - started < ssh.GRACE_S
+    pids = [int((tmp_path / name).read_text()) for name in ("watcher", "command")]
+    left = [pid for pid in pids if running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def running(pid):
+    """Return whether a process runs; one that ended and that nobody asked after does not."""
+    for _ in range(20):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_work_folder_that_cannot_be_made_is_told(monkeypatch, no_hang):
@@ -645,6 +701,73 @@ def test_samples_log_and_power_are_of_one_attempt(tmp_path, no_hang, times, atte
     assert len(list(session.out.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("told", "mode"), [("MODE_30W", "30W"), ("MAXN_SUPER", "MAXN_SUPER"), ("", None)])
+def test_the_power_mode_a_board_tells_is_named_as_in_the_catalogue(monkeypatch, told, mode):
+    said = f"@@nvpmodel\nNV Power Mode: {told}\n@@trtexec\ntrtexec\n@@help\n[TensorRT v100300]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    assert probe(Board("board")).power_mode == mode
+
+
+def test_an_error_of_the_shell_is_not_taken_for_a_part_of_trtexecs_path(monkeypatch):
+    said = "@@trtexec\nsh: cannot open /proc/x\n/usr/src/tensorrt/bin/trtexec\n@@help\n[TensorRT v100300]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    assert probe(Board("board")).trtexec == "/usr/src/tensorrt/bin/trtexec"
+
+
+class Counted(_Session):
+    """A session whose runs take the times in `runs`; nothing is built."""
+
+    runs = ()
+
+    def run(self, command, log, **more):
+        write_text(log, "")
+        return TrtexecLog("passed")
+
+    def time(self, name, batch, command, number):
+        times = self.out / f"{name}.batch{batch}.run{number}.times.json"
+        write_text(times, "[]")
+        write_text(times.with_suffix(".log"), "")
+        return Timed(tuple(self.runs[number - 1]), TrtexecLog("passed"), times, None)
+
+
+class Files:
+    """A board that keeps nothing and gives empty files."""
+
+    host = "board"
+
+    def put(self, local, remote):
+        pass
+
+    def get(self, remote, local):
+        local.write_text('{"Layers": []}' if "layers" in remote else "[]")
+
+
+@pytest.mark.parametrize(
+    ("runs", "stable"),
+    [
+        (([0.5] * 2000, [1.0] * 1000), False),
+        (([0.5] * 2000, [0.51] * 1000), True),
+        (([0.5] * 2000, [0.5, 1.0] * 500), False),
+        (([0.5] * 20,), True),
+    ],
+    ids=["runs disagree", "runs agree", "one run is not steady", "one run"],
+)
+def test_every_run_counts_alike_and_runs_that_disagree_are_not_stable(tmp_path, runs, stable):
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
+    options = DeployOptions(runs=len(runs))
+    session = Counted(Files(), found, capabilities("10.3"), options, tmp_path, "/w", "board", [], lambda text: None)
+    session.runs = runs
+    measured = session.measure(Job("int8", tmp_path / "m.onnx"))
+    p50 = measured.metrics["p50_ms"]
+    medians = tuple(float(np.median(r)) for r in runs)
+    assert measured.stable == stable
+    assert measured.run_medians_ms == pytest.approx(medians)
+    assert (p50.low, p50.high) == pytest.approx((min(medians), max(medians)))
+    assert p50.n == len(runs) * min(len(r) for r in runs)
+    assert measured.metrics["mean_ms"].value == pytest.approx(np.mean([np.mean(r) for r in runs]))
+
+
 def test_tegrastats():
     new = (
         "01-01-1970 00:00:01 RAM 2448/7620MB (lfb 4x4MB) GR3D_FREQ 99% VDD_IN 5000mW/4900mW VDD_CPU_GPU_CV 1234mW/1200mW\n"
@@ -654,6 +777,35 @@ def test_tegrastats():
     assert (found.power_w, found.memory_mb, found.samples) == (6.0, 2500.0, 2)
     assert parse_tegrastats("RAM 1/2MB POM_5V_IN 2145/2145 POM_5V_GPU 80/80").power_w == pytest.approx(2.145)
     assert parse_tegrastats("").power_w is None
+
+
+def tegrastats_log(*lines):
+    """Return a log: of each W, how many lines and the load of the GPU in percent (None where it is not told)."""
+    shown = [(w, "" if load is None else f"GR3D_FREQ {load}%@[611]") for w, count, load in lines for _ in range(count)]
+    return "\n".join(f"RAM 3000/15389MB CPU [1%@729] {load} VDD_IN {w}000mW/1mW" for w, load in shown)
+
+
+@pytest.mark.parametrize(
+    ("lines", "power_w", "power_of", "n"),
+    [
+        (((5, 30, 0), (15, 105, 99), (5, 5, 0)), 15.0, "GPU at work", 105),
+        (((5, 30, 0), (14, 50, 62), (16, 50, 99), (7, 5, 30)), 15.0, "GPU at work", 100),
+        (((5, 30, None), (15, 105, None)), 15.0, "median of all", 135),
+        (((5, 30, 0), (9, 105, 0), (8, 1, 4)), 9.0, "median of all", 136),
+    ],
+    ids=["idle at both ends", "load varies", "load not told", "on a DLA"],
+)
+def test_power_is_that_of_the_time_when_the_gpu_works(tmp_path, lines, power_w, power_of, n):
+    log = tegrastats_log(*lines)
+    found = parse_tegrastats(log)
+    assert (found.power_w, found.power_of, found.power_lines) == (pytest.approx(power_w), power_of, n)
+    (tmp_path / "log").write_text(log)
+    session = session_with(tmp_path, tmp_path, shell="bash")
+    about = {"device": "board", "runtime": "tensorrt", "batch": 1}
+    metrics = session.power([str(tmp_path / "log")], summarize([2.0] * 10, **about))
+    assert (metrics["power_w"].value, metrics["power_w"].n) == (pytest.approx(power_w), n)
+    assert metrics["images_per_s_per_w"].value == pytest.approx(500 / power_w)
+    assert bool(session.notes) == (power_of == "median of all")
 
 
 @pytest.mark.parametrize(

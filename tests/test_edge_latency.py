@@ -13,7 +13,18 @@ from compress.zoo import spec
 from edge_targets import fit
 from edge_targets.catalog import all_targets, load_device
 from edge_targets.kernels import Kernel, fuse
-from edge_targets.latency import CONSTANTS, Overrides, cost_function, kernel_times, padded, predict, rates
+from edge_targets.latency import (
+    CONSTANTS,
+    Overrides,
+    as_document,
+    cost_function,
+    fitted_model,
+    kernel_times,
+    padded,
+    predict,
+    rates,
+    work_of,
+)
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import total_macs, walk
 
@@ -159,6 +170,14 @@ def _timed(cost):
     return time.perf_counter() - start
 
 
+@pytest.mark.parametrize("told", ["30W", "MODE_30W", "mode_30w"])
+def test_a_power_mode_is_found_by_what_nvpmodel_says_of_it(told):
+    assert ORIN.mode(told).name == "30W"
+    assert total(power_mode=told) == total(power_mode="30W")
+    own = ORIN.mode("30W").model_copy(update={"name": "MODE_30W"})
+    assert ORIN.model_copy(update={"modes": (own,)}).mode(told) is own
+
+
 def test_power_modes_change_multiprocessors_as_well_as_clocks():
     fast, slow = total(), total(power_mode="30w")
     by_clock_alone = total(overrides=Overrides(gpu_mhz=612))
@@ -192,3 +211,72 @@ def test_what_cannot_be_predicted_is_refused():
         total(batch=0)
     with pytest.raises(BadInput):
         Overrides(gpu_mhz=-1.0)
+
+
+def log_errors_of(relative):
+    return np.abs(np.log1p(relative))
+
+
+@pytest.mark.parametrize(
+    ("errors", "stored"),
+    [("group_errors", "bands"), ("device_errors", "unseen_device_bands"), ("model_errors", "unseen_network_bands")],
+)
+def test_a_band_holds_its_share_of_the_errors_it_is_made_for(published, errors, stored):
+    document = json.loads(CONSTANTS.read_text())[stored]
+    assert document == getattr(published.fitted, stored)
+    found = log_errors_of(getattr(published, errors))
+    low = np.array([g.precision != "fp32" for g in published.groups])
+    for pool, precision in ((found[~low], "fp32"), (found[low], "fp16"), (found[low], "int8")):
+        # the narrowest width among the errors themselves that holds the share; stored rounded to three digits
+        narrowest = min(w for w in pool if np.mean(pool <= w) >= fit.COVERAGE)
+        assert document["ampere"][precision] == pytest.approx(narrowest, abs=6e-4)
+
+
+@pytest.mark.parametrize("device", JETSONS, ids=lambda d: d.name)
+def test_only_boards_with_published_figures_get_the_band_of_known_boards(device):
+    named = {fit.DEVICES[g.device] for g in fit.load_groups()}
+    model = fitted_model()
+    found = predict(walk(spec("resnet20")), device, precision="fp16")
+    half = np.log(found.high_ms / found.p50_ms)
+    assert set(model.devices) == named
+    if device.name in named:
+        assert half == pytest.approx(model.bands[device.architecture]["fp16"])
+        assert found.notes == ()
+    else:
+        assert half >= model.unseen_device_bands["ampere"]["fp16"] - 1e-9
+        assert "no published figure of this board" in found.notes[0]
+    assert as_document(found)["notes"] == list(found.notes)
+
+
+def test_predictions_of_an_older_baseline_stay_comparable(published):
+    # gates compare predictions of one version: bands of unseen boards change no prediction, and so not the version
+    assert fitted_model().version == published.fitted.version == "published-8b23568d"
+
+
+def test_a_prediction_keeps_its_circumstances_in_metric_and_document():
+    found = predict(RESNET50, ORIN, precision="fp16", batch=4, power_mode="30W")
+    metric = found.metric()
+    assert metric.low < metric.value < metric.high
+    assert (metric.batch, metric.precision, metric.power_mode, metric.device) == (4, "fp16", "30W", ORIN.name)
+    document = as_document(found)
+    assert (document["batch"], document["low_ms"], document["high_ms"]) == (4, metric.low, metric.high)
+    for shown, kernel in zip(document["layers"], found.kernels, strict=True):
+        assert shown["overhead_ms"] + shown["compute_ms"] + shown["memory_ms"] == pytest.approx(shown["ms"])
+        assert (shown["compute_ms"], shown["memory_ms"]) == (kernel.compute_ms, kernel.memory_ms)
+    assert any(k["compute_ms"] > 0 for k in document["layers"])
+
+
+@pytest.mark.parametrize("change", [{"power_mode": "30W"}, {"overrides": Overrides(gpu_mhz=700)}, {"batch": 3}])
+def test_the_cost_function_is_the_prediction_in_every_mode(change):
+    assert cost_function(ORIN, precision="int8", **change)(RESNET50) == pytest.approx(total(**change), rel=1e-9)
+    assert total(**change) != pytest.approx(total())
+
+
+def test_a_grouped_convolution_is_priced_by_its_groups():
+    dense = Kernel("c", "conv", pixels=196, in_width=256, width=256, taps=9, in_pixels=196)
+    grouped = dataclasses.replace(dense, groups=32)
+    work = {k.groups: work_of(k, batch=1, align=32, element_bytes=1, pad_kernels=False) for k in (dense, grouped)}
+    # 8 of 256 channels per group, which is what they are padded to
+    assert work[1].macs == 196 * 256 * 9 * 256
+    assert work[32].macs == 196 * 256 * 9 * 8
+    assert work[1].bytes - work[32].bytes == 256 * 9 * (256 - 8)

@@ -213,3 +213,21 @@ def test_json_files(tmp_path):
     times.write_text('[{"computeMs"')
     with pytest.raises(ModelFileError):
         read_times(times)
+
+
+def test_the_last_word_of_a_log_decides():
+    passed = "&&&& PASSED TensorRT.trtexec [TensorRT v100300] # trtexec"
+    assert parse_log(f"{passed}\n{passed.replace('PASSED', 'FAILED')}").status == "failed"
+    assert parse_log(f"{passed.replace('PASSED', 'FAILED')}\n{passed}").status == "passed"
+
+
+def test_a_log_tells_size_and_time_of_the_build():
+    log = parse_log("[I] Engine built in 41.5 sec.\n[I] Created engine with size: 25.3 MiB\n")
+    assert (log.build_s, log.engine_mib) == (41.5, 25.3)
+
+
+def test_a_profile_tells_the_share_of_a_layer(tmp_path):
+    rows = [{"count": 3}, {"name": "a", "timeMs": 3, "averageMs": 1.0, "percentage": 25.5}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (row,) = read_profile(tmp_path / "p.json")
+    assert (row.name, row.average_ms, row.percent) == ("a", 1.0, 25.5)

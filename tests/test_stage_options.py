@@ -34,7 +34,7 @@ from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.pipeline import run_stages
-from rescompress.plan import Settings, run_plan
+from rescompress.settings import Settings, run_plan
 from rescompress.reporter import Silent
 
 SEED = 5

@@ -163,7 +163,7 @@ def predict(
         overrides=Overrides(sm_count, gpu_mhz, emc_mhz),
     )
     document = {"model_file": model, "target": chosen.name, "alias": chosen.alias, **as_document(prediction)}
-    output.result(document, _prediction_table(document, slowest), _summary(document))
+    output.result(document, _prediction_table(document, slowest), _summary(document), *document["notes"])
 
 
 def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[Kernel], str | None, int | None]:

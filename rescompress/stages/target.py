@@ -197,6 +197,7 @@ def _prepare_and_predict(
         "layers": [{"name": k.name, "ms": k.ms} for k in predicted.kernels],
         "layers_provenance": "predicted",
     }
+    details["notes"] += predicted.notes
 
 
 def _float_twin(context: Context, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Path | None:
