@@ -20,8 +20,9 @@ from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
 from rescompress.fingerprint import data_identity
 from rescompress.pipeline import _key, run_stages
-from rescompress.plan import Builder, Settings
+from rescompress.plan import Builder
 from rescompress.reporter import Silent
+from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome, Stage
 
 

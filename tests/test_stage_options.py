@@ -34,8 +34,9 @@ from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.pipeline import run_stages
-from rescompress.settings import Settings, run_plan
+from rescompress.plan import run_plan
 from rescompress.reporter import Silent
+from rescompress.settings import Settings
 
 SEED = 5
 LR = 0.0123
