@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,7 +26,7 @@ from compress.checkpoints import load_checkpoint
 from compress.prune import method_names
 from compress.resnet import build_model
 from edge_targets.catalog import target_names
-from rescompress.cli import compress, options
+from rescompress.cli import compress, doctor, options
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.output import Output
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, load_config
@@ -252,6 +254,29 @@ def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
     done = call("inspect", "evil.pt", cwd=tmp_path, code=5)
     assert "system" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_doctor_knows_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)  # what is installed may be older than pyproject.toml
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = doctor.dependencies(doctor._stated())
+    assert found.keys() == doctor.PURPOSES.keys()
+    assert sum(extra is None for extra in found.values()) == len(project["dependencies"])
+    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev"}
+    stated = ["SciPy>=1.11; extra == 'fit'", "torch", "ruff; extra == 'dev'"]
+    assert doctor.dependencies(stated) == {"torch": None, "scipy": "fit"}
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    folders = ("docs", "rescompress", "compress", "export", "edge_targets")
+    files = [ROOT / "README.md", *(p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in {".md", ".py"})]
+    named = {name for p in files for name in re.findall(r"rescompress\[([a-z,-]+)\]", p.read_text(encoding="utf-8"))}
+    assert "rtx" in named
+    assert {extra for part in named for extra in part.split(",")} <= extras.keys()
 
 
 def test_a_foreign_sibling_is_named(tmp_path: Path) -> None:
