@@ -256,6 +256,14 @@ def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_verbose_tells_what_a_command_took(rescompress: Command, tmp_path: Path) -> None:
+    assert re.search(r"^took \d+\.\d s, at most \d+ MiB of memory$", rescompress("methods", "-v", cwd=tmp_path).stderr, re.M)
+    assert "took" in rescompress("inspect", "absent.pt", "-v", cwd=tmp_path, code=5).stderr, (
+        "a command that failed took time, too"
+    )
+    assert "took" not in rescompress("methods", cwd=tmp_path).stderr
+
+
 def test_doctor_knows_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_installed(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -50,9 +50,6 @@ class Calibration(StrEnum):
     mse = "mse"
 
 
-Fraction = Annotated[float | None, typer.Option(show_default=False)]
-
-
 @app.command()
 def prune(
     ctx: typer.Context,
