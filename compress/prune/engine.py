@@ -114,7 +114,7 @@ def prune(
         bn_recalibration: Whether BatchNorm statistics are measured again on the images at the end; by default where
             there are images and the method repairs nothing itself.
         repair: Whether the method makes up for what it removed. Without it the weights that stay are those of the network,
-            a much worse start, no worse an end after ten epochs of training (docs/decisions/26).
+            a much worse start, no worse an end after ten epochs of training (docs/decisions/0026).
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
