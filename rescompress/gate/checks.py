@@ -37,6 +37,9 @@ BESIDE = "dense_latency_runs"
 VERSION = "runtime_version"
 """The same of the runtime's version."""
 
+EXACT = {"size": "size_bytes", "macs": "macs", "params": "params"}
+"""Metric by the name of its check, whose limit is ``max_<name>``: figures without noise, of the stage that counts."""
+
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
 
@@ -56,7 +59,7 @@ class Run:
     manifest: Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One question and its answer.
 
@@ -79,13 +82,13 @@ class Check:
     verdict: Verdict
     value: float | None
     limit: float
-    unit: Literal["points", "ratio"]
-    interval: tuple[float, float] | None
-    bounds: tuple[float, float] | None
-    baseline: str
+    unit: Literal["points", "ratio"] = "ratio"
+    interval: tuple[float, float] | None = None
+    bounds: tuple[float, float] | None = None
+    baseline: str = ""
     candidate: str
-    stale: bool
-    samples_needed: int | None
+    stale: bool = False
+    samples_needed: int | None = None
     message: str
 
 
@@ -143,14 +146,11 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     checks: list[Check] = []
     notes: list[str] = []
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
-    if limits.max_drop is not None and not math.isinf(limits.max_drop):
+    if limits.max_drop is not None:
         checks.append(_accuracy(candidate, baseline, stages, limits.max_drop))
-    for name, metric, limit in (
-        ("size", "size_bytes", limits.max_size),
-        ("macs", "macs", limits.max_macs),
-        ("params", "params", limits.max_params),
-    ):
-        if limit is not None and not math.isinf(limit):
+    for name, metric in EXACT.items():
+        limit = getattr(limits, f"max_{name}")
+        if limit is not None:
             pair = figure(candidate.manifest, stages[0], metric), figure(baseline.manifest, stages[1], metric)
             if pair[0] is None or pair[1] is None:
                 notes.append(f"{name} is not compared: {_lacking(pair, candidate, baseline)} no {metric}")
@@ -334,13 +334,9 @@ def _without_noise(
         verdict="fail" if ratio > limit else "pass",
         value=ratio,
         limit=limit,
-        unit="ratio",
-        interval=None,
-        bounds=None,
         baseline=texts[0],
         candidate=texts[1],
         stale=ratio * limit < 1,
-        samples_needed=None,
         message=f"{texts[1]} against {texts[0]}, {ratio:.3f} {words}; the limit is {limit:g}",
     )
 
@@ -351,13 +347,7 @@ def _stage_failed(result: StageResult) -> Check:
         verdict="fail",
         value=None,
         limit=0.0,
-        unit="ratio",
-        interval=None,
-        bounds=None,
-        baseline="",
         candidate="failed",
-        stale=False,
-        samples_needed=None,
         message=f"the candidate failed here: {result.reason or 'no reason given'}",
     )
 
@@ -497,13 +487,11 @@ def _measured(
         verdict=verdict,
         value=value,
         limit=limit,
-        unit="ratio",
         interval=(low, high),
         bounds=(lower, upper),
         baseline=texts[0],
         candidate=texts[1],
         stale=upper * limit < 1,
-        samples_needed=None,
         message=message,
     )
 
@@ -518,13 +506,8 @@ def _undecided(target: str, limit: float, why: str, baseline: StageResult | None
         verdict="inconclusive",
         value=None,
         limit=limit,
-        unit="ratio",
-        interval=None,
-        bounds=None,
         baseline=text(baseline),
         candidate=text(candidate),
-        stale=False,
-        samples_needed=None,
         message=f"cannot be compared: {why}",
     )
 
