@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
@@ -29,7 +31,7 @@ from edge_targets.catalog import target_names
 from rescompress.cli import compress, doctor, options
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.output import Output
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, load_config
+from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig, load_config
 from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
@@ -120,12 +122,37 @@ def test_the_shell_completes_methods_and_targets() -> None:
     assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
 
 
-def test_the_commands_of_the_contract_are_there() -> None:
-    contract = (
-        "inspect prune finetune quantize sensitivity export evaluate bench deploy lint init run compare report gate targets"
-    )
-    contract += " methods formats doctor predict"
-    assert set(contract.split()) == set(COMMANDS)
+def test_the_tables_of_commands_name_every_command() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("\n\nEvery command")[0]
+    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS)
+    documents = (ROOT / "docs" / "run.md").read_text().partition("## The JSON documents")[2]
+    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS)
+
+
+def test_every_key_of_a_config_is_documented_with_its_default() -> None:
+    text = (ROOT / "docs" / "run.md").read_text().partition("## The folder")[0]
+    parts = re.split(r"^### (\w+)$", text, flags=re.M)
+    sections = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    models: dict[str, type[BaseModel]] = {"": RunConfig}
+    for name, field in RunConfig.model_fields.items():
+        below = [part for part in typing.get_args(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        models.update((name, part) for part in below)
+    assert sections.keys() == models.keys()
+    for name, model in models.items():
+        rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \| .+ \|$", sections[name], re.M)
+        assert [key for key, _ in rows] == list(model.model_fields), name
+        for key, default in rows:
+            field = model.model_fields[key]
+            if field.is_required():
+                assert default == "required"
+            else:
+                usual = json.loads(json.dumps(field.get_default(call_default_factory=True)))
+                assert yaml.safe_load(default) == usual, f"{name}.{key}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w+\.md)\)", index))
 
 
 def test_prune_then_export_as_typed(tmp_path: Path) -> None:
