@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from command_line import run_command
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
@@ -42,14 +43,7 @@ DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 def call(*args: str, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own and expect an exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rescompress", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    if code is not None:
-        assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
+    return run_command(*args, cwd=cwd, code=code)
 
 
 def test_help_imports_nothing_heavy() -> None:

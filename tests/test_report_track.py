@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import write_run
@@ -135,12 +134,6 @@ def test_bad_destinations_are_named(tmp_path: Path) -> None:
 
 def test_cli_records_finished_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "rescompress.cli.app", "report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html"),
-            "--track", f"tensorboard:{tmp_path / 'logs'}", "--json",
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    logs = f"tensorboard:{tmp_path / 'logs'}"
+    done = run_command("report", tmp_path / "run", "-o", tmp_path / "r.html", "--track", logs, "--json", code=0)
     assert Path(json.loads(done.stdout)["tracked"][0]).is_file()
