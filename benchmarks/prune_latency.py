@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from prune_cost import images, settled
@@ -20,13 +19,12 @@ from prune_cost import images, settled
 from compress.prune import Budget, Choice, Scope, apply, choose, measure, prune
 from compress.prune.groups import droppable
 from edge_targets.backends import openvino
-from edge_targets.benchmark import Candidate, Effort, compare
+from edge_targets.benchmark import Candidate, Effort, measure_processes
 from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
 from rescompress.core.errors import BudgetError
 from rescompress.core.layers import total_macs, walk
-from rescompress.core.metric import Metric
 from rescompress.stages.shared import onnx_of, write_onnx
 
 
@@ -103,7 +101,7 @@ def measured(args: argparse.Namespace) -> None:
             write_onnx(onnx_of(checkpoint, ExportOptions()), path)
             built = openvino.build(path, Path(folder), target=target, precision="fp32")
             candidates.append(Candidate(built.path, "openvino", (3, 224, 224), threads=args.threads, precision="fp32"))
-        found: list[Mapping[str, Metric]] = list(compare(candidates, effort=Effort(seconds=args.seconds, rounds=7)))
+        found = [m.metrics for m in measure_processes(candidates, effort=Effort(seconds=args.seconds, rounds=7))]
     for name, metrics in zip(("dense", "pruned"), found, strict=True):
         p50 = metrics["p50_ms"]
         print(f"{name:7} {p50.value:7.2f} ms (p50, {args.threads} threads, batch 1; {p50.low} to {p50.high})")

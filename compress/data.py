@@ -492,12 +492,8 @@ def match_classes(
 def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {
-                k: archive[k] for k in archive.files if k in ("x", "y", "x_val", "y_val", "x_train", "y_train", "classes")
-            }
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError) as e:
-        raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
-    except Exception as e:  # zipfile and zlib raise their own kinds for damaged archives
+            arrays = {k: archive[k] for k in archive.files if k in _NPZ_KEYS}
+    except Exception as e:  # numpy, zipfile and zlib raise a dozen kinds for damaged archives
         raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
     classes = tuple(str(c) for c in arrays["classes"].flat) if "classes" in arrays else None
     if classes is not None and arrays["classes"].ndim != 1:

@@ -101,7 +101,7 @@ class TrainState:
 
 @dataclass
 class TrainLog:
-    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``seconds``; JSON values."""
+    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``; JSON values."""
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     resumed_at: int = 0

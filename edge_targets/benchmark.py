@@ -193,46 +193,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(
-    path: Path,
-    runtime: str,
-    shape: tuple[int, int, int],
-    *,
-    batch: int = 1,
-    threads: int | None = None,
-    precision: str | None = None,
-    effort: Effort | None = None,
-) -> dict[str, Metric]:
-    """Return the measured latency of one model, as `summarize` names it.
-
-    Args:
-        path: ONNX file or built artifact.
-        runtime: A file of `edge_targets.backends`.
-        shape: Channels, height and width of one input.
-        batch: Images per call.
-        threads: CPU threads; all cores when None.
-        precision: Told to the metrics.
-        effort: How much to measure.
-
-    Raises:
-        BadInput: Unknown runtime, or a model it cannot load.
-        ToolMissing: The runtime is not installed.
-        EnvironmentFailed: The measuring process died.
-    """
-    return compare([Candidate(path, runtime, shape, batch, threads, precision)], effort=effort)[0]
-
-
-def compare(candidates: Sequence[Candidate], *, effort: Effort | None = None) -> list[dict[str, Metric]]:
-    """Return the measured latency of each candidate, in their order, from interleaved rounds.
-
-    Raises:
-        BadInput: Unknown runtime, or a model it cannot load.
-        ToolMissing: A runtime is not installed.
-        EnvironmentFailed: A measuring process died.
-    """
-    return [measured.metrics for measured in measure_processes(candidates, effort=effort)]
-
-
 @dataclass(frozen=True)
 class Measured:
     """What was measured of one candidate.
@@ -257,7 +217,7 @@ def options_note(runtime: str, options: Mapping[str, str]) -> list[str]:
 
 
 def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None = None) -> list[Measured]:
-    """Return what `compare` returns and the median of every process.
+    """Return what was measured of each candidate, in their order, from interleaved rounds.
 
     Raises:
         BadInput: Unknown runtime, or a model it cannot load.

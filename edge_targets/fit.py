@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from edge_targets.catalog import load_device
 from edge_targets.device import PRECISIONS, Device, Precision
 from edge_targets.kernels import fuse
 from edge_targets.latency import BYTES, CONSTANTS, Constants, Model, work_of
 from rescompress.core.artifact import write_text
+from rescompress.core.errors import ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
 
@@ -236,7 +236,15 @@ def _arrays(groups: Sequence[Group]) -> tuple[Floats, NDArray[np.int64], NDArray
 
 
 def fit(groups: Sequence[Group], start: Floats | None = None) -> Floats:
-    """Return the parameters that fit `groups` best."""
+    """Return the parameters that fit `groups` best.
+
+    Raises:
+        ToolMissing: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import least_squares
+    except ModuleNotFoundError as e:
+        raise ToolMissing("fitting needs scipy, which is not installed", remedy="pip install 'rescompress[fit]'") from e
     arrays = _arrays(groups)
     target = np.log([g.latency_ms for g in groups])
 
@@ -435,7 +443,10 @@ def document_of(fitted: Model) -> dict[str, Any]:
 
 def main() -> None:
     """Print the report and write the constants."""
-    found = report()
+    try:
+        found = report()
+    except ToolMissing as e:
+        sys.exit(str(e))
     sys.stdout.write(table(found) + "\n")
     write_text(CONSTANTS, json.dumps(document_of(found.fitted), indent=1) + "\n")
 

@@ -444,7 +444,7 @@ def cost_function(
 
 
 def as_document(prediction: LatencyPrediction) -> dict[str, Any]:
-    """Return a prediction as JSON values, with the keys that cli.md fixes."""
+    """Return a prediction as JSON values: what ``rescompress predict --json`` prints."""
     return {
         "p50_ms": prediction.p50_ms,
         "low_ms": prediction.low_ms,

@@ -5,7 +5,7 @@ Shape suffixes: N images, K classes, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -179,14 +179,3 @@ def has_float16_scales(model: onnx.ModelProto) -> bool:
     """Whether a quantizer of the model has a float16 scale."""
     scales = {n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return any(i.name in scales and i.data_type == onnx.TensorProto.FLOAT16 for i in model.graph.initializer)
-
-
-def all_outputs(model: onnx.ModelProto, feeds: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
-    """Return every output of a model for the given inputs, computed by onnxruntime without graph optimisations.
-
-    Raises:
-        ModelFileError: onnxruntime cannot load the model.
-    """
-    with OrtRunner(model, optimize=False) as runner:
-        outputs: list[NDArray[np.generic]] = runner._session.run(None, dict(feeds))
-        return outputs

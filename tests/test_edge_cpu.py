@@ -20,7 +20,7 @@ from edge_targets import benchmark
 from edge_targets.backends import PACKAGE, in_batches
 from edge_targets.backends import onnxruntime as ort
 from edge_targets.backends import openvino as ov
-from edge_targets.benchmark import Candidate, Effort, compare, even, measure, measure_processes, summarize
+from edge_targets.benchmark import Candidate, Effort, even, measure_processes, summarize
 from edge_targets.catalog import load_target
 from edge_targets.onnx_kernels import kernels_of
 from rescompress.cli import bench as bench_command
@@ -136,7 +136,7 @@ def test_measuring_runs_in_other_processes_and_says_on_what(tmp_path):
     path = write_onnx(tmp_path / "m.onnx")
     candidates = [Candidate(path, name, (3, 8, 8), 2, 1, "fp32") for name in ("openvino", "onnxruntime")]
     with mock.patch.object(benchmark, "time_runner", side_effect=AssertionError("measured in this process")):
-        found = compare(candidates, effort=QUICK)
+        found = [m.metrics for m in measure_processes(candidates, effort=QUICK)]
     for metrics, candidate in zip(found, candidates, strict=True):
         p50 = metrics["p50_ms"]
         assert (p50.runtime, p50.batch, p50.threads, p50.precision) == (candidate.runtime, 2, 1, "fp32")
@@ -156,16 +156,16 @@ def test_the_band_of_a_latency_is_that_of_the_processes(tmp_path):
 
 def test_errors_of_a_measuring_process_keep_their_class(tmp_path):
     with pytest.raises(ModelFileError, match="no such file"):
-        measure(tmp_path / "absent.onnx", "openvino", (3, 8, 8), effort=QUICK)
+        measure_processes([Candidate(tmp_path / "absent.onnx", "openvino", (3, 8, 8))], effort=QUICK)
     with pytest.raises(ModelFileError, match="takes 4 images per call"):
-        measure(write_onnx(tmp_path / "m.onnx", 4), "onnxruntime", (3, 8, 8), effort=QUICK)
+        measure_processes([Candidate(write_onnx(tmp_path / "m.onnx", 4), "onnxruntime", (3, 8, 8))], effort=QUICK)
     with pytest.raises(BadInput, match="unknown runtime"):
-        measure(write_onnx(tmp_path / "m.onnx"), "onnxruntim", (3, 8, 8), effort=QUICK)
+        measure_processes([Candidate(write_onnx(tmp_path / "m.onnx"), "onnxruntim", (3, 8, 8))], effort=QUICK)
 
 
 def test_a_measuring_process_that_dies_is_an_error(tmp_path):
     with mock.patch.object(sys, "executable", "/bin/false"), pytest.raises(EnvironmentFailed, match="ended with 1"):
-        measure(write_onnx(tmp_path / "m.onnx"), "onnxruntime", (3, 8, 8), effort=QUICK)
+        measure_processes([Candidate(write_onnx(tmp_path / "m.onnx"), "onnxruntime", (3, 8, 8))], effort=QUICK)
 
 
 def test_a_slow_process_counts_as_much_as_a_fast_one():

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
+from command_line import run_command
 from quantize_zoo import checkpoint_of, images_for
 
 from compress.checkpoints import save_checkpoint
@@ -31,16 +31,7 @@ DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 
 def call(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, "-m", "rescompress", *map(str, arguments), "--json"],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_command(*arguments, "--json", cwd=cwd, code=0).stdout)
 
 
 def unpacked(archive, folder):

@@ -10,7 +10,7 @@ from export_zoo import ZOO, arrays, fake_quantized, images, logits, network, qua
 from onnx import numpy_helper
 
 from compress.checkpoints.base import Checkpoint
-from compress.quantize.biases import on_grid
+from compress.quantize.bias_grid import on_grid
 from compress.resnet import build_model, tensors_of
 from export.parity import OrtRunner, compare_logits
 from export.to_onnx import ExportOptions, to_onnx

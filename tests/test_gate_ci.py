@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,3 +136,25 @@ def _unfold(step: dict[str, Any], checkout: Path) -> tuple[str, Path]:
     commands, variables = script_of(step)
     exports = "".join(f"export {name}='{value}'\n" for name, value in variables.items())
     return exports + commands, checkout
+
+
+def test_every_limit_is_an_option_an_input_and_documented() -> None:
+    import typer
+
+    from rescompress.cli import gate
+    from rescompress.gate import Limits
+
+    command = typer.main.get_command(gate.app)
+    flags = {name.replace("_", "-") for name in Limits.model_fields}
+    assert {f"--{flag}" for flag in flags} <= {option for parameter in command.params for option in parameter.opts}
+    assert all(parameter.help for parameter in command.params), "the description of a field is the help of its option"
+    assert flags <= ACTION["inputs"].keys()
+    judge = next(s for s in ACTION["runs"]["steps"] if s.get("id") == "gate")
+    for flag in flags:
+        variable = flag.upper().replace("-", "_")
+        assert judge["env"][variable] == f"${{{{ inputs.{flag} }}}}"
+        assert f"{flag}={variable}" in judge["run"], "an input must reach the command line"
+    block = re.search(r"```yaml\n(max_drop.*?)```", (ROOT / "docs" / "gate.md").read_text(), re.DOTALL)
+    assert block is not None
+    assert Limits.model_validate(yaml.safe_load(block[1])) == Limits()
+    assert yaml.safe_load(block[1]).keys() == Limits.model_fields.keys()

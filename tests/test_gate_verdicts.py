@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from command_line import run_command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import CLASSES, digest, latency, outcomes_with, write_run
@@ -26,18 +26,10 @@ from rescompress.gate.checks import _outcomes, baseline_of
 from rescompress.gate.render import gitlab_code_quality, to_junit, to_markdown
 
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
-CI_VARIABLES = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT", "GITLAB_CI", "CI_PROJECT_DIR")
 
 
 def cli(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in CI_VARIABLES}
-    return subprocess.run(
-        [sys.executable, "-m", "rescompress.cli.app", "gate", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**environment, "COLUMNS": "300", **variables},
-        check=False,
-    )
+    return run_command("gate", *args, **{"COLUMNS": "300", **variables})
 
 
 def pair_of_runs(folder: Path, n: int = 5000, n_lost: int = 0, n_won: int = 0, **changes: Any) -> tuple[Path, Path]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from command_line import run_command
 from export_zoo import ZOO, arrays, imagenet_bottleneck, images, network, quantization_of
 from onnx import TensorProto, helper, numpy_helper
 
@@ -603,9 +603,7 @@ def test_a_repair_that_changes_the_network_is_left_out(monkeypatch: pytest.Monke
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rescompress.cli.app", "lint", *args], capture_output=True, text=True, check=False
-    )
+    return run_command("lint", *args)
 
 
 def test_command_line(tmp_path: Path) -> None:

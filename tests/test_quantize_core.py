@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
 from compress.quantize import best_of, calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat, ptq
-from compress.quantize.bias import carriers
+from compress.quantize.bias_correction import carriers
 from compress.quantize.fake_quant import weight_scale
 from compress.quantize.ptq import divergence, log_probabilities
 from compress.quantize.qat import labelled_loss

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import chromium
 import pytest
+from command_line import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_factory import latency, write_run
@@ -304,9 +304,7 @@ def test_what_was_removed_is_marked_where_it_lies_on_the_curve(removed: int, siz
 
 
 def cli(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rescompress.cli.app", "report", *map(str, args)], capture_output=True, text=True, check=False
-    )
+    return run_command("report", *args)
 
 
 def test_cli_writes_page_and_card(run: Path, tmp_path: Path) -> None:

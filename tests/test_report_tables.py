@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import latency, write_run
@@ -37,10 +36,7 @@ from rescompress.report.tables import (
 
 
 def cli(*args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "rescompress.cli.app", *args], capture_output=True, text=True, env=environment, check=False
-    )
+    return run_command(*args, COLUMNS="200")
 
 
 def test_rows_carry_figures_and_stand_against_dense(tmp_path: Path) -> None:

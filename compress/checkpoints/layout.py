@@ -138,7 +138,7 @@ class _Reader:
     def spec(self) -> ModelSpec:
         names = self._block_names()
         stem = self._stem(len(names))
-        strides = self._strides(stem, names)
+        strides = self._strides(names)
         stages: list[tuple[Block, ...]] = []
         stream = stem.convs[-1].width
         has_projection = any(f"{n}.downsample.0.weight" in self.layout.tensors for stage in names for n in stage)
@@ -158,7 +158,7 @@ class _Reader:
                 stages=tuple(stages),
                 head=self._head(stream),
                 bn_eps=number(self.options, "bn_eps", self.facts.bn_eps),
-                preprocessing=self._preprocessing(shape, stem),
+                preprocessing=self._preprocessing(shape),
                 labels=self.facts.labels,
             )
         except ValidationError as e:
@@ -217,7 +217,7 @@ class _Reader:
             conv_bias="conv1.bias" in self.layout.tensors,
         )
 
-    def _strides(self, stem: Stem, names: list[list[str]]) -> tuple[int, ...]:
+    def _strides(self, names: list[list[str]]) -> tuple[int, ...]:
         stated = integers(self.options, "strides")
         if stated is not None:
             if len(stated) != len(names):
@@ -317,7 +317,7 @@ class _Reader:
             raise CheckpointError(f"its first convolution reads {channels} channels, the input shape gives {shape[0]}")
         return shape
 
-    def _preprocessing(self, shape: tuple[int, int, int], stem: Stem) -> object:
+    def _preprocessing(self, shape: tuple[int, int, int]) -> object:
         stated = self.options.preprocess
         if stated is not None:
             return zoo.preprocessing(stated, shape, assumed=False)

@@ -1,6 +1,6 @@
 """INT8: calibration, fake quantization, quantization-aware training, mixed precision."""
 
-from compress.quantize.biases import on_grid
+from compress.quantize.bias_grid import on_grid
 from compress.quantize.fake_quant import fake_quant_model, integer_weights, integers
 from compress.quantize.integer import integer_model
 from compress.quantize.ptq import CALIBRATIONS, Calibration, ptq

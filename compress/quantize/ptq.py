@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compress.checkpoints.base import Checkpoint
 from compress.finite import all_finite
 from compress.quantize import calibrate
-from compress.quantize.bias import carriers, correct_biases, one_batch
+from compress.quantize.bias_correction import carriers, correct_biases, one_batch
 from compress.quantize.calibrate import Estimator, Reach
 from compress.quantize.fake_quant import fake_quant_model, weight_scale
 from compress.resnet import ResNet, build_model

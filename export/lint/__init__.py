@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import onnx
 
@@ -114,6 +114,6 @@ def lint(model: onnx.ModelProto, facts: TargetFacts, *, rules: Iterable[str] | N
     graph = GraphView(model)
     findings = []
     for name in rule_names() if rules is None else rules:
-        rule = plugins.load(PACKAGE, name.replace("-", "_"), what="lint rule")
+        rule = cast(Rule, plugins.load(PACKAGE, name.replace("-", "_"), what="lint rule"))
         findings += [Finding(name, i.severity, i.node, i.message, i.remedy) for i in rule.check(graph, facts)]
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity))

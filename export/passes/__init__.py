@@ -4,7 +4,7 @@ A pass is a module of this package with
 
 * ``RULES``: the lint rules whose findings it mends,
 * ``EXACT``: whether the repaired network computes the same (else: the same up to a rounding step),
-* ``call(model)``: the repaired copy and whether anything changed.
+* ``call(model, facts)``: the repaired copy and whether anything changed.
 
 `repair` runs a pass where its rules find something (requires), calls it, and keeps the result only if the model is still
 valid and computes the same on random images in onnxruntime (ensures).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -105,7 +106,15 @@ def _common_app() -> typer.Typer:
             typer.Option("--json", help="One JSON document.", callback=_set_json, is_eager=True, expose_value=False),
         ] = False,
         verbose: Annotated[
-            bool, typer.Option("--verbose", "-v", help="Say more.", callback=_set_verbose, is_eager=True, expose_value=False)
+            bool,
+            typer.Option(
+                "--verbose",
+                "-v",
+                help="Time and memory at the end; compare, inspect: every column and layer.",
+                callback=_set_verbose,
+                is_eager=True,
+                expose_value=False,
+            ),
         ] = False,
         quiet: Annotated[
             bool,
@@ -157,10 +166,24 @@ def _stub() -> None:
 def main() -> None:
     """Run the command line; every error of ours ends with its exit code and one clear message."""
     output = Output()
+    begin = time.monotonic()
     try:
         _build(output)()
     except Exception as e:
         sys.exit(output.failure(e))
+    finally:
+        output.detail(_spent(time.monotonic() - begin))
+
+
+def _spent(seconds: float) -> str:
+    """Return what a command took, in words."""
+    words = f"took {seconds:.1f} s"
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has none
+        return words
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage tells bytes there, KiB elsewhere
+    return f"{words}, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB of memory"
 
 
 if __name__ == "__main__":

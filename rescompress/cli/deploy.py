@@ -103,12 +103,12 @@ def deploy(
     result = _stage(done, on_board, out).model_copy(update={"ancestry": manifest.ancestry(file_sha256(model))})
     manifest.with_stage(result).save(out)
     document = {
-        **_row(done, done.best),
+        **_row(done.best),
         "target": on_board.name,
         "tensorrt": found.version,
         "power_mode": found.power_mode,
         "verdict": "measured" if all(r.stable for r in done.results) else "inconclusive",
-        "results": [_row(done, r) for r in done.results],
+        "results": [_row(r) for r in done.results],
         "notes": list(done.notes),
         "commands": list(done.commands),
         "manifest": str(out / MANIFEST_NAME),
@@ -309,7 +309,7 @@ def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
     )
 
 
-def _row(done: Deployment, result: Any) -> dict[str, Any]:
+def _row(result: Any) -> dict[str, Any]:
     metrics = {name: metric.value for name, metric in result.metrics.items()}
     return {
         "precision": result.precision,

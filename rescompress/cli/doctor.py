@@ -9,30 +9,42 @@ import typer
 from rescompress.cli.output import output_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.table import Table
 
 app = typer.Typer()
 
-PACKAGES = {
-    # distribution: (what it is for, how to get it)
-    "torch": ("everything that touches weights", "pip install torch"),
-    "torchvision": ("peers and parity tests", "pip install torchvision"),
-    "accelerate": ("training, on one or many processes", "pip install accelerate"),
-    "nncf": ("calibration of INT8 ranges", "pip install nncf"),
-    "onnx": ("export", "pip install onnx"),
-    "onnxruntime": ("parity, target cpu-ort", "pip install onnxruntime"),
-    "openvino": ("target cpu", "pip install openvino"),
-    "tensorrt": ("engines on a machine with an NVIDIA GPU", "pip install rescompress[tensorrt]; on a Jetson: JetPack's own"),
-    "tensorrt-rtx": ("targets rtx-*, and a parser and builder check of Jetson exports", "pip install rescompress[rtx]"),
-    "h5py": ("Keras checkpoints", "pip install rescompress[keras]"),
-    "mlflow": ("--track mlflow:URI", "pip install rescompress[mlflow]"),
+PURPOSES = {
+    # Distribution: what it is for. Which of them are required, and by which extra the others come, is read from our metadata.
+    "accelerate": "training, on one or many processes",
+    "h5py": "Keras checkpoints",
+    "nncf": "calibration of INT8 ranges",
+    "numpy": "figures and images",
+    "onnx": "export",
+    "onnx-ir": "writing ONNX files",
+    "onnxruntime": "parity, target cpu-ort",
+    "openvino": "target cpu",
+    "pillow": "reading images",
+    "pydantic": "configs, manifests, specs",
+    "pyyaml": "configs, device files",
+    "rich": "tables and progress",
+    "safetensors": "checkpoints",
+    "scikit-learn": "the data set builtin:digits",
+    "torch": "everything that touches weights",
+    "typer": "the command line",
+    "tensorrt": "engines on a machine with an NVIDIA GPU",
+    "tensorrt-rtx": "targets rtx-*, and a parser and builder check of Jetson exports",
+    "mlflow": "--track mlflow:URI",
+    "scipy": "fitting the latency model again: python -m edge_targets.fit",
 }
+REMEDIES = {"tensorrt": "; on a Jetson: JetPack's own"}
+"""What there is to say beside the extra."""
 PROGRAMS = {
     "trtexec": ("building and timing TensorRT engines here", "part of TensorRT; on a Jetson in /usr/src/tensorrt/bin"),
     "ssh": ("deploy", "your system's OpenSSH client"),
     "scp": ("deploy", "your system's OpenSSH client"),
 }
-REQUIRED = frozenset({"torch", "torchvision", "accelerate", "nncf", "onnx", "onnxruntime", "openvino"})
 
 
 @app.command()
@@ -53,16 +65,21 @@ def doctor(ctx: typer.Context) -> None:
     from rescompress.siblings import check_siblings
 
     rows: list[dict[str, Any]] = []
-    packages = dict(PACKAGES)
+    extras: dict[str, str | None] = dict(dependencies(_stated()))
+    purposes, remedies = dict(PURPOSES), {name: f"pip install rescompress[{extra}]" for name, extra in extras.items() if extra}
     for runtime in plugins.names(BACKENDS):
         backend = load_backend(runtime)
-        packages.setdefault(backend.PACKAGE, (f"targets that run {runtime}", backend.REMEDY))
-    for name, (purpose, remedy) in packages.items():
+        if backend.PACKAGE not in extras:  # a runtime of another distribution than ours
+            extras[backend.PACKAGE], remedies[backend.PACKAGE] = "", backend.REMEDY
+            purposes[backend.PACKAGE] = f"targets that run {runtime}"
+    for name, extra in extras.items():
         try:
             found: str | None = version(name)
         except PackageNotFoundError:
             found = None
-        rows.append({"name": name, "found": found, "required": name in REQUIRED, "purpose": purpose, "remedy": remedy})
+        remedy = remedies.get(name, f"pip install {name}") + REMEDIES.get(name, "")
+        purpose = purposes.get(name, "")
+        rows.append({"name": name, "found": found, "required": extra is None, "purpose": purpose, "remedy": remedy})
     for name, (purpose, remedy) in PROGRAMS.items():
         path = shutil.which(name)
         if name == "trtexec" and path is None and Path("/usr/src/tensorrt/bin/trtexec").is_file():
@@ -90,6 +107,39 @@ def doctor(ctx: typer.Context) -> None:
     missing = [r["name"] for r in rows if r["required"] and r["found"] is None]
     if problem or missing:
         raise ToolMissing(problem or f"missing: {', '.join(missing)}", remedy="pip install --force-reinstall rescompress")
+
+
+def dependencies(stated: Iterable[str]) -> dict[str, str | None]:
+    """Return by distribution the extra it comes with, or None where it is required; without the tools of development.
+
+    Args:
+        stated: Requirements as package metadata has them: ``scipy>=1.11; extra == "fit"``.
+    """
+    import re
+
+    found: dict[str, str | None] = {}
+    for requirement in stated:
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
+        extra = re.search(r"extra == ['\"](.+?)['\"]", requirement)
+        if extra is None:
+            found[name] = None
+        elif extra[1] != "dev":
+            found.setdefault(name, extra[1])
+    return dict(sorted(found.items(), key=lambda item: item[1] is not None))  # what is required comes first
+
+
+def _stated() -> list[str]:
+    """Return our requirements: from the metadata of what is installed, or from the checkout that is run without it."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, requires
+    from pathlib import Path
+
+    try:
+        return requires("rescompress") or []
+    except PackageNotFoundError:
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extras = project["optional-dependencies"].items()
+        return [*project["dependencies"], *(f'{r}; extra == "{extra}"' for extra, needed in extras for r in needed)]
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -20,15 +23,53 @@ app = typer.Typer()
 GITLAB_FILE = "gl-code-quality-report.json"
 
 
-class OnInconclusive(StrEnum):
-    """How an inconclusive gate ends."""
+SHOWN = {
+    # Limit: its metavar and its default in help; any other is a ratio.
+    "max_drop": ("PTS", "1.0"),
+    "stage": ("S", "last with accuracy"),
+    "on_inconclusive": (None, "exit 6"),
+}
 
-    inconclusive = "inconclusive"
-    passes = "pass"
-    fails = "fail"
+
+def _one_option_per_limit(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with an option for every field of `Limits`, after ``--limits``, in place of its ``**flags``."""
+    from rescompress.gate.limits import Limits
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+    flags = []
+    for name, field in Limits.model_fields.items():
+        metavar, default = SHOWN.get(name, ("RATIO", str(field.default or "off")))
+        option = typer.Option("--" + name.replace("_", "-"), metavar=metavar, help=field.description, show_default=default)
+        kind: Any = _kind(field.annotation)  # known at run time only
+        flag: Any = Annotated[kind | None, option]
+        flags.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=flag))
+    at = 1 + [p.name for p in own].index("limits")
+    signature = inspect.Signature([*own[:at], *flags, *own[at:]])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
+
+
+def _kind(annotation: object) -> Any:
+    """Return what a flag for a field of this type takes: a number, one of some choices, or text."""
+    parts = _parts(annotation)
+    if float in parts:
+        return float
+    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+    return StrEnum("Choice", [(choice, choice) for choice in choices]) if choices else str
+
+
+def _parts(annotation: object) -> list[object]:
+    """Return the members of a union, bare of what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        return _parts(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [part for member in get_args(annotation) for part in _parts(member)]
+    return [annotation]
 
 
 @app.command()
+@_one_option_per_limit
 def gate(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The candidate: the folder of a run.", show_default=False)],
@@ -39,29 +80,6 @@ def gate(
     limits: Annotated[
         Path | None, typer.Option("--limits", metavar="FILE", help="Limits as YAML; flags win over it.", show_default=False)
     ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option("--max-drop", metavar="PTS", help="Points of top-1 that may be lost.", show_default="1.0")
-    ] = None,
-    max_latency: Annotated[
-        float | None, typer.Option("--max-latency", metavar="RATIO", help="Latency, times the baseline's.", show_default="1.05")
-    ] = None,
-    max_size: Annotated[
-        float | None, typer.Option("--max-size", metavar="RATIO", help="File size, times the baseline's.", show_default="1.05")
-    ] = None,
-    max_macs: Annotated[
-        float | None, typer.Option("--max-macs", metavar="RATIO", help="MACs, times the baseline's.", show_default="off")
-    ] = None,
-    max_params: Annotated[
-        float | None,
-        typer.Option("--max-params", metavar="RATIO", help="Parameters, times the baseline's.", show_default="off"),
-    ] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", metavar="S", help="Stage to compare.", show_default="last with accuracy")
-    ] = None,
-    on_inconclusive: Annotated[
-        OnInconclusive | None,
-        typer.Option("--on-inconclusive", help="How an inconclusive gate ends.", show_default="exit 6"),
-    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.", show_default=False)] = None,
     summary: Annotated[
         Path | None, typer.Option("--summary", metavar="FILE.md", help="Write a Markdown summary.", show_default=False)
@@ -70,6 +88,7 @@ def gate(
         Path | None,
         typer.Option("--save-baseline", metavar="FILE", help="Write DIR as one small baseline file.", show_default=False),
     ] = None,
+    **flags: object,
 ) -> None:
     """Compare a run with a baseline and fail when it lost too much accuracy, speed or size.
 
@@ -83,16 +102,8 @@ def gate(
     from rescompress.gate.checks import baseline_of
 
     output = output_of(ctx)
-    flags = {
-        "max_drop": max_drop,
-        "max_latency": max_latency,
-        "max_size": max_size,
-        "max_macs": max_macs,
-        "max_params": max_params,
-        "stage": stage,
-        "on_inconclusive": on_inconclusive.value if on_inconclusive else None,
-    }
-    allowed = _limits(limits, {k: v for k, v in flags.items() if v is not None})
+    given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
+    allowed = _limits(limits, given)
     candidate = load_run(run)
     if save_baseline is not None:
         from rescompress.core.artifact import write_text

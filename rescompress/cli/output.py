@@ -15,7 +15,7 @@ class Output:
 
     Attributes:
         json: One JSON document on stdout instead of tables.
-        verbosity: -1 quiet, 0 normal, 1 verbose.
+        verbosity: -1 quiet, 0 normal, 1 with all details.
         debug: Show tracebacks.
     """
 

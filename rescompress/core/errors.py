@@ -3,7 +3,7 @@
 ::
 
     RescompressError              (exit 1: never raised itself)
-    ├── GateFailed                exit 3   a gate or a lint found what it was asked to find
+    ├── GateFailed                exit 3   a gate failed; `lint` ends with it, too, but its findings are no error of ours
     ├── ToolMissing               exit 4   a program or package is not installed here
     ├── BadInput                  exit 5   wrong by looking at a file, a name, a value or data
     │   ├── CheckpointError
@@ -56,7 +56,7 @@ def _rebuild(kind: type[RescompressError], what: str, where: str | None, remedy:
 
 
 class GateFailed(RescompressError):
-    """A gate failed, or lint found an error-level finding."""
+    """A gate failed."""
 
     exit_code = 3
 

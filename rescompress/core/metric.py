@@ -14,7 +14,8 @@ class Metric(Frozen):
 
     Attributes:
         value: The number.
-        unit: ``fraction``, ``macs``, ``params``, ``bytes``, ``ms``, ``images/s``, ``W``.
+        unit: ``fraction``, ``macs``, ``params``, ``bytes``, ``MB``, ``ms``,
+            ``images/s``, ``W``, ``images/s/W``.
         provenance: ``counted`` is exact (MACs, bytes); ``measured`` was run here or on the named device; ``predicted``
             comes from a model and has a band; ``published`` is somebody's figure and has a source.
         n: Samples or timed iterations behind it.
@@ -22,8 +23,8 @@ class Metric(Frozen):
         low: Lower end of the band or interval.
         high: Upper end.
         device: Where it was measured, or what it was predicted for.
-        runtime: ``torch``, ``onnxruntime``, ``openvino``, ``tensorrt``.
-        precision: ``fp32``, ``fp16``, ``int8``.
+        runtime: ``torch``, ``onnxruntime``, ``openvino``, ``tensorrt``, ``tensorrt_rtx``.
+        precision: ``fp32``, ``fp16``, ``int8``, ``int8+fp16``.
         threads: CPU threads.
         batch: Images per call.
         power_mode: Of the device.

@@ -40,6 +40,9 @@ VERSION = "runtime_version"
 PRECISION = "precision"
 """The same of what the stage's network computes in."""
 
+EXACT = {"size": "size_bytes", "macs": "macs", "params": "params"}
+"""Metric by the name of its check, whose limit is ``max_<name>``: figures without noise, of the stage that counts."""
+
 INLINE_OUTCOMES = "outcomes"
 """Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
 
@@ -59,7 +62,7 @@ class Run:
     manifest: Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One question and its answer.
 
@@ -82,13 +85,13 @@ class Check:
     verdict: Verdict
     value: float | None
     limit: float
-    unit: Literal["points", "ratio"]
-    interval: tuple[float, float] | None
-    bounds: tuple[float, float] | None
-    baseline: str
+    unit: Literal["points", "ratio"] = "ratio"
+    interval: tuple[float, float] | None = None
+    bounds: tuple[float, float] | None = None
+    baseline: str = ""
     candidate: str
-    stale: bool
-    samples_needed: int | None
+    stale: bool = False
+    samples_needed: int | None = None
     message: str
 
 
@@ -146,14 +149,11 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     checks: list[Check] = []
     notes: list[str] = []
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
-    if limits.max_drop is not None and not math.isinf(limits.max_drop):
+    if limits.max_drop is not None:
         checks.append(_told_precision(_accuracy(candidate, baseline, stages, limits.max_drop), *stages, notes))
-    for name, metric, limit in (
-        ("size", "size_bytes", limits.max_size),
-        ("macs", "macs", limits.max_macs),
-        ("params", "params", limits.max_params),
-    ):
-        if limit is not None and not math.isinf(limit):
+    for name, metric in EXACT.items():
+        limit = getattr(limits, f"max_{name}")
+        if limit is not None:
             pair = figure(candidate.manifest, stages[0], metric), figure(baseline.manifest, stages[1], metric)
             if pair[0] is not None and pair[1] is not None:
                 checks.append(_exact(name, pair[0], pair[1], limit))
@@ -364,13 +364,9 @@ def _without_noise(
         verdict="fail" if ratio > limit else "pass",
         value=ratio,
         limit=limit,
-        unit="ratio",
-        interval=None,
-        bounds=None,
         baseline=texts[0],
         candidate=texts[1],
         stale=ratio * limit < 1,
-        samples_needed=None,
         message=f"{texts[1]} against {texts[0]}, {ratio:.3f} {words}; the limit is {limit:g}",
     )
 
@@ -395,13 +391,7 @@ def _stage_failed(result: StageResult) -> Check:
         verdict="fail",
         value=None,
         limit=0.0,
-        unit="ratio",
-        interval=None,
-        bounds=None,
-        baseline="",
         candidate="failed",
-        stale=False,
-        samples_needed=None,
         message=f"the candidate failed here: {result.reason or 'no reason given'}",
     )
 
@@ -551,13 +541,11 @@ def _measured(
         verdict=verdict,
         value=value,
         limit=limit,
-        unit="ratio",
         interval=(low, high),
         bounds=(lower, upper),
         baseline=texts[0],
         candidate=texts[1],
         stale=upper * limit < 1,
-        samples_needed=None,
         message=message,
     )
 
@@ -576,13 +564,8 @@ def _inconclusive(name: str, limit: float, why: str, baseline: str, candidate: s
         verdict="inconclusive",
         value=None,
         limit=limit,
-        unit="ratio",
-        interval=None,
-        bounds=None,
         baseline=baseline,
         candidate=candidate,
-        stale=False,
-        samples_needed=None,
         message=f"cannot be compared: {why}",
     )
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
@@ -19,6 +19,8 @@ OnInconclusive = Literal["inconclusive", "pass", "fail"]
 class Limits(Frozen):
     """What a candidate may cost more than its baseline. ``null`` (or ``.inf``) leaves a check out.
 
+    The command line has an option for each field, with its description as help.
+
     Attributes:
         max_drop: Points of top-1 that may be lost.
         max_latency: Ratio of latencies, for every target or by target; those not named keep the default.
@@ -29,19 +31,26 @@ class Limits(Frozen):
         on_inconclusive: Whether an inconclusive gate ends as such, passes or fails.
     """
 
-    max_drop: Annotated[float, Field(ge=0)] | None = 1.0
-    max_latency: Ratio | dict[str, Ratio | None] | None = USUAL_RATIO
-    max_size: Ratio | None = USUAL_RATIO
-    max_macs: Ratio | None = None
-    max_params: Ratio | None = None
-    stage: str | None = None
-    on_inconclusive: OnInconclusive = "inconclusive"
+    max_drop: Annotated[float, Field(ge=0)] | None = Field(1.0, description="Points of top-1 that may be lost.")
+    max_latency: Ratio | dict[str, Ratio | None] | None = Field(USUAL_RATIO, description="Latency, times the baseline's.")
+    max_size: Ratio | None = Field(USUAL_RATIO, description="File size, times the baseline's.")
+    max_macs: Ratio | None = Field(None, description="MACs, times the baseline's.")
+    max_params: Ratio | None = Field(None, description="Parameters, times the baseline's.")
+    stage: str | None = Field(None, description="Stage to compare.")
+    on_inconclusive: OnInconclusive = Field("inconclusive", description="How an inconclusive gate ends.")
+
+    @field_validator("*")
+    @classmethod
+    def _without_end(cls, value: Any) -> Any:
+        """Return None for an infinite limit: both leave the check out, and one of them is enough to ask for."""
+        if isinstance(value, dict):
+            return {target: cls._without_end(limit) for target, limit in value.items()}
+        return None if isinstance(value, float) and math.isinf(value) else value
 
     def latency_limit(self, target: str) -> float | None:
         """Return the limit for a target, or None when it is not checked."""
         limits = self.max_latency
-        limit = limits.get(target, USUAL_RATIO) if isinstance(limits, dict) else limits
-        return None if limit is None or math.isinf(limit) else limit
+        return limits.get(target, USUAL_RATIO) if isinstance(limits, dict) else limits
 
 
 def load_limits(path: Path) -> Limits:

@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise
 from typing import Literal
 
-Tone = Literal["front", "plain", "base"]
+Tone = Literal["plain", "base"]
 Shape = Literal["circle", "diamond", "square"]
 
 WIDTH = 420
@@ -48,7 +48,7 @@ class Point:
         y_interval: 95 % interval of `y`.
         x_band: Band of `x`.
         shape: By provenance: circle measured or counted, diamond predicted, square published.
-        tone: ``front`` on the Pareto front, ``base`` for the dense network.
+        tone: ``base`` for the dense network.
         family: Points of one family may be compared; each has a front of its own.
     """
 
@@ -125,13 +125,13 @@ class _Frame:
         low, high = self.y_range
         return self.top + self.height * (1 - (value - low) / (high - low))
 
-    def grid(self, x_axis: Axis, y_axis: Axis, *, x_ticks: Sequence[float] | None = None) -> list[str]:
+    def grid(self, x_axis: Axis, y_axis: Axis) -> list[str]:
         bottom = self.top + self.height
         parts = []
         for value in ticks(*self.y_range, 5):
             parts.append(_line(self.left, self.y(value), self.left + self.width, self.y(value), "grid"))
             parts.append(_text(self.left - 6, self.y(value) + 4, y_axis.text(value), anchor="end"))
-        for value in ticks(*self.x_range, 5) if x_ticks is None else x_ticks:
+        for value in ticks(*self.x_range, 5):
             parts.append(_line(self.x(value), bottom, self.x(value), bottom + 4, "axis"))
             parts.append(_text(self.x(value), bottom + 16, x_axis.text(value), anchor="middle"))
         parts.append(_line(self.left, bottom, self.left + self.width, bottom, "axis"))
@@ -179,7 +179,7 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
 
 def _front(points: Sequence[Point]) -> list[Point]:
     """Return the Pareto front from the cheapest on."""
-    return sorted((p for p in points if p.tone == "front" or _on_front(p, points)), key=lambda p: (p.x, p.y))
+    return sorted((p for p in points if _on_front(p, points)), key=lambda p: (p.x, p.y))
 
 
 def _on_front(point: Point, points: Sequence[Point]) -> bool:
@@ -328,8 +328,6 @@ def lines(
     values: Sequence[tuple[float, float, str]],
     x_axis: Axis,
     y_axis: Axis,
-    *,
-    x_ticks: Sequence[float] | None = None,
 ) -> str:
     """Return a line through (x, y, what is told) triples.
 
@@ -340,7 +338,6 @@ def lines(
         values: In order of x; at least one.
         x_axis: Time, epochs, runs.
         y_axis: The figure.
-        x_ticks: Where ticks stand; round numbers by default.
     """
     height, left, top, right, bottom = 210.0, 50.0, 26.0, 20.0, 42.0
     xs, ys = [v[0] for v in values], [v[1] for v in values]
@@ -353,7 +350,7 @@ def lines(
         _extent(ys, from_zero=y_axis.from_zero),
     )
     parts = _open(name, height, title, description)
-    parts += frame.grid(x_axis, y_axis, x_ticks=x_ticks)
+    parts += frame.grid(x_axis, y_axis)
     path = "".join(f"{'L' if i else 'M'}{_number(frame.x(x))} {_number(frame.y(y))}" for i, (x, y, _) in enumerate(values))
     parts.append(f'<path class="curve" d="{path}"/>')
     radius = 4 if len(values) <= 60 else 2

@@ -135,7 +135,7 @@ def _build_and_measure(
     if dense_path is not None and batch == 1:
         runs.append(dataclasses.replace(runs[0], path=dense_path, precision="fp32"))
         names.append("dense_")
-    float_path = _float_twin(context, checkpoint, options, path)
+    float_path = _float_twin(checkpoint, options, path)
     if float_path is not None:
         runs.append(dataclasses.replace(runs[0], path=float_path, precision="fp32"))
         names.append("fp32_")
@@ -200,7 +200,7 @@ def _prepare_and_predict(
     details["notes"] += predicted.notes
 
 
-def _float_twin(context: Context, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Path | None:
+def _float_twin(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Path | None:
     """Write the same network in float32 beside an INT8 file, to see what INT8 buys; None for a float network."""
     if checkpoint.quantization is None:
         return None

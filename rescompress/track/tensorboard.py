@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from rescompress.core.artifact import write_bytes
@@ -99,22 +98,3 @@ def _version_event(time: float) -> bytes:
 def _scalar_event(time: float, step: int, tag: str, value: float) -> bytes:
     scalar = _bytes_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value)
     return b"\x09" + struct.pack("<d", time) + b"\x10" + _varint(step) + _bytes_field(5, _bytes_field(1, scalar))
-
-
-def records(content: bytes) -> Iterator[bytes]:
-    """Return the records of an event file.
-
-    Raises:
-        BadInput: A checksum is wrong, or the file ends inside a record.
-    """
-    at = 0
-    while at < len(content):
-        head = content[at : at + 12]
-        if len(head) < 12 or struct.unpack("<I", head[8:])[0] != _masked_crc(head[:8]):
-            raise BadInput("the event file is damaged", remedy="log the run again")
-        size = struct.unpack("<Q", head[:8])[0]
-        data, check_sum = content[at + 12 : at + 12 + size], content[at + 12 + size : at + 16 + size]
-        if len(check_sum) < 4 or struct.unpack("<I", check_sum)[0] != _masked_crc(data):
-            raise BadInput("the event file is damaged", remedy="log the run again")
-        yield data
-        at += 16 + size
