@@ -115,7 +115,7 @@ def kernels_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -
         shape = input_shape
     if not all(shape):
         raise ModelFileError("leaves the size of its input open", where=str(path), remedy="give it: --input 3x224x224")
-    for d, size in zip(dims, (1, *shape), strict=True):
+    for d, size in zip(dims, (batch or 1, *shape), strict=True):  # a Reshape may hold the file's own batch
         d.dim_value = size
     for output in graph.output:
         output.type.tensor_type.ClearField("shape")
@@ -151,9 +151,9 @@ class _Reader:
         self.done: set[str] = set()
 
     def shape(self, name: str) -> Shape:
-        """Return the shape of a tensor, batch 1."""
+        """Return the shape of a tensor, with the file's batch, or 1 where that is open."""
         found = self.shapes.get(name)
-        if found is None or not all(found):
+        if not found or not all(found):
             raise ModelFileError(
                 f"the shape of tensor '{name}' cannot be inferred", where=self.path, remedy="export it with fixed shapes"
             )

@@ -34,8 +34,9 @@ from rescompress.core.spec import ModelSpec, Preprocessing
 
 Precision = Literal["auto", "fp32", "fp16", "int8", "int8+fp16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "int8", "int8+fp16")
-OPSETS = range(13, 22)
-"""Opsets that can be written: 13 is the first with per-channel scales."""
+OPSETS = range(13, 21)
+"""Opsets that can be written. 13 is the first with per-channel scales; from 21 on onnxruntime 1.31 moves a quantizer over the
+Slice of a pad shortcut, gives it the wrong type, and refuses the file."""
 FP16_SCALE_OPSET = 19
 """First opset whose QuantizeLinear takes float16 scales."""
 OUTPUT = "logits"

@@ -9,9 +9,8 @@ import onnx
 
 from compress.data import Inputs, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
-from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.backends import load_backend
 from export.to_onnx import read_metadata
-from rescompress.core import plugins
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
 from rescompress.reporter import Reporter
@@ -56,8 +55,7 @@ def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, I
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
         name = "onnxruntime" if runtime == "auto" else runtime
         inputs = onnx_inputs(opening.path)
-        backend = plugins.load(BACKENDS, name, what="runtime")
-        return backend.runner(opening.path, threads=settings.threads), inputs
+        return load_backend(name).runner(opening.path, threads=settings.threads), inputs
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load()

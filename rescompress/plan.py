@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.checkpoints.options import parse_shape
-from edge_targets.backends import PACKAGE as BACKENDS
+from edge_targets.backends import load_backend
 from edge_targets.benchmark import cpu_name
 from edge_targets.catalog import load_target
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
-from rescompress.core import plugins
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
@@ -166,7 +165,7 @@ class Builder:
         arguments = {"name": name, "options": target_options(chosen, options), "require_engine": require_engine}
         machine: dict[str, Any] = {"cpu": cpu_name(), "threads": self.settings.threads}
         if chosen.builds_here:
-            machine["runtime"] = plugins.load(BACKENDS, chosen.runtime, what="runtime").available().version
+            machine["runtime"] = load_backend(chosen.runtime).available().version
         depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
         return self._stage(TARGET_PREFIX + chosen.name, "target", arguments, depends, {"source": source}, after=["dense"])
 

@@ -371,8 +371,37 @@ def test_a_measuring_process_gets_its_threads(monkeypatch):
 
     def runner(path, *, threads, batch):
         given_threads.append(threads)
-        return contextlib.nullcontext(lambda x: x)
+        return contextlib.nullcontext(mock.Mock(batch=None, options={}))
 
-    monkeypatch.setattr(plugins, "load", lambda *names, **more: mock.Mock(runner=runner))
+    monkeypatch.setattr(benchmark, "load_backend", lambda name: mock.Mock(runner=runner))
     benchmark._serve(io.StringIO(json.dumps({**given_first, "shape": [3, 8, 8]}) + "\n"), io.StringIO())
     assert given_threads == [3]
+
+
+def test_a_file_made_for_one_batch_is_read_with_that_batch(tmp_path):
+    """As torch writes ``x.view(x.size(0), -1)``: the batch stands in a Reshape."""
+    weights = [
+        numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w"),
+        numpy_helper.from_array(np.ones((4, 10), np.float32), "v"),
+        numpy_helper.from_array(np.array([8, -1]), "rows"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+        helper.make_node("GlobalAveragePool", ["y"], ["p"]),
+        helper.make_node("Reshape", ["p", "rows"], ["f"]),
+        helper.make_node("MatMul", ["f", "v"], ["z"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, [8, 3, 6, 6])],
+        [helper.make_tensor_value_info("z", 1, [8, 10])],
+        weights,
+    )
+    path = tmp_path / "eight.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    found = kernels_of(path)
+    assert found.batch == 8
+    shapes = {k.kind: (k.pixels, k.in_width, k.width) for k in found.kernels}
+    assert shapes["conv"] == (16, 3, 4)
+    assert shapes["linear"] == (1, 4, 10)

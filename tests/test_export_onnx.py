@@ -307,3 +307,14 @@ def test_integers_round_as_torch_rounds() -> None:
     expected = torch.round(rounded / scale[:, None]).numpy().astype(np.int8)
     quantizer = quantizer.model_copy(update={"scale": tuple(scale.tolist())})
     np.testing.assert_array_equal(weight_integers(weight.numpy(), quantizer), expected)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_onnxruntime_loads_quantized_pad_shortcuts_as_users_do(opset: int) -> None:
+    """With its optimizations on: they move quantizers over the Slice of the shortcut."""
+    spec = cifar_pad()
+    model = network(spec)
+    exported = to_onnx(spec, arrays(model), quantization_of(model, images(spec, 16)), ExportOptions(4, opset, "int8"))
+    x = images(spec, 4, seed=3).numpy()
+    plain = OrtRunner(exported, optimize=False)(x)
+    assert np.abs(OrtRunner(exported)(x) - plain).max() <= 0.1 * np.ptp(plain)

@@ -227,7 +227,7 @@ def test_the_key_of_a_stage_changes_with_everything_its_outcome_depends_on(
 ) -> None:
     machine = {"cpu": "a cpu", "runtime": "1.0"}
     backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
-    monkeypatch.setattr("rescompress.plan.plugins.load", lambda *args, **kwargs: backend)
+    monkeypatch.setattr("rescompress.plan.load_backend", lambda name: backend)
     monkeypatch.setattr("rescompress.plan.cpu_name", lambda: machine["cpu"])
     for name in FILES:
         (tmp_path / name).write_text(f"the content of {name}")

@@ -407,7 +407,7 @@ def test_without_data_nothing_is_calibrated(bench: Bench) -> None:
 RUN: dict[str, dict[str, Any]] = {
     "input": {"input": "3x16x16"},
     "preprocess": {"preprocess": "cifar"},
-    "arch_options": {"arch_options": {"stride_at": 1, "pre": True}},
+    "arch_options": {"arch_options": {"stride_at": 1, "max_pool": True}},
     "allow_pickle": {"allow_pickle": True},
 }
 ELSEWHERE = {"checkpoint", "data", "seed", "prune", "finetune", "quantize", "targets", "batch", "labels"}
@@ -422,7 +422,7 @@ def test_what_a_run_states_about_a_checkpoint_holds_for_it_and_its_teacher(bench
     for path in (bench.paths["net"], bench.paths["teacher"]):
         assert calls[path]["input_shape"] == (3, 16, 16)
         assert calls[path]["preprocess"] == "cifar"
-        assert calls[path]["arch_options"] == {"stride_at": "1", "pre": "yes"}
+        assert calls[path]["arch_options"] == {"stride_at": "1", "max_pool": "yes"}
         assert calls[path]["allow_pickle"] is True
 
 
