@@ -13,6 +13,7 @@ from typing import Any
 from edge_targets.device import Precision
 from edge_targets.tensorrt_versions import Capabilities
 from edge_targets.trt_layers import EngineLayer, compute_types, read_layers, weights_memory
+from edge_targets.trtexec import InputShapes
 from rescompress.core.errors import EnvironmentFailed, ModelFileError, TargetError
 
 
@@ -110,7 +111,7 @@ def build_engine(
     *,
     compute_capability: str | None = None,
     recipe: Recipe | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     opt_batch: int | None = None,
     timing_cache: bytes | None = None,
 ) -> Engine:
@@ -121,8 +122,8 @@ def build_engine(
         onnx_bytes: The model.
         compute_capability: GPU to build for, such as ``8.6`` (tensorrt_rtx only); None builds for the GPU that is here.
         recipe: Flags and resources; none for tensorrt_rtx, whose networks are strongly typed.
-        batch: Largest batch of a model whose batch is dynamic.
-        opt_batch: The batch it is tuned for; the largest one when None.
+        batch: Largest batch of a model whose batch is dynamic; None takes the profile of ``build.sh``.
+        opt_batch: The batch it is tuned for; the largest one when None and `batch` is given.
         timing_cache: Kernel timings of an earlier build.
 
     Raises:
@@ -159,7 +160,10 @@ def build_engine(
         shape = tuple(tensor.shape)
         if -1 in shape:
             dynamic = True
-            sizes = (1, opt_batch or batch, batch)
+            if batch is None:
+                sizes = (InputShapes.min_batch, opt_batch or InputShapes.opt_batch, InputShapes.max_batch)
+            else:
+                sizes = (1, opt_batch or batch, batch)
             least, opt, most = (tuple(size if d == -1 else d for d in shape) for size in sizes)
             profile.set_shape(tensor.name, least, opt, most)
     if dynamic:

@@ -34,21 +34,20 @@ def lint_findings(model: onnx.ModelProto, target: Target) -> list[dict[str, str]
     return [finding.document() for finding in lint(model, facts_of(target))]
 
 
-def validity_gate(path: Path, *, batch: int = 1) -> dict[str, Any]:
+def validity_gate(path: Path) -> dict[str, Any]:
     """Return whether a real TensorRT parser and builder takes a file, and in which type each convolution runs.
 
     It builds for an Ampere GPU, which need not be here; nothing is measured. The keys: ``status`` (``passed``, ``failed``
     or ``not run``), ``reason``, ``runtime_version``, ``convolutions`` (type by node), ``int8_convolutions``.
 
     Args:
-        path: The ONNX file.
-        batch: Largest batch, where the batch is dynamic.
+        path: The ONNX file; a dynamic batch is built as ``build.sh`` builds it.
     """
     available = tensorrt_rtx.available()
     if not available:
         return {"status": "not run", "reason": f"{available.reason} ({available.remedy})"}
     try:
-        engine = tensorrt_rtx.engine(path, batch=batch)
+        engine = tensorrt_rtx.engine(path)
     except RescompressError as e:
         return {"status": "failed", "reason": e.what, "runtime_version": available.version}
     types = dict(engine.compute_types(tensorrt_rtx.conv_nodes(path)))

@@ -117,7 +117,7 @@ class Backend(Protocol):
             folder: Where the artifact goes; the file is named after the model.
             target: The device.
             precision: What the model computes in.
-            batch: Images per call, for a model with a dynamic batch.
+            batch: Fixes a dynamic batch to this many images per call; None leaves it dynamic.
 
         Raises:
             ToolMissing: The runtime is not installed.

@@ -88,7 +88,7 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
         tensorrt,
         onnx_path.read_bytes(),
         recipe=recipe_for(capabilities(tensorrt.__version__), precision),
-        batch=batch or 1,
+        batch=batch,
         timing_cache=cache.read_bytes() if cache.is_file() else b"",
     )
     path = folder / f"{onnx_path.stem}.{precision}.engine"

@@ -52,7 +52,7 @@ def _version() -> str | None:
     return None
 
 
-def engine(onnx_path: Path, *, compute_capability: str = GATE_CAPABILITY, batch: int = 1) -> Engine:
+def engine(onnx_path: Path, *, compute_capability: str = GATE_CAPABILITY, batch: int | None = None) -> Engine:
     """Return the engine of an ONNX file for a GPU that need not be here.
 
     Raises:
@@ -76,7 +76,7 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     ``Float``); ``details["int8_convolutions"]`` counts the first kind.
     """
     capability = target.device.compute_capability or GATE_CAPABILITY
-    built = engine(onnx_path, compute_capability=capability, batch=batch or 1)
+    built = engine(onnx_path, compute_capability=capability, batch=batch)
     path = folder / f"{onnx_path.stem}.sm{capability.replace('.', '')}.engine"
     write_bytes(path, built.content)
     types = built.compute_types(conv_nodes(onnx_path))

@@ -118,12 +118,13 @@ def _build_and_measure(
 ) -> None:
     backend = load_backend(chosen.runtime)
     precision = chosen.check_precision(base_precision(details["precision"]))
-    batch = options.batch if isinstance(options.batch, int) else 1
+    fixed = options.batch if isinstance(options.batch, int) else None  # what was asked for dynamic is delivered dynamic
+    batch = fixed or 1  # of the measurement, whose runner fixes it
     available = backend.available()
     if not available:
         details |= {"engine": None, "engine_status": f"not built: {available.reason}"}
         return
-    built = backend.build(path, path.parent, target=chosen, precision=precision, batch=batch)
+    built = backend.build(path, path.parent, target=chosen, precision=precision, batch=fixed)
     details |= {"engine": built.path.relative_to(context.folder).as_posix() if built.path else None}
     details |= {"engine_status": built.status, "build": built.details, "runtime_version": available.version}
     files += [("engine", f) for f in engine_files(built.path)]
@@ -177,7 +178,7 @@ def _prepare_and_predict(
     shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
     for file in write_bundle(path, checkpoint.spec, chosen, precision, shapes=shapes):
         files.append(("script" if file.suffix in (".sh", ".py") else "report", file))
-    details["validity_gate"] = gate = validity_gate(path, batch=batch)
+    details["validity_gate"] = gate = validity_gate(path)
     if gate["status"] == "failed":
         details["notes"].append(f"TensorRT for RTX {gate['runtime_version']} does not take the file: {gate['reason']}")
     predicted = predict(walk(checkpoint.spec), chosen.device, precision=precision, batch=batch)
