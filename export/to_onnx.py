@@ -290,13 +290,19 @@ class _Writer:
             )
         return self.initializers[name]
 
-    def floats(self, name: str, array: Array) -> ir.Value:
-        """Return a float initializer in the file's float type."""
+    def floats(self, name: str, array: Array, *, positive: bool = False) -> ir.Value:
+        """Return a float initializer in the file's float type.
+
+        Args:
+            name: Of the initializer.
+            array: The values.
+            positive: Whether they are scales, by which is divided: none may become 0.
+        """
         if self.half:
             with np.errstate(over="ignore"):
                 halves = array.astype(np.float16)
-            if not np.isfinite(halves).all():
-                worst = float(np.abs(array).max())
+            if not np.isfinite(halves).all() or (positive and not halves.all()):
+                worst = float(np.abs(array).max() if not np.isfinite(halves).all() else array.min())
                 raise CheckpointError(
                     f"a value of {worst:.3g} does not fit float16", where=name, remedy="export with --precision fp32 or int8"
                 )
@@ -307,7 +313,7 @@ class _Writer:
         """Append the one Q/DQ pair of an activation; return what its readers read."""
         assert quantizer.scale is not None
         name = quantizer.tensor
-        scale = self.floats(f"{name}.scale", np.asarray(quantizer.scale[0], np.float32))
+        scale = self.floats(f"{name}.scale", np.asarray(quantizer.scale[0], np.float32), positive=True)
         zero_type = np.int8 if quantizer.signed else np.uint8
         zero = self.constant(f"zero_point.{zero_type.__name__}", np.asarray(0, zero_type))
         q = self.node("QuantizeLinear", f"{name}.q", [x, scale, zero])
@@ -366,7 +372,8 @@ class _Writer:
         # A scale must be positive even where the integers are 0, and no coarser than its neighbours': a runtime that
         # stores the bias as an integer rounds it to this step.
         live_O = scale_O[~dead_O]
-        scale_O = np.where(dead_O, live_O.min() if live_O.size else np.asarray(quantizer.scale).min(), scale_O)
+        of_dead = live_O.min() if live_O.size else max(np.asarray(quantizer.scale).min(), np.finfo(self.float_dtype).tiny)
+        scale_O = np.where(dead_O, of_dead, scale_O)
         return _Folded(integers * sign_O.reshape(per_channel), scale_O, bias_O)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Array:

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from export.parity import OrtRunner, compare_logits
 from export.recount import recount
-from export.to_onnx import OPSETS, ExportOptions, read_metadata, to_onnx, weight_integers
+from export.to_onnx import OPSETS, ExportOptions, Precision, read_metadata, to_onnx, weight_integers
 from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.quantizers import PROFILES, Quantization
@@ -318,3 +318,36 @@ def test_onnxruntime_loads_quantized_pad_shortcuts_as_users_do(opset: int) -> No
     x = images(spec, 4, seed=3).numpy()
     plain = OrtRunner(exported, optimize=False)(x)
     assert np.abs(OrtRunner(exported)(x) - plain).max() <= 0.1 * np.ptp(plain)
+
+
+def test_a_scale_too_small_for_float16_is_told() -> None:
+    spec = resnet_d()
+    model = network(spec)
+    quantization = quantization_of(model, images(spec, 8))
+    first = next(q for q in quantization.quantizers if q.kind == "activation")
+    small = tuple(q.model_copy(update={"scale": (1e-8,)}) if q is first else q for q in quantization.quantizers)
+    damped = Quantization(profile=quantization.profile, quantizers=small)
+    to_onnx(spec, arrays(model), damped, ExportOptions(opset=19, precision="int8"))
+    with pytest.raises(CheckpointError, match="1e-08 does not fit float16"):
+        to_onnx(spec, arrays(model), damped, ExportOptions(opset=19, precision="int8+fp16"))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8+fp16"])
+def test_a_layer_of_dead_channels_has_positive_scales(precision: Precision) -> None:
+    spec = resnet_d()
+    model = network(spec)
+    quantization = quantization_of(model, images(spec, 8))
+    small = tuple(
+        q.model_copy(update={"scale": (1e-9,) * len(q.scale or ())}) if q.tensor == "layer1.0.conv1.weight" else q
+        for q in quantization.quantizers
+    )
+    tensors = {**arrays(model), "layer1.0.bn1.weight": np.zeros_like(arrays(model)["layer1.0.bn1.weight"])}
+    exported = to_onnx(
+        spec,
+        tensors,
+        Quantization(profile=quantization.profile, quantizers=small),
+        ExportOptions(opset=19, precision=precision),
+    )
+    stored = {t.name: numpy_helper.to_array(t) for t in exported.graph.initializer}
+    assert (stored["layer1.0.conv1.weight.scale"] > 0).all()
+    assert not stored["layer1.0.conv1.weight"].any()
