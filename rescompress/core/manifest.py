@@ -80,6 +80,7 @@ class Manifest(Frozen):
         rescompress_version: Of the package that wrote it.
         created: ISO 8601, UTC.
         config: The run's settings as they were resolved.
+        config_file: The file that they are from, relative to the run's folder; empty where it is not known.
         environment: Python, platform, packages, CPU, threads.
         stages: In order.
         unfinished: Names of the stages that the run has not reached yet: it is going on, or it was stopped.
@@ -89,6 +90,7 @@ class Manifest(Frozen):
     rescompress_version: str = ""
     created: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
+    config_file: str = ""
     environment: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     unfinished: tuple[str, ...] = ()
