@@ -123,6 +123,14 @@ def run_here(stages: Sequence[Stage], output: Output, read: Path) -> tuple[RunRe
     return report, together is None or together.is_main
 
 
+def tell_workspace(read: Path, output: Output) -> None:
+    """Say that it is the workspace that is read where runs of their own lie below it."""
+    from rescompress.core.manifest import MANIFEST_NAME, runs_below
+
+    if (read / MANIFEST_NAME).is_file() and (below := runs_below(read)):
+        output.hint(f"note: {read} is the workspace of the single commands; runs below it: {', '.join(map(str, below))}")
+
+
 def final(manifest: Manifest, stage: str) -> StageResult:
     """Return the stage's result."""
     result = manifest.stage(stage)

@@ -159,6 +159,11 @@ class Manifest(Frozen):
         return path
 
 
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folders of the runs directly below `folder`."""
+    return sorted(p.parent for p in folder.glob(f"*/{MANIFEST_NAME}") if not p.parent.name.startswith("."))
+
+
 def load_manifest(path: Path | str) -> Manifest:
     """Return the manifest at `path`, a ``manifest.json`` or the folder that holds one.
 
@@ -171,7 +176,9 @@ def load_manifest(path: Path | str) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise BadInput("no such manifest", where=str(path), remedy="name the output folder of a run") from e
+        below = ", ".join(str(run) for run in runs_below(path.parent))
+        remedy = f"name one of the runs below it: {below}" if below else "name the output folder of a run"
+        raise BadInput("no such manifest", where=str(path), remedy=remedy) from e
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot be read: {e}", where=str(path), remedy="name the output folder of a run") from e
     try:
