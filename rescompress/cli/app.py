@@ -169,6 +169,9 @@ def main() -> None:
     begin = time.monotonic()
     try:
         _build(output)()
+    except KeyboardInterrupt:
+        output.hint("interrupted")
+        sys.exit(130)
     except Exception as e:
         sys.exit(output.failure(e))
     finally:
