@@ -296,6 +296,28 @@ def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_reader_that_has_seen_enough_is_no_failure(more: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "rescompress", "inspect", str(DIGITS), "-v", *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
+
+
+def test_a_terminal_without_a_character_is_no_bug(tmp_path: Path) -> None:
+    done = run_command("init", DIGITS, "-o", "käse.yaml", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii")
+    assert done.stdout.startswith("k?se.yaml is written")
+
+
+def test_an_empty_world_size_is_none(rescompress: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    rescompress("prune", DIGITS, "--ratio", "0.3", "--method", "magnitude", cwd=tmp_path)
+
+
 def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:

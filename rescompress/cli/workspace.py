@@ -88,7 +88,7 @@ def opening(
 
 def peers() -> Peers | None:
     """Return the processes that ``torchrun`` or ``accelerate launch`` started together with this one, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if int(os.environ.get("WORLD_SIZE") or "1") < 2:
         return None
     from compress.processes import TorchPeers
 
