@@ -232,7 +232,7 @@ def _accelerator(device: str) -> Accelerator:
     from accelerate import Accelerator
 
     found = torch_device(device)
-    if found.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if found.startswith("cuda:") and int(os.environ.get("WORLD_SIZE") or "1") < 2:
         torch.cuda.set_device(found)  # Accelerate cannot be told a number; alone it takes the current CUDA device
     return Accelerator(cpu=found == "cpu")
 

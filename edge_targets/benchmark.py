@@ -300,10 +300,14 @@ def _worker(candidate: Candidate) -> Iterator[_Worker]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # an interrupt from the keyboard is for this process, which ends the other
         env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     try:
         yield _Worker(candidate, process)
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):

@@ -17,6 +17,8 @@ from rescompress.core.artifact import file_sha256, write_bytes, write_text
 from rescompress.core.spec import ModelSpec
 
 MODEL = "model.onnx"
+OPTIONAL = ("labels.txt",)
+"""Files that a bundle has for some networks only."""
 
 
 def about(spec: ModelSpec, target: Target, precision: Precision, onnx_sha256: str) -> dict[str, Any]:
@@ -63,6 +65,9 @@ def write_bundle(
     }
     if spec.labels:
         texts["labels.txt"] = "".join(f"{label}\n" for label in spec.labels)
+    for name in OPTIONAL:  # that of another network may be there
+        if name not in texts:
+            (folder / name).unlink(missing_ok=True)
     files = []
     for name, text in texts.items():
         write_text(folder / name, text)

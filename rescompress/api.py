@@ -15,7 +15,7 @@ from export.to_onnx import ExportOptions
 from rescompress.config import load_config
 from rescompress.core.layers import walk
 from rescompress.core.manifest import Manifest
-from rescompress.pipeline import run_stages
+from rescompress.pipeline import folder_of, run_stages
 from rescompress.plan import run_plan
 from rescompress.reporter import Reporter, Silent
 from rescompress.settings import Settings
@@ -110,5 +110,6 @@ def run(
     """
     loaded = load_config(Path(config), overrides)
     stages = run_plan(loaded, Settings(loaded.data, loaded.labels, loaded.seed))
-    place = Path(folder) if folder is not None else Path("rescompress-out") / Path(config).stem
-    return run_stages(stages, place, loaded.model_dump(mode="json"), reporter=reporter or Silent()).manifest
+    place = Path(folder) if folder is not None else folder_of(Path(config), Path("rescompress-out"))
+    settings = loaded.model_dump(mode="json")
+    return run_stages(stages, place, settings, reporter=reporter or Silent(), config_file=Path(config)).manifest

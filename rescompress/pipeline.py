@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,22 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def folder_of(config_file: Path, below: Path) -> Path:
+    """Return the folder of a run that names none: that of the config's name, unless another config of that name has it.
+
+    Raises:
+        BadInput: It holds the run of another file.
+    """
+    folder = below / config_file.stem
+    recorded = _stored(folder).config_file
+    other = (folder.resolve() / recorded).resolve()
+    if recorded and other != config_file.resolve():
+        raise BadInput(
+            f"holds the run of {os.path.relpath(other)}", where=str(folder), remedy="name a folder for this one with -o FOLDER"
+        )
+    return folder
+
+
 def run_stages(
     stages: Sequence[Stage],
     folder: Path,
@@ -93,6 +110,7 @@ def run_stages(
     reporter: Reporter,
     peers: Peers | None = None,
     workspace: bool = False,
+    config_file: Path | None = None,
 ) -> RunReport:
     """Bring every stage's outcome up to date and return the manifest.
 
@@ -104,6 +122,7 @@ def run_stages(
         peers: The processes that share the work.
         workspace: The folder belongs to no single run: the stages join those that other commands left, as far as these are
             about the same network, and the manifest names only what is done.
+        config_file: Where `config` is from.
 
     Raises:
         RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
@@ -114,14 +133,14 @@ def run_stages(
         return _follow(stages, folder, reporter, peers)
     with _locked(folder):
         sweep_partial(folder)
-        return _lead(stages, folder, config, reporter, peers, workspace)
+        return _lead(stages, folder, _fresh(folder, config, workspace, config_file), reporter, peers, workspace)
 
 
 def _lead(
-    stages: Sequence[Stage], folder: Path, config: Mapping[str, Any], reporter: Reporter, peers: Peers, workspace: bool
+    stages: Sequence[Stage], folder: Path, manifest: Manifest, reporter: Reporter, peers: Peers, workspace: bool
 ) -> RunReport:
-    manifest = _fresh(folder, config, workspace)
-    deployed = () if workspace else tuple(s for s in _stored(folder).stages if s.is_deployment)
+    before = _stored(folder)
+    deployed = () if workspace else tuple(s for s in before.stages if s.is_deployment)
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran, reused = [], []
@@ -132,6 +151,9 @@ def _lead(
         key = _key(stage, manifest)
         result = _known(stage, key, folder)
         reporter.stage(stage.name, position, len(stages))
+        old = before.stage(stage.name)
+        if not workspace and result is None and old is not None and old.status == "done":
+            reporter.note(f"{stage.name} is computed again, and its outcome of {old.finished or 'before'} replaced")
         if result is not None:
             peers.share("skip")
             reused.append(stage.name)
@@ -161,7 +183,8 @@ def _lead(
                 manifest.save(folder)
     manifest = manifest.with_deployments(deployed)
     stored = _stored(folder)
-    if ran or any(getattr(manifest, part) != getattr(stored, part) for part in ("stages", "config", "unfinished")):
+    parts = ("stages", "config", "config_file", "unfinished")
+    if ran or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
         manifest.save(folder)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
@@ -178,13 +201,14 @@ def _stored(folder: Path) -> Manifest:
     return load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
 
 
-def _fresh(folder: Path, config: Mapping[str, Any], workspace: bool) -> Manifest:
+def _fresh(folder: Path, config: Mapping[str, Any], workspace: bool, config_file: Path | None) -> Manifest:
     old = _stored(folder)
     created = old.created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Manifest(
         rescompress_version=version("rescompress"),
         created=created,
         config={**old.config, **config} if workspace else dict(config),
+        config_file=os.path.relpath(config_file.resolve(), folder.resolve()) if config_file is not None else "",
         environment=environment(),
         stages=old.stages if workspace else (),
     )

@@ -7,8 +7,11 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import typing
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from compress.prune import method_names
 from compress.resnet import build_model
 from edge_targets.catalog import target_names
 from rescompress.cli import doctor, options
-from rescompress.cli.app import COMMANDS
+from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
 from rescompress.config import RunConfig, load_config
 from rescompress.stage import Opening
@@ -253,6 +256,66 @@ def test_a_command_that_would_eat_its_own_input_is_refused(rescompress: Command,
 def test_running_out_of_memory_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert Output().failure(error) == code
     assert ("bug" in capsys.readouterr().err) == (code == 1)
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    class Importing:
+        find_spec = staticmethod(interrupt)
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "rescompress.cli.app")
+        patch.setattr(sys, "meta_path", [Importing()])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "rescompress" / "__main__.py"), run_name="__main__")
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    monkeypatch.setattr("rescompress.cli.app._build", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path: Path) -> None:
+    rescompress("export", DIGITS, "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
+    words = [sys.executable, "-m", "rescompress", "bench", "out/model.onnx", "-t", "cpu-ort", "--seconds", "60"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        end = time.monotonic() + 60
+        while not children.read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_reader_that_has_seen_enough_is_no_failure(more: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "rescompress", "inspect", str(DIGITS), "-v", *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
+
+
+def test_a_terminal_without_a_character_is_no_bug(tmp_path: Path) -> None:
+    done = run_command("init", DIGITS, "-o", "käse.yaml", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii")
+    assert done.stdout.startswith("k?se.yaml is written")
+
+
+def test_an_empty_world_size_is_none(rescompress: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    rescompress("prune", DIGITS, "--ratio", "0.3", "--method", "magnitude", cwd=tmp_path)
 
 
 def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:

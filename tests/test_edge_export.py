@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from command_line import run_command
 from quantize_zoo import checkpoint_of, images_for
 
-from compress.checkpoints import save_checkpoint
+from compress.checkpoints import load_checkpoint, save_checkpoint
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
 from rescompress.api import quantize
@@ -56,12 +57,26 @@ def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
     root = unpacked(tmp_path / "bundle.tar.gz", tmp_path / "a")
     names = {p.name for p in root.iterdir()}
     assert names >= {"model.onnx", "build.sh", "infer.py", "model.json", "README.md", "SHA256SUMS"}
-    assert names <= set(beside["files"]) - {"private.txt"}
+    assert names == set(beside["files"])
     assert os.access(root / "build.sh", os.X_OK)
     alone = call("export", DIGITS, "--target", "jetson-nano", "-o", "given.tar.gz", cwd=tmp_path)
     assert alone["archive"] == "given.tar.gz"
     assert (tmp_path / "given.tar.gz").read_bytes() == (tmp_path / "bundle.tar.gz").read_bytes()
     assert call("export", DIGITS, "--target", "jetson-nano", cwd=tmp_path)["archive"] is None
+
+
+def test_no_file_of_another_network_stays_in_a_bundle(tmp_path):
+    checkpoint = load_checkpoint(DIGITS)
+    labels = tuple(f"digit {i}" for i in range(10))
+    for name, known in (("labelled", labels), ("bare", None)):
+        spec = checkpoint.spec.model_copy(update={"labels": known})
+        save_checkpoint(replace(checkpoint, spec=spec), tmp_path / f"{name}.safetensors")
+    out = tmp_path / "out"
+    first = call("export", "labelled.safetensors", "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
+    assert "labels.txt" in first["files"]
+    second = call("export", "bare.safetensors", "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
+    assert set(second["files"]) == {p.name for p in out.iterdir()} == set(first["files"]) - {"labels.txt"}
+    assert not (tmp_path / "rescompress-out" / "jetson-nano" / "labels.txt").exists()
 
 
 def test_a_delivered_file_keeps_its_mode(tmp_path):

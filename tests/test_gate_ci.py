@@ -14,6 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from command_line import run_command
+
+from rescompress.core.manifest import Manifest, StageResult
 
 ROOT = Path(__file__).parents[1]
 CI = ROOT / "examples" / "ci"
@@ -136,6 +139,19 @@ def _unfold(step: dict[str, Any], checkout: Path) -> tuple[str, Path]:
     commands, variables = script_of(step)
     exports = "".join(f"export {name}='{value}'\n" for name, value in variables.items())
     return exports + commands, checkout
+
+
+def test_the_runs_below_a_folder_are_named(tmp_path: Path) -> None:
+    result = StageResult(stage="dense", status="done")
+    Manifest(stages=(result,)).save(tmp_path / "rescompress-out" / "half")
+    for command in ("gate", "report"):
+        done = run_command(command, "rescompress-out", cwd=tmp_path, code=5)
+        assert "runs below it: rescompress-out/half" in done.stderr, command
+    Manifest(stages=(result,)).save(tmp_path / "rescompress-out")
+    done = run_command("gate", "rescompress-out", "--save-baseline", "b.json", cwd=tmp_path, code=0)
+    assert "rescompress-out is the workspace" in done.stderr
+    done = run_command("report", "rescompress-out", cwd=tmp_path, code=0)
+    assert "rescompress-out is the workspace" in done.stderr
 
 
 def test_every_limit_is_an_option_an_input_and_documented() -> None:

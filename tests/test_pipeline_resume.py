@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +134,25 @@ def test_a_run_remembers_when_it_was_made_and_its_newest_settings(tmp_path: Path
     assert (load_manifest(tmp_path).config, load_manifest(tmp_path).created) == ({"x": 2}, made)
     assert run_stages([writer("one", "b")], tmp_path, {"x": 2}, reporter=Silent()).ran == ("one",)
     assert load_manifest(tmp_path).created == made
+
+
+def test_a_run_is_not_replaced_by_another_config_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescompress: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    monkeypatch.setattr("rescompress.plan.run_plan", lambda config, _: [writer("one", str(config.seed))])
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.yaml").write_text("checkpoint: x.pt\ndata: builtin:digits\n")
+    rescompress("run", "a/net.yaml", cwd=tmp_path)
+    kept = (tmp_path / "rescompress-out" / "net" / "manifest.json").read_bytes()
+    refused = rescompress("run", "b/net.yaml", cwd=tmp_path, code=5)
+    assert "holds the run of a/net.yaml" in refused.stderr
+    assert "-o FOLDER" in refused.stderr
+    assert (tmp_path / "rescompress-out" / "net" / "manifest.json").read_bytes() == kept
+    rescompress("run", "b/net.yaml", "-o", "elsewhere", cwd=tmp_path)
+    assert "nothing to do" in rescompress("run", tmp_path / "a" / "net.yaml", cwd=tmp_path).stderr
+    changed = rescompress("run", "a/net.yaml", "--set", "seed=1", cwd=tmp_path)
+    assert "one is computed again" in changed.stderr
 
 
 def test_a_stage_runs_again_when_an_onnx_file_before_it_or_the_version_of_the_package_changes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import time
 from typing import Annotated, Any
@@ -165,10 +166,15 @@ def _stub() -> None:
 
 def main() -> None:
     """Run the command line; every error of ours ends with its exit code and one clear message."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     output = Output()
     begin = time.monotonic()
     try:
         _build(output)()
+    except KeyboardInterrupt:
+        output.hint("interrupted")
+        sys.exit(130)
     except Exception as e:
         sys.exit(output.failure(e))
     finally:

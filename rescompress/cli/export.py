@@ -60,6 +60,7 @@ def export(
     Example: rescompress export int8.safetensors --target cpu --data photos/ -o deploy/
     Example: rescompress export --target jetson -o bundle.tar.gz
     """
+    from edge_targets.bundle import OPTIONAL
     from rescompress.core.errors import BadInput
     from rescompress.plan import Builder
 
@@ -83,11 +84,14 @@ def export(
     result = workspace.final(report.manifest, stage.name)
     folder = workspace.file_of(result, "onnx").parent
     packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
+    sources = [workspace.WORKSPACE / artifact.path for artifact in result.outputs]
+    files = sorted({str(source.relative_to(folder)) for source in sources if source.is_relative_to(folder)})
     if output is not None and packed is None:
-        for artifact in result.outputs:
-            source = workspace.WORKSPACE / artifact.path
-            if source.is_relative_to(folder):
-                workspace.deliver(source, output / source.relative_to(folder))
+        for name in files:
+            workspace.deliver(folder / name, output / name)
+        if "SHA256SUMS" in files:
+            for name in set(OPTIONAL).difference(files):  # that of another network may be there
+                (output / name).unlink(missing_ok=True)
         folder = output
     if packed is not None or archive:
         packed = _pack(result, packed or folder.parent / f"{folder.resolve().name}.tar.gz")
@@ -108,7 +112,7 @@ def export(
         "validity_gate": details.get("validity_gate"),
         "latency": _latency(latency),
         "archive": str(packed) if packed else None,
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+        "files": files,
         "notes": details["notes"],
     }
     if "top1" in result.metrics:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 
+from rescompress.cli import workspace
 from rescompress.cli.output import Output, output_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def gate(
     Exit codes: 0 pass, 3 fail, 6 inconclusive (the data cannot decide), 5 the runs cannot be compared.
     A limit of `inf` leaves a check out.
 
-    Example: rescompress gate rescompress-out --baseline baseline.json --max-drop 1 --summary gate.md
+    Example: rescompress gate rescompress-out/quickstart --baseline baseline.json --max-drop 1 --summary gate.md
     """
     from rescompress.core.errors import BadInput
     from rescompress.gate import judge, load_run
@@ -105,6 +106,7 @@ def gate(
     given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
     allowed = _limits(limits, given)
     candidate = load_run(run)
+    workspace.tell_workspace(run, output)
     if save_baseline is not None:
         from rescompress.core.artifact import write_text
 

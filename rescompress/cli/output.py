@@ -36,13 +36,25 @@ class Output:
         return sys.stderr.isatty() and self.verbosity >= 0
 
     def result(self, document: Any, *human: RenderableType) -> None:
-        """Print the outcome of a command: the document as JSON, or the renderables."""
+        """Print the outcome of a command: the document as JSON, or the renderables; as much of it as the reader wants."""
+        try:
+            self._print(document, *human)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            discard_stdout()
+
+    def _print(self, document: Any, *human: RenderableType) -> None:
         if self.json:
             import json
 
             sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
             return
-        from rich.console import Console
+        from rich.console import Console as RichConsole
+
+        class Console(RichConsole):
+            def on_broken_pipe(self) -> None:  # Rich's own ends with 1, whatever the command came to
+                self.quiet = True
+                discard_stdout()
 
         console = Console(highlight=False) if sys.stdout.isatty() else Console(width=_width(), highlight=False)
         for renderable in human:
@@ -100,6 +112,15 @@ def output_of(ctx: typer.Context) -> Output:
     output = ctx.obj
     assert isinstance(output, Output)
     return output
+
+
+def discard_stdout() -> None:
+    """Let what is still printed go nowhere: its reader has seen enough."""
+    import os
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _width() -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rescompress.cli import workspace
 from rescompress.cli.output import output_of
 
 app = typer.Typer()
@@ -33,7 +34,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
 
-    Example: rescompress report rescompress-out -o report.html --model-card README.md
+    Example: rescompress report rescompress-out/quickstart -o report.html --model-card README.md
     """
     from rescompress.core.artifact import write_text
     from rescompress.report import history as past
@@ -45,6 +46,9 @@ def report(
 
         check(track)
     loaded = past.history(runs) if history else past.load_runs(runs)
+    if not history:
+        for path in runs:
+            workspace.tell_workspace(path, output)
     text = page(loaded, history=history)
     write_text(out, text)
     document: dict[str, Any] = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}

@@ -45,7 +45,7 @@ def run(
     """
     from rescompress.cli.progress import reporting
     from rescompress.config import load_config
-    from rescompress.pipeline import run_stages
+    from rescompress.pipeline import folder_of, run_stages
     from rescompress.plan import run_plan
     from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
     from rescompress.settings import Settings
@@ -54,7 +54,7 @@ def run(
     loaded = load_config(config, tuple(overrides or ()))
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
-    folder = output or workspace.WORKSPACE / config.stem
+    folder = output or folder_of(config, workspace.WORKSPACE)
     settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size)
     if track is not None:
         from rescompress.track import check
@@ -65,7 +65,14 @@ def run(
     if together is not None and not together.is_main:
         out.verbosity = -1
     with reporting(out) as reporter:
-        report = run_stages(stages, folder, loaded.model_dump(mode="json"), reporter=reporter, peers=together)
+        report = run_stages(
+            stages,
+            folder,
+            loaded.model_dump(mode="json"),
+            reporter=reporter,
+            peers=together,
+            config_file=config,
+        )
     if together is not None and not together.is_main:
         return
     rows = rows_of(report.manifest)

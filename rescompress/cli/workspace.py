@@ -88,7 +88,7 @@ def opening(
 
 def peers() -> Peers | None:
     """Return the processes that ``torchrun`` or ``accelerate launch`` started together with this one, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if int(os.environ.get("WORLD_SIZE") or "1") < 2:
         return None
     from compress.processes import TorchPeers
 
@@ -121,6 +121,14 @@ def run_here(stages: Sequence[Stage], output: Output, read: Path) -> tuple[RunRe
     with reporting(output) as reporter:
         report = run_stages(stages, folder, {}, reporter=reporter, peers=together, workspace=True)
     return report, together is None or together.is_main
+
+
+def tell_workspace(read: Path, output: Output) -> None:
+    """Say that it is the workspace that is read where runs of their own lie below it."""
+    from rescompress.core.manifest import MANIFEST_NAME, runs_below
+
+    if (read / MANIFEST_NAME).is_file() and (below := runs_below(read)):
+        output.hint(f"note: {read} is the workspace of the single commands; runs below it: {', '.join(map(str, below))}")
 
 
 def final(manifest: Manifest, stage: str) -> StageResult:

@@ -80,6 +80,7 @@ class Manifest(Frozen):
         rescompress_version: Of the package that wrote it.
         created: ISO 8601, UTC.
         config: The run's settings as they were resolved.
+        config_file: The file that they are from, relative to the run's folder; empty where it is not known.
         environment: Python, platform, packages, CPU, threads.
         stages: In order.
         unfinished: Names of the stages that the run has not reached yet: it is going on, or it was stopped.
@@ -89,6 +90,7 @@ class Manifest(Frozen):
     rescompress_version: str = ""
     created: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
+    config_file: str = ""
     environment: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     unfinished: tuple[str, ...] = ()
@@ -157,6 +159,11 @@ class Manifest(Frozen):
         return path
 
 
+def runs_below(folder: Path) -> list[Path]:
+    """Return the folders of the runs directly below `folder`."""
+    return sorted(p.parent for p in folder.glob(f"*/{MANIFEST_NAME}") if not p.parent.name.startswith("."))
+
+
 def load_manifest(path: Path | str) -> Manifest:
     """Return the manifest at `path`, a ``manifest.json`` or the folder that holds one.
 
@@ -169,7 +176,9 @@ def load_manifest(path: Path | str) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise BadInput("no such manifest", where=str(path), remedy="name the output folder of a run") from e
+        below = ", ".join(str(run) for run in runs_below(path.parent))
+        remedy = f"name one of the runs below it: {below}" if below else "name the output folder of a run"
+        raise BadInput("no such manifest", where=str(path), remedy=remedy) from e
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"cannot be read: {e}", where=str(path), remedy="name the output folder of a run") from e
     try:
