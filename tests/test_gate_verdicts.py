@@ -500,6 +500,31 @@ def test_outcomes_of_any_bytes_are_read_or_refused(content: bytes) -> None:
 # What it writes ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_baseline_is_judged_by_before_it_is_renewed(tmp_path: Path) -> None:
+    """Into its own file, too: there the candidate was compared with itself."""
+    worse, better = pair_of_runs(tmp_path, 5000, 400, 20)
+    saved = tmp_path / "baseline.json"
+    cli(better, "--save-baseline", saved)
+    kept = saved.read_bytes()
+    done = cli(worse, "--baseline", saved, "--save-baseline", saved)
+    assert done.returncode == 3
+    assert "baseline not written: the verdict is fail" in done.stderr
+    assert saved.read_bytes() == kept
+    assert cli(better, "--baseline", saved, "--save-baseline", tmp_path / "next.json").returncode == 0
+    assert (tmp_path / "next.json").read_bytes() == kept
+
+
+def test_a_run_that_did_not_finish_is_no_baseline(tmp_path: Path) -> None:
+    run, _ = pair_of_runs(tmp_path, 500, 6, 4)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["unfinished"] = ["export"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    done = cli(run, "--save-baseline", tmp_path / "b.json")
+    assert done.returncode == 5
+    assert "did not finish" in done.stderr
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_a_saved_baseline_is_one_small_file_with_the_same_verdicts(tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 5000, 60, 40, runs_ms=[1.01 * r for r in STEADY])
     saved = tmp_path / "baseline.json"

@@ -449,3 +449,25 @@ def test_killed_at_twenty_moments_it_ends_as_if_undisturbed(tmp_path: Path) -> N
         assert (calm / f"{name}.txt").read_bytes() == (rough / f"{name}.txt").read_bytes()
     assert not list(rough.rglob(f"{PARTIAL_PREFIX}*"))
     assert [s.stage for s in load_manifest(rough).stages] == ["s0", "s1", "s2", "s3"]
+
+
+def test_a_link_stays_one_and_what_it_points_at_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for there in (False, True):
+        link = tmp_path / f"{there}.md"
+        target = tmp_path / "real" / link.name
+        if there:
+            target.write_text("old")
+        link.symlink_to(target)
+        write_text(link, "new")
+        assert link.is_symlink()
+        assert target.read_text() == "new"
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (check_writable, lambda path: write_text(path, "text")):
+        with pytest.raises(BadInput, match="pipe"):
+            write(pipe)
+    assert pipe.is_fifo()

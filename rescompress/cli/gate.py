@@ -100,29 +100,42 @@ def gate(
     """
     from rescompress.core.errors import BadInput
     from rescompress.gate import judge, load_run
-    from rescompress.gate.checks import baseline_of
 
     output = output_of(ctx)
     given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
     allowed = _limits(limits, given)
     candidate = load_run(run)
     workspace.tell_workspace(run, output)
-    if save_baseline is not None:
-        from rescompress.core.artifact import write_text
-
-        write_text(save_baseline, baseline_of(candidate).model_dump_json(exclude_defaults=True) + "\n")
-        output.hint(f"baseline written: {save_baseline}")
+    if save_baseline is not None and (
+        candidate.manifest.unfinished or any(r.status == "failed" for r in candidate.manifest.stages)
+    ):
+        raise BadInput("a run that did not finish is no baseline", where=str(run), remedy="finish it: `rescompress run`")
     if baseline is None:
-        if save_baseline is not None:
-            output.result({"baseline": str(save_baseline)})
-            return
-        raise BadInput(
-            "there is nothing to compare with", where="--baseline", remedy="name a run, or a file written by --save-baseline"
-        )
-    report = judge(candidate, load_run(baseline), allowed)
+        if save_baseline is None:
+            raise BadInput(
+                "there is nothing to compare with",
+                where="--baseline",
+                remedy="name a run, or a file written by --save-baseline",
+            )
+        _save(candidate, save_baseline, output)
+        output.result({"baseline": str(save_baseline)})
+        return
+    report = judge(candidate, load_run(baseline), allowed)  # before anything is written: it may be to the same file
     _write(report, candidate, allowed, junit, summary, limits or run)
+    if save_baseline is not None and report.verdict == "pass":
+        _save(candidate, save_baseline, output)
+    elif save_baseline is not None:
+        output.hint(f"baseline not written: the verdict is {report.verdict}; without --baseline it is written in any case")
     _show(output, report)
     _end(report, allowed)
+
+
+def _save(candidate: Run, path: Path, output: Output) -> None:
+    from rescompress.core.artifact import write_text
+    from rescompress.gate.checks import baseline_of
+
+    write_text(path, baseline_of(candidate).model_dump_json(exclude_defaults=True) + "\n")
+    output.hint(f"baseline written: {path}")
 
 
 def _limits(path: Path | None, flags: dict[str, object]) -> Limits:

@@ -55,14 +55,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The content is flushed to the disk before the rename, so a crash at any moment leaves the old file or the new one.
 
     Args:
-        path: The final name. Missing parent folders are made.
+        path: The final name. Missing parent folders are made; a link stays one, the file it points at is replaced.
 
     Raises:
         EnvironmentFailed: The disk is full, or the folder cannot be written.
-        BadInput: `path` is a folder.
+        BadInput: `path` is a folder, a device or a pipe.
     """
-    if path.is_dir():
-        raise BadInput("is a folder, a file was expected", where=str(path), remedy="name a file to write")
+    path = _file_at(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +88,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _file_at(path: Path) -> Path:
+    """Return the file that a name stands for, there or not yet; links are followed.
+
+    Raises:
+        BadInput: It is something else, which a file must not take the place of.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.is_dir():
+        raise BadInput("is a folder, a file was expected", where=str(path), remedy="name a file to write")
+    if path.exists() and not path.is_file():
+        raise BadInput("is a device or a pipe, a file was expected", where=str(path), remedy="name a file to write")
+    return path
+
+
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
@@ -113,11 +126,10 @@ def check_writable(path: Path) -> None:
     """Make sure that a file can be written there, before work is spent on it; nothing is left behind.
 
     Raises:
-        BadInput: It is a folder.
+        BadInput: It is a folder, a device or a pipe.
         EnvironmentFailed: Its folder, or the nearest that there is, may not be written.
     """
-    if path.is_dir():
-        raise BadInput("is a folder, a file was expected", where=str(path), remedy="name a file to write")
+    path = _file_at(path)
     folder = next(p for p in path.absolute().parents if p.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
