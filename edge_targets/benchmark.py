@@ -328,7 +328,10 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
         answers.write(json.dumps(document) + "\n")
         answers.flush()
 
-    first = json.loads(questions.readline())
+    line = questions.readline()
+    if not line:
+        return  # the other side was interrupted before it could ask
+    first = json.loads(line)
     shape = tuple(first["shape"])
     try:
         backend = load_backend(first["runtime"])
