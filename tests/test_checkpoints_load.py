@@ -434,3 +434,47 @@ def test_what_a_whole_module_says_and_cannot_be_had_is_refused(what: str, tmp_pa
     torch.save(changed(change), tmp_path / "whole.pt")
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(tmp_path / "whole.pt", input_shape=(3, 64, 64))
+
+
+NAMES = tuple(["zitrone", "quitte", "kiwi", "birne", "ananas", "banane", "apfel", "traube", "feige", "dattel"])
+IN_FILE: dict[str, dict[str, object]] = {
+    "class_to_idx": {"class_to_idx": {name: i for i, name in enumerate(NAMES)}},
+    "idx_to_class": {"idx_to_class": dict(enumerate(NAMES))},
+    "id2label of text": {"config": {"id2label": {str(i): name for i, name in enumerate(NAMES)}}},
+    "classes": {"classes": list(NAMES)},
+    "mmengine": {"meta": {"dataset_meta": {"classes": NAMES}}},
+    "the first that fits": {"class_to_idx": {"a": 0}, "class_names": list(NAMES)},
+}
+
+
+@pytest.mark.parametrize("where", IN_FILE)
+def test_names_of_classes_beside_the_weights_are_read(where: str, resnet18: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model_state_dict": resnet18.state_dict(), **IN_FILE[where]}, tmp_path / "net.pt")
+    loaded = load_checkpoint(tmp_path / "net.pt")
+    assert loaded.spec.labels == NAMES
+    assert not loaded.provenance["warnings"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"classes": ["one", "two"]},
+        {"classes": [*NAMES[:9], NAMES[0]]},
+        {"classes": list(range(10))},
+        {"class_to_idx": {name: i + 1 for i, name in enumerate(NAMES)}},
+        {"class_to_idx": dict.fromkeys(NAMES, None)},
+    ],
+    ids=["too few", "one twice", "numbers", "from one", "nothing"],
+)
+def test_names_of_classes_that_do_not_fit_are_told(odd: dict[str, object], resnet18: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": resnet18.state_dict(), **odd}, tmp_path / "net.pt")
+    loaded = load_checkpoint(tmp_path / "net.pt")
+    assert loaded.spec.labels is None
+    assert any(f"its {next(iter(odd))} holds" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
+
+
+def test_a_whole_network_states_the_names_of_its_classes(tmp_path: Path) -> None:
+    model = changed(USED["nothing"])
+    model.class_to_idx = {name: i for i, name in enumerate(NAMES)}  # type: ignore[assignment]
+    torch.save(model, tmp_path / "whole.pt")
+    assert load_checkpoint(tmp_path / "whole.pt").spec.labels == NAMES

@@ -9,6 +9,7 @@ from typing import cast
 
 from compress.checkpoints import refusals, stated
 from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
+from compress.checkpoints.classes import class_names
 from compress.checkpoints.files import Opened, open_file
 from compress.checkpoints.options import check
 from compress.checkpoints.roots import flatten, modules, roots, strangers
@@ -62,7 +63,19 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
         dataclasses.replace(raw, notes=tuple(notes)), root, stated.options_of(parts_of_it, options) if parts_of_it else options
     )
     stated.check(parts_of_it, checkpoint.spec, options)
-    return checkpoint
+    return _with_class_names(checkpoint, opened)
+
+
+def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
+    """Return the checkpoint with the names of its classes, where the file holds them and the format has not read them."""
+    head = checkpoint.spec.head
+    if checkpoint.spec.labels is not None or head is None or not head.num_classes:
+        return checkpoint
+    names, unused = class_names(opened.content, head.num_classes)
+    if names is not None:
+        return dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
+    told = {key: [*cast("list[str]", checkpoint.provenance.get(key, [])), *unused] for key in ("notes", "warnings") if unused}
+    return dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **told})
 
 
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
