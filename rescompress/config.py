@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
+from rescompress.search.settings import SearchConfig
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
 
@@ -183,6 +184,7 @@ class RunConfig(_Section):
         preprocess: Preprocessing by name, where the checkpoint leaves it open.
         arch_options: What else it leaves open, as with ``--arch-option``.
         allow_pickle: Whether code stored in the checkpoint may run.
+        search: What `search` varies and how; other commands leave it aside.
     """
 
     checkpoint: str
@@ -198,6 +200,7 @@ class RunConfig(_Section):
     preprocess: str | None = None
     arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     allow_pickle: bool = False
+    search: SearchConfig | None = None
 
     @property
     def arch_words(self) -> tuple[str, ...]:

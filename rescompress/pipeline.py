@@ -31,6 +31,7 @@ from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
 from rescompress.stage import Context, Stage
+from rescompress.store import Store
 
 
 class Peers(Protocol):
@@ -111,6 +112,7 @@ def run_stages(
     peers: Peers | None = None,
     workspace: bool = False,
     config_file: Path | None = None,
+    store: Store | None = None,
 ) -> RunReport:
     """Bring every stage's outcome up to date and return the manifest.
 
@@ -123,6 +125,7 @@ def run_stages(
         workspace: The folder belongs to no single run: the stages join those that other commands left, as far as these are
             about the same network, and the manifest names only what is done.
         config_file: Where `config` is from.
+        store: Outcomes shared with other runs; what is known there is not computed again.
 
     Raises:
         RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
@@ -133,17 +136,24 @@ def run_stages(
         return _follow(stages, folder, reporter, peers)
     with _locked(folder):
         sweep_partial(folder)
-        return _lead(stages, folder, _fresh(folder, config, workspace, config_file), reporter, peers, workspace)
+        return _lead(stages, folder, _fresh(folder, config, workspace, config_file), reporter, peers, workspace, store)
 
 
 def _lead(
-    stages: Sequence[Stage], folder: Path, manifest: Manifest, reporter: Reporter, peers: Peers, workspace: bool
+    stages: Sequence[Stage],
+    folder: Path,
+    manifest: Manifest,
+    reporter: Reporter,
+    peers: Peers,
+    workspace: bool,
+    store: Store | None,
 ) -> RunReport:
     before = _stored(folder)
     deployed = () if workspace else tuple(s for s in before.stages if s.is_deployment)
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
-    ran, reused = [], []
+    ran: list[str] = []
+    reused: list[str] = []
     for position, stage in enumerate(stages, 1):
         ancestry = _ancestry(stage, manifest)
         if workspace:
@@ -168,7 +178,7 @@ def _lead(
             if not workspace:
                 manifest.with_deployments(deployed).save(folder)
             try:
-                result = _run(stage, key, ancestry, folder, manifest, reporter)
+                result, computed = _shared(stage, key, ancestry, folder, manifest, reporter, store)
             except RescompressError as e:
                 if not workspace:
                     failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
@@ -176,8 +186,8 @@ def _lead(
                 raise
             if not stage.collective:
                 peers.share("skip")
-            ran.append(stage.name)
-            reporter.finished(stage.name, _summary(result))
+            (ran if computed else reused).append(stage.name)
+            reporter.finished(stage.name, _summary(result) if computed else "already done by another run")
             manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
             if workspace:
                 manifest.save(folder)
@@ -243,11 +253,40 @@ def _ancestry(stage: Stage, manifest: Manifest) -> tuple[str, ...]:
     return manifest.ancestry((before.checkpoint_sha256 if before else None) or stage.source)
 
 
+def _shared(
+    stage: Stage,
+    key: str,
+    ancestry: tuple[str, ...],
+    folder: Path,
+    manifest: Manifest,
+    reporter: Reporter,
+    store: Store | None,
+) -> tuple[StageResult, bool]:
+    """Return the outcome, from the store where another run has left it there, and whether it was computed."""
+    if store is None:
+        return _run(stage, key, ancestry, folder, manifest, reporter, None), True
+    with store.computing(key):
+        known = store.fetch(key, folder)
+        if known is not None:
+            result = known.model_copy(update={"ancestry": ancestry})
+            write_text(_record(stage, folder), result.model_dump_json(indent=1) + "\n")
+            return result, False
+        result = _run(stage, key, ancestry, folder, manifest, reporter, store)
+        store.put(result, folder)
+        return result, True
+
+
 def _run(
-    stage: Stage, key: str, ancestry: tuple[str, ...], folder: Path, manifest: Manifest, reporter: Reporter
+    stage: Stage,
+    key: str,
+    ancestry: tuple[str, ...],
+    folder: Path,
+    manifest: Manifest,
+    reporter: Reporter,
+    store: Store | None,
 ) -> StageResult:
     start = time.monotonic()
-    outcome = stage.run(Context(folder, manifest, reporter))
+    outcome = stage.run(Context(folder, manifest, reporter, store=store))
     result = StageResult(
         stage=stage.name,
         status="skipped" if outcome.skipped else "done",

@@ -199,8 +199,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     Raises:
         BadInput: The checkpoint or a target is not there, or two stages would have one name.
     """
-    shape = parse_shape(config.input) if config.input else None
-    opening = Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
+    opening = opening_of(config)
     builder = Builder(opening, settings)
     stages = [builder.dense()]
     last = "dense"
@@ -226,6 +225,12 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     if twice is not None:
         raise BadInput(f"{twice} is asked for twice", where="targets", remedy="name each target once; 'jetson' is one of them")
     return stages
+
+
+def opening_of(config: RunConfig) -> Opening:
+    """Return the checkpoint file of a config and what it states about it."""
+    shape = parse_shape(config.input) if config.input else None
+    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
 
 
 def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:

@@ -24,6 +24,7 @@ class Settings:
         device: Where torch computes: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: CPU threads of torch and the runtimes, None for all.
         batch_size: Images per call when evaluating; chosen by image size when None.
+        hold_out: Part of the training images that takes the place of the evaluation split, for choices; 0 for none.
 
     Raises:
         BadInput: The device is none of these words.
@@ -35,6 +36,7 @@ class Settings:
     device: str = "auto"
     threads: int | None = None
     batch_size: int | None = None
+    hold_out: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a word that is no device before anything is computed, even if no stage has to run."""
@@ -51,7 +53,8 @@ class Settings:
     @property
     def identity(self) -> dict[str, Any]:
         """What they contribute to a content key: the content of the data, not its place."""
-        return {"data": self.data_identity, "labels": dict(self.labels or {}), "seed": self.seed}
+        own = {"data": self.data_identity, "labels": dict(self.labels or {}), "seed": self.seed}
+        return own | ({"hold_out": self.hold_out} if self.hold_out else {})
 
     def torch_device(self) -> str:
         """Return the torch device, ``auto`` resolved.

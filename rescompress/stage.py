@@ -12,6 +12,7 @@ from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
 from rescompress.reporter import Reporter
+from rescompress.store import Store
 
 if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
@@ -96,12 +97,14 @@ class Context:
         done: The stages before this one.
         reporter: Where progress goes.
         main: Whether this process writes.
+        store: Outcomes shared with other runs, or None.
     """
 
     folder: Path
     done: Manifest
     reporter: Reporter
     main: bool = True
+    store: Store | None = None
 
     def file(self, stage: str, kind: str) -> Path:
         """Return the file of that kind which `stage` wrote.

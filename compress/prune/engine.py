@@ -93,6 +93,7 @@ def prune(
     reference: ModelSpec | None = None,
     bn_recalibration: bool | None = None,
     repair: bool = True,
+    curves: Curves | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Return the checkpoint with channels (and blocks) removed to meet a budget.
@@ -115,6 +116,7 @@ def prune(
             there are images and the method repairs nothing itself.
         repair: Whether the method makes up for what it removed. Without it the weights that stay are those of the network,
             a much worse start, no worse an end after ten epochs of training (docs/decisions/0026).
+        curves: Of this network by this method on these images, where `measure` has made them already.
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
@@ -137,7 +139,7 @@ def prune(
     context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or _silent, notes.append)
     if engine.NEEDS_DATA or (calibration_x is not None and bn_recalibration is not False):
         notes += _data_notes(context.images())
-    curves = engine.curves(context)
+    curves = curves or engine.curves(context)
     if drop_blocks and blocks and not curves.blocks:
         notes.append(f"{method} cannot tell what a block is worth; none is dropped")
     choice = choose(

@@ -20,7 +20,7 @@ MEASURE = "Measure"
 DECIDE = "Decide"
 KNOW = "Look up"
 
-RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run"})
+RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run", "search"})
 """Commands that keep what they have done, so that a second call goes on."""
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "finetune": ("compress", COMPRESS, "Train a pruned network back, distilled from its teacher."),
     "quantize": ("compress", COMPRESS, "Quantize to INT8: calibrate, or train with the rounding in place."),
     "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
+    "search": ("search", COMPRESS, "Many configs instead of one: the front of accuracy, latency and size."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
     "export": ("export", DEPLOY, "Write ONNX for a target, check it, build and measure or predict."),
     "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
@@ -62,7 +63,8 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)
-        command.params.extend(typer.main.get_command(_common_app()).params)
+        if not isinstance(command, TyperGroup):  # a group gives them to its commands
+            command.params.extend(common_params())
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -94,6 +96,11 @@ def _set_quiet(ctx: typer.Context, value: bool) -> None:
 def _set_debug(ctx: typer.Context, value: bool) -> None:
     if value:
         ctx.obj.debug = True
+
+
+def common_params() -> list[Any]:
+    """Return the options that every command takes."""
+    return list(typer.main.get_command(_common_app()).params)
 
 
 def _common_app() -> typer.Typer:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from compress.prune import (
     PruningPlan,
     find_groups,
     load_plan,
+    measure,
     prune,
     prune_by_plan,
 )
 from compress.prune import Context as PruneContext
+from compress.prune.method import Curves, ErrorCurve
 from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
@@ -36,6 +40,7 @@ from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import ModelSpec
+from rescompress.fingerprint import key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
@@ -96,6 +101,9 @@ def pruned(
         sparse = _sparse(context, smaller, config, calibration, common, details)
         return _pruned_row(context, name, common, sparse, plan, details)
     kind, value = config.budget
+    curves = None
+    if context.store is not None and not before:
+        curves = shared_curves(context, checkpoint, common, config, calibration)
     result = prune(
         checkpoint,
         method=config.method,
@@ -110,6 +118,7 @@ def pruned(
         reference=whole,
         bn_recalibration=config.recalibrate,
         repair=config.repair,
+        curves=curves,
         progress=context.reporter.progress,
     )
     plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
@@ -126,6 +135,49 @@ def pruned(
     }
     sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
     return _pruned_row(context, name, common, sparse, plan, details)
+
+
+def shared_curves(
+    context: Context, checkpoint: Checkpoint, common: Settings, config: PruneConfig, calibration: Tensor | None
+) -> Curves:
+    """Return the curves of the dense network, measured once by all runs that share a store, for every budget.
+
+    Args:
+        context: Has the store.
+        checkpoint: The network.
+        common: Settings of the run.
+        config: The method, the scope and the number of images.
+        calibration: The images, or None.
+    """
+    assert context.store is not None
+    tensors = hashlib.sha256(checkpoint.spec.model_dump_json().encode())
+    for name, value in sorted(checkpoint.state_dict.items()):
+        tensors.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    parts = {
+        "what": "curves",
+        "version": version("rescompress"),
+        "network": tensors.hexdigest(),
+        "common": common.identity,
+        "method": config.method,
+        "scope": config.scope,
+        "images": config.calib if calibration is not None else 0,
+    }
+
+    def compute() -> dict[str, Any]:
+        made = measure(
+            checkpoint,
+            method=config.method,
+            scope=config.scope,
+            calibration_x=calibration,
+            seed=common.seed,
+            progress=context.reporter.progress,
+        )
+        groups = {name: {"order": c.order, "error": c.error} for name, c in made.groups.items()}
+        return {"groups": groups, "blocks": dict(made.blocks), "unit": made.unit}
+
+    known = context.store.value(key_of(parts), compute)
+    groups = {name: ErrorCurve(tuple(c["order"]), tuple(c["error"])) for name, c in known["groups"].items()}
+    return Curves(groups, known["blocks"], known["unit"])
 
 
 def _sparse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,11 @@ def dataset(common: Settings, spec: ModelSpec) -> Dataset:
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     labels = tuple(sorted((common.labels or {}).items())) or None
-    return _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
+    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
+    if not common.hold_out:
+        return data
+    seen, held = data.train.part(common.hold_out, common.seed)
+    return dataclasses.replace(data, train=seen, val=held)
 
 
 def evaluate_runner(context: Context, runner: Runner, split: Split, common: Settings, spec: ModelSpec) -> Evaluation:

@@ -1,0 +1,1 @@
+"""Search: from one run to a front, on one machine or many."""

@@ -1,0 +1,94 @@
+"""What is known of a candidate before anything is computed for it, and its evaluation at the very end; both need torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.checkpoints import load_checkpoint
+from compress.evaluate import TorchRunner, evaluate
+from compress.prune import Budget, choose
+from compress.prune.apply import pruned_spec
+from compress.prune.groups import droppable
+from edge_targets.catalog import load_target
+from rescompress.config import RunConfig
+from rescompress.core.artifact import make_folder
+from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.manifest import Manifest
+from rescompress.core.outcomes import Outcomes
+from rescompress.core.spec import ModelSpec
+from rescompress.plan import opening_of
+from rescompress.reporter import Reporter
+from rescompress.settings import Settings
+from rescompress.stage import Context
+from rescompress.stages.network import latency_cost, shared_curves
+from rescompress.stages.shared import Source, dataset, network_of
+from rescompress.store import Store
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A pruned network that nobody has made yet.
+
+    Attributes:
+        spec: What it will be.
+        macs: Of it.
+        params: Of it.
+        error: Summed error of the curves at its widths.
+    """
+
+    spec: ModelSpec
+    macs: int
+    params: int
+    error: float
+
+
+def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Reporter) -> Forecast:
+    """Return what pruning would leave, from curves that are measured once for all candidates of a network.
+
+    Raises:
+        BudgetError: No allowed network meets the budget.
+    """
+    make_folder(store.folder)
+    context = Context(store.folder, Manifest(), reporter, store=store)
+    checkpoint = Source(opening=opening_of(config)).load(context)
+    spec, error = checkpoint.spec, 0.0
+    if config.prune is not None and config.prune.plan is None:
+        images = None
+        if settings.data is not None:
+            images = dataset(settings, spec).train.take(config.prune.calib, settings.seed).tensor()
+        curves = shared_curves(context, checkpoint, settings, config.prune, images)
+        known = [load_target(name) for name in config.targets]
+        kind, value = config.prune.budget
+        align = config.prune.align if isinstance(config.prune.align, int) else max([t.align() for t in known] or [8])
+        drop = config.prune.drop_blocks if config.prune.drop_blocks is not None else kind == "latency"
+        choice = choose(
+            spec,
+            curves,
+            budget=Budget(kind=kind, value=value),
+            method=config.prune.method,
+            scope=config.prune.scope,
+            align=align,
+            strict_align=isinstance(config.prune.align, int),
+            drop=droppable(spec) if drop and kind != "ratio" else (),
+            seed=settings.seed,
+            cost=latency_cost(known) if kind == "latency" else None,
+        )
+        spec, error = pruned_spec(spec, choice.plan), choice.error
+    layers = walk(spec)
+    return Forecast(spec, total_macs(layers), total_params(layers), error)
+
+
+def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> Outcomes:
+    """Return which images of the evaluation split a checkpoint of ours gets right."""
+    checkpoint = load_checkpoint(path)
+    split = dataset(settings, checkpoint.spec).val
+    runner = TorchRunner(network_of(checkpoint), settings.torch_device())
+    with runner:
+        found = evaluate(
+            runner,
+            split,
+            batch_size=settings.eval_batch(checkpoint.spec.input_shape),
+            progress=lambda done, total: reporter.progress("evaluate", done, total),
+        )
+    return found.outcomes

@@ -1,0 +1,122 @@
+"""The front: networks of which none is surely beaten, and the cheapest that is surely good enough.
+
+Objectives carry their errors. A point leaves the front only where another costs no more, beyond the interval of every cost,
+and is more accurate beyond the interval of their paired difference on the same images. Points that another merely seems to
+beat stay, marked as within the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rescompress.core.outcomes import Outcomes
+from rescompress.gate.tango import Paired, score
+from rescompress.search.ladder import CONFIDENCE, paired, surely_better
+from rescompress.search.study import Answer, Trial
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network that reached the top of the ladder.
+
+    Attributes:
+        trial: The candidate.
+        answer: Of its last rung, on held-out training images.
+        clear: Whether none beats it by its estimates either.
+    """
+
+    trial: Trial
+    answer: Answer
+    clear: bool
+
+
+def points_of(trials: Sequence[Trial]) -> list[tuple[Trial, Answer]]:
+    """Return the candidates that may be on a front: those trained in full, with their last answer."""
+    found = []
+    for trial in trials:
+        if trial.state == "done" and trial.answer("full") is not None:
+            last = trial.answers[-1]
+            found.append((trial, last if last.accuracy is not None else _joined(trial)))
+    return found
+
+
+def _joined(trial: Trial) -> Answer:
+    """Return the last answer with the accuracy of the last rung that measured one."""
+    known = [a for a in trial.answers if a.accuracy is not None][-1]
+    return trial.answers[-1].model_copy(update={"accuracy": known.accuracy, "outcomes": known.outcomes})
+
+
+def cheaper(a: Answer, b: Answer, name: str) -> bool:
+    """Whether `a` costs less than `b` beyond the bands of both, where they have some."""
+    low, high = b.band.get(name, (b.costs[name],) * 2), a.band.get(name, (a.costs[name],) * 2)
+    return high[1] < low[0]
+
+
+def surely_beats(a: Answer, b: Answer) -> bool:
+    """Whether `a` beats `b` beyond doubt: no cost of it may be the higher, and its accuracy is surely the better."""
+    same = all(a.costs[n] <= v for n, v in b.costs.items())
+    apart = all(cheaper(a, b, n) or a.costs[n] == v or n not in a.band for n, v in b.costs.items())
+    return same and apart and surely_better(a, b)
+
+
+def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Point]:
+    """Return the points that none surely beats, the cheapest in the first objective first."""
+    known = points_of(trials)
+    kept = [(t, a) for t, a in known if not any(surely_beats(b, a) for _, b in known if b is not a)]
+    found = [Point(t, a, not any(_seems_to_beat(b, a) for _, b in known if b is not a)) for t, a in kept]
+    return sorted(found, key=lambda p: [p.answer.costs[name] for name in objectives])
+
+
+def _seems_to_beat(a: Answer, b: Answer) -> bool:
+    assert a.accuracy is not None
+    assert b.accuracy is not None
+    some = a.accuracy > b.accuracy or any(a.costs[n] < v for n, v in b.costs.items())
+    return a.accuracy >= b.accuracy and all(a.costs[n] <= v for n, v in b.costs.items()) and some
+
+
+def p_value(pair: Paired, margin: float) -> float:
+    """Return the chance of so small a drop, or a smaller one, were the true drop the margin (Tango's score test)."""
+    from statistics import NormalDist
+
+    return NormalDist().cdf(score(pair, margin))
+
+
+def good_enough(
+    dense: Outcomes, candidates: Mapping[int, Outcomes], margin: float, *, confidence: float = CONFIDENCE
+) -> dict[int, bool]:
+    """Return which candidates are not worse than the dense network by more than the margin.
+
+    That any one that is worse passes has at most the probability 1 - confidence, however many are tried: Holm's step-down
+    procedure over their non-inferiority tests (S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70).
+
+    Args:
+        dense: Of the dense network.
+        candidates: By slot, on the same images.
+        margin: The largest drop that is good enough, a fraction.
+        confidence: Of the whole answer.
+    """
+    tested = {slot: p_value(pair, margin) for slot, found in candidates.items() if (pair := paired(dense, found)) is not None}
+    passed = dict.fromkeys(candidates, False)
+    for rank, slot in enumerate(sorted(tested, key=tested.__getitem__)):
+        if tested[slot] > (1 - confidence) / (len(tested) - rank):
+            break
+        passed[slot] = True
+    return passed
+
+
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """Return the volume that points dominate below a reference point; every coordinate is to be small.
+
+    By slices along the last coordinate; fine for fronts of some hundred points and up to four objectives.
+    """
+    inside = [tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    if not inside:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - min(p[0] for p in inside)
+    total, levels = 0.0, sorted({p[-1] for p in inside})
+    for level, above in zip(levels, [*levels[1:], reference[-1]], strict=True):
+        slab = [p[:-1] for p in inside if p[-1] <= level]
+        total += (above - level) * hypervolume(slab, reference[:-1])
+    return total

@@ -1,0 +1,112 @@
+"""Which candidates climb: cheap answers first, and a dear one only for those that could still reach the front.
+
+At every rung a candidate meets those that were there before it. It climbs
+
+- if none of them beats it: at least as cheap in every cost and more accurate (in the unit the rung has); or
+- if it is among the best 1/eta of the rung by the number of those that beat it, and none beats it beyond doubt.
+
+*Beyond doubt* is the gate's paired test on the very same held-out images (Tango 1998, one-sided, 95 %). This is
+asynchronous successive halving (Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020, section 3)
+with domination in the place of one objective; a candidate is judged when it arrives and never waits for others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rescompress.core.outcomes import Outcomes
+from rescompress.gate.tango import Paired, lower_bound
+from rescompress.search.study import Answer, Trial
+
+CONFIDENCE = 0.95
+COMPARED = 200
+"""Of the candidates at a rung, a newcomer meets the last so many."""
+
+
+def paired(better: Outcomes, worse: Outcomes) -> Paired | None:
+    """Return the comparison of two networks on the same images, or None where the images are not the same."""
+    if better.samples_sha256 != worse.samples_sha256 or better.n != worse.n:
+        return None
+    a, b = _bits(better), _bits(worse)
+    return Paired(better.n, lost=(a & ~b).bit_count(), won=(b & ~a).bit_count())
+
+
+def _bits(outcomes: Outcomes) -> int:
+    import base64
+
+    return int.from_bytes(base64.b64decode(outcomes.bits), "big")
+
+
+def surely_better(a: Answer, b: Answer) -> bool:
+    """Whether `a` is more accurate than `b` beyond the interval of their paired difference."""
+    if a.outcomes is None or b.outcomes is None:
+        return False
+    pair = paired(a.outcomes, b.outcomes)
+    return pair is not None and lower_bound(pair, CONFIDENCE) > 0
+
+
+def quality(answer: Answer) -> float:
+    """Return what the rung has for accuracy: the accuracy, or less the summed error of the curves."""
+    return answer.accuracy if answer.accuracy is not None else -(answer.error or 0.0)
+
+
+def no_dearer(a: Answer, b: Answer) -> bool:
+    """Whether `a` costs at most what `b` does, in every cost."""
+    return all(a.costs[name] <= value for name, value in b.costs.items())
+
+
+def beats(a: Answer, b: Answer) -> bool:
+    """Whether `a` is at least as good as `b` in everything and better in something."""
+    some = quality(a) > quality(b) or any(a.costs[name] < value for name, value in b.costs.items())
+    return no_dearer(a, b) and quality(a) >= quality(b) and some
+
+
+def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]:
+    """Return whether a candidate goes on, and why.
+
+    Args:
+        mine: Its answer at this rung.
+        others: Of those that were at this rung before.
+        eta: One in so many climbs.
+    """
+    others = others[-COMPARED:]
+    above = [o for o in others if beats(o, mine)]
+    if not above:
+        return True, "climbs: nothing known here is as cheap and as good"
+    if any(surely_better(o, mine) and no_dearer(o, mine) for o in above):
+        return False, "stops: one that costs no more is more accurate beyond its interval"
+    counts = sorted(sum(beats(o, each) for o in others if o is not each) for each in others)
+    places = max(1, math.ceil((len(others) + 1) / eta))
+    if len(above) <= counts[min(places, len(counts)) - 1]:
+        return True, f"climbs: among the best {places} of {len(others) + 1}"
+    return False, f"stops: {len(above)} of {len(others)} cost no more and are as good"
+
+
+def rank_correlation(trials: Sequence[Trial], lower: str, upper: str) -> tuple[float, int] | None:
+    """Return Spearman's correlation of what two rungs said of the same candidates, and of how many; None below three.
+
+    It tells whether the cheaper rung was worth trusting. Ties have their mean rank.
+    """
+    pairs = [(quality(a), quality(b)) for t in trials if (a := t.answer(lower)) and (b := t.answer(upper))]
+    if len(pairs) < 3:
+        return None
+    xs, ys = _ranks([p[0] for p in pairs]), _ranks([p[1] for p in pairs])
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    sxy = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True))
+    sxx, syy = sum((x - mx) ** 2 for x in xs), sum((y - my) ** 2 for y in ys)
+    return (sxy / math.sqrt(sxx * syy), len(pairs)) if sxx and syy else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for i in order[start : end + 1]:
+            ranks[i] = (start + end) / 2
+        start = end + 1
+    return ranks

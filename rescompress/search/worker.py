@@ -1,0 +1,356 @@
+"""A worker: takes candidates, lets each climb the ladder, and reads the evaluation split once, for the final front."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rescompress.config import RunConfig, validate
+from rescompress.core.artifact import make_folder, write_text
+from rescompress.core.errors import BadInput, RescompressError
+from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.outcomes import Outcomes
+from rescompress.filelock import FileLock
+from rescompress.reporter import Reporter, Silent
+from rescompress.search.front import front
+from rescompress.search.ladder import climbs
+from rescompress.search.settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
+from rescompress.search.study import DONE, IMPOSSIBLE, STOPPED, Answer, Lease, Trials, beating
+from rescompress.settings import Settings
+from rescompress.store import Store
+
+if TYPE_CHECKING:
+    from edge_targets.device import Target
+
+BEAT_S = 10.0
+"""Seconds between signs of life."""
+_IDLE_S = 1.0
+
+
+class Judge(Protocol):
+    """What answers for a candidate on a rung."""
+
+    def rungs(self) -> tuple[Rung, ...]:
+        """Return the rungs that this search has, cheapest first."""
+        ...
+
+    def answer(self, rung: Rung, choices: Mapping[str, Any], folder: Path) -> Answer:
+        """Return what a rung says; work that is stored in `folder` already is not repeated."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a worker did.
+
+    Attributes:
+        finished: Candidates by how they ended.
+    """
+
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+def work(
+    trials: Trials,
+    judge: Judge,
+    folder: Path,
+    *,
+    told: Callable[[str], None] = lambda text: None,
+    until: float | None = None,
+    beat_s: float = BEAT_S,
+) -> Tally:
+    """Take candidates until none is left, the time is over, or somebody asked to stop.
+
+    Args:
+        trials: Of the search.
+        judge: Answers for the candidates.
+        folder: Where the runs of the candidates lie, one folder a slot.
+        told: Takes a line per event.
+        until: Clock (`time.monotonic`) after which no candidate is begun.
+        beat_s: Seconds between signs of life.
+    """
+    tally = Tally()
+    while not trials.stopping and (until is None or time.monotonic() < until):
+        lease = trials.claim()
+        if lease is None:
+            if all(t.finished for t in trials.all()):
+                break
+            time.sleep(min(_IDLE_S, beat_s) * (0.5 + random.random()))  # others are at work: one of them may die
+            continue
+        with beating(lease, beat_s):
+            state, reason = _climb(trials, lease, judge, folder / f"{lease.trial.slot:05d}", told)
+        if state is None:
+            break  # asked to stop: the trial is left to whoever goes on
+        if lease.finish(state, reason):
+            tally.finished[state] = tally.finished.get(state, 0) + 1
+            told(f"trial {lease.trial.slot}: {reason}")
+    return tally
+
+
+def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> tuple[str | None, str]:
+    """Let one candidate climb; return how it ended and why, or no state where the worker was asked to stop."""
+    lease.note("folder", f"{socket.gethostname()}:{folder.resolve()}")
+    for rung in judge.rungs():
+        if trials.stopping:
+            return None, "asked to stop"
+        start = time.monotonic()
+        try:
+            answer = judge.answer(rung, lease.trial.choices, folder)
+        except BadInput as e:  # a budget that no network meets, a scope without channels: this candidate, not the search
+            return IMPOSSIBLE, str(e)
+        if lease.trial.anchor or rung == judge.rungs()[-1]:
+            up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
+        else:
+            others = [a for t in trials.all() if t.slot != lease.trial.slot and (a := t.answer(rung)) is not None]
+            up, verdict = climbs(answer, others, trials.config.eta)
+        lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
+        told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
+        if not up:
+            return STOPPED, f"{rung}: {verdict}"
+    return DONE, "reached the top"
+
+
+def _words(answer: Answer) -> str:
+    words = [answer.rung]
+    if answer.accuracy is not None:
+        words.append(f"{100 * answer.accuracy:.2f} %")
+    return "  ".join([*words, *(f"{name} {value:.4g}" for name, value in answer.costs.items())])
+
+
+@dataclass
+class Pipeline:
+    """Answers by running the pipeline: every candidate is an ordinary run's config.
+
+    Attributes:
+        document: The search's config as JSON values, paths absolute.
+        settings: Of the run; candidates are judged on held-out training images.
+        store: Stages that candidates share.
+        reporter: Where progress goes.
+    """
+
+    document: dict[str, Any]
+    settings: Settings
+    store: Store
+    reporter: Reporter = field(default_factory=Silent)
+
+    def rungs(self) -> tuple[Rung, ...]:
+        """Return the rungs that mean something for this config: no training, no rung for it; no runtime here, no measuring."""
+        asked = self.document["search"]["rungs"]
+        trains = bool(self.document.get("finetune"))
+        without: list[Rung] = [] if trains else ["short"]
+        if not any(t.builds_here and not t.device.modes for t in self._targets()):
+            without.append("measure")
+        return tuple(r for r in RUNGS if r in asked and r not in without)
+
+    def config(self, choices: Mapping[str, Any]) -> RunConfig:
+        """Return the config of a candidate.
+
+        Raises:
+            ConfigError: The choices make none.
+        """
+        return validate(candidate(self.document, choices), "search.space")
+
+    def answer(self, rung: Rung, choices: Mapping[str, Any], folder: Path) -> Answer:
+        """Return what a rung says."""
+        config = self.config(choices)
+        if rung == "predict":
+            return self._predicted(config)
+        chosen = self._at(rung, config)
+        make_folder(folder)
+        write_text(folder / "config.json", json.dumps(config.model_dump(mode="json", exclude={"search"}), indent=1) + "\n")
+        manifest = self._run(chosen, folder, targets=rung == "measure")
+        return self._answer(rung, manifest, folder, chosen)
+
+    def _at(self, rung: Rung, config: RunConfig) -> RunConfig:
+        """Return the config as far as a rung goes."""
+        if rung in ("full", "measure"):
+            return config
+        share = self.document["search"]["short"]
+        tune = None
+        if rung == "short" and config.finetune is not None:
+            tune = config.finetune.model_copy(update={"epochs": config.finetune.epochs * share})
+        prune = config.prune.model_copy(update={"iterations": 1}) if config.prune is not None else None
+        quantize = config.quantize.model_copy(update={"mode": "ptq"}) if config.quantize is not None else None
+        return config.model_copy(update={"finetune": tune, "quantize": quantize, "prune": prune})
+
+    def _run(self, config: RunConfig, folder: Path, *, targets: bool) -> Manifest:
+        from rescompress.pipeline import run_stages
+        from rescompress.plan import run_plan
+
+        stages = run_plan(config, self.settings)
+        wanted = [s for s in stages if targets or not (s.name == "export" or s.name.startswith("target:"))]
+        with _machine(exclusive=False) if not targets else contextlib.nullcontext():
+            computed = [s for s in wanted if not s.name.startswith("target:")]
+            report = run_stages(computed, folder, _shown(config), reporter=self.reporter, store=self.store)
+        if not targets:
+            return report.manifest
+        with _machine(exclusive=True):  # measuring never overlaps with training on the same cores
+            return run_stages(wanted, folder, _shown(config), reporter=self.reporter, store=self.store).manifest
+
+    def _answer(self, rung: Rung, manifest: Manifest, folder: Path, config: RunConfig) -> Answer:
+        last = [s for s in manifest.stages if "top1" in s.metrics and s.checkpoint_sha256][-1]
+        costs, band = self._costs(last, manifest, folder, config)
+        return Answer(rung=rung, accuracy=last.metrics["top1"].value, costs=costs, band=band, outcomes=_outcomes(last, folder))
+
+    def _costs(
+        self, last: StageResult, manifest: Manifest, folder: Path, config: RunConfig
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        measured = [s for s in manifest.stages if s.stage.startswith("target:") and "p50_ms" in s.metrics]
+        known = next((s.metrics["p50_ms"] for s in measured if s.metrics["p50_ms"].provenance == "measured"), None)
+        costs, band = {}, {}
+        for name in self.document["search"]["objectives"]:
+            if name != "latency":
+                costs[name] = last.metrics["size_bytes" if name == "size" else name].value
+            elif known is not None:
+                costs[name] = known.value
+                band[name] = (known.low or known.value, known.high or known.value)
+            else:
+                artifact = last.output("checkpoint")
+                assert artifact is not None
+                costs[name] = self._latency(_spec_of(folder / artifact.path), int8=config.quantize is not None)
+        return costs, band
+
+    def _predicted(self, config: RunConfig) -> Answer:
+        """Return the costs and the summed error of a candidate from curves that were measured once."""
+        from rescompress.search.forecast import forecast
+
+        with _machine(exclusive=False):
+            found = forecast(config, self.settings, self.store, self.reporter)
+        int8 = config.quantize is not None
+        costs = {
+            "latency": lambda: self._latency(found.spec, int8=int8),
+            "size": lambda: found.params * (1.0 if int8 else 4.0),
+            "macs": lambda: float(found.macs),
+            "params": lambda: float(found.params),
+        }
+        return Answer(
+            rung="predict", costs={name: costs[name]() for name in self.document["search"]["objectives"]}, error=found.error
+        )
+
+    def _latency(self, spec: Any, *, int8: bool) -> float:
+        """Return the predicted ms on the first target with a latency model; without one, MACs in units of a float one."""
+        from edge_targets.latency import predict
+        from rescompress.core.layers import total_macs, walk
+
+        layers = walk(spec)
+        target = next((t for t in self._targets() if t.device.modes), None)
+        if target is None:
+            return total_macs(layers) / 1e6 * (0.25 if int8 else 1.0)
+        precision = target.check_precision("int8" if int8 else target.device.best_float)
+        return predict(layers, target.device, precision=precision, batch=1).p50_ms
+
+    def _targets(self) -> list[Target]:
+        from edge_targets.catalog import load_target
+
+        return [load_target(name) for name in self.document["targets"]]
+
+
+def _shown(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"search"})
+
+
+def _spec_of(path: Path) -> Any:
+    from compress.checkpoints import load_checkpoint
+
+    return load_checkpoint(path).spec
+
+
+def _outcomes(stage: StageResult, folder: Path) -> Outcomes | None:
+    artifact = stage.output("outcomes")
+    return Outcomes.model_validate_json((folder / artifact.path).read_text(encoding="utf-8")) if artifact else None
+
+
+@contextlib.contextmanager
+def _machine(*, exclusive: bool) -> Iterator[None]:
+    """Share this machine's cores with other workers of this user, or have them alone, to measure."""
+    path = Path(tempfile.gettempdir()) / f"rescompress-{os.getuid() if hasattr(os, 'getuid') else 0}.machine"
+    with FileLock(path).held(shared=not exclusive):
+        yield
+
+
+def check(document: Mapping[str, Any], queue: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure, before any work, that the space and the first candidates make configs.
+
+    Raises:
+        ConfigError: A key or a choice of the space is unknown or impossible; it is named.
+    """
+    for choices in [*queue, *_corners(document["search"]["space"])]:
+        validate(candidate(document, choices), "search.space")
+
+
+def _corners(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield, for every dimension, each of its choices, or the ends of its range."""
+    for name, dimension in dimensions(space).items():
+        if name != f"{BUDGET}.kind":
+            values = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension
+            yield from ({name: value} for value in values)
+
+
+def settings_of(document: Mapping[str, Any], *, device: str, threads: int | None, batch_size: int | None) -> Settings:
+    """Return the settings of a search's runs: candidates are judged on a part of the training images."""
+    return Settings(
+        document["data"],
+        document.get("labels"),
+        document["seed"],
+        device,
+        threads,
+        batch_size,
+        hold_out=document["search"]["hold_out"],
+    )
+
+
+def conclude(trials: Trials, pipeline: Pipeline, folder: Path, told: Callable[[str], None] = lambda text: None) -> None:
+    """Read the evaluation split, once, for the dense network and the points of the front, and keep what they got right.
+
+    Raises:
+        RescompressError: A network of the front cannot be evaluated.
+    """
+    points = front(trials.all(), trials.config.objectives)
+    final = dict(trials.study.user_attrs.get("final", {}))
+    open_ = [p for p in points if str(p.trial.slot) not in final]
+    if "dense" in final and not open_:
+        return
+    settings = dataclasses.replace(pipeline.settings, hold_out=0.0)
+    from rescompress.search.forecast import evaluate_file
+
+    for point in points:
+        place = folder / f"{point.trial.slot:05d}"
+        try:
+            manifest = _manifest(place)
+        except RescompressError:
+            told(f"trial {point.trial.slot}: its run lies on {point.trial.folder}; run `search worker` there to conclude")
+            continue
+        if "dense" not in final:
+            final["dense"] = _judged(manifest.stage("dense"), place, settings, pipeline, evaluate_file)
+        if str(point.trial.slot) not in final:
+            last = [s for s in manifest.stages if s.checkpoint_sha256 and "top1" in s.metrics][-1]
+            final[str(point.trial.slot)] = _judged(last, place, settings, pipeline, evaluate_file)
+            told(f"trial {point.trial.slot}: evaluated")
+        trials.study.set_user_attr("final", final)
+
+
+def _manifest(place: Path) -> Manifest:
+    from rescompress.core.manifest import load_manifest
+
+    return load_manifest(place)
+
+
+def _judged(
+    stage: StageResult | None, place: Path, settings: Settings, pipeline: Pipeline, evaluate_file: Any
+) -> dict[str, Any]:
+    assert stage is not None
+    artifact = stage.output("checkpoint")
+    assert artifact is not None
+    outcomes: Outcomes = evaluate_file(place / artifact.path, settings, pipeline.reporter)
+    metrics = {k: v.model_dump(mode="json", exclude_defaults=True) for k, v in stage.metrics.items() if k != "top1"}
+    return {"outcomes": outcomes.model_dump(mode="json"), "metrics": metrics}
