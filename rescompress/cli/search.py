@@ -226,7 +226,7 @@ def _work(
     """Work on a search with one or more processes, and conclude it when nothing is left."""
     from rescompress.cli.progress import reporting
     from rescompress.core.artifact import make_folder
-    from rescompress.search.worker import Pipeline, conclude, settings_of, work
+    from rescompress.search.worker import Pipeline, agree, conclude, settings_of, work
     from rescompress.store import Store
 
     make_folder(folder)
@@ -236,6 +236,8 @@ def _work(
         threads = threads or max(1, cores // jobs)
         if jobs >= cores:
             out.hint(f"note: {jobs} jobs on {cores} cores share them: more candidates at once, none of them faster")
+    settings = settings_of(trials.document, device=device, threads=threads, batch_size=batch_size)
+    agree(trials, Pipeline(trials.document, settings, Store(folder / "store")))
     helpers = [
         subprocess.Popen(
             [
@@ -258,7 +260,6 @@ def _work(
         )
         for _ in range(jobs - 1)
     ]
-    settings = settings_of(trials.document, device=device, threads=threads, batch_size=batch_size)
     try:
         with reporting(out) as reporter:
             pipeline = Pipeline(trials.document, settings, Store(folder / "store"), reporter)

@@ -13,6 +13,7 @@ with domination in the place of one objective; a candidate is judged when it arr
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 from rescompress.core.outcomes import Outcomes
@@ -20,7 +21,7 @@ from rescompress.gate.tango import Paired, lower_bound
 from rescompress.search.study import Answer, Trial
 
 CONFIDENCE = 0.95
-COMPARED = 200
+COMPARED = 64
 """Of the candidates at a rung, a newcomer meets the last so many."""
 
 
@@ -58,8 +59,16 @@ def no_dearer(a: Answer, b: Answer) -> bool:
 
 def beats(a: Answer, b: Answer) -> bool:
     """Whether `a` is at least as good as `b` in everything and better in something."""
-    some = quality(a) > quality(b) or any(a.costs[name] < value for name, value in b.costs.items())
-    return no_dearer(a, b) and quality(a) >= quality(b) and some
+    return _below(_losses(a), _losses(b))
+
+
+def _losses(answer: Answer) -> tuple[float, ...]:
+    """Return everything that is to be small, in a fixed order."""
+    return (-quality(answer), *(answer.costs[name] for name in sorted(answer.costs)))
+
+
+def _below(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a != b and all(map(operator.le, a, b))
 
 
 def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]:
@@ -76,7 +85,8 @@ def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]
         return True, "climbs: nothing known here is as cheap and as good"
     if any(surely_better(o, mine) and no_dearer(o, mine) for o in above):
         return False, "stops: one that costs no more is more accurate beyond its interval"
-    counts = sorted(sum(beats(o, each) for o in others if o is not each) for each in others)
+    losses = [_losses(o) for o in others]
+    counts = sorted(sum(_below(o, each) for o in losses) for each in losses)
     places = max(1, math.ceil((len(others) + 1) / eta))
     if len(above) <= counts[min(places, len(counts)) - 1]:
         return True, f"climbs: among the best {places} of {len(others) + 1}"

@@ -16,13 +16,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 JOURNAL = "journal.log"
 LAYOUT = 1
 """Of what is kept in the storage."""
+
+PATIENCE_S = 300.0
+"""How long a storage may be away (a server restarts, a disk is full) before a worker gives up."""
+
+_T = TypeVar("_T")
 
 LOST = "lost"
 DONE, STOPPED, IMPOSSIBLE = "done", "stopped", "impossible"
@@ -103,6 +109,32 @@ class Trial:
         return next((a for a in self.answers if a.rung == rung), None)
 
 
+def patiently(what: Callable[[], _T], patience_s: float | None = None) -> _T:
+    """Return what a call to the storage returns, trying again while the storage is away.
+
+    Every call that goes through here may be repeated: what it does twice, readers count once.
+
+    Raises:
+        EnvironmentFailed: It stays away.
+    """
+    import optuna
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    patience = PATIENCE_S if patience_s is None else patience_s
+    start, pause = time.monotonic(), 0.2
+    while True:
+        try:
+            return what()
+        except (optuna.exceptions.StorageInternalError, OperationalError, InterfaceError, OSError) as e:
+            if time.monotonic() - start > patience:
+                reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0]
+                raise EnvironmentFailed(
+                    f"the search's storage failed: {reason}", remedy="look after it, then call the same command again"
+                ) from e
+            time.sleep(pause * (0.5 + random.random()))
+            pause = min(2 * pause, 10.0)
+
+
 @dataclass
 class Lease:
     """This worker's claim on a trial, with its signs of life."""
@@ -110,25 +142,31 @@ class Lease:
     trials: Trials
     trial_id: int
     trial: Trial
+    folder: str = ""
     beats: int = 0
 
     def beat(self) -> None:
         """Give a sign of life."""
         self.beats += 1
         lease = {"worker": self.trials.worker, "pid": os.getpid(), "host": socket.gethostname(), "beat": self.beats}
+        lease["folder"] = self.folder
         self.trials.study._storage.set_trial_user_attr(self.trial_id, "lease", lease)
 
     def record(self, answer: Answer) -> None:
         """Keep what a rung said."""
-        self.trials.study._storage.set_trial_user_attr(
-            self.trial_id, f"rung:{answer.rung}", answer.model_dump_json(exclude_defaults=True)
-        )
+        self.note(f"rung:{answer.rung}", answer.model_dump_json(exclude_defaults=True))
         kept = tuple(a for a in self.trial.answers if a.rung != answer.rung)
         self.trial = dataclasses.replace(self.trial, answers=(*kept, answer))
 
-    def note(self, name: str, value: str) -> None:
-        """Keep a word about the trial."""
-        self.trials.study._storage.set_trial_user_attr(self.trial_id, name, value)
+    def note(self, name: str, value: Any) -> None:
+        """Keep a word about the trial; one that somebody else has ended in the meantime stays as it is."""
+        import optuna
+
+        def keep() -> None:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self.trials.study._storage.set_trial_user_attr(self.trial_id, name, value)
+
+        patiently(keep)
 
     def finish(self, state: str, reason: str = "") -> bool:
         """End the trial; return whether it was still ours to end."""
@@ -136,14 +174,12 @@ class Lease:
 
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
-            self.note("end", state)
-            if reason:
-                self.note("reason", reason)
+            self.note("end", {"state": state, "reason": reason})
             if state == IMPOSSIBLE or best is None or best.accuracy is None:
-                self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL)
+                patiently(lambda: self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL))
             else:
                 values = [best.accuracy, *(best.costs[c] for c in self.trials.config.objectives)]
-                self.trials.study.tell(self.trial.number, values)
+                patiently(lambda: self.trials.study.tell(self.trial.number, values))
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # somebody took us for dead: what they do counts
         return True
@@ -166,13 +202,18 @@ class Trials:
     worker: str
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
     _finished: dict[int, Trial | None] = field(default_factory=dict)
+    _waits: dict[int, Trial | None] = field(default_factory=dict)
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
         rank = {DONE: 0, STOPPED: 0, IMPOSSIBLE: 0, "running": 1, "waiting": 2, LOST: 3}
         best: dict[int, Trial] = {}
         for frozen in self.study.get_trials(deepcopy=False):
-            if frozen.number not in self._finished:
+            if frozen.state.name == "WAITING":
+                trial = self._waits.get(frozen.number)
+                if trial is None:
+                    trial = self._waits[frozen.number] = _trial_of(frozen)
+            elif frozen.number not in self._finished:
                 trial = _trial_of(frozen)
                 if frozen.state.is_finished():
                     self._finished[frozen.number] = trial  # it never changes again
@@ -246,6 +287,8 @@ class Trials:
             if "slot" in frozen.user_attrs:
                 self._queue_again(frozen)
                 rescued.append(int(frozen.user_attrs["slot"]))
+        if self._waiting():
+            return rescued  # there is work; whether a slot was forgotten is looked at when there is none
         slots = {t.user_attrs["slot"] for t in everything if "slot" in t.user_attrs}
         alive = {
             t.user_attrs["slot"]
@@ -274,8 +317,12 @@ class Trials:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
 
+def _end(frozen: Any) -> dict[str, str]:
+    return frozen.user_attrs.get("end") or {}
+
+
 def _done(frozen: Any) -> bool:
-    return frozen.state.is_finished() and frozen.user_attrs.get("end") in (DONE, STOPPED, IMPOSSIBLE)
+    return frozen.state.is_finished() and _end(frozen).get("state") in (DONE, STOPPED, IMPOSSIBLE)
 
 
 def _running(frozen: Any) -> bool:
@@ -299,8 +346,9 @@ def _trial_of(frozen: Any) -> Trial | None:
     attrs = frozen.user_attrs
     if "slot" not in attrs:
         return None
+    lease = attrs.get("lease") or {}
     unfinished = LOST if frozen.state.is_finished() else frozen.state.name.lower()
-    state = str(attrs["end"]) if _done(frozen) else unfinished
+    state = _end(frozen)["state"] if _done(frozen) else unfinished
     answers = [Answer.model_validate_json(v) for k, v in attrs.items() if k.startswith("rung:")]
     choices = {k: _decoded(v) for k, v in _choices_of(frozen).items()}
     return Trial(
@@ -310,9 +358,9 @@ def _trial_of(frozen: Any) -> Trial | None:
         anchor=bool(attrs.get("anchor")),
         state=state,
         answers=tuple(sorted(answers, key=lambda a: RUNGS.index(a.rung))),
-        reason=str(attrs.get("reason", "")),
-        worker=str((attrs.get("lease") or {}).get("worker", "")),
-        folder=str(attrs.get("folder", "")),
+        reason=_end(frozen).get("reason", ""),
+        worker=str(lease.get("worker", "")),
+        folder=str(lease.get("folder", "")),
     )
 
 
@@ -434,8 +482,11 @@ def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queu
         study.set_user_attr("layout", LAYOUT)
         study.set_user_attr("version", _version())
         study.set_user_attr("document", json.dumps(document))
-    if json.loads(study.user_attrs["document"]) != _comparable(document):
+    known_document = json.loads(study.user_attrs["document"])
+    if _comparable(known_document) != _comparable(document):
         raise BadInput("holds a search of another config", where=name, remedy="name another folder with -o, or another --name")
+    if config.trials > known_document["search"]["trials"]:  # a search may be made longer
+        study.set_user_attr("document", json.dumps(document))
     trials = joined(study, seed)
     known = {t.user_attrs["slot"] for t in study.get_trials(deepcopy=False) if "slot" in t.user_attrs}
     for slot in range(config.trials):
@@ -447,7 +498,10 @@ def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queu
 
 
 def _comparable(document: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(document))
+    """Return what must be the same when a search goes on: everything but how many candidates it tries."""
+    made = json.loads(json.dumps(document))
+    made["search"].pop("trials", None)
+    return made
 
 
 def join(storage: Any, name: str | None, seed: int = 0) -> Trials:

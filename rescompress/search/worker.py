@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import random
@@ -12,20 +13,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rescompress.config import RunConfig, validate
-from rescompress.core.artifact import make_folder, write_text
+from rescompress.core.artifact import Artifact, make_folder, write_text
 from rescompress.core.errors import BadInput, RescompressError
-from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
+from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
 from rescompress.filelock import FileLock
+from rescompress.fingerprint import environment
 from rescompress.reporter import Reporter, Silent
-from rescompress.search.front import front
+from rescompress.search.front import front, good_enough
 from rescompress.search.ladder import climbs
 from rescompress.search.settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
-from rescompress.search.study import DONE, IMPOSSIBLE, STOPPED, Answer, Lease, Trials, beating
+from rescompress.search.study import DONE, IMPOSSIBLE, STOPPED, Answer, Lease, Trials, beating, patiently
 from rescompress.settings import Settings
 from rescompress.store import Store
 
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 BEAT_S = 10.0
 """Seconds between signs of life."""
 _IDLE_S = 1.0
+DEFAULT_MARGIN = 0.01
+"""Drop of accuracy that is good enough where nobody says another, a fraction."""
 
 
 class Judge(Protocol):
@@ -80,15 +86,15 @@ def work(
         beat_s: Seconds between signs of life.
     """
     tally = Tally()
-    while not trials.stopping and (until is None or time.monotonic() < until):
-        lease = trials.claim()
+    while not patiently(lambda: trials.stopping) and (until is None or time.monotonic() < until):
+        lease = patiently(trials.claim)
         if lease is None:
-            if all(t.finished for t in trials.all()):
-                break
+            if all(t.finished for t in patiently(trials.all)):
+                break  # nothing waits, and nobody is at work
             time.sleep(min(_IDLE_S, beat_s) * (0.5 + random.random()))  # others are at work: one of them may die
             continue
-        with beating(lease, beat_s):
-            state, reason = _climb(trials, lease, judge, folder / f"{lease.trial.slot:05d}", told)
+        with beating(lease, beat_s), _own_folder(folder, lease) as place:
+            state, reason = _climb(trials, lease, judge, place, told)
         if state is None:
             break  # asked to stop: the trial is left to whoever goes on
         if lease.finish(state, reason):
@@ -97,11 +103,25 @@ def work(
     return tally
 
 
+@contextlib.contextmanager
+def _own_folder(folder: Path, lease: Lease) -> Iterator[Path]:
+    """Hold the folder of a slot's run; where one who was taken for dead still holds it, one of this attempt's own."""
+    place = folder / f"{lease.trial.slot:05d}"
+    make_folder(place)
+    with FileLock(place / ".search").held(wait=False) as mine:
+        if mine:
+            yield place
+            return
+    other = folder / f"{lease.trial.slot:05d}-{lease.trial.number}"
+    make_folder(other)
+    yield other
+
+
 def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> tuple[str | None, str]:
     """Let one candidate climb; return how it ended and why, or no state where the worker was asked to stop."""
-    lease.note("folder", f"{socket.gethostname()}:{folder.resolve()}")
+    lease.folder = f"{socket.gethostname()}:{folder.resolve()}"  # known with the next sign of life
     for rung in judge.rungs():
-        if trials.stopping:
+        if patiently(lambda: trials.stopping):
             return None, "asked to stop"
         start = time.monotonic()
         try:
@@ -111,17 +131,19 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
         else:
-            others = [a for t in trials.all() if t.slot != lease.trial.slot and (a := t.answer(rung)) is not None]
+            others = [a for t in patiently(trials.all) if t.slot != lease.trial.slot and (a := t.answer(rung)) is not None]
             up, verdict = climbs(answer, others, trials.config.eta)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
+        if rung == "full":
+            patiently(lease.beat)
         if not up:
             return STOPPED, f"{rung}: {verdict}"
     return DONE, "reached the top"
 
 
 def _words(answer: Answer) -> str:
-    words = [answer.rung]
+    words: list[str] = [answer.rung]
     if answer.accuracy is not None:
         words.append(f"{100 * answer.accuracy:.2f} %")
     return "  ".join([*words, *(f"{name} {value:.4g}" for name, value in answer.costs.items())])
@@ -142,6 +164,16 @@ class Pipeline:
     settings: Settings
     store: Store
     reporter: Reporter = field(default_factory=Silent)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the content that all workers of a search must have: checkpoint and data, wherever they lie.
+
+        Raises:
+            BadInput: One of them is not here.
+        """
+        from rescompress.fingerprint import file_identity
+
+        return {"checkpoint": file_identity(self.document["checkpoint"]), "data": self.settings.data_identity}
 
     def rungs(self) -> tuple[Rung, ...]:
         """Return the rungs that mean something for this config: no training, no rung for it; no runtime here, no measuring."""
@@ -249,6 +281,25 @@ class Pipeline:
         precision = target.check_precision("int8" if int8 else target.device.best_float)
         return predict(layers, target.device, precision=precision, batch=1).p50_ms
 
+    def latency_metric(self, checkpoint: Path, folder: Path) -> dict[str, Any]:
+        """Return ``p50_ms`` of a network: as its run measured it, else as it is predicted; nothing where neither is known."""
+        from compress.checkpoints import load_checkpoint
+        from edge_targets.latency import predict
+        from rescompress.core.layers import walk
+
+        measured = [
+            s.metrics["p50_ms"] for s in _manifest(folder).stages if s.stage.startswith("target:") and "p50_ms" in s.metrics
+        ]
+        if measured:
+            return {"p50_ms": measured[0].model_dump(mode="json", exclude_defaults=True)}
+        target = next((t for t in self._targets() if t.device.modes), None)
+        if target is None:
+            return {}
+        known = load_checkpoint(checkpoint)
+        precision = target.check_precision("int8" if known.quantization is not None else target.device.best_float)
+        found = predict(walk(known.spec), target.device, precision=precision, batch=1)
+        return {"p50_ms": found.metric().model_dump(mode="json", exclude_defaults=True)}
+
     def _targets(self) -> list[Target]:
         from edge_targets.catalog import load_target
 
@@ -276,6 +327,25 @@ def _machine(*, exclusive: bool) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"rescompress-{os.getuid() if hasattr(os, 'getuid') else 0}.machine"
     with FileLock(path).held(shared=not exclusive):
         yield
+
+
+def agree(trials: Trials, pipeline: Pipeline) -> None:
+    """Make sure that this worker would judge by the same checkpoint and the same images as all others.
+
+    Raises:
+        BadInput: Its files are not those that the search began with.
+    """
+    mine = json.loads(json.dumps(pipeline.identity()))
+    known = patiently(lambda: trials.study.user_attrs).get("identity")
+    if known is None:
+        patiently(lambda: trials.study.set_user_attr("identity", mine))
+    elif known != mine:
+        what = next(k for k in mine if mine[k] != known.get(k))
+        raise BadInput(
+            f"the {what} here is not the one that the search began with",
+            where=str(trials.document[what]),
+            remedy="copy the same files to this machine, or begin another search",
+        )
 
 
 def check(document: Mapping[str, Any], queue: Sequence[Mapping[str, Any]]) -> None:
@@ -336,12 +406,60 @@ def conclude(trials: Trials, pipeline: Pipeline, folder: Path, told: Callable[[s
             last = [s for s in manifest.stages if s.checkpoint_sha256 and "top1" in s.metrics][-1]
             final[str(point.trial.slot)] = _judged(last, place, settings, pipeline, evaluate_file)
             told(f"trial {point.trial.slot}: evaluated")
-        trials.study.set_user_attr("final", final)
+        patiently(lambda: trials.study.set_user_attr("final", final))
+    folder_manifest(trials, folder.parent)
+
+
+def folder_manifest(trials: Trials, folder: Path) -> None:
+    """Write what reports and gates read: the dense network and the points of the front, as the stages of a run.
+
+    The network that `best` would choose with its default margin stands last, so that a gate takes it; without one, the
+    cheapest.
+
+    Args:
+        trials: Of a concluded search.
+        folder: Of the search.
+    """
+    final = trials.study.user_attrs["final"]
+    by = trials.config.objectives[0]
+    points = sorted(
+        (p for p in front(trials.all(), trials.config.objectives) if str(p.trial.slot) in final),
+        key=lambda p: -p.answer.costs[by],
+    )
+    dense = Outcomes.model_validate(final["dense"]["outcomes"])
+    known = {p.trial.slot: Outcomes.model_validate(final[str(p.trial.slot)]["outcomes"]) for p in points}
+    good = good_enough(dense, known, DEFAULT_MARGIN)
+    points.sort(key=lambda p: good[p.trial.slot])  # stable: among the good ones the cheapest is last
+    if any(good.values()):
+        points = [p for p in points if not good[p.trial.slot]] + [p for p in points if good[p.trial.slot]]
+    stages = [_row(folder, "dense", final["dense"], {}, {})]
+    for point in points:
+        entry = final[str(point.trial.slot)]
+        details = {"choices": dict(point.trial.choices), "folder": point.trial.folder, "clear": point.clear}
+        stages.append(_row(folder, f"trial-{point.trial.slot:05d}", entry, point.answer.costs, details))
+    document = {k: v for k, v in trials.document.items() if k != "search"}
+    old = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    Manifest(
+        rescompress_version=version("rescompress"),
+        created=old.created if old else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=document | {"search": trials.document["search"]},
+        environment=environment(),
+        stages=tuple(stages),
+    ).save(folder)
+
+
+def _row(folder: Path, name: str, entry: Mapping[str, Any], costs: Mapping[str, float], details: dict[str, Any]) -> StageResult:
+    outcomes = Outcomes.model_validate(entry["outcomes"])
+    path = folder / f"{name}.outcomes.json"
+    write_text(path, outcomes.model_dump_json(indent=1) + "\n")
+    metrics = {k: Metric.model_validate(v) for k, v in entry["metrics"].items()}
+    metrics["top1"] = accuracy(outcomes.correct, outcomes.n, runtime="torch")
+    return StageResult(
+        stage=name, status="done", metrics=metrics, outputs=(Artifact.of("outcomes", path, folder),), details=details
+    )
 
 
 def _manifest(place: Path) -> Manifest:
-    from rescompress.core.manifest import load_manifest
-
     return load_manifest(place)
 
 
@@ -352,5 +470,6 @@ def _judged(
     artifact = stage.output("checkpoint")
     assert artifact is not None
     outcomes: Outcomes = evaluate_file(place / artifact.path, settings, pipeline.reporter)
-    metrics = {k: v.model_dump(mode="json", exclude_defaults=True) for k, v in stage.metrics.items() if k != "top1"}
+    metrics = {k: v.model_dump(mode="json", exclude_defaults=True) for k, v in stage.metrics.items() if not k.startswith("top")}
+    metrics |= pipeline.latency_metric(place / artifact.path, place)
     return {"outcomes": outcomes.model_dump(mode="json"), "metrics": metrics}
