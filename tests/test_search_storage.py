@@ -14,7 +14,7 @@ import pytest
 from test_search import SPACE, Synthetic, assert_nothing_lost, begin, document, kill_at_random, start_workers
 
 from rescompress.search.settings import anchors
-from rescompress.search.show import front_document, status_document
+from rescompress.search.show import front_document
 from rescompress.search.study import create, join, storage_of
 from rescompress.search.worker import work
 
@@ -107,19 +107,3 @@ def test_the_front_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> N
     for row in (*rows[0], *rows[1]):
         row.pop("folder")
     assert rows[0] == rows[1]
-
-
-def test_five_thousand_trials_stay_quick(tmp_path: Path) -> None:
-    """Figures: what a trial costs beside its own work, and how long a reader takes; no clock is asserted here."""
-    trials = begin(tmp_path, 5000, sampler="random")
-    start = time.monotonic()
-    work(trials, Synthetic(), tmp_path / "trials", beat_s=5)
-    each = (time.monotonic() - start) / 5000
-    start = time.monotonic()
-    document_ = status_document(join(storage_of(str(tmp_path)), None))
-    status = time.monotonic() - start
-    start = time.monotonic()
-    found = front_document(join(storage_of(str(tmp_path)), None))
-    front = time.monotonic() - start
-    print(f"\n{1000 * each:.1f} ms a trial, status {status:.2f} s, front {front:.2f} s, {len(found['front'])} points")
-    assert sum(document_["states"].values()) == 5000

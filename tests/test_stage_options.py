@@ -410,7 +410,7 @@ RUN: dict[str, dict[str, Any]] = {
     "arch_options": {"arch_options": {"stride_at": 1, "max_pool": True}},
     "allow_pickle": {"allow_pickle": True},
 }
-ELSEWHERE = {"checkpoint", "data", "seed", "prune", "finetune", "quantize", "targets", "batch", "labels"}
+ELSEWHERE = {"checkpoint", "data", "seed", "prune", "finetune", "quantize", "targets", "batch", "labels", "search"}
 """Fields of `RunConfig` that other tests of this file are about."""
 
 

@@ -63,8 +63,7 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)
-        if not isinstance(command, TyperGroup):  # a group gives them to its commands
-            command.params.extend(common_params())
+        command.params.extend(common_params())
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

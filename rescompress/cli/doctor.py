@@ -24,6 +24,8 @@ PURPOSES = {
     "onnx": "export",
     "onnx-ir": "writing ONNX files",
     "onnxruntime": "parity, target cpu-ort",
+    "optuna": "search",
+    "psycopg": "search over many machines, through PostgreSQL",
     "openvino": "target cpu",
     "pillow": "reading images",
     "pydantic": "configs, manifests, specs",

@@ -40,7 +40,7 @@ class SearchGroup(TyperGroup):
         return name, command, rest
 
 
-app = typer.Typer(cls=SearchGroup, no_args_is_help=True)
+app = typer.Typer(cls=SearchGroup, no_args_is_help=True, add_completion=False)
 
 Where = Annotated[
     str, typer.Argument(metavar="DIR|URL", help="Folder of the search, or the URL of its storage.", show_default=False)
@@ -50,10 +50,13 @@ Name = Annotated[str | None, typer.Option("--name", help="Of the search, where a
 
 @app.callback(epilog="Example: rescompress search examples/search_digits.yaml --trials 30")
 def search() -> None:
-    """Find the networks that are worth having for a board: CONFIG.yaml with a ``search:`` section, or a sensible space."""
+    """Find the networks that are worth having for a board, by trying many configs.
+
+    `rescompress search CONFIG.yaml` begins or goes on with a search; `rescompress search start --help` shows its options.
+    """
 
 
-@app.command(START, hidden=True)
+@app.command(START)
 def start(
     ctx: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of the run.", show_default=False)],
@@ -78,7 +81,10 @@ def start(
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
 ) -> None:
-    """Search; run it again to go on where it stopped."""
+    """Begin a search or go on with it; the word `start` may be left out.
+
+    Example: rescompress search examples/search_digits.yaml --trials 30 --jobs 2
+    """
     from rescompress.config import load_config
     from rescompress.core.artifact import make_folder
     from rescompress.core.errors import ConfigError
