@@ -184,7 +184,7 @@ def _fit(t: _Table, weight: Floats, start: Floats | None = None) -> Floats:
         return np.concatenate([trust[:, None] * np.einsum("gi,gip->gp", share, t.powers), prior_slope])
 
     found: Floats = least_squares(
-        residuals, _PRIOR if start is None else start, jac=slopes, loss="soft_l1", f_scale=1.5, xtol=1e-10, ftol=1e-10
+        residuals, _PRIOR if start is None else start, jac=slopes, loss="soft_l1", f_scale=1.5, xtol=1e-8, ftol=1e-8
     ).x
     return found
 
@@ -251,8 +251,8 @@ def reduced(groups: Sequence[Group]) -> NDArray[np.bool_]:
 def bands(groups: Sequence[Group], errors: Floats) -> dict[str, dict[str, float]]:
     """Return the band per architecture and precision: from all held-out errors of that precision class.
 
-    What was held out decides what the band is of: of a new network on a known board, or of a new board. float32 has a class of its
-    own (fewer and older figures); float16 and INT8 share one.
+    What was held out decides what the band is of: of a new network on a known board, or of a new board. float32 has a class
+    of its own (fewer and older figures); float16 and INT8 share one.
     """
     low = reduced(groups)
     widths = {"fp32": band_of(errors[~low]), "fp16": band_of(errors[low]), "int8": band_of(errors[low])}
@@ -391,8 +391,8 @@ def table(found: Report) -> str:
         ):
             size = np.abs(errors[chosen])
             lines.append(
-                f"{title} held out, {name} ({len(size)}): median {np.median(size):.1%}, 85 % below {np.quantile(size, 0.85):.1%}, "
-                f"worst {size.max():.1%}"
+                f"{title} held out, {name} ({len(size)}): median {np.median(size):.1%}, "
+                f"85 % below {np.quantile(size, 0.85):.1%}, worst {size.max():.1%}"
             )
     lines.append(f"bands made without a network on a board: hold {found.coverage:.0%} of it, half-width {found.half_width:.0%}")
     for title, widths in (

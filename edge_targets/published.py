@@ -25,6 +25,8 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,7 +211,11 @@ def tensorflow_resnet(depth: int, size: int, *, v2: bool) -> list[Kernel]:
             side, stream = after, 4 * width
     if v2:
         found.append(Kernel("norm", "move", side**2, stream, stream, in_pixels=side**2))
-    return [*found, Kernel("global_pool", "pool", 1, stream, stream, in_pixels=side**2), Kernel("fc", "linear", 1, stream, 1000)]
+    return [
+        *found,
+        Kernel("global_pool", "pool", 1, stream, stream, in_pixels=side**2),
+        Kernel("fc", "linear", 1, stream, 1000),
+    ]
 
 
 def vgg(depth: int, size: int) -> list[Kernel]:
@@ -229,9 +235,10 @@ def vgg(depth: int, size: int) -> list[Kernel]:
         found.append(Kernel(f"pool{number}", "pool", (side // 2) ** 2, stream, stream, in_pixels=side**2))
         side //= 2
     widths = (stream * side**2, 4096, 4096, 1000)
-    return found + [Kernel(f"fc{i}", "linear", 1, a, b) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False), 1)]
+    return found + [Kernel(f"fc{i}", "linear", 1, a, b) for i, (a, b) in enumerate(pairwise(widths), 1)]
 
 
+@cache
 def _network(model: str, size: int, kind: Kind, *, add_fuses: bool) -> tuple[str, list[Kernel]]:
     """Return the name and the kernels of the network that the table calls `model`."""
     found = _MODEL.fullmatch(model)
@@ -270,6 +277,11 @@ def load_groups(path: Path = PUBLISHED) -> list[Group]:
     return [_group(*key, rows=found) for key, found in rows.items()]
 
 
+@cache
+def _device(name: str) -> Device:
+    return load_device(name)
+
+
 def _number(text: str) -> float | None:
     found = re.match(r"[\d.]+", text)
     return float(found[0]) if found else None
@@ -290,11 +302,19 @@ def _weight(kind: Kind, model: str, mode: str, notes: str) -> float:
 
 
 def _group(
-    device: str, model: str, size: int, precision: Precision, batch: int, mode: str, kind: Kind, *, rows: Sequence[dict[str, str]]
+    device: str,
+    model: str,
+    size: int,
+    precision: Precision,
+    batch: int,
+    mode: str,
+    kind: Kind,
+    *,
+    rows: Sequence[dict[str, str]],
 ) -> Group:
     import numpy as np
 
-    hardware = load_device(DEVICES[device])
+    hardware = _device(DEVICES[device])
     power = hardware.mode("30W" if mode.startswith("default") else None)
     network, kernels = _network(model, size, kind, add_fuses=not any("QDQ nodes" in r["precision"] for r in rows))
     return Group(
