@@ -14,7 +14,7 @@ DEVICES = Path(__file__).parent / "devices"
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 
 DEFAULT_JETSON = "jetson-orin-nano-8gb-super"
-"""What most people have: since JetPack 6.2 (2025-01) the Orin Nano is sold, and older ones are updated, with the Super modes."""
+"""What most people have: since JetPack 6.2 (2025-01) new boards have the Super modes, and older ones get them with it."""
 ALIASES = ("arm", "jetson")
 """``jetson``: the board this runs on, elsewhere `DEFAULT_JETSON`; ``arm``: ``arm-cortex-a76``."""
 
@@ -130,8 +130,8 @@ def alias_notes(target: Target) -> list[str]:
     if target.alias != "jetson" or target.name == board_here():
         return []
     return [
-        f"`jetson` is taken as the {target.device.title} in {target.device.mode().name} with JetPack {target.jetpack} (TensorRT "
-        f"{target.tensorrt_version}), what most people have; name another board with --target (`rescompress targets`)"
+        f"`jetson` is taken as the {target.device.title} in {target.device.mode().name} with JetPack {target.jetpack} "
+        f"(TensorRT {target.tensorrt_version}), what most people have; name another board with --target (`rescompress targets`)"
     ]
 
 

@@ -87,7 +87,7 @@ def parse_release(text: str) -> Release:
 
 
 def capabilities(version: str | Version | Release) -> Capabilities:
-    """Return what a TensorRT version understands, on a board that has everything: see `edge_targets.device.Device.capabilities`.
+    """Return what a TensorRT version understands, on a board that has a DLA; for one board see `Device.capabilities`.
 
     Args:
         version: ``8.5.2``, ``v8502``, or (major, minor), or (major, minor, patch).
