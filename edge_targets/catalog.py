@@ -13,7 +13,8 @@ from rescompress.core.errors import TargetError, nearest
 DEVICES = Path(__file__).parent / "devices"
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 
-DEFAULT_JETSON = "jetson-orin-nano-8gb"
+DEFAULT_JETSON = "jetson-orin-nano-8gb-super"
+"""What most people have: since JetPack 6.2 (2025-01) new boards have the Super modes, and older ones get them with it."""
 ALIASES = ("arm", "jetson")
 """``jetson``: the board this runs on, elsewhere `DEFAULT_JETSON`; ``arm``: ``arm-cortex-a76``."""
 
@@ -108,7 +109,7 @@ def load_target(name: str, *, jetpack: str | None = None, tensorrt: str | None =
     alias = name if name in ALIASES else None
     if name == "jetson":
         here = board_here()
-        name = here if here and here.startswith("jetson") else DEFAULT_JETSON
+        name = here if here and load_device(here).runtime == "tensorrt" else DEFAULT_JETSON
     elif name == "arm":
         name = "arm-cortex-a76"
     device = load_device(name)
@@ -122,6 +123,16 @@ def load_target(name: str, *, jetpack: str | None = None, tensorrt: str | None =
         tensorrt_version=tensorrt or release.tensorrt,
         jetpack=release.jetpack,
     )
+
+
+def alias_notes(target: Target) -> list[str]:
+    """Return what the alias ``jetson`` was taken to mean; nothing for a target that was named, or that this runs on."""
+    if target.alias != "jetson" or target.name == board_here():
+        return []
+    return [
+        f"`jetson` is taken as the {target.device.title} in {target.device.mode().name} with JetPack {target.jetpack} "
+        f"(TensorRT {target.tensorrt_version}), what most people have; name another board with --target (`rescompress targets`)"
+    ]
 
 
 def survey() -> tuple[list[Target], list[TargetError]]:

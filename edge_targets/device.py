@@ -69,16 +69,22 @@ class Software(Frozen):
     """One system release of a board and the TensorRT that comes with it.
 
     Attributes:
-        jetpack: Version of JetPack.
+        jetpack: Version of JetPack; with ``+`` and a version of TensorRT where that is not the one JetPack comes with.
         tensorrt: Version of TensorRT in it.
         cuda: Version of CUDA in it.
+        l4t: Version of Jetson Linux, where known.
+        python: Version of its Python, where known.
         source: Where the row was read.
+        verified: False where the row was not read in a primary source.
     """
 
     jetpack: str
     tensorrt: str
     cuda: str
+    l4t: str | None = None
+    python: str | None = None
     source: str = Field(min_length=1)
+    verified: bool = True
 
 
 class Device(Frozen):
@@ -102,6 +108,7 @@ class Device(Frozen):
         fp16_macs: Dense FP16 multiply-accumulates per multiprocessor and clock.
         fp32_macs: FP32 multiply-accumulates per multiprocessor and clock, in TF32 where the GPU has it.
         dla_count: Deep-learning accelerators.
+        dla_again: Whether TensorRT 11.4.1 and later run on them.
         modes: Power modes; the first is the one with the highest clocks.
         default_mode: The mode a new board starts in.
         software: System releases, newest first.
@@ -127,6 +134,7 @@ class Device(Frozen):
     fp16_macs: Figure | None = None
     fp32_macs: Figure | None = None
     dla_count: Figure | None = None
+    dla_again: bool = False
     modes: tuple[PowerMode, ...] = ()
     default_mode: str | None = None
     software: tuple[Software, ...] = ()
@@ -156,6 +164,19 @@ class Device(Frozen):
             for precision in self.precisions:
                 self.macs_per_clock(precision)
         return self
+
+    def capabilities(self, version: str) -> Capabilities:
+        """Return what a version of TensorRT understands on this board: the version's row, less the DLA where that is amiss.
+
+        Raises:
+            TargetError: It is no version, or too old.
+        """
+        known = capabilities(version)
+        if self.dla_count is None or not self.dla_count.value:
+            return known._replace(no_dla=f"{self.title} has no DLA", qdq_on_dla=False)
+        if known.qdq_on_dla and not self.dla_again:
+            return known._replace(no_dla=f"TensorRT {version} runs on the DLA of the AGX Orin only", qdq_on_dla=False)
+        return known
 
     @property
     def best_float(self) -> Precision:
@@ -251,7 +272,7 @@ class Target(Frozen):
     @property
     def capabilities(self) -> Capabilities | None:
         """What its TensorRT understands; None for other runtimes."""
-        return capabilities(self.tensorrt_version) if self.tensorrt_version else None
+        return self.device.capabilities(self.tensorrt_version) if self.tensorrt_version else None
 
     @property
     def opset(self) -> int:

@@ -2,15 +2,20 @@
 
 One kernel takes::
 
-    overhead * (1 GHz / f)^1.25  +  padded MACs / (SMs * f * rate * e)  +  bytes / (bandwidth * b)
+    overhead * (1 GHz / f)^1.25
+    + padded MACs * w / (SMs * f * rate * e)  +  depth * reduce * width of a number / f
+    + (weights + activations * c) / (bandwidth * b)
 
 with f the GPU clock, rate the dense MACs per multiprocessor and clock, e and b the fractions of compute and bandwidth that
-real kernels reach. Channels are padded to the multiple that the kernels work on; a convolution in FP16 whose channels are
-not a multiple of it also pays a kernel that pads them. Everything is a sum, so the cost of a network is the sum over its
-kernels, and a width function costs microseconds.
+real kernels reach. w is below 1 for 3x3 convolutions of stride 1 that run as Winograd kernels (GPUs before Ampere, not in
+INT8) and above 1 for grouped ones. `reduce` is the length of the sum that makes one output: it cannot be spread over
+multiprocessors. c runs from `cached` (activations that are small beside the second-level cache) to 1. Channels are padded to
+the multiple that the kernels work on; a convolution in FP16 whose channels are not a multiple of it also pays a kernel that
+pads them. Everything is a sum, so the cost of a network is the sum over its kernels, and a width function costs
+microseconds.
 
-The constants (overhead, e, b) are fitted per GPU architecture to published latencies by `edge_targets.fit`; its
-cross-validation gives the bands. docs/latency.md has the figures.
+The constants are fitted to published latencies by `edge_targets.fit`; its cross-validation gives the bands.
+docs/latency.md has the figures.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from rescompress.core.metric import Metric
 CONSTANTS = Path(__file__).parent / "data" / "latency_constants.json"
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+WINOGRAD_TAPS = 9
 GROUP_ALIGN = 8
 """Channels per group of a grouped convolution are padded to this: such kernels do not use the 32-channel vectors."""
 
@@ -44,11 +50,13 @@ class Constants:
         overhead_us: Of one kernel at a GPU clock of 1 GHz.
         bandwidth: Fraction of the memory bandwidth that kernels reach.
         compute: Per precision, the fraction of the dense peak that kernels reach.
+        winograd: Per precision that has Winograd kernels, the share of the direct arithmetic that they need.
     """
 
     overhead_us: float
     bandwidth: float
     compute: Mapping[Precision, float]
+    winograd: Mapping[Precision, float]
 
 
 @dataclass(frozen=True)
@@ -56,38 +64,36 @@ class Model:
     """The whole fitted model.
 
     Attributes:
-        version: Changes whenever a constant or a band of a known board does.
+        version: Changes whenever a constant or a band does.
         clock_exponent: How the overhead grows as the GPU clock falls.
+        depth_ns: Time per term of the sum behind one output, at 1 GHz, for numbers of two bytes.
+        grouped: Time per MAC of a grouped convolution, in that of a dense one.
+        cached: Time per byte of an activation that stays in the second-level cache, in that of one that does not.
         architectures: Constants per GPU architecture.
-        bands: Per architecture and precision, the half-width of the band in log space, for boards in `devices`.
+        bands: Per architecture and precision, the half-width of the band in log space, for boards in `devices`: from errors
+            with all figures of the network on the board held out.
         devices: Boards with published figures in the fit.
         unseen_device_bands: As `bands`, for any other board: from errors with whole devices held out.
-        unseen_network_bands: As `bands`, from errors with whole networks held out. Nothing here tells whether a network is
-            like a published one, so no prediction carries them: docs/latency.md says when to reckon with them.
     """
 
     version: str
     clock_exponent: float
+    depth_ns: float
+    grouped: float
+    cached: float
     architectures: Mapping[str, Constants]
     bands: Mapping[str, Mapping[str, float]]
     devices: tuple[str, ...]
     unseen_device_bands: Mapping[str, Mapping[str, float]]
-    unseen_network_bands: Mapping[str, Mapping[str, float]]
 
 
 @cache
 def fitted_model() -> Model:
     """Return the model that ships with this package."""
     document = json.loads(CONSTANTS.read_text(encoding="utf-8"))
-    return Model(
-        version=document["version"],
-        clock_exponent=document["clock_exponent"],
-        architectures={name: Constants(**c) for name, c in document["architectures"].items()},
-        bands=document["bands"],
-        devices=tuple(document["devices"]),
-        unseen_device_bands=document["unseen_device_bands"],
-        unseen_network_bands=document["unseen_network_bands"],
-    )
+    del document["made_by"]
+    architectures = {name: Constants(**c) for name, c in document.pop("architectures").items()}
+    return Model(**{**document, "devices": tuple(document["devices"])}, architectures=architectures)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class KernelTime:
         kind: ``conv``, ``linear``, ``pool``, ``move`` or ``pad``.
         ms: All of it.
         overhead_ms: Launch and start.
-        compute_ms: Arithmetic.
+        compute_ms: Arithmetic, what cannot be spread over multiprocessors included.
         memory_ms: Traffic.
     """
 
@@ -194,8 +200,13 @@ class Rates(NamedTuple):
 
     Attributes:
         overhead_ms: Per kernel.
-        mac_ms: Per padded multiply-accumulate.
-        byte_ms: Per byte moved.
+        mac_ms: Per padded multiply-accumulate of a dense convolution.
+        byte_ms: Per byte from memory.
+        depth_ms: Per term of the sum behind one output.
+        winograd: Share of the arithmetic that 3x3 convolutions of stride 1 need; 1 where they run directly.
+        grouped: Times the arithmetic of a dense one that a grouped convolution costs.
+        cached: Share of `byte_ms` that a byte of a small activation costs.
+        cache_bytes: An activation of this size is half-way between a cached one and one in memory.
         align: Channels are padded to multiples of this.
         element_bytes: Of one weight or activation.
         pad_kernels: Whether unaligned channels cost a kernel of their own.
@@ -204,6 +215,11 @@ class Rates(NamedTuple):
     overhead_ms: float
     mac_ms: float
     byte_ms: float
+    depth_ms: float
+    winograd: float
+    grouped: float
+    cached: float
+    cache_bytes: float
     align: int
     element_bytes: int
     pad_kernels: bool
@@ -216,11 +232,15 @@ class Work(NamedTuple):
         macs: Multiply-accumulates, channels padded.
         bytes: Read and written, channels padded.
         pad_bytes: Moved by a kernel that pads the input's channels; 0 where none is needed.
+        weight_bytes: The weights among `bytes`.
+        reduce: Terms of the sum behind one output, channels padded.
     """
 
     macs: int
     bytes: int
     pad_bytes: int
+    weight_bytes: int
+    reduce: int
 
 
 def padded(channels: int, multiple: int) -> int:
@@ -240,11 +260,28 @@ def work_of(kernel: Kernel, *, batch: int, align: int, element_bytes: int, pad_k
         read = batch * kernel.in_pixels * into
         moved = read + batch * kernel.pixels * out * (2 if kernel.skip else 1) + weights
         pad = 2 * read if unaligned and pad_kernels and kernel.kind == "conv" else 0
-        return Work(batch * kernel.pixels * weights, moved * element_bytes, pad * element_bytes)
+        return Work(
+            batch * kernel.pixels * weights,
+            moved * element_bytes,
+            pad * element_bytes,
+            weights * element_bytes,
+            kernel.taps * per_group,
+        )
     if not kernel.first:
         into, out = padded(into, align), padded(out, align)
     moved = batch * (kernel.in_pixels * into + kernel.pixels * out * (2 if kernel.skip else 1))
-    return Work(0, moved * element_bytes, 0)
+    return Work(0, moved * element_bytes, 0, 0, 0)
+
+
+def runs_winograd(kernel: Kernel) -> bool:
+    """Whether a convolution has the shape that Winograd kernels take: dense, 3x3, stride 1, and not of the image itself."""
+    return (
+        kernel.kind == "conv"
+        and kernel.taps == WINOGRAD_TAPS
+        and kernel.groups == 1
+        and kernel.pixels == kernel.in_pixels
+        and not kernel.first
+    )
 
 
 def rates(
@@ -263,7 +300,7 @@ def rates(
     model = model or fitted_model()
     sms, gpu_mhz, emc_mhz, _ = clocks(device, power_mode, overrides)
     constants = _constants(device, model)
-    if device.bandwidth_gb_s is None or device.max_emc_mhz is None:
+    if device.bandwidth_gb_s is None or device.max_emc_mhz is None or device.l2_mb is None:
         raise _no_model(device)
     bandwidth = device.bandwidth_gb_s.value * emc_mhz / device.max_emc_mhz.value
     efficiency = constants.compute.get(precision)
@@ -274,6 +311,11 @@ def rates(
         overhead_ms=constants.overhead_us / 1000.0 * (1000.0 / gpu_mhz) ** model.clock_exponent,
         mac_ms=1.0 / (sms * gpu_mhz * 1e3 * rate * efficiency),
         byte_ms=1.0 / (bandwidth * 1e6 * constants.bandwidth),
+        depth_ms=model.depth_ns * 1e-6 * 1000.0 / gpu_mhz * BYTES[precision] / 2,
+        winograd=constants.winograd.get(precision, 1.0),
+        grouped=model.grouped,
+        cached=model.cached,
+        cache_bytes=device.l2_mb.value * 2**20,
         align=device.align[precision],
         element_bytes=BYTES[precision],
         pad_kernels=precision == "fp16",
@@ -337,15 +379,28 @@ def board_notes(device: Device, model: Model | None = None) -> tuple[str, ...]:
     return (f"no published figure of this board: the constants are fitted to {fitted_on}, and the band is wider for it",)
 
 
+def price_of(kernel: Kernel, price: Rates, *, batch: int) -> tuple[float, float, float]:
+    """Return the ms that a kernel computes and moves data, and those of a kernel that pads its input (0 where none does)."""
+    macs, moved, pad, weights, reduce = work_of(
+        kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
+    )
+    factor = price.grouped if kernel.groups > 1 else price.winograd if runs_winograd(kernel) else 1.0
+    compute = macs * factor * price.mac_ms + reduce * price.depth_ms
+    return compute, _traffic(moved - weights, weights, price), price.overhead_ms + _traffic(pad, 0, price) if pad else 0.0
+
+
+def _traffic(activations: int, weights: int, price: Rates) -> float:
+    share = price.cached + (1 - price.cached) * activations / (activations + price.cache_bytes)
+    return (activations * share + weights) * price.byte_ms
+
+
 def kernel_times(kernels: Sequence[Kernel], price: Rates, *, batch: int) -> list[KernelTime]:
     """Return the predicted time of each kernel, pad kernels included."""
     times = []
     for kernel in kernels:
-        work = work_of(kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels)
-        if work.pad_bytes:
-            move = work.pad_bytes * price.byte_ms
-            times.append(KernelTime(f"{kernel.name} pad", "pad", price.overhead_ms + move, price.overhead_ms, 0.0, move))
-        compute, memory = work.macs * price.mac_ms, work.bytes * price.byte_ms
+        compute, memory, pad = price_of(kernel, price, batch=batch)
+        if pad:
+            times.append(KernelTime(f"{kernel.name} pad", "pad", pad, price.overhead_ms, 0.0, pad - price.overhead_ms))
         total = price.overhead_ms + compute + memory
         times.append(KernelTime(kernel.name, kernel.kind, total, price.overhead_ms, compute, memory))
     return times
@@ -432,12 +487,8 @@ def cost_function(
     def cost(layers: Sequence[Layer]) -> float:
         total = 0.0
         for kernel in fuse(layers):
-            macs, moved, pad = work_of(
-                kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
-            )
-            total += price.overhead_ms + macs * price.mac_ms + moved * price.byte_ms
-            if pad:
-                total += price.overhead_ms + pad * price.byte_ms
+            compute, memory, pad = price_of(kernel, price, batch=batch)
+            total += price.overhead_ms + compute + memory + pad
         return total
 
     return cost

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edge_targets import infer
 from edge_targets.benchmark import summarize_processes
-from edge_targets.catalog import identify
+from edge_targets.catalog import identify, load_device
 from edge_targets.device import Precision, Target, mode_name
 from edge_targets.ssh import Board, Completed, WorkFolder
 from edge_targets.tensorrt_versions import Capabilities, capabilities
@@ -341,7 +341,7 @@ def deploy(
         TargetError: The board's TensorRT cannot do what is asked.
     """
     found = found or probe(board)
-    known = capabilities(found.version)
+    known = load_device(found.device).capabilities(found.version) if found.device else capabilities(found.version)
     say(f"{found.model or board.host}: TensorRT {found.version}, power mode {found.power_mode or 'unknown'}")
     notes = _notes(found, target)
     device = found.device or (target.name if target else board.host)

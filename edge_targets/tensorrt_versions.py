@@ -1,9 +1,10 @@
 """What each TensorRT version understands: one table, read by the builder, by trtexec's command line and by the exporter.
 
 Sources: flags by ``samples/common/sampleOptions.cpp`` on the release branches of github.com/NVIDIA/TensorRT; opsets by
-``docs/operators.md`` on the release branches of github.com/onnx/onnx-tensorrt (8.2: up to 13; 8.5: up to 17; 9.2: up to
-19; 10.15: 9 to 24) and the TensorRT 11 opset guide (9 to 25); typing by the migration guide from 10.x to 11.x
-(weak typing is deprecated from 10.12 and gone in 11).
+``docs/operators.md`` on the release branches of github.com/onnx/onnx-tensorrt (8.2: up to 13; 8.4 and 8.5: up to 17; 9.2: up
+to 19; 10.0 and 10.1: 9 to 20; 10.15: 9 to 24) and the TensorRT 11 opset guide (9 to 25); typing by the migration guide from
+10.x to 11.x (weak typing is deprecated from 10.12 and gone in 11); DLA by the migration guide for Jetson of 11.4.1 (10.7 is
+the last release with DLA before 11.4.1, which brings it back with explicit quantization, on the AGX Orin only).
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import NamedTuple
 from rescompress.core.errors import TargetError
 
 Version = tuple[int, int]
+Release = tuple[int, int, int]
 
 OLDEST: Version = (8, 2)
+LAST_DLA: Version = (10, 7)
+DLA_AGAIN: Release = (11, 4, 1)
+"""The release that has DLA again, and accepts Q/DQ there."""
 
 
 class Capabilities(NamedTuple):
@@ -30,7 +35,8 @@ class Capabilities(NamedTuple):
         mem_pool_size: ``--memPoolSize`` (``set_memory_pool_limit``) exists; before it, ``--workspace``.
         skip_inference: The flag that builds without running.
         explicit_batch_flag: The Python API needs ``EXPLICIT_BATCH`` to read ONNX.
-        dla: DLA can be asked for.
+        no_dla: Why DLA cannot be asked for; empty where it can.
+        qdq_on_dla: A DLA takes networks with Q/DQ; before, only those that TensorRT calibrated itself.
     """
 
     version: Version
@@ -41,7 +47,13 @@ class Capabilities(NamedTuple):
     mem_pool_size: bool
     skip_inference: str
     explicit_batch_flag: bool
-    dla: bool
+    no_dla: str
+    qdq_on_dla: bool
+
+    @property
+    def dla(self) -> bool:
+        """Whether DLA can be asked for."""
+        return not self.no_dla
 
 
 def parse_version(text: str) -> Version:
@@ -53,29 +65,41 @@ def parse_version(text: str) -> Version:
     Raises:
         TargetError: It is no version.
     """
-    dotted = re.search(r"(\d+)\.(\d+)", text)
+    return parse_release(text)[:2]
+
+
+def parse_release(text: str) -> Release:
+    """Return (major, minor, patch), read as by `parse_version`; the patch is 0 where it is not given.
+
+    Raises:
+        TargetError: It is no version.
+    """
+    dotted = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     if dotted:
-        return int(dotted[1]), int(dotted[2])
+        return int(dotted[1]), int(dotted[2]), int(dotted[3] or 0)
     digits = re.search(r"\d{4,6}", text)
     if digits:
         number = digits[0]
-        return (int(number[:2]), int(number[2:4])) if len(number) == 6 else (int(number[0]), int(number[1]))
+        if len(number) == 6:
+            return int(number[:2]), int(number[2:4]), int(number[4:])
+        return int(number[0]), int(number[1]), int(number[2:])
     raise TargetError(f"'{text}' is no TensorRT version", remedy="write it as 8.5 or 10.3")
 
 
-def capabilities(version: str | Version) -> Capabilities:
-    """Return what a TensorRT version understands.
+def capabilities(version: str | Version | Release) -> Capabilities:
+    """Return what a TensorRT version understands, on a board that has a DLA; for one board see `Device.capabilities`.
 
     Args:
-        version: ``8.5.2``, ``v8502``, or (major, minor).
+        version: ``8.5.2``, ``v8502``, or (major, minor), or (major, minor, patch).
 
     Raises:
         TargetError: It is no version, or older than 8.2.
     """
-    v = parse_version(version) if isinstance(version, str) else version
+    release = parse_release(version) if isinstance(version, str) else (*version, 0)[:3]
+    v = release[:2]
     if v < OLDEST:
         raise TargetError(f"TensorRT {v[0]}.{v[1]} is too old", remedy="8.2 (JetPack 4.6.1) is the oldest that reads INT8 Q/DQ")
-    max_opset = next(o for since, o in (((11, 0), 25), ((10, 15), 24), ((9, 2), 19), ((8, 5), 17), OPSET_8_2) if v >= since)
+    max_opset = next(o for since, o in MAX_OPSETS if v >= since)
     return Capabilities(
         version=v,
         opset=min(max_opset, 19),
@@ -85,8 +109,19 @@ def capabilities(version: str | Version) -> Capabilities:
         mem_pool_size=v >= (8, 4),
         skip_inference="--skipInference" if v >= (8, 6) else "--buildOnly",
         explicit_batch_flag=v < (10, 0),
-        dla=not (10, 8) <= v < (11, 4),
+        no_dla="" if v <= LAST_DLA or release >= DLA_AGAIN else f"TensorRT {'.'.join(map(str, release))} does not run on a DLA",
+        qdq_on_dla=release >= DLA_AGAIN,
     )
 
 
-OPSET_8_2: tuple[Version, int] = (OLDEST, 13)
+MAX_OPSETS: tuple[tuple[Version, int], ...] = (
+    ((11, 0), 25),
+    ((10, 15), 24),
+    ((10, 0), 20),
+    ((9, 2), 19),
+    ((8, 4), 17),
+    (OLDEST, 13),
+)
+"""Newest first: since which version the parser reads up to which opset."""
+
+DLA_REMEDY = "use TensorRT 10.7 or older (JetPack 6), or 11.4.1 on an AGX Orin (JetPack 7.2.2), or leave the DLA out"

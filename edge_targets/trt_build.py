@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from edge_targets.device import Precision
-from edge_targets.tensorrt_versions import Capabilities
+from edge_targets.tensorrt_versions import DLA_REMEDY, Capabilities
 from edge_targets.trt_layers import EngineLayer, compute_types, read_layers, weights_memory
 from edge_targets.trtexec import InputShapes
 from rescompress.core.errors import EnvironmentFailed, ModelFileError, TargetError
@@ -99,8 +99,7 @@ def recipe_for(
         builder = [*builder, "SPARSE_WEIGHTS"]
     if dla_core is not None:
         if not known.dla:
-            major, minor = known.version
-            raise TargetError(f"TensorRT {major}.{minor} does not run on a DLA", remedy="leave the DLA out")
+            raise TargetError(known.no_dla, remedy=DLA_REMEDY)
         builder = [*builder, "GPU_FALLBACK"]
     return Recipe(tuple(network), tuple(builder), workspace_mb, dla_core)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_targets.device import Precision
-from edge_targets.tensorrt_versions import Capabilities, capabilities
+from edge_targets.tensorrt_versions import DLA_REMEDY, Capabilities, capabilities
 from rescompress.core.errors import TargetError
 
 LOCATIONS = ("trtexec", "/usr/src/tensorrt/bin/trtexec")
@@ -137,8 +137,7 @@ def _dla(known: Capabilities, core: int | None) -> list[str]:
     if core is None:
         return []
     if not known.dla:
-        major, minor = known.version
-        raise TargetError(f"TensorRT {major}.{minor} does not run on a DLA", remedy="use 10.7 or older, or leave the DLA out")
+        raise TargetError(known.no_dla, remedy=DLA_REMEDY)
     return [f"--useDLACore={core}", "--allowGPUFallback"]
 
 

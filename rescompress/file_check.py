@@ -7,9 +7,10 @@ from typing import Any
 
 import onnx
 
+from edge_targets.advice import advice_for
 from edge_targets.backends import tensorrt_rtx
 from edge_targets.device import Target
-from export.lint import TargetFacts, lint
+from export.lint import Report, TargetFacts, lint
 from rescompress.core.errors import RescompressError
 
 NEWEST_OPSET = 25
@@ -26,6 +27,21 @@ def facts_of(target: Target) -> TargetFacts:
         precisions=target.precisions,
         align={str(precision): multiple for precision, multiple in target.device.align.items()},
         strongly_typed=target.strongly_typed,
+        reports=_reports(target),
+    )
+
+
+def _reports(target: Target) -> tuple[Report, ...]:
+    about = {
+        kind: advice_for(target, [p for p in target.precisions if (p == "int8") == (kind == "int8")])
+        for kind in ("int8", "float")
+    }
+    every = dict.fromkeys(a for found in about.values() for a in found)
+    return tuple(
+        Report(
+            frozenset(kind for kind, found in about.items() if a in found), f"{a.message} ({', '.join(a.sources)})", a.remedy
+        )
+        for a in every
     )
 
 

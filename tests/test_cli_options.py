@@ -400,7 +400,7 @@ DEPLOY = [
         4,
     ),
     Case(
-        "int8.onnx --baseline float.onnx --dla 1 --dry-run",
+        "int8.onnx --baseline float.onnx -t jetson-agx-orin-64gb --dla 1 --dry-run",
         {
             "dla": deploying("dla_core", 1, "dry_run"),
             "baseline": (lambda seen: [job.onnx.name for job in seen["dry_run"]["jobs"]], ["int8.onnx", "float.onnx"]),

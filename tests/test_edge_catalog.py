@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from edge_targets import catalog, tensorrt_versions
+from edge_targets.advice import advice_for, reports
 from edge_targets.device import Figure, base_precision
-from edge_targets.tensorrt_versions import Capabilities, capabilities, parse_version
+from edge_targets.tensorrt_versions import Capabilities, capabilities, parse_release, parse_version
+from edge_targets.trtexec import BuildOptions, build_command
 from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
+from rescompress.file_check import facts_of
 
 
 @pytest.mark.parametrize("target", catalog.all_targets(), ids=lambda t: t.name)
@@ -78,6 +81,10 @@ def test_aliases_say_what_they_stand_for(monkeypatch, tmp_path):
         ("NVIDIA Jetson AGX Orin Developer Kit\0", "jetson-agx-orin-64gb"),
         ("NVIDIA Jetson Nano Developer Kit", "jetson-nano"),
         ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier-nx"),
+        ("NVIDIA Jetson AGX Orin Industrial", "jetson-agx-orin-industrial"),
+        ("NVIDIA IGX Orin Developer Kit", "igx-orin-700"),
+        ("NVIDIA Jetson TX2 NX Developer Kit", "jetson-tx2-nx"),
+        ("NVIDIA Jetson TX2 Developer Kit", "jetson-tx2"),
         ("Raspberry Pi 5 Model B Rev 1.0", "arm-cortex-a76"),
         ("Some other board", None),
     ],
@@ -156,6 +163,132 @@ def test_a_release_decides_the_tensorrt_version():
         catalog.load_target("jetson-nano", jetpack="6.2")
 
 
+ORIN_AGX, ORIN_NX, NANO_8GB, THOR = (
+    f"jetson-{name}" for name in ("agx-orin-64gb", "orin-nx-16gb", "orin-nano-8gb-super", "thor-t5000")
+)
+
+
+@pytest.mark.parametrize(
+    ("board", "version", "dla", "qdq"),
+    [
+        (ORIN_AGX, "8.5.2", True, False),
+        (ORIN_AGX, "10.3.0", True, False),
+        (ORIN_AGX, "10.7.0", True, False),
+        (ORIN_AGX, "10.8.0", False, False),
+        (ORIN_AGX, "10.16.2", False, False),
+        (ORIN_AGX, "11.4.0", False, False),
+        (ORIN_AGX, "11.4.1", True, True),
+        (ORIN_AGX, "v110401", True, True),
+        (ORIN_AGX, "11.5.0", True, True),
+        (ORIN_NX, "10.7.0", True, False),
+        (ORIN_NX, "11.4.1", False, False),
+        (NANO_8GB, "10.3.0", False, False),
+        (NANO_8GB, "11.4.1", False, False),
+        (THOR, "10.13.3", False, False),
+        (THOR, "11.4.1", False, False),
+        ("jetson-nano", "8.2.1", False, False),
+        ("jetson-xavier-nx", "8.5.2", True, False),
+    ],
+)
+def test_dla_is_a_matter_of_patch_number_and_board(board, version, dla, qdq):
+    known = catalog.load_device(board).capabilities(version)
+    assert (known.dla, known.qdq_on_dla) == (dla, qdq)
+    build = BuildOptions("fp16", dla_core=0)
+    if dla:
+        assert "--useDLACore=0" in build_command(known, "m", "e", build)
+    else:
+        with pytest.raises(TargetError, match="DLA") as e:
+            build_command(known, "m", "e", build)
+        assert "11.4.1" in e.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "releases"),
+    [
+        (ORIN_AGX, {"7.2.2": "11.4.1", "7.2.1": "10.16.2", "6.2+10.7": "10.7.0", "6.2.1": "10.3.0", "5.1.6": "8.5.2"}),
+        (NANO_8GB, {"7.2.1": "10.16.2", "6.2+10.7": "10.7.0", "6.2": "10.3.0"}),
+        (THOR, {"7.2.2": "11.4.1", "7.1": "10.13.3", "7.0": "10.13.3"}),
+        ("jetson-agx-xavier", {"5.1.6": "8.5.2", "5.1.4": "8.5.2", "4.6.6": "8.2.1"}),
+        ("jetson-nano", {"4.6.6": "8.2.1"}),
+    ],
+)
+def test_the_releases_of_a_board(name, releases):
+    device = catalog.load_device(name)
+    assert {jetpack: device.tensorrt(jetpack).tensorrt for jetpack in releases} == releases
+    order = [parse_release(release.jetpack) for release in device.software if "+" not in release.jetpack]
+    assert order == sorted(order, reverse=True)
+    pythons = {(release.jetpack[0], release.python) for release in device.software}
+    assert pythons <= {("4", "3.6"), ("5", "3.8"), ("6", "3.10"), ("7", "3.12")}
+
+
+def test_releases_that_only_agx_orin_and_thor_have_are_no_others():
+    for target in catalog.all_targets():
+        has = any(release.tensorrt == "11.4.1" for release in target.device.software)
+        assert has == ("agx-orin" in target.name or "thor" in target.name), target.name
+
+
+def test_thor_computes_at_the_rates_of_its_data_sheet():
+    thor = catalog.load_device(THOR)
+    rates = [thor.macs_per_clock(p) for p in ("int8", "fp16", "fp32")]
+    assert rates == [8192, 4096, 2048]
+    assert thor.peak_tops("int8") == pytest.approx(517, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dense_tops"),
+    [("jetson-agx-orin-industrial", 157 / 2), ("igx-orin-700", 157 / 2), ("jetson-xavier-nx-16gb", 13.6)],
+)
+def test_the_boards_that_were_missing(name, dense_tops):
+    assert catalog.load_device(name).peak_tops("int8") == pytest.approx(dense_tops, rel=0.01)
+
+
+def test_reports_of_versions_have_sources_and_meet_the_versions_they_are_about():
+    assert all(source.startswith("https://") for report in reports() for source in report.sources)
+    assert len({report.name for report in reports()}) == len(reports())
+
+    def names(board, precision, version=None, *, dla=False):
+        target = catalog.load_target(board, tensorrt=version)
+        return {report.name for report in advice_for(target, [precision], dla=dla)}
+
+    assert "int8-of-10.3-on-orin" in names(NANO_8GB, "int8")
+    assert "int8-of-10.3-on-orin" not in names(NANO_8GB, "fp16")
+    assert "int8-of-10.3-on-orin" not in names(NANO_8GB, "int8", "10.7.0")
+    assert "no-10.8-for-jetpack-6" in names(NANO_8GB, "fp16", "10.9.0")
+    assert names("jetson-agx-xavier", "int8") == set()
+    assert "qdq-not-on-the-dla" in names(ORIN_AGX, "int8", "11.4.0", dla=True)
+    assert "qdq-not-on-the-dla" not in names(ORIN_AGX, "int8", "11.4.1", dla=True)
+    assert "qdq-not-on-the-dla" not in names(ORIN_AGX, "fp16", dla=True)
+    assert "little-gain-of-int8-on-thor" in names(THOR, "int8")
+    assert names("cpu", "int8") == set()
+
+
+def test_lint_and_the_alias_say_what_the_target_is():
+    target = catalog.load_target("jetson")
+    kinds = {kind for report in facts_of(target).reports for kind in report.kinds}
+    assert kinds == {"int8", "float"}
+    (note,) = catalog.alias_notes(target)
+    for part in ("Orin Nano 8 GB", "MAXN_SUPER", "JetPack 6.2", "10.3.0"):
+        assert part in note
+    assert catalog.alias_notes(catalog.load_target(catalog.DEFAULT_JETSON)) == []
+
+
+def test_on_a_board_the_alias_is_that_board_and_needs_no_words(monkeypatch):
+    monkeypatch.setattr(catalog, "board_here", lambda: "igx-orin-700")
+    target = catalog.load_target("jetson")
+    assert target.name == "igx-orin-700"
+    assert catalog.alias_notes(target) == []
+    monkeypatch.setattr(catalog, "board_here", lambda: "arm-cortex-a76")
+    assert catalog.load_target("jetson").name == catalog.DEFAULT_JETSON
+
+
+@pytest.mark.parametrize(
+    ("text", "release"), [("11.4.1.106", (11, 4, 1)), ("v8510", (8, 5, 10)), ("v110401", (11, 4, 1)), ("10.3", (10, 3, 0))]
+)
+def test_patch_numbers_are_read_in_every_spelling(text, release):
+    assert parse_release(text) == release
+    assert parse_version(text) == release[:2]
+
+
 @pytest.mark.parametrize(
     ("text", "version"),
     [
@@ -177,9 +310,12 @@ def test_versions_are_read_in_every_spelling(text, version):
         ("8.2", 13, False, True, "--buildOnly", False),
         ("8.5", 17, False, True, "--buildOnly", True),
         ("8.6", 17, False, True, "--skipInference", True),
-        ("10.3", 19, False, True, "--skipInference", True),
-        ("10.11", 19, False, True, "--skipInference", True),
-        ("10.12", 19, True, True, "--skipInference", True),
+        ("8.4", 17, False, True, "--buildOnly", True),
+        ("9.2", 19, False, True, "--skipInference", True),
+        ("10.0", 20, False, True, "--skipInference", True),
+        ("10.3", 20, False, True, "--skipInference", True),
+        ("10.11", 20, False, True, "--skipInference", True),
+        ("10.12", 20, True, True, "--skipInference", True),
         ("10.16", 24, True, True, "--skipInference", True),
         ("11.1", 25, True, False, "--skipInference", True),
     ],
@@ -189,7 +325,7 @@ def test_the_version_table_row_by_row(version, max_opset, strong, flags, build_f
     assert (row.max_opset, row.strongly_typed, row.precision_flags) == (max_opset, strong, flags)
     assert (row.skip_inference, row.mem_pool_size) == (build_flag, pool)
     assert row.opset <= min(row.max_opset, 19)
-    assert row.explicit_batch_flag == version.startswith("8")
+    assert row.explicit_batch_flag == version.startswith(("8", "9"))
 
 
 def test_the_version_table_holds_nothing_that_nobody_reads():

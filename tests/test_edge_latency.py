@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -21,9 +22,13 @@ from edge_targets.latency import (
     kernel_times,
     padded,
     predict,
+    predict_kernels,
+    price_of,
     rates,
+    runs_winograd,
     work_of,
 )
+from edge_targets.published import load_groups, resnet, tensorflow_resnet, vgg
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import total_macs, walk
 
@@ -33,32 +38,169 @@ RESNET50 = walk(spec("resnet50"))
 
 
 @pytest.fixture(scope="module")
+def groups():
+    return load_groups()
+
+
+@pytest.fixture(scope="module")
+def fitted(groups):
+    return fit.fit(groups)
+
+
+@pytest.fixture(scope="module")
 def published():
     return fit.report()
 
 
-def test_held_out_errors_stay_within_what_the_docs_promise(published):
-    orin = np.array([g.architecture == "ampere" and g.precision == "int8" for g in published.groups])
-    low = np.array([g.precision != "fp32" for g in published.groups])
-    errors = np.abs(published.group_errors)
-    assert orin.sum() >= 9
-    assert np.median(errors[orin]) <= 0.12
-    assert np.median(errors[low]) <= 0.20
-    assert errors.max() <= 0.45
+def of_reduced_precision(published, held):
+    return np.abs(getattr(published, held)[fit.reduced(published.groups)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("held", "median", "worst"),
+    [("group_errors", 0.10, 0.35), ("network_errors", 0.15, 0.60), ("device_errors", 0.18, 0.45), ("pair_errors", 0.12, 0.35)],
+)
+def test_held_out_errors_stay_within_what_the_docs_promise(published, held, median, worst):
+    errors = of_reduced_precision(published, held)
+    assert len(errors) >= 70
+    assert np.median(errors) <= median
+    assert errors.max() <= worst
+
+
+@pytest.mark.slow
+def test_bands_hold_what_they_did_not_see_and_are_no_wider_than_promised(published):
     assert published.coverage >= 0.85
-    assert published.half_width <= 0.30
+    assert published.half_width <= 0.25
+    for widths in fitted_model().bands.values():
+        assert max(np.expm1(list(widths.values()))) <= 0.25
 
 
-def test_the_stored_constants_are_what_the_fit_gives(published):
+def test_the_published_orin_nano_figures_are_predicted():
+    # onnxsim, 2026-09: ResNet-50 v1 on an Orin Nano 8 GB in MAXN_SUPER, trtexec of TensorRT 10.3
+    kernels = fuse(walk(resnet(50, 224, stride_at=0)))
+    board = load_device("jetson-orin-nano-8gb-super")
+    figures = {
+        (1, "fp32"): 3.596, (1, "fp16"): 1.814, (1, "int8"): 1.190,
+        (8, "fp32"): 19.969, (8, "fp16"): 8.816, (8, "int8"): 4.930,
+    }  # fmt: skip
+    for (batch, precision), measured in figures.items():
+        found = predict_kernels(kernels, board, precision=precision, batch=batch, power_mode="MAXN_SUPER")
+        assert found.p50_ms == pytest.approx(measured, rel=0.12), (batch, precision)
+        assert found.low_ms < measured < found.high_ms
+
+
+@pytest.mark.slow
+def test_the_stored_model_is_what_the_fit_gives(published):
     stored = json.loads(CONSTANTS.read_text())
-    for name, constants in published.fitted.architectures.items():
-        for key, value in vars(constants).items():
-            assert stored["architectures"][name][key] == pytest.approx(value, rel=1e-2), (name, key)
+    again = json.loads(json.dumps(fit.document_of(published.fitted)))
+    del stored["version"], again["version"]  # a hash of rounded numbers, which may round otherwise elsewhere
+    assert flat(stored) == pytest.approx(flat(again), rel=1e-2)
 
 
+def flat(value, key=""):
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}").items()}
+    return {key: value} if isinstance(value, int | float) else {}
+
+
+def test_the_stored_constants_are_what_the_fit_gives(fitted):
+    stored = fitted_model()
+    again = fit.model_of(fitted, dict(stored.bands), devices=stored.devices, unseen_device=dict(stored.unseen_device_bands))
+    assert flat({n: vars(c) for n, c in again.architectures.items()}) == pytest.approx(
+        flat({n: vars(c) for n, c in stored.architectures.items()}), rel=1e-2
+    )
+    for name in ("depth_ns", "grouped", "cached", "clock_exponent"):
+        assert getattr(again, name) == pytest.approx(getattr(stored, name), rel=1e-2)
+
+
+def test_the_fit_is_deterministic_and_its_slopes_are_right(groups, fitted):
+    from scipy.optimize import check_grad
+
+    first = fitted
+    assert np.array_equal(first, fit.fit(groups))
+    t = fit._table(groups)
+
+    def total_of(x):
+        return fit._log_latency(x, t).sum()
+
+    def slope(x):
+        terms = fit._terms(x, t)
+        return np.einsum("gi,gip->p", terms / terms.sum(axis=1, keepdims=True), t.powers)
+
+    assert check_grad(total_of, slope, first) < 1e-3
+
+
+def test_the_fit_computes_what_predictions_compute(groups, fitted):
+    x = fitted
+    with_constants = {g.name: np.log(g.latency_ms) + e for g, e in zip(groups, fit.log_errors(groups, x), strict=True)}
+    checked = [g for g in groups if g.kind.name != "mlperf" and not g.kind.call_ms]
+    assert len(checked) > 15
+    for g in checked:
+        clocks = Overrides(g.sm_count, g.gpu_mhz, g.emc_mhz)
+        found = predict_kernels(g.kernels, g.hardware, precision=g.precision, batch=g.batch, overrides=clocks)
+        assert np.log(found.p50_ms) == pytest.approx(with_constants[g.name], abs=2e-3), g.name
+
+
+def test_networks_of_the_table_are_the_published_ones():
+    # multiply-accumulates in millions, by their papers and by torchvision
+    of = {name: sum(k.macs for k in kernels) / 1e6 for name, kernels in (
+        ("resnet18", fuse(walk(resnet(18, 224)))),
+        ("resnet50", fuse(walk(resnet(50, 224)))),
+        ("resnet50 v1", fuse(walk(resnet(50, 224, stride_at=0)))),
+        ("resnext50", fuse(walk(resnet(50, 224, groups=32)))),
+        ("vgg16", vgg(16, 224)),
+        ("slim", tensorflow_resnet(50, 224, v2=False)),
+    )}  # fmt: skip
+    expected = {"resnet18": 1814, "resnet50": 4089, "resnet50 v1": 3858, "resnext50": 4230, "vgg16": 15470, "slim": 3480}
+    assert of == pytest.approx(expected, rel=0.01)
+    assert fuse(walk(resnet(50, 224, groups=32))) == fuse(walk(spec("resnext50_32x4d")))
+
+
+@pytest.mark.slow
 def test_holding_out_really_refits(published):
-    errors_seen = np.expm1(fit.log_errors(published.groups, fit.fit(published.groups)))
-    assert np.median(np.abs(errors_seen)) < np.median(np.abs(published.group_errors))
+    assert np.median(np.abs(published.fit_errors)) < np.median(np.abs(published.group_errors))
+
+
+def test_winograd_halves_old_gpus_alone():
+    same = Kernel("c", "conv", pixels=784, in_width=128, width=128, taps=9, in_pixels=784)
+    others = {
+        "stride 2": dataclasses.replace(same, in_pixels=784 * 4),
+        "grouped": dataclasses.replace(same, groups=2),
+        "1x1": dataclasses.replace(same, taps=1),
+        "image": dataclasses.replace(same, first=True),
+    }
+    assert runs_winograd(same)
+    assert not any(runs_winograd(k) for k in others.values())
+    for name, precision, faster in (
+        ("jetson-tx2", "fp16", True),
+        ("jetson-agx-xavier", "int8", False),
+        (ORIN.name, "fp16", False),
+    ):
+        price = rates(load_device(name), precision)
+        direct = price._replace(winograd=1.0)
+        assert (price_of(same, price, batch=1)[0] < price_of(same, direct, batch=1)[0]) is faster
+
+
+def test_small_activations_are_cheaper_per_byte_than_large_ones():
+    small = Kernel("c", "conv", pixels=196, in_width=256, width=256, in_pixels=196)
+    price = rates(ORIN, "fp16")
+    weights = small.width * small.in_width * 2 * price.byte_ms
+
+    def per_image(batch):
+        return (price_of(small, price, batch=batch)[1] - weights) / batch
+
+    assert per_image(1) < 0.6 * per_image(1000)
+
+
+def test_a_call_of_the_cost_function_takes_less_than_a_millisecond():
+    cost = cost_function(ORIN, precision="int8")
+    taken = []
+    for _ in range(20):
+        start = time.process_time()
+        cost(RESNET50)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 1e-3
 
 
 def test_kernels_of_a_resnet18_are_those_of_the_published_engine_log():
@@ -204,9 +346,10 @@ def log_errors_of(relative):
     return np.abs(np.log1p(relative))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("errors", "stored"),
-    [("group_errors", "bands"), ("device_errors", "unseen_device_bands"), ("model_errors", "unseen_network_bands")],
+    [("pair_errors", "bands"), ("device_errors", "unseen_device_bands")],
 )
 def test_a_band_holds_its_share_of_the_errors_it_is_made_for(published, errors, stored):
     document = json.loads(CONSTANTS.read_text())[stored]
@@ -220,8 +363,8 @@ def test_a_band_holds_its_share_of_the_errors_it_is_made_for(published, errors, 
 
 
 @pytest.mark.parametrize("device", JETSONS, ids=lambda d: d.name)
-def test_only_boards_with_published_figures_get_the_band_of_known_boards(device):
-    named = {fit.DEVICES[g.device] for g in fit.load_groups()}
+def test_only_boards_with_published_figures_get_the_band_of_known_boards(device, groups):
+    named = {g.device for g in groups}
     model = fitted_model()
     found = predict(walk(spec("resnet20")), device, precision="fp16")
     half = np.log(found.high_ms / found.p50_ms)
@@ -235,9 +378,15 @@ def test_only_boards_with_published_figures_get_the_band_of_known_boards(device)
     assert as_document(found)["notes"] == list(found.notes)
 
 
-def test_predictions_of_an_older_baseline_stay_comparable(published):
+@pytest.mark.slow
+def test_bands_of_boards_without_figures_leave_the_version_alone(published):
     # gates compare predictions of one version: bands of unseen boards change no prediction, and so not the version
-    assert fitted_model().version == published.fitted.version == "published-8b23568d"
+    widths = {"ampere": {"fp32": 9.0, "fp16": 9.0, "int8": 9.0}}
+    x = fit.fit(published.groups)
+    bands = published.fitted.bands
+    versions = {fit.model_of(x, bands, devices=(), unseen_device=w).version for w in (widths, bands)}
+    assert versions == {published.fitted.version}
+    assert fit.model_of(x, widths, devices=(), unseen_device=bands).version not in versions
 
 
 def test_a_prediction_keeps_its_circumstances_in_metric_and_document():

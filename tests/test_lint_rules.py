@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from command_line import run_command
 from export_zoo import ZOO, arrays, imagenet_bottleneck, images, network, quantization_of
 from onnx import TensorProto, helper, numpy_helper
 
-from export.lint import Finding, TargetFacts, lint, rule_names
+from export.lint import Finding, Report, TargetFacts, lint, rule_names
 from export.parity import OrtRunner
 from export.passes import difference, repair
 from export.to_onnx import PRECISIONS, ExportOptions, to_onnx
@@ -25,6 +26,7 @@ BOARD = TargetFacts("a board", "tensorrt", 17, ("fp32", "fp16", "int8"), {"fp32"
 ALIGNED = TargetFacts("a board", "tensorrt", 17, ("fp32", "fp16", "int8"), {"fp32": 1, "fp16": 8, "int8": 32})
 NANO = TargetFacts("a Nano", "tensorrt", 13, ("fp32", "fp16"), {"fp32": 1, "fp16": 1})
 TYPED = TargetFacts("a typed board", "tensorrt", 19, ("fp32", "fp16", "int8"), {"int8": 1}, strongly_typed=True)
+REPORTED = dataclasses.replace(BOARD, reports=(Report(frozenset({"int8"}), "builds fail", "measure"),))
 ORT = TargetFacts("onnxruntime", "onnxruntime", 25, ("fp32", "int8"), {"int8": 1})
 OPENVINO = TargetFacts("a CPU", "openvino", 25, ("fp32", "int8"), {"int8": 1})
 
@@ -392,6 +394,7 @@ TRAPS: dict[str, tuple[Case, Case]] = {
     "weight-axis": ((File(), wrong_axis, BOARD), (File(), right_axis_counted_from_the_end, BOARD)),
     "int32-bias": ((File(), int32_bias, BOARD), (File(), int32_bias, OPENVINO)),
     "opset-unreadable": ((File(opset=18), nothing, BOARD), (File(opset=17), nothing, BOARD)),
+    "reported-version": ((File(), nothing, REPORTED), (File(), float_only, REPORTED)),
     "opset-below-13": ((File(opset=12), nothing, BOARD), (File(opset=12), float_only, BOARD)),
     "custom-operators": ((File(), custom, BOARD), (File(), own_function, BOARD)),
     "qoperator-format": ((File(), qoperator, BOARD), (File(), called_like_an_integer_operator, BOARD)),

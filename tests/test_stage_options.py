@@ -171,7 +171,7 @@ PRUNE: dict[str, list[Row]] = {
     "latency": [
         Row({"latency": 0.8}, "prune", of("budget"), Budget(kind="latency", value=0.8), JETSON),
         Row({"latency": 0.8}, "prune", lambda spy: spy["cost"] is not None, True, JETSON),
-        Row({"latency": 0.8}, "cost_function", lambda spy: spy["device"].name, "jetson-orin-nano-8gb", JETSON),
+        Row({"latency": 0.8}, "cost_function", lambda spy: spy["device"].name, "jetson-orin-nano-8gb-super", JETSON),
         Row({"macs": 0.8}, "prune", of("cost"), None, JETSON),
     ],
     "scope": [Row({"scope": "all"}, "prune", of("scope"), "all")],
@@ -446,7 +446,7 @@ def test_batch_and_threads_reach_file_and_measurement(bench: Bench, batch: Any) 
     assert [call["threads"] for call in bench["runner"].calls] == [3]
     predicted = bench["predict"].calls
     assert [call["batch"] for call in predicted] == [size, size]
-    assert {call["device"].name for call in predicted} == {"jetson-orin-nano-8gb"}
+    assert {call["device"].name for call in predicted} == {"jetson-orin-nano-8gb-super"}
 
 
 def test_a_teacher_of_other_classes_is_refused(bench: Bench) -> None:

@@ -22,6 +22,21 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
+class Report:
+    """What users report of the target's runtime in the version that it has.
+
+    Attributes:
+        kinds: Files that it is about: ``int8`` (quantized), ``float``.
+        message: What is reported, with its sources.
+        remedy: What to do.
+    """
+
+    kinds: frozenset[str]
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class TargetFacts:
     """What the rules need to know about a target: plain values, so that this package needs no target catalogue.
 
@@ -32,6 +47,7 @@ class TargetFacts:
         precisions: What it computes in: ``fp32``, ``fp16``, ``int8``.
         align: Per precision, the multiple that channel counts should have.
         strongly_typed: Whether it takes every type from the file.
+        reports: What users report of its runtime.
     """
 
     title: str
@@ -40,6 +56,7 @@ class TargetFacts:
     precisions: tuple[str, ...]
     align: Mapping[str, int]
     strongly_typed: bool = False
+    reports: tuple[Report, ...] = ()
 
     @property
     def tensorrt(self) -> bool:

@@ -79,6 +79,7 @@ def deploy(
     if dry_run:
         assumed = named or load_target("jetson")
         jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, assumed)
+        notes += _advice(assumed, jobs, dla)
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         from rich.markup import escape
@@ -92,6 +93,7 @@ def deploy(
     found = remote.probe(board)
     on_board = _on_board(named, found, load_target)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
+    notes += _advice(on_board, jobs, dla)
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
@@ -251,6 +253,14 @@ def _jobs(
     if len(jobs) == 1 and jobs[0].precision == "int8":
         notes.append("no float engine to compare with: give --baseline FLOAT.onnx, or deploy the checkpoint")
     return jobs, notes
+
+
+def _advice(target: Target, jobs: list[Job], dla: int | None) -> list[str]:
+    """Return what is to be known of the board that was taken, and what users report of its TensorRT."""
+    from edge_targets.advice import advice_for
+    from edge_targets.catalog import alias_notes
+
+    return [*alias_notes(target), *map(str, advice_for(target, [job.precision for job in jobs], dla=dla is not None))]
 
 
 def _export(

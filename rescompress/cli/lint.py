@@ -30,7 +30,7 @@ def lint_command(
     from rich.markup import escape
     from rich.table import Table
 
-    from edge_targets.catalog import load_target
+    from edge_targets.catalog import alias_notes, load_target
     from export.lint import lint
     from export.load import load_onnx, save_onnx
     from export.passes import repair
@@ -39,6 +39,8 @@ def lint_command(
     output = output_of(ctx)
     chosen = load_target(target)
     facts = facts_of(chosen)
+    for note in alias_notes(chosen):
+        output.hint(note)
     loaded = load_onnx(model)
     if fix is not None:
         repaired = repair(loaded, facts)

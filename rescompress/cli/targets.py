@@ -28,7 +28,7 @@ def targets(
 
     Example: rescompress targets jetson-agx-orin-64gb
     """
-    from edge_targets.catalog import load_target, survey
+    from edge_targets.catalog import alias_notes, load_target, survey
 
     output = output_of(ctx)
     if name is not None:
@@ -42,8 +42,9 @@ def targets(
     output.result(documents, _table([t for t in found if t.alias is None]))
     for error in left_out:
         output.hint(f"left out: {error}")
-    jetson = f"`--target jetson` is {aliases['jetson'].name}; " if "jetson" in aliases else ""
-    output.hint(f"{jetson}`rescompress targets NAME` shows one with its sources")
+    for note in alias_notes(aliases["jetson"]) if "jetson" in aliases else []:
+        output.hint(note)
+    output.hint("`rescompress targets NAME` shows one with its sources")
 
 
 def _document(target: Target) -> dict[str, Any]:
@@ -113,7 +114,9 @@ def _details(target: Target) -> Any:
         table.add_row(f"mode {mode.name}{mark}", value, mode.source + ("" if mode.verified else " (unverified)"))
     for release in device.software:
         mark = " (default)" if release.jetpack == device.default_jetpack else ""
-        table.add_row(f"JetPack {release.jetpack}{mark}", f"TensorRT {release.tensorrt}, CUDA {release.cuda}", release.source)
+        parts = {"TensorRT": release.tensorrt, "CUDA": release.cuda, "L4T": release.l4t, "Python": release.python}
+        value = ", ".join(f"{name} {version}" for name, version in parts.items() if version)
+        table.add_row(f"JetPack {release.jetpack}{mark}", value, release.source + ("" if release.verified else " (unverified)"))
     for note in device.notes:
         table.add_row("note", note, "")
     return table
@@ -143,9 +146,9 @@ def predict(
 ) -> None:
     """Predict the latency on a device that is not here, with an error band, per kernel and in total.
 
-    Example: rescompress predict arch:resnet50 --target jetson-orin-nano-8gb --precision int8 --power-mode 15W
+    Example: rescompress predict arch:resnet50 --target jetson-orin-nano-8gb-super --precision int8 --power-mode 25W
     """
-    from edge_targets.catalog import load_target
+    from edge_targets.catalog import alias_notes, load_target
     from edge_targets.latency import Overrides, as_document, predict_kernels
 
     chosen = load_target(target)
@@ -163,6 +166,7 @@ def predict(
         overrides=Overrides(sm_count, gpu_mhz, emc_mhz),
     )
     document = {"model_file": model, "target": chosen.name, "alias": chosen.alias, **as_document(prediction)}
+    document["notes"] += alias_notes(chosen)
     output.result(document, _prediction_table(document, slowest), _summary(document), *document["notes"])
 
 

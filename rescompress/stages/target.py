@@ -9,10 +9,11 @@ from typing import Any
 
 from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
+from edge_targets.advice import advice_for
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
-from edge_targets.catalog import load_target
+from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target, base_precision
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
@@ -55,7 +56,7 @@ def target(
         "alias": chosen.alias,
         "device": chosen.device.title,
         "runtime": chosen.runtime,
-        "notes": [*details["notes"], *profile_notes(checkpoint, chosen)],
+        "notes": [*details["notes"], *alias_notes(chosen), *profile_notes(checkpoint, chosen)],
     }
     files = [("onnx", path)]
     if chosen.builds_here:
@@ -198,7 +199,7 @@ def _prepare_and_predict(
         "layers": [{"name": k.name, "ms": k.ms} for k in predicted.kernels],
         "layers_provenance": "predicted",
     }
-    details["notes"] += predicted.notes
+    details["notes"] += [*predicted.notes, *map(str, advice_for(chosen, [precision]))]
 
 
 def _float_twin(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Path | None:
