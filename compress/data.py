@@ -24,13 +24,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from compress.files import contents_of, shown
-from compress.folders import FORMS, Samples, rank_of, read_splits, without_repeats
+from compress.folders import FORMS, Samples, rank_of, read_splits, scan, without_repeats
 from rescompress.core.errors import DataError, nearest
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import ModelSpec, Preprocessing
 
 MEMORY_BUDGET_BYTES = 4 << 30
 DIGITS = "builtin:digits"
+_scan = scan  # the pictures of one folder, as `_split` takes them
 Pixels = NDArray[np.uint8]
 
 
@@ -345,9 +346,13 @@ def load_dataset(
     found = read_splits(path)
     held = without_repeats(found.val)
     parts = [held] if found.train is None else [found.train, held]
-    numbering = number(parts, inputs, labels)
+    told = [*found.notes, *(note for part in parts for note in part.notes)]
+    try:
+        numbering = number(parts, inputs, labels)
+    except DataError as e:
+        raise DataError(e.what, where=e.where, remedy="; ".join([e.remedy or "", *told])) from e
     splits = [_split(part, inputs, labels, numbering) for part in parts]
-    notes = [*found.notes, *(note for part in parts for note in part.notes), *numbering.notes]
+    notes = [*told, *numbering.notes]
     notes += _absent_notes({shown(p.root): s for p, s in zip(parts, splits, strict=True)}, numbering)
     if found.train is not None:
         return Dataset(splits[0], splits[1], tuple(notes))
@@ -614,7 +619,10 @@ def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
     used = [key for r in (0, held) for key in parts[r]]
     left = sorted(key for r, keys in parts.items() if r not in (0, held) for key in keys)
     notes = (f"{shown(path)}: {', '.join(used)} are read; {', '.join(left)} are not",) if left else ()
-    return Dataset(splits[0], splits[held], notes)
+    both = [*splits[0].labels.tolist(), *splits[held].labels.tolist()]
+    numbering = Numbering({}, splits[0].classes, frozenset(both))
+    named = {f"{shown(path)}: {parts[r][0]}": splits[r] for r in (0, held)}
+    return Dataset(splits[0], splits[held], (*notes, *_absent_notes(named, numbering)))
 
 
 def _parts_of(keys: Sequence[str]) -> dict[int, tuple[str, str]]:

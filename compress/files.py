@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rescompress.core.errors import DataError
 
@@ -23,8 +23,7 @@ _LITTER = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume inform
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file below a folder.
 
     Attributes:
@@ -48,7 +47,9 @@ class Entry:
 
 def suffix_of(path: str) -> str:
     """Return the suffix of a file's name in lower case, with the dot."""
-    return os.path.splitext(path)[1].lower()
+    name = path[path.rfind(os.sep) + 1 :]
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
 
 
 def shown(name: str | os.PathLike[str]) -> str:
@@ -135,6 +136,8 @@ def _is_apple_double(path: str) -> bool:
 
 SETTLED_NS = 2 * 10**9
 """A file that was written more recently may change again within one tick of the file system's clock."""
+WHOLE_BYTES = 2**20
+"""Files below are read in one piece."""
 _known: dict[tuple[str, int, int, int, int, int], str] = {}
 
 
@@ -149,11 +152,11 @@ def content_of(path: str) -> str:
         key = (path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         if key in _known:
             return _known[key]
-        with open(path, "rb") as f:
-            content = hashlib.file_digest(f, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as f:
+            content = hashlib.sha256(f.read()) if s.st_size < WHOLE_BYTES else hashlib.file_digest(f, "sha256")
         if time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > SETTLED_NS:
-            _known[key] = content
-        return content
+            _known[key] = content.hexdigest()
+        return content.hexdigest()
     except OSError as e:
         raise DataError(
             f"cannot be read: {e.strerror}", where=shown(path), remedy="change its access rights, or take it out"
@@ -162,5 +165,7 @@ def content_of(path: str) -> str:
 
 def contents_of(paths: Iterable[str]) -> list[str]:
     """Return `content_of` of each file, read by a few threads."""
+    every = list(paths)
+    pieces = [every[i : i + 512] for i in range(0, len(every), 512)]
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(content_of, paths, chunksize=64))
+        return [content for piece in pool.map(lambda piece: list(map(content_of, piece)), pieces) for content in piece]

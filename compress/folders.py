@@ -180,6 +180,10 @@ def _scanned(root: Path) -> tuple[Samples, LabelFile | None]:
     if not found:
         table = _only_table(root)
         return _listed(table, root, False, (f"labels are read from {shown(table.path.name)}",)), table
+    if not tables:
+        aside = [t for t in label_files.other_tables(root) if t.is_file() and not _names_none(t, root)]
+        if aside:
+            notes.append(f"{_list([t.name for t in aside])} names pictures and is not read; call it labels.csv to have it read")
     if unread:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(unread.items()))
         notes.append(f"{shown(root)}: pictures of a kind that is not read are left out: {kinds}")
@@ -218,8 +222,11 @@ def _read_beside(tables: Sequence[Path], root: Path, folders: bool) -> LabelFile
     try:
         return label_files.read(tables[0], root)
     except DataError as e:
+        name = shown(tables[0].name)
         if folders and e.what.startswith("names ") and _names_none(tables[0], root):
-            return f"{shown(tables[0].name)} names none of the pictures and is not read; the folders are the classes"
+            return f"{name} names none of the pictures and is not read; the folders are the classes"
+        if folders and tables[0].name not in ("labels.csv", "labels.json"):
+            return f"{name} is not read as labels ({e.what}); the folders are the classes"
         raise
 
 
@@ -337,8 +344,13 @@ def _by_table(read: LabelFile, root: Path, splits: Sequence[str], notes: tuple[s
         path = Path(row.path)
         top = path.relative_to(root).parts[0] if path.is_relative_to(root) else ""
         rows.append(dataclasses.replace(row, part=top if top in splits else None))
-    if any(row.part is None for row in rows):
-        return Splits(_listed(read, root, False, notes))
+    outside = next((row for row in rows if row.part is None), None)
+    if outside is not None:
+        raise DataError(
+            f"line {outside.line} names a picture outside of {_list(splits, '/')}",
+            where=shown(read.path),
+            remedy="move it there, or write a column split with train and val",
+        )
     return _parted(dataclasses.replace(read, labels=tuple(rows)), _listed(read, root, False, notes))
 
 

@@ -182,11 +182,11 @@ def _plain(word: str) -> str:
 
 
 def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield number and cells of the lines that are neither blank nor comments."""
+    """Yield number and cells of the lines that are not blank."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter == " ")
     for row in reader:
         cells = [cell.strip() for cell in row]
-        if any(cells) and not (cells[0].startswith("#") and len(cells) == 1):
+        if any(cells):
             yield reader.line_num, cells
 
 
@@ -198,7 +198,7 @@ def _table(text: str, path: Path, finder: _Finder) -> LabelFile:
         )
         if score > best:
             best, delimiter = score, candidate
-    rows = list(_rows(text, delimiter))
+    rows = [r for r in _rows(text, delimiter) if not r[1][0].startswith("#") or any(map(finder.find, r[1]))]
     if not rows:
         return LabelFile(path, ())
     file_at, label_at, part_at, header, notes = _columns(rows[:_SAMPLE], path, finder)
@@ -206,8 +206,6 @@ def _table(text: str, path: Path, finder: _Finder) -> LabelFile:
     missing: list[tuple[int, str]] = []
     unread: list[str] = []
     for line, cells in rows[1:] if header else rows:
-        if cells[0].startswith("#") and not finder.find(cells[0]):
-            continue
         if len(cells) <= max(file_at, label_at):
             raise DataError(f"line {line} has {len(cells)} columns", where=shown(path), remedy=_WRITE)
         picture = _one(finder, cells[file_at], line, path)
@@ -263,31 +261,30 @@ def _columns(
     """
     first = rows[0][1]
     width = max(len(cells) for _, cells in rows)
-    if len(first) == width - 1 and _plain(first[0]) in _FILE_WORDS | _LABEL_WORDS:
-        first = ["", *first]  # pandas does not name its index
-    words = [_plain(cell) for cell in first]
     body = [cells for _, cells in rows[1:]]
     columns = [[cells[i] for cells in body if i < len(cells)] for i in range(width)]
-
-    def hits(i: int) -> tuple[int, int]:
-        cells = columns[i] + ([first[i]] if i < len(first) else [])
-        return sum(finder.literally(c) is not None for c in cells), sum(bool(finder.find(c)) for c in cells)
-
-    scores = [hits(i) for i in range(width)]
-    is_file = [i for i in range(width) if scores[i][0]] or [i for i in range(width) if scores[i][1]]
-    named = [i for i in is_file if i < len(words) and words[i] in _FILE_WORDS]
-    file_at = next(iter(named), None)
-    if file_at is None:
-        file_at = max(is_file, key=lambda i: (scores[i], -i)) if is_file else 0
+    exact = [sum(finder.literally(c) is not None for c in cells) for cells in columns]
+    loose = [sum(bool(finder.find(c)) for c in cells) for cells in columns]
+    files_at = [i for i in range(width) if exact[i]] or [i for i in range(width) if loose[i]]
+    words = [_plain(cell) for cell in first]
+    if len(first) == width - 1 and any(i and words[i - 1] in _FILE_WORDS for i in files_at):
+        first, words = ["", *first], ["", *words]  # pandas writes no name over its index
+    if not any(map(any, (exact, loose))):
+        files_at = [i for i, cell in enumerate(first) if finder.find(cell)]
+    named = [i for i in files_at if i < len(words) and words[i] in _FILE_WORDS]
+    file_at = named[0] if named else max(files_at, key=lambda i: (exact[i], loose[i], -i), default=0)
     header = _is_header(first, words, file_at, columns, finder)
     others = [i for i in range(width) if i != file_at]
     part_at = None
+    notes: tuple[str, ...] = ()
     if header:
         part_at = next((i for i in others if i < len(words) and words[i] in _SPLIT_WORDS), None)
         others = [i for i in others if i != part_at]
         by_name = [i for i in others if i < len(words) and words[i] in _LABEL_WORDS]
+        unnamed = [i for i in others if i >= len(words)]
         if len(by_name) == 1:
-            return file_at, by_name[0], part_at, header, ()
+            notes = (f"{shown(path.name)}: column {unnamed[0] + 1} has no name and is not read",) if unnamed else ()
+            return file_at, by_name[0], part_at, header, notes
         if len(by_name) > 1:
             same = all(columns[i] == columns[by_name[0]] for i in by_name)
             if not same:
@@ -301,7 +298,7 @@ def _columns(
         if others[0] == 0 and _is_index(cells, words[0] if header else ""):
             others = others[1:]
     label_at = file_at + 1 if file_at + 1 in others else others[0]
-    notes: tuple[str, ...] = ()
+    notes = ()
     if len(others) > 1:
         if file_at + 1 not in others:
             raise DataError(

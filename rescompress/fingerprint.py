@@ -61,7 +61,8 @@ def data_identity(source: str) -> str:
     if not root.is_dir():
         raise BadInput("is a pipe or a device, no data set", where=shown(source), remedy="check the path of --data")
     files = [(e.path.removeprefix(source).lstrip(os.sep), e.path) for e in walk(source) if e.regular]
-    files += [(path, path) for path in files_elsewhere(root)]
+    if any(suffix_of(name) not in IMAGE_SUFFIXES for name, _ in files):
+        files += [(path, path) for path in files_elsewhere(root)]
     by_content = {path for _, path in files if suffix_of(path) in IMAGE_SUFFIXES or Path(path).stat().st_size <= LARGEST_TABLE}
     contents = dict(zip(by_content, contents_of(by_content), strict=True))
     digest = hashlib.sha256()
