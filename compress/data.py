@@ -429,7 +429,7 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
             union = sorted([*union, *bare])
     for part in parts:
         for name, what in part.without:
-            if what and (name in union or name in (labels or ()) or name in (inputs.labels or ())):
+            if what and name in (labels if labels is not None else {*union, *(inputs.labels or ())}):
                 raise DataError(
                     f"class folder '{shown(name)}' holds no picture of a kind that is read, but {what}",
                     where=shown(part.root),

@@ -231,8 +231,12 @@ def _read_beside(tables: Sequence[Path], root: Path, folders: bool) -> LabelFile
 
 
 def _names_none(table: Path, root: Path) -> bool:
-    text = table.read_bytes()
-    return not any(os.fsencode(os.path.basename(e.path)) in text for e in walk(root) if e.is_image)
+    """Whether no picture's name stands anywhere in a table."""
+    try:
+        text = label_files.text_of(table)
+    except (DataError, ValueError):
+        text = table.read_bytes().decode("utf-8", "surrogateescape")
+    return not any(os.path.basename(e.path) in text for e in walk(root) if e.is_image)
 
 
 def _only_table(root: Path) -> LabelFile:

@@ -96,7 +96,7 @@ def read(path: Path, root: Path) -> LabelFile:
         raise DataError("is no regular file", where=shown(path), remedy="give a file of labels")
     finder = _Finder(root)
     try:
-        text = _text(path)
+        text = text_of(path)
         found = _json(text, path, finder) if path.suffix.lower() == ".json" else _table(text, path, finder)
     except (OSError, ValueError, RecursionError, csv.Error) as e:
         raise DataError(f"cannot be read: {str(e) or type(e).__name__}", where=shown(path), remedy=_WRITE) from e
@@ -166,7 +166,12 @@ class _Finder:
         return [name] if name else self.loose.get(cell.replace("\\", "/").removeprefix("./").casefold(), [])
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return what a file of text says, in the encodings that spreadsheets write.
+
+    Raises:
+        DataError: It is neither UTF-8 nor marked as UTF-16.
+    """
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16")
