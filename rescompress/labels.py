@@ -60,6 +60,8 @@ def written_mapping(text: str, where: str, key: str | None = None) -> dict[str, 
     import yaml
 
     try:
+        if key is None:
+            _refuse_nesting(text, where)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise BadInput(f"holds no mapping: {str(e) or type(e).__name__}", where=where, remedy=_REMEDY) from e
@@ -77,3 +79,14 @@ def written_mapping(text: str, where: str, key: str | None = None) -> dict[str, 
             raise BadInput(f"{prefix}line {line} names '{name.value[:100]}' again", where=where, remedy="name each folder once")
         found[name.value] = label.value
     return found
+
+
+def _refuse_nesting(text: str, where: str) -> None:
+    """Refuse what holds more than one level before it is read further: deep nesting takes a parser minutes."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 1:
+            raise BadInput(f"line {event.start_mark.line + 1} gives no single label", where=where, remedy=_REMEDY)
