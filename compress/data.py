@@ -8,12 +8,11 @@ Shape suffixes: N batch, H height, W width, C channels.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import functools
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -24,20 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from compress.files import contents_of, shown
+from compress.folders import FORMS, Samples, rank_of, read_splits, scan, without_repeats
 from rescompress.core.errors import DataError, nearest
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import ModelSpec, Preprocessing
 
-_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 MEMORY_BUDGET_BYTES = 4 << 30
 DIGITS = "builtin:digits"
-_NPZ_KEYS = frozenset({"x", "y", "x_train", "y_train", "x_val", "y_val", "classes"})
-_FORMS = (
-    "a folder with train/ and val/ (or test/) class folders, a folder of class folders, a flat folder with labels.csv, "
-    f"an .npz with x (N,H,W,C uint8) and y, or {DIGITS}"
-)
-
+_scan = scan  # the pictures of one folder, as `_split` takes them
 Pixels = NDArray[np.uint8]
 
 
@@ -115,7 +109,7 @@ class Split:
         labels: The output of the network that is right for each image.
         classes: Name of each output.
         preprocessing: How pixels become inputs.
-        identity: Hash of the samples, their labels and their order.
+        known_by: Hash of the samples, their labels and their order, or what finds it when it is asked for.
         flips: Whether a mirrored image means the same (not so for digits).
     """
 
@@ -123,22 +117,38 @@ class Split:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    identity: str
+    known_by: str | Callable[[], str]
     flips: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of what the samples hold, their labels and their order; files are read for it."""
+        return self.known_by if isinstance(self.known_by, str) else self.known_by()
 
     @property
     def samples_sha256(self) -> str:
         """Identity of the split for pairing outcomes."""
         return self.identity
 
+    def name(self, i: int) -> str:
+        """Return what to call a sample: its file, or its number."""
+        store: object = self.store
+        while isinstance(store, _View):
+            i, store = int(store.index[i]), store.store
+        files = store.files if isinstance(store, CachedStore) else store
+        return shown(files.paths[i]) if isinstance(files, FileStore) else f"image {i}"
+
     def subset(self, index_N: NDArray[np.int64]) -> Split:
         """Return the split of the samples `index_N`, in that order."""
         order = hashlib.sha256(np.ascontiguousarray(index_N).tobytes()).hexdigest()
         return dataclasses.replace(
-            self, store=_View(self.store, index_N), labels=self.labels[index_N], identity=samples_digest([self.identity, order])
+            self,
+            store=_View(self.store, index_N),
+            labels=self.labels[index_N],
+            known_by=lambda: samples_digest([self.identity, order]),
         )
 
     def take(self, n: int, seed: int) -> Split:
@@ -295,17 +305,6 @@ def fit(image: Image.Image, size: tuple[int, int, int], p: Preprocessing) -> Pix
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Samples:
-    """Files and class names before they meet a checkpoint."""
-
-    paths: tuple[Path, ...]
-    names: tuple[str, ...]
-    root: Path
-    listed: bool = False
-    """Whether a label file names the classes, not folders."""
-
-
 def load_dataset(
     source: str,
     spec: ModelSpec | Inputs,
@@ -337,104 +336,203 @@ def load_dataset(
         )
     path = Path(source)
     if not path.exists():
-        raise DataError("no such file or folder", where=source, remedy=f"data is {_FORMS}")
+        raise DataError("no such file or folder", where=source, remedy=f"data is {FORMS}")
     if path.is_file():
-        if path.suffix != ".npz":
-            raise DataError("is no data set", where=source, remedy=f"data is {_FORMS}")
+        if path.suffix.lower() != ".npz":
+            raise DataError("is no data set", where=source, remedy=f"data is {FORMS}")
         return _npz(path, inputs, seed)
-    train_dir, val_dir = _split_dir(path, "train"), _split_dir(path, "val", "valid", "validation", "test")
-    if train_dir is not None and val_dir is not None:
-        found = _scan(val_dir)
-        train = _split(_scan(train_dir), inputs, labels)
-        return Dataset(train, _split(found, inputs, labels), _order_notes(found, inputs, labels))
-    found = _scan(train_dir or val_dir or path)
-    halves = _halves(_split(found, inputs, labels), seed, source)
-    return dataclasses.replace(halves, notes=(*halves.notes, *_order_notes(found, inputs, labels)))
-
-
-def _split_dir(path: Path, *names: str) -> Path | None:
-    """Return the folder of a split; one that is a class beside other classes, such as trains beside cars, is none."""
-    folders = [p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    is_class_folder = {n: set(folders) - _SPLITS and not _has_classes(path / n) for n in names if n in folders}
-    return next((path / name for name, is_class in is_class_folder.items() if not is_class), None)
-
-
-def _has_classes(folder: Path) -> bool:
-    return any(p.is_dir() or p.name in ("labels.csv", "labels.json") for p in folder.iterdir())
-
-
-def _order_notes(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return a note where folders are numbers and do not count in the order of the numbers."""
-    names = sorted(set(found.names))
-    if found.listed or labels is not None or inputs.labels is not None or not all(n.isdecimal() for n in names):
-        return ()
-    misplaced = next((n for n, m in zip(names, sorted(names, key=int), strict=True) if n != m), None)
-    if misplaced is None:
-        return ()
-    return (
-        f"class folders count in alphabetical order, as torchvision's ImageFolder has it: {misplaced} is output "
-        f"{names.index(misplaced)}; --labels says it otherwise",
-    )
+    if not path.is_dir():
+        raise DataError("is a pipe or a device, no data set", where=source, remedy=f"data is {FORMS}")
+    found = read_splits(path)
+    held = without_repeats(found.val)
+    parts = [held] if found.train is None else [found.train, held]
+    told = [*found.notes, *(note for part in parts for note in part.notes)]
+    try:
+        numbering = number(parts, inputs, labels)
+    except DataError as e:
+        raise DataError(e.what, where=e.where, remedy="; ".join([e.remedy or "", *told])) from e
+    splits = [_split(part, inputs, labels, numbering) for part in parts]
+    notes = [*told, *numbering.notes]
+    notes += _absent_notes({shown(p.root): s for p, s in zip(parts, splits, strict=True)}, numbering)
+    if found.train is not None:
+        return Dataset(splits[0], splits[1], tuple(notes))
+    halves = _halves(splits[0], seed, source)
+    return dataclasses.replace(halves, notes=(*halves.notes, *notes))
 
 
 def _halves(whole: Split, seed: int, source: str) -> Dataset:
     if len(whole) < 2:
         raise DataError("holds a single image", where=source, remedy="give at least two, one to calibrate, one to evaluate")
     train, val = whole.part(0.5, seed)
-    note = f"{source} has one split: {len(train)} images (seed {seed}) calibrate or train, the other {len(val)} evaluate"
+    note = f"{shown(source)} has one split: {len(train)} images (seed {seed}) calibrate or train, the other {len(val)} evaluate"
     return Dataset(train, val, (note,))
 
 
-def _scan(root: Path) -> _Samples:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = [(p, f.name) for f in folders for p in sorted(f.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    listed = not found
-    if listed:
-        found = _labelled_files(root)
-    if not found:
-        loose = sum(p.suffix.lower() in IMAGE_SUFFIXES for p in root.iterdir())
-        what = f"holds {loose} images without labels" if loose else "holds no images"
-        raise DataError(what, where=str(root), remedy=f"data is {_FORMS}")
-    paths, names = zip(*found, strict=True)
-    return _Samples(paths, names, root, listed)
-
-
-def _labelled_files(root: Path) -> list[tuple[Path, str]]:
-    """Return the files of a flat folder that a ``labels.csv`` (file,label) or ``labels.json`` names."""
-    pairs: list[tuple[str, str]] = []
-    try:
-        if (table := root / "labels.csv").is_file():
-            with table.open(newline="", encoding="utf-8") as f:
-                rows = [row for row in csv.reader(f) if len(row) >= 2]
-            pairs = [(row[0], row[1].strip()) for row in rows if (root / row[0]).suffix.lower() in IMAGE_SUFFIXES]
-        elif (table := root / "labels.json").is_file():
-            document = json.loads(table.read_text(encoding="utf-8"))
-            pairs = [(str(k), str(v)) for k, v in dict(document).items()]
-    except (OSError, ValueError, TypeError, csv.Error) as e:
-        raise DataError(f"cannot be read: {e}", where=str(root), remedy="write lines of the form file.jpg,label") from e
-    missing = [name for name, _ in pairs if not (root / name).is_file()]
-    if missing:
-        raise DataError(
-            f"names {len(missing)} files that are not there, such as {missing[0]}",
-            where=str(root / "labels.csv"),
-            remedy="mend the names, or add the files",
-        )
-    return [(root / name, label) for name, label in pairs]
-
-
-def _split(found: _Samples, inputs: Inputs, labels: Mapping[str, str] | None) -> Split:
-    index, classes = match_classes(sorted(set(found.names)), inputs, labels, str(found.root), listed=found.listed)
-    keep = [i for i, name in enumerate(found.names) if name in index]
+def _split(found: Samples, inputs: Inputs, labels: Mapping[str, str] | None, numbering: Numbering | None = None) -> Split:
+    numbering = numbering or number([found], inputs, labels)
+    outputs = numbering.outputs
+    keep = [i for i, name in enumerate(found.names) if name in outputs]
     paths = tuple(found.paths[i] for i in keep)
-    y_N = np.array([index[found.names[i]] for i in keep], dtype=np.int64)
-    identity = samples_digest(
-        [f"{p.relative_to(found.root).as_posix()}={y}:{p.stat().st_size}" for p, y in zip(paths, y_N, strict=True)]
-    )
+    y_N = np.array([outputs[found.names[i]] for i in keep], dtype=np.int64)
+
+    def known_by() -> str:
+        return samples_digest([f"{content}={y}" for content, y in zip(contents_of(map(str, paths)), y_N, strict=True)])
+
     channels, height, width = inputs.shape
     files = FileStore(paths, inputs.shape, inputs.preprocessing)
     small = len(paths) * channels * height * width <= MEMORY_BUDGET_BYTES
     store: Store = CachedStore(files) if small else files
-    return Split(store, y_N, classes, inputs.preprocessing, identity)
+    return Split(store, y_N, numbering.classes, inputs.preprocessing, known_by)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbering:
+    """Which class is which output, once for all splits of a data set.
+
+    Attributes:
+        outputs: Output of each class that is used.
+        classes: Name of each output.
+        expected: Outputs that the data set could have images of.
+        notes: What the reader of a report should know.
+    """
+
+    outputs: Mapping[str, int]
+    classes: tuple[str, ...]
+    expected: frozenset[int]
+    notes: tuple[str, ...] = ()
+
+
+def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] | None) -> Numbering:
+    """Return the numbers of the classes over both splits of a data set, so that a class has one number in both.
+
+    Args:
+        parts: The training and the evaluation split, or the only one.
+        inputs: The network's.
+        labels: As in `match_classes`.
+
+    Raises:
+        DataError: The classes do not fit the outputs, or the splits name them differently.
+    """
+    names = [set(part.names) for part in parts]
+    union = sorted(set().union(*names))
+    where = shown(parts[0].root if len(parts) == 1 else parts[0].root.parent)
+    listed = all(part.listed for part in parts)
+    free = labels is None and inputs.labels is None
+    by_alphabet = free and not (listed and _numbers(union) is not None)
+    if labels is None:
+        _refuse_nested(parts, union, inputs)
+    notes: list[str] = []
+    if by_alphabet:
+        _refuse_other_names(parts, names)
+        bare = sorted({name for part in parts for name, _ in part.without} - set(union))
+        if bare and len(union) < inputs.classes == len(union) + len(bare):
+            union = sorted([*union, *bare])
+    for part in parts:
+        for name, what in part.without:
+            if what and name in (labels if labels is not None else {*union, *(inputs.labels or ())}):
+                raise DataError(
+                    f"class folder '{shown(name)}' holds no picture of a kind that is read, but {what}",
+                    where=shown(part.root),
+                    remedy="convert them to PNG or JPEG",
+                )
+    outputs, classes = match_classes(union, inputs, labels, where, listed=listed)
+    if by_alphabet:
+        notes += _order_notes(union, outputs, listed=listed)
+    elif free and listed:
+        notes += _number_notes(union, outputs)
+    expected = outputs.values() if labels is not None else range(len(classes))
+    return Numbering(outputs, classes, frozenset(expected), tuple(notes))
+
+
+def _refuse_other_names(parts: Sequence[Samples], names: Sequence[set[str]]) -> None:
+    """Refuse splits that each have a class of their own: where only the alphabet counts, every class behind it would shift."""
+    if len(parts) < 2:
+        return
+    own = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
+    if own[0] and own[1]:
+        only = "; ".join(f"only in {shown(p.root.name)}: {_some(o)}" for p, o in zip(parts, own, strict=True))
+        raise DataError(
+            f"the splits name their classes differently ({only})",
+            where=shown(parts[0].root.parent),
+            remedy="give a class the same name in both, or say with --labels which output each is",
+        )
+
+
+def _refuse_nested(parts: Sequence[Samples], union: Sequence[str], inputs: Inputs) -> None:
+    for part in parts:
+        if not part.nested:
+            continue
+        tops, inside = sorted(set(part.names)), set(part.nested)
+        if inputs.labels is not None:
+            open_which = not set(union) <= set(inputs.labels) and inside <= set(inputs.labels)
+        else:
+            open_which = len(union) != inputs.classes or len(inside) == inputs.classes
+        if open_which:
+            raise DataError(
+                f"holds folders of classes inside folders of classes: {_some(tops)} over {_some(part.nested)}",
+                where=shown(part.root),
+                remedy="put the images of a class into one folder, give --data one of the folders, or say with --labels "
+                "which output each outer folder is",
+            )
+
+
+def _order_notes(names: Sequence[str], outputs: Mapping[str, int], *, listed: bool) -> list[str]:
+    """Return a note that says which output each class is, where nothing but the order of the names does."""
+    numbers = _numbers(names)
+    if numbers is not None and all(numbers[name] == outputs[name] for name in names):
+        return []
+    ordered = sorted(names, key=lambda n: outputs[n])
+    if numbers is not None and not listed:
+        by_number = sorted(names, key=numbers.__getitem__)
+        misplaced = next((n for n, m in zip(ordered, by_number, strict=True) if n != m), None)
+        if misplaced is not None:
+            return [
+                f"class folders count in alphabetical order, as torchvision's ImageFolder has it: {misplaced} is output "
+                f"{outputs[misplaced]}; --labels says it otherwise"
+            ]
+    shortened = ordered if len(ordered) <= 12 else [*ordered[:3], *ordered[-2:]]
+    said = ", ".join(f"{outputs[n]} {shown(n)}" for n in shortened)
+    whose = "labels" if listed else "class folders"
+    return [f"the checkpoint does not name its outputs, so {whose} count by the alphabet: {said}; --labels says it otherwise"]
+
+
+def _number_notes(names: Sequence[str], outputs: Mapping[str, int]) -> list[str]:
+    """Return a note where numbers in a label file are not the outputs themselves."""
+    numbers = _numbers(names)
+    assert numbers is not None
+    moved = next((n for n in sorted(names, key=numbers.__getitem__) if numbers[n] != outputs[n]), None)
+    if moved is None:
+        return []
+    return [f"the label file's numbers count in their order: {moved} is output {outputs[moved]}; --labels says it otherwise"]
+
+
+def _absent_notes(splits: Mapping[str, Split], numbering: Numbering) -> list[str]:
+    """Return notes on classes that a split holds no image of, about which its accuracy says nothing."""
+    found: dict[frozenset[int], list[str]] = {}
+    for name, split in splits.items():
+        found.setdefault(numbering.expected - set(split.labels.tolist()), []).append(name)
+    return [
+        f"{' and '.join(names)}: no images of {_some([numbering.classes[i] for i in sorted(absent)])} "
+        f"({len(absent)} of {len(numbering.expected)} classes)"
+        for absent, names in found.items()
+        if absent
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    texts = [shown(n) for n in names[:5]]
+    return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _numbers(names: Sequence[str]) -> dict[str, int] | None:
+    """Return the whole number that each name is, such as 3 for 3, 03 and 3.0, or None where one is something else."""
+    found = {}
+    for name in names:
+        whole, _, rest = name.partition(".")
+        if not whole.isdecimal() or len(whole) > 18 or rest.strip("0") or name.endswith("."):
+            return None
+        found[name] = int(whole)
+    return found
 
 
 def match_classes(
@@ -458,6 +556,7 @@ def match_classes(
         )
     wanted = inputs.classes
     known = inputs.labels
+    what = "label" if listed else "class folder"
     if labels is not None:
         names = known or tuple(str(i) for i in range(wanted))
         unknown = [v for v in labels.values() if v not in names]
@@ -465,47 +564,73 @@ def match_classes(
         if unknown:
             raise DataError(f"the checkpoint has no label '{unknown[0]}'", where="--labels", remedy=nearest(unknown[0], names))
         if absent:
-            raise DataError(f"no class folder is called '{absent[0]}'", where=where, remedy=nearest(absent[0], folders))
+            raise DataError(f"no {what} is called '{shown(absent[0])}'", where=where, remedy=nearest(absent[0], folders))
         return {k: names.index(v) for k, v in labels.items()}, names
     if known is not None:
         strangers = [f for f in folders if f not in known]
         if strangers:
             raise DataError(
-                f"class folder '{strangers[0]}' is no label of the checkpoint",
+                f"{what} '{shown(strangers[0])}' is no label of the checkpoint",
                 where=where,
                 remedy=nearest(strangers[0], known) + " map other names with --labels",
             )
         return {f: known.index(f) for f in folders}, known
-    if listed and all(f.isdecimal() for f in folders):
-        if max(int(f) for f in folders) < wanted:
-            return {f: int(f) for f in folders}, tuple(str(i) for i in range(wanted))
-        folders = sorted(folders, key=int)
+    numbers = _numbers(folders) if listed else None
+    if numbers is not None:
+        if max(numbers.values()) < wanted:
+            return numbers, tuple(str(i) for i in range(wanted))
+        order = sorted(set(numbers.values()))
+        if len(order) == wanted:
+            return {f: order.index(numbers[f]) for f in folders}, tuple(str(i) for i in order)
+        raise DataError(
+            f"labels run from {order[0]} to {order[-1]}, the network has {wanted} classes",
+            where=where,
+            remedy="give labels from 0",
+        )
     if len(folders) != wanted:
         raise DataError(
             f"has {len(folders)} classes, the network has {wanted}",
             where=where,
-            remedy="use the data the network was trained for, or map a subset with --labels",
+            remedy=f"use the data the network was trained for, or map a subset with --labels; found: {_some(folders)}",
         )
-    return {f: i for i, f in enumerate(folders)}, tuple(folders)
+    return {f: i for i, f in enumerate(folders)}, tuple(shown(f) for f in folders)
 
 
 def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {k: archive[k] for k in archive.files if k in _NPZ_KEYS}
+            parts = _parts_of(archive.files)
+            wanted = {key for part in parts.values() for key in part} | ({"classes"} & set(archive.files))
+            arrays = {k: archive[k] for k in wanted}
     except Exception as e:  # numpy, zipfile and zlib raise a dozen kinds for damaged archives
-        raise DataError(f"is no readable .npz: {e}", where=str(path), remedy="write it with numpy.savez(x=..., y=...)") from e
+        raise DataError(f"is no readable .npz: {e}", where=shown(path), remedy="write it with numpy.savez(x=..., y=...)") from e
     classes = tuple(str(c) for c in arrays["classes"].flat) if "classes" in arrays else None
     if classes is not None and arrays["classes"].ndim != 1:
-        raise DataError("classes is no list of names", where=str(path), remedy="save one name per class")
-    if {"x_train", "y_train", "x_val", "y_val"} <= arrays.keys():
-        return Dataset(
-            _array_split(arrays["x_train"], arrays["y_train"], classes, inputs, str(path)),
-            _array_split(arrays["x_val"], arrays["y_val"], classes, inputs, str(path)),
-        )
-    if not {"x", "y"} <= arrays.keys():
-        raise DataError("has no arrays x and y", where=str(path), remedy="write it with numpy.savez(x=..., y=...)")
-    return _halves(_array_split(arrays["x"], arrays["y"], classes, inputs, str(path)), seed, str(path))
+        raise DataError("classes is no list of names", where=shown(path), remedy="save one name per class")
+    if classes is not None and len(set(classes)) < len(classes):
+        twice = next(c for c in classes if classes.count(c) > 1)
+        raise DataError(f"classes holds '{shown(twice)}' twice", where=shown(path), remedy="give each class a name of its own")
+    splits = {r: _array_split(arrays[x], arrays[y], classes, inputs, shown(path)) for r, (x, y) in parts.items()}
+    if 0 not in splits or len(splits) < 2:
+        if len(splits) != 1:
+            raise DataError("has no arrays x and y", where=shown(path), remedy="write it with numpy.savez(x=..., y=...)")
+        return _halves(next(iter(splits.values())), seed, str(path))
+    held = min(r for r in splits if r)
+    used = [key for r in (0, held) for key in parts[r]]
+    left = sorted(key for r, keys in parts.items() if r not in (0, held) for key in keys)
+    notes = (f"{shown(path)}: {', '.join(used)} are read; {', '.join(left)} are not",) if left else ()
+    both = [*splits[0].labels.tolist(), *splits[held].labels.tolist()]
+    numbering = Numbering({}, splits[0].classes, frozenset(both))
+    named = {f"{shown(path)}: {parts[r][0]}": splits[r] for r in (0, held)}
+    return Dataset(splits[0], splits[held], (*notes, *_absent_notes(named, numbering)))
+
+
+def _parts_of(keys: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """Return the images and labels of each split in an archive, by `rank_of` its name; of one without a name, by -1."""
+    named = {rank: (f"x_{k[2:]}", f"y_{k[2:]}") for k in keys if k.startswith("x_") and (rank := rank_of(k[2:])) is not None}
+    whole = {-1: ("x", "y")} if {"x", "y"} <= set(keys) else {}
+    named = {rank: pair for rank, pair in named.items() if set(pair) <= set(keys)}
+    return named if 0 in named and len(named) > 1 else whole or named
 
 
 def _array_split(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,13 @@ class Evaluation:
         metrics: ``top1``, and ``top5`` where there are more than five classes.
         outcomes: Per-sample correctness, for paired comparisons.
         predictions: Predicted class of each sample.
+        notes: What the reader of a report should know about the samples.
     """
 
     metrics: dict[str, Metric]
     outcomes: Outcomes
     predictions: NDArray[np.int64]
+    notes: tuple[str, ...] = ()
 
     @property
     def top1(self) -> float:
@@ -82,7 +85,9 @@ def evaluate(
     predictions, hits5 = [], 0
     done = 0
     outputs = 0
+    marks: list[bytes] = []
     for x, y in split.batches(batch_size):
+        marks += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x.numpy()]
         logits = runner(x.numpy())
         if not np.isfinite(logits).all():
             raise DataError("the network's output is not finite", where=runner.runtime, remedy="check the checkpoint's weights")
@@ -96,8 +101,30 @@ def evaluate(
             progress(done, len(split))
     predicted = np.concatenate(predictions)
     correct = predicted == split.labels
-    metrics = {"top1": accuracy(int(correct.sum()), len(split), runtime=runner.runtime)}
+    first: dict[bytes, int] = {}
+    copies = [i for i, mark in enumerate(marks) if first.setdefault(mark, i) != i]
+    distinct = len(split) - len(copies)
+    metrics = {"top1": accuracy(int(correct.sum()), len(split), runtime=runner.runtime, distinct=distinct)}
     if outputs > 5:
-        metrics["top5"] = accuracy(hits5, len(split), runtime=runner.runtime)
-    outcomes = Outcomes.pack(correct.tolist(), split.samples_sha256, split.classes)
-    return Evaluation(metrics, outcomes, predicted)
+        metrics["top5"] = accuracy(hits5, len(split), runtime=runner.runtime, distinct=distinct)
+    outcomes = Outcomes.pack(correct.tolist(), split.samples_sha256, split.classes, copies)
+    return Evaluation(metrics, outcomes, predicted, _copy_notes(split, [(i, first[marks[i]]) for i in copies]))
+
+
+def _copy_notes(split: Split, copies: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Return notes on images that show the network the same as an earlier one, and on those with another label than it."""
+    if not copies:
+        return ()
+    notes = [
+        f"{len(copies)} of {len(split)} images are copies of others, such as {split.name(copies[0][0])} of "
+        f"{split.name(copies[0][1])}: errors and the gate count each picture once"
+    ]
+    torn = [(i, j) for i, j in copies if split.labels[i] != split.labels[j]]
+    if torn:
+        i, j = torn[0]
+        labels = [split.classes[int(split.labels[k])] for k in (j, i)]
+        notes.append(
+            f"{len(torn)} of them have another label than the picture they copy, such as {split.name(i)}: "
+            f"{labels[1]}, and {split.name(j)}: {labels[0]}"
+        )
+    return tuple(notes)

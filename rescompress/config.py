@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
+from rescompress.labels import written_mapping
 from rescompress.search.settings import SearchConfig
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -222,7 +223,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
     except FileNotFoundError as e:
         raise ConfigError("no such file", where=str(path), remedy="write one with `rescompress init`") from e
     except (OSError, UnicodeDecodeError) as e:
@@ -231,6 +233,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="compare it with `rescompress init`") from e
     if not isinstance(document, dict):
         raise ConfigError("is no mapping of settings", where=str(path), remedy="write one with `rescompress init`")
+    if isinstance(document.get("labels"), dict):
+        document["labels"] = written_mapping(text, str(path), "labels")
     for override in overrides:
         _override(document, override)
     config = validate(document, str(path))
@@ -268,7 +272,7 @@ def _override(document: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"'{folder}' holds no settings", where=f"--set {key}", remedy="compare with the config")
         place = inner
     try:
-        place[leaf] = yaml.safe_load(text)
+        place[leaf] = text if folders == ["labels"] else yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"'{text}' is no YAML value", where=f"--set {key}", remedy="quote it") from e
 

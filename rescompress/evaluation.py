@@ -46,7 +46,10 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     images = data.train if split == "train" else data.val
     with runner:
-        return evaluate(runner, images, batch_size=settings.eval_batch(inputs.shape), progress=progress)
+        found = evaluate(runner, images, batch_size=settings.eval_batch(inputs.shape), progress=progress)
+    for note in found.notes:
+        reporter.note(note)
+    return found
 
 
 def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, Inputs]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.files import IMAGE_SUFFIXES, contents_of, shown, suffix_of, walk
+from compress.folders import files_elsewhere
 from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import cpu_name
@@ -36,37 +39,41 @@ def file_identity(path: str) -> str:
         ) from e
 
 
-COMPRESSED = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-"""Two such images are of one size only by chance, so their size stands for their content."""
 LARGEST_TABLE = 64 * 2**20
-"""Bytes; beyond it lie archives beside a data set, not labels or images."""
+"""Bytes; beyond it lie archives beside a data set, not labels. Images are read whatever their size."""
 
 
 def data_identity(source: str) -> str:
-    """Return a hash that changes when a data set does.
+    """Return a hash that changes when a data set does: of the names and the content of all its files.
 
-    Of a folder it is about the names of all files, the sizes of compressed images, and the content of the rest: labels, and
-    images in formats in which size says nothing. Of a file it is about the content.
+    Links are followed, as where images are loaded, and what a label file names elsewhere belongs to it.
+
+    Raises:
+        BadInput: There is no such data set, or a part of it cannot be read.
     """
     if source.startswith("builtin:"):
         return source
     root = Path(source)
     if not root.exists():
-        raise BadInput("no such file or folder", where=source, remedy="check the path of --data")
+        raise BadInput("no such file or folder", where=shown(source), remedy="check the path of --data")
     if root.is_file():
         return file_identity(source)
+    if not root.is_dir():
+        raise BadInput("is a pipe or a device, no data set", where=shown(source), remedy="check the path of --data")
+    files = [(e.path.removeprefix(source).lstrip(os.sep), e.path) for e in walk(source) if e.regular]
+    if any(suffix_of(name) not in IMAGE_SUFFIXES for name, _ in files):
+        files += [(path, path) for path in files_elsewhere(root)]
+    by_content = {path for _, path in files if suffix_of(path) in IMAGE_SUFFIXES or Path(path).stat().st_size <= LARGEST_TABLE}
+    contents = dict(zip(by_content, contents_of(by_content), strict=True))
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        by_size = path.suffix.lower() in COMPRESSED or size > LARGEST_TABLE
-        content = "" if by_size else f":{file_identity(str(path))}"
-        digest.update(f"{path.relative_to(root).as_posix()}:{size}{content}\n".encode())
+    for name, path in files:
+        known = contents.get(path) or str(Path(path).stat().st_size)
+        digest.update(os.fsencode(name) + b"\0" + known.encode() + b"\n")
     return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:
     """Return what a reader needs to know to repeat a figure: versions, system, processor."""
-    import os
     from importlib.metadata import PackageNotFoundError, version
 
     packages = {}

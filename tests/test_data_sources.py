@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_train_and_val_folders(folder: Path) -> None:
     data = load_dataset(str(folder), inputs())
-    assert (len(data.train), len(data.val), data.notes) == (12, 8, ())
+    assert (len(data.train), len(data.val), len(data.notes)) == (12, 8, 1)
+    assert "0 cat, 1 dog" in data.notes[0], "nothing but the alphabet says which output is which"
     x, y = next(data.val.batches(100))
     red = y == 0
     assert data.val.classes == ("cat", "dog")

@@ -616,3 +616,33 @@ def test_gate_compare_need_nothing_heavy_and_are_quick(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert used() - start < 2, "seconds of processor time, so that a busy machine does not matter"
+
+
+def test_outcomes_that_know_samples_by_size_are_not_paired(tmp_path: Path) -> None:
+    base, cand = outcomes_with(5000, 1, 1)
+    old = [known.model_copy(update={"scheme": None}) for known in (base, cand)]
+    for known, other in ((old[0], cand.model_copy(update={"samples_sha256": "0"})), old):
+        write_run(tmp_path / "base", n=5000, final=known, runs_ms=STEADY)
+        write_run(tmp_path / "cand", n=5000, final=other, runs_ms=STEADY)
+        with pytest.raises(BadInput, match="by name and size") as caught:
+            judged((tmp_path / "cand", tmp_path / "base"))
+        assert "record the outcomes again" in str(caught.value.remedy)
+    write_run(tmp_path / "cand", n=5000, final=cand, runs_ms=STEADY)
+    assert verdicts(judged((tmp_path / "cand", tmp_path / "base")))["accuracy"] == "pass", "arrays were always known by content"
+
+
+def test_copies_of_samples_count_once(tmp_path: Path) -> None:
+    base, cand = outcomes_with(360, 8, 4)
+    pairs = [Outcomes.pack(known.unpack() * 25, digest(9000), CLASSES, range(360, 9000)) for known in (base, cand)]
+    found = []
+    for n, (b, c) in ((360, (base, cand)), (9000, pairs)):
+        write_run(tmp_path / f"base{n}", n=n, final=b, runs_ms=STEADY)
+        write_run(tmp_path / f"cand{n}", n=n, final=c, runs_ms=STEADY)
+        found.append(next(k for k in judged((tmp_path / f"cand{n}", tmp_path / f"base{n}")).checks if k.name == "accuracy"))
+    assert found[0].interval == found[1].interval
+    assert found[0].verdict == found[1].verdict == "inconclusive"
+    assert "8640 copies" in found[1].message
+    broken = pairs[0].model_copy(update={"copies": (9000,)})
+    write_run(tmp_path / "base9000", n=9000, final=broken, runs_ms=STEADY)
+    with pytest.raises(BadInput, match="damaged"):
+        judged((tmp_path / "cand9000", tmp_path / "base9000"))

@@ -33,36 +33,12 @@ def settings(
     Raises:
         BadInput: The labels cannot be read, or there is no such device.
     """
+    from rescompress.labels import parse_labels
     from rescompress.settings import Settings
 
     if data is not None and not data.startswith("builtin:"):
         data = str(Path(data).expanduser().resolve())
     return Settings(data, parse_labels(labels), seed, device, threads, batch_size)
-
-
-def parse_labels(text: str | None) -> dict[str, str] | None:
-    """Return folder -> label from ``folder=label,...`` or from a JSON or YAML file that holds the mapping.
-
-    Raises:
-        BadInput: It is neither.
-    """
-    from rescompress.core.errors import BadInput
-
-    if text is None:
-        return None
-    path = Path(text)
-    if path.is_file():
-        import yaml
-
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return {str(k): str(v) for k, v in dict(document).items()}
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
-            raise BadInput(f"holds no mapping: {e}", where=text, remedy="write lines of the form 'folder: label'") from e
-    pairs = [part.split("=", 1) for part in text.split(",") if part]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise BadInput(f"'{text}' is no mapping", where="--labels", remedy="write folder=label,folder=label or name a file")
-    return {k.strip(): v.strip() for k, v in pairs}
 
 
 def opening(

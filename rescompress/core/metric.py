@@ -54,13 +54,15 @@ def counted(value: int, unit: str) -> Metric:
     return Metric(value=value, unit=unit, provenance="counted")
 
 
-def accuracy(correct: int, n: int, *, runtime: str) -> Metric:
+def accuracy(correct: int, n: int, *, runtime: str, distinct: int | None = None) -> Metric:
     """Return a measured accuracy with its binomial standard error ``sqrt(p (1 - p) / n)``.
 
     Args:
         correct: Right answers.
         n: Samples, at least 1.
         runtime: What computed the answers.
+        distinct: Samples that are no copies of others, where that is not all of them: only these make the error smaller.
     """
     p = correct / n
-    return Metric(value=p, unit="fraction", provenance="measured", n=n, std_error=(p * (1 - p) / n) ** 0.5, runtime=runtime)
+    error = (p * (1 - p) / (distinct or n)) ** 0.5
+    return Metric(value=p, unit="fraction", provenance="measured", n=n, std_error=error, runtime=runtime)

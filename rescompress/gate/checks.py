@@ -219,7 +219,8 @@ def _told_precision(check: Check, candidate: StageResult, baseline: StageResult,
 
 
 def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageResult], max_drop: float) -> Check:
-    paired = _pair(_outcomes(candidate, stages[0]), _outcomes(baseline, stages[1]), candidate, baseline)
+    outcomes = _outcomes(candidate, stages[0]), _outcomes(baseline, stages[1])
+    paired = _pair(*outcomes, candidate, baseline)
     margin = max_drop / 100
     lower, upper = tango.lower_bound(paired, CONFIDENCE), tango.upper_bound(paired, CONFIDENCE)
     verdict: Verdict = "pass" if upper < margin else "fail" if lower > margin else "inconclusive"
@@ -233,6 +234,8 @@ def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageRes
         f"({paired.lost} lost, {paired.won} won; 95 % interval of the drop {100 * low:+.2f} to {100 * high:+.2f}); "
         f"the limit is {points(max_drop)}"
     )
+    if (copies := outcomes[0].n - paired.n) > 0:
+        message += f" ({copies} copies of samples are left out)"
     if verdict == "pass":
         message += f", and a drop of {100 * upper:.2f} or more is ruled out (one-sided 95 %)"
     elif verdict == "fail":
@@ -307,6 +310,13 @@ def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_
         )
     if candidate.classes is not None and baseline.classes is not None and candidate.classes != baseline.classes:
         raise BadInput(f"have other classes: {_difference(candidate.classes, baseline.classes)}", where=where, remedy=remedy)
+    older = [run.name for run, known in ((candidate_run, candidate), (baseline_run, baseline)) if known.scheme is None]
+    if len(older) == 2 or (older and candidate.samples_sha256 != baseline.samples_sha256):
+        raise BadInput(
+            "outcomes of an older version, which knew files by name and size alone: they may be of other pictures",
+            where=" and ".join(older),
+            remedy="record the outcomes again: repeat the run, or save the baseline again from a repeated one",
+        )
     if candidate.samples_sha256 != baseline.samples_sha256:
         raise BadInput(
             f"were evaluated on {candidate.n} samples each, but not on the same in the same order, or with other labels",
@@ -315,7 +325,22 @@ def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_
         )
     c = int.from_bytes(base64.b64decode(candidate.bits), "big")
     b = int.from_bytes(base64.b64decode(baseline.bits), "big")
-    return Paired(candidate.n, (b & ~c).bit_count(), (c & ~b).bit_count())
+    once = _first_of_each(candidate, where) & _first_of_each(baseline, where)
+    return Paired(once.bit_count(), (b & ~c & once).bit_count(), (c & ~b & once).bit_count())
+
+
+def _first_of_each(outcomes: Outcomes, where: str) -> int:
+    """Return the bits of all samples but copies of others: a sample that is asked again is no further evidence.
+
+    Raises:
+        BadInput: There are no such samples.
+    """
+    bits = bytearray(b"\1" * outcomes.n)
+    for i in outcomes.copies:
+        if not 0 < i < outcomes.n:
+            raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again")
+        bits[i] = 0
+    return int("".join(map(str, bits)), 2) << (-outcomes.n % 8)
 
 
 def _difference(a: Sequence[str], b: Sequence[str]) -> str:

@@ -151,7 +151,8 @@ def finish(
         found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
         metrics |= found.metrics
         written.append(("outcomes", outcomes_file(context, stage, found)))
-        details = details | {"data_notes": list(data.notes)}
-        for note in data.notes if stage == "dense" else ():
+        notes = (*data.notes, *found.notes)
+        details = details | {"data_notes": list(notes)}
+        for note in notes if stage == "dense" else ():
             context.reporter.note(note)
     return Outcome(metrics, written, details, transient=transient)
