@@ -469,7 +469,7 @@ def _array_split(
         )
     mode = "RGB" if channels == 3 else "L"
     images = (Image.fromarray(im.squeeze(2) if im.shape[2] == 1 else im).convert(mode) for im in x)
-    pixels = np.stack([fit(image, inputs.shape, inputs.preprocessing) for image in images])
+    pixels = np.stack([fit(image, inputs.shape, inputs.preprocessing, where=where) for image in images])
     y_N = y.astype(np.int64)
     names = inputs.labels or tuple(str(i) for i in range(wanted))
     if classes is not None:
