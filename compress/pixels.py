@@ -61,7 +61,7 @@ def decode(path: Path, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
             image.info.pop("transparency", None)  # what lies under it is shown; Pillow warns about palettes that have it
             picture = _of_8_bits(image).convert("RGB" if size[0] == 3 else "L")
     except UnidentifiedImageError as e:
-        raise DataError(f"is no image of a known kind ({', '.join(_formats())})", where=where, remedy=remedy) from e
+        raise DataError(f"is damaged, or no image of a known kind ({', '.join(_formats())})", where=where, remedy=remedy) from e
     except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
         raise DataError(f"is no readable image: {e}", where=where, remedy=remedy) from e
     return fit(picture, size, p, where=where)
