@@ -32,8 +32,8 @@ from torch import Tensor
 
 from compress import zoo
 from compress.checkpoints.base import Checkpoint
-from compress.data import decode, normalise
 from compress.files import IMAGE_SUFFIXES
+from compress.pixels import decode, normalise
 from compress.prune import Budget, prune
 from compress.prune.recalibrate import recalibrate
 from compress.quantize import on_grid, ptq

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.data import Split, normalise
+from compress.data import Split
 from compress.device import torch_device
+from compress.pixels import normalise
 from compress.prune.sparsity import has_pattern
 from compress.resnet import ResNet
 from rescompress.core.artifact import atomic_path

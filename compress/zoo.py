@@ -94,7 +94,7 @@ def _catalog() -> dict[str, _Family]:
         per_stage = ((n - 2) // 6,) * 3
         small = _Family("basic", per_stage, stem=_CIFAR_STEM_16, base=16, side=32)
         found[f"resnet{n}"] = _Family(**{**vars(small), "shortcut": "pad"})
-        found[f"resnet{n}_b"] = _Family(**{**vars(small), "preprocessing": "cifar"})
+        found[f"resnet{n}_b"] = _Family(**{**vars(small), "preprocessing": "pytorch-cifar"})
     return found
 
 
@@ -143,7 +143,7 @@ def spec(
         stages=_stages(family),
         head=Head(num_classes=num_classes, hidden=hidden, dropout=dropout) if num_classes else None,
         bn_eps=family.bn_eps,
-        preprocessing=preprocessing(family.preprocessing, shape),
+        preprocessing=preprocessing(family.preprocessing, shape, squash=family.preprocessing == "keras-caffe"),
     )
 
 
@@ -199,11 +199,15 @@ def pad_map(before: int, after: int, *, centred: bool = True) -> tuple[int, ...]
     return tuple(c - offset if 0 <= c - offset < before else -1 for c in range(after))
 
 
-PREPROCESSING_NAMES = ("imagenet", "cifar", "half", "rescale", "raw", "keras-caffe")
+PREPROCESSING_NAMES = ("imagenet", "cifar", "pytorch-cifar", "cifar100", "half", "rescale", "raw", "keras-caffe")
 """What `preprocessing` knows.
 
 * ``imagenet``: 1/255, RGB, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225): torchvision, timm, Hugging Face.
 * ``cifar``: 1/255, RGB, mean (0.4914, 0.4822, 0.4465), std (0.2470, 0.2435, 0.2616): statistics of CIFAR-10.
+* ``pytorch-cifar``: the same with std (0.2023, 0.1994, 0.2010): kuangliu/pytorch-cifar, and for CIFAR-10
+  chenyaofo/pytorch-cifar-models.
+* ``cifar100``: 1/255, RGB, mean (0.5070, 0.4865, 0.4409), std (0.2673, 0.2564, 0.2761): statistics of CIFAR-100, which
+  chenyaofo/pytorch-cifar-models takes for it.
 * ``half``: 1/255, RGB, mean and std 0.5, so -1..1 (``keras.applications`` "tf" mode, many tutorials).
 * ``rescale``: 1/255, RGB, so 0..1 (``Rescaling(1/255)``).
 * ``raw``: 0..255, RGB.
@@ -211,15 +215,23 @@ PREPROCESSING_NAMES = ("imagenet", "cifar", "half", "rescale", "raw", "keras-caf
 """
 
 
-def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool = True) -> Preprocessing:
+def usual_resize(height: int, width: int) -> int:
+    """Return the length of the shorter side before the centre is cut out: 256 for 224, and in that ratio for other inputs."""
+    return max(round(min(height, width) * 256 / 224), height, width)
+
+
+def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool = True, squash: bool = False) -> Preprocessing:
     """Return the preprocessing of that name for inputs of that shape.
 
-    Images of at least 64 pixels are resized to 256/224 of the input size and cropped; smaller ones are used as they are.
+    For inputs of at least 64 pixels images are resized to 256/224 of that and cropped; for smaller ones they are resized to
+    the input.
 
     Args:
         name: One of `PREPROCESSING_NAMES`.
         input_shape: Channels, height, width. With other than three channels, per-channel means are averaged.
         assumed: Whether nobody stated it.
+        squash: Whether the whole picture is resized to the input of any size, bilinear without antialiasing, as
+            ``keras.utils.image_dataset_from_directory`` does.
 
     Raises:
         BadInput: The name is unknown.
@@ -232,6 +244,10 @@ def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool
             mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         case "cifar":
             mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        case "pytorch-cifar":
+            mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+        case "cifar100":
+            mean, std = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
         case "half":
             mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
         case "rescale":
@@ -245,7 +261,7 @@ def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool
     channels, height, width = input_shape
     if channels != 3:
         mean, std, order = (round(sum(mean) / 3, 6),) * channels, (round(sum(std) / 3, 6),) * channels, "rgb"
-    side = min(height, width)
+    small = squash or min(height, width) < 64
     return Preprocessing.model_validate(
         {
             "name": name,
@@ -253,7 +269,8 @@ def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool
             "std": std,
             "scale": scale,
             "channel_order": order,
-            "resize": round(side * 256 / 224) if side >= 64 else None,
+            "resize": None if small else usual_resize(height, width),
+            "antialias": not squash,
             "assumed": assumed,
         }
     )

@@ -243,6 +243,24 @@ def _by(shape):
     return "x".join(str(n) for n in shape)
 
 
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "JPEG2000", "AVIF")
+MOST_PIXELS = 1 << 27
+
+
+def open_image(name):
+    """Return the image file as Pillow opens it, if it is of one of `FORMATS`: others might be handed to another program."""
+    from PIL import Image
+
+    Image.init()
+    try:
+        image = Image.open(name, formats=[f for f in FORMATS if f in Image.OPEN])
+    except TypeError:  # Pillow before 8.0; nothing is decoded before its kind is looked at
+        image = Image.open(name)
+    if image.format not in FORMATS:
+        raise ValueError("is an image of kind %s" % image.format)
+    return image
+
+
 def of_8_bits(image):
     """Return a Pillow image with 16-bit grey values as 8-bit ones, where Pillow would cut all above 255 off."""
     from PIL import Image
@@ -255,27 +273,55 @@ def of_8_bits(image):
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 
+def sampled(pixels, height, width):
+    """Return pixels (H, W) or (H, W, C) resized by bilinear interpolation between four of them, whatever the ratio."""
+    for axis, wanted in ((0, height), (1, width)):
+        here = pixels.shape[axis]
+        place = np.maximum((np.arange(wanted) + 0.5) * (here / wanted) - 0.5, 0.0)
+        low = np.minimum(place.astype(np.int64), here - 1)
+        share = (place - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(pixels.ndim)])
+        first = np.take(pixels, low, axis).astype(np.float32)
+        pixels = first + share * (np.take(pixels, np.minimum(low + 1, here - 1), axis) - first)
+    return np.floor(pixels + 0.5).astype(np.uint8)
+
+
+def resized_size(image, least, resize):
+    """Return the width and height that an image is resized to before its centre, of the width and height `least`, is cut."""
+    if resize is None:
+        return least
+    if isinstance(resize, list):
+        return max(resize[1], least[0]), max(resize[0], least[1])
+    side = max(resize, least[0], least[1])
+    other = int(side * max(image) / min(image))
+    return (side, other) if image[0] <= image[1] else (other, side)
+
+
 def fit(image, about):
     """Return the pixels (H, W, C) uint8 of a Pillow image at the network's input size, those the network was evaluated on.
 
-    An image of another size is resized until its shorter side is ``resize`` (more, where the input is larger) and its
-    centre cut out; without ``resize`` it is resized as a whole.
+    What ``resize`` says is done first: a number is the length of the shorter side, a pair the height and width of the whole
+    picture (more, where the input is larger). The centre is cut out then; without ``resize`` the picture is resized to the
+    input as a whole.
     """
     from PIL import Image
 
     how = about["preprocessing"]
     channels, height, width = about["input_shape"]
-    filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "nearest": Image.NEAREST}
-    chosen = filters[how["interpolation"]]
+    filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "nearest": Image.NEAREST,
+               "lanczos": Image.LANCZOS, "box": Image.BOX, "hamming": Image.HAMMING}  # fmt: skip
+    image.info.pop("transparency", None)
     image = of_8_bits(image).convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        if how["resize"] is None:
-            image = image.resize((width, height), chosen)
+    size = resized_size(image.size, (width, height), how["resize"])
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError("is %s pixels: resized for this network it would be %s" % (_by(image.size), _by(size)))
+    if image.size != size:
+        if how.get("antialias", True):
+            image = image.resize(size, filters[how["interpolation"]])
         else:
-            ratio = max(how["resize"], height, width) / min(image.size)
-            image = image.resize((round(image.width * ratio), round(image.height * ratio)), chosen)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
+            image = Image.fromarray(sampled(np.asarray(image), size[1], size[0]))
+    if size != (width, height):
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
     return np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
 
 
@@ -288,6 +334,17 @@ def preprocess(image, about):
     gain = np.array([how["scale"] / s for s in how["std"]], np.float32)
     shift = np.array([-m / s for m, s in zip(how["mean"], how["std"])], np.float32)  # noqa: B905 (strict= is of Python 3.10)
     return np.ascontiguousarray((pixels * gain + shift).transpose(2, 0, 1))
+
+
+def read_image(name, about):
+    """Return (C, H, W) float32 for an image file, or say which file is no image."""
+    from PIL import Image
+
+    try:
+        with open_image(name) as image:
+            return preprocess(image, about)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise EngineError("%s: no readable image: %s" % (name, e))  # noqa: B904 (tracebacks are not shown)
 
 
 def probabilities(logits):
@@ -316,10 +373,8 @@ def main():
             about_path = given.about or os.path.join(os.path.dirname(os.path.abspath(given.engine)), "model.json")
             with open(about_path, encoding="utf-8") as f:
                 about = json.load(f)
-            from PIL import Image
-
             for name in given.images:
-                share = probabilities(engine(preprocess(Image.open(name), about)[None])[0])
+                share = probabilities(engine(read_image(name, about)[None])[0])
                 labels = about.get("labels")
                 for k in np.argsort(-share)[:5]:
                     print("%s\t%s\t%.4f" % (name, labels[k] if labels else k, share[k]))

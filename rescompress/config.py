@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
-from rescompress.core.errors import ConfigError, nearest
+from rescompress.core.errors import BadInput, ConfigError, nearest
 from rescompress.core.spec import Frozen
 from rescompress.labels import written_mapping
 from rescompress.search.settings import SearchConfig
@@ -182,7 +182,8 @@ class RunConfig(_Section):
         batch: Images per call of the exported network; ``dynamic`` leaves it open.
         labels: Label of the checkpoint for each class folder of the data.
         input: Input shape CxHxW, where the checkpoint leaves it open.
-        preprocess: Preprocessing by name, where the checkpoint leaves it open.
+        preprocess: Preprocessing as with ``--preprocess``, or a mapping with the same keys, where the checkpoint leaves it
+            open; kept as a text.
         arch_options: What else it leaves open, as with ``--arch-option``.
         allow_pickle: Whether code stored in the checkpoint may run.
         search: What `search` varies and how; other commands leave it aside.
@@ -202,6 +203,18 @@ class RunConfig(_Section):
     arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     allow_pickle: bool = False
     search: SearchConfig | None = None
+
+    @field_validator("preprocess", mode="before")
+    @classmethod
+    def _one_text(cls, said: object) -> object:
+        if not isinstance(said, str | dict):
+            return said
+        from compress.preprocessing import Statement
+
+        try:
+            return str(Statement.parse(said, "preprocess"))
+        except BadInput as e:
+            raise ValueError(f"{e.what} ({e.remedy})") from e
 
     @property
     def arch_words(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx
 
 from compress.data import Inputs, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
+from compress.preprocessing import Statement
 from edge_targets.backends import load_backend
 from export.to_onnx import read_metadata
 from rescompress.core.errors import BadInput, ModelFileError, nearest
@@ -57,12 +59,29 @@ def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, I
         if runtime == "torch":
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
         name = "onnxruntime" if runtime == "auto" else runtime
-        inputs = onnx_inputs(opening.path)
+        inputs = _restated(onnx_inputs(opening.path), opening)
         return load_backend(name).runner(opening.path, threads=settings.threads), inputs
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load()
     return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
+
+
+def _restated(inputs: Inputs, opening: Opening) -> Inputs:
+    """Return the inputs of an ONNX file with what the user states about it.
+
+    Raises:
+        BadInput: It is about what such a file has settled.
+    """
+    if opening.input_shape not in (None, inputs.shape):
+        shape = "x".join(map(str, inputs.shape))
+        raise BadInput(f"the file reads inputs of {shape}", where="--input", remedy="export the checkpoint again with --input")
+    if opening.arch_options:
+        raise BadInput("an ONNX file leaves none of this open", where="--arch-option", remedy="give it to `rescompress export`")
+    if opening.preprocess is None:
+        return inputs
+    found = Statement.parse(opening.preprocess).over(inputs.preprocessing, inputs.shape)
+    return dataclasses.replace(inputs, preprocessing=found)
 
 
 def onnx_inputs(path: Path) -> Inputs:

@@ -27,7 +27,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "container": checkpoint.provenance.get("container"),
         "origin": checkpoint.provenance.get("origin"),
         "input_shape": list(spec.input_shape),
-        "preprocessing": {"text": preprocessing_line(spec.preprocessing), **spec.preprocessing.model_dump(mode="json")},
+        "preprocessing": {
+            "text": preprocessing_line(spec.preprocessing),
+            **spec.preprocessing.model_dump(mode="json"),
+            "antialias": spec.preprocessing.antialias,
+        },
         "num_classes": spec.head.num_classes if spec.head else None,
         "labels": list(spec.labels) if spec.labels else None,
         "notes": checkpoint.provenance.get("notes", []),
@@ -86,14 +90,25 @@ def one_line(spec: ModelSpec) -> str:
 
 
 def preprocessing_line(p: Preprocessing) -> str:
-    """Return preprocessing in one line: name, channel order and the arithmetic."""
+    """Return preprocessing in one line: name, channel order, the arithmetic, and how a picture gets the input's size."""
 
     def numbers(values: tuple[float, ...]) -> str:
         return ", ".join(f"{v:g}" for v in values)
 
     scale = "1/255" if abs(p.scale * 255 - 1) < 1e-9 else f"{p.scale:g}"
     stated = "assumed" if p.assumed else "stated"
-    return f"{p.name} ({stated}): {p.channel_order.upper()}, (pixel * {scale} - [{numbers(p.mean)}]) / [{numbers(p.std)}]"
+    match p.resize:
+        case None:
+            size = "resized to the input as a whole"
+        case int(side):
+            size = f"shorter side resized to {side}, centre cut out"
+        case (height, width):
+            size = f"resized to {height}x{width} as a whole, centre cut out"
+    smooth = "" if p.antialias else " without antialiasing"
+    return (
+        f"{p.name} ({stated}): {p.channel_order.upper()}, (pixel * {scale} - [{numbers(p.mean)}]) / [{numbers(p.std)}], "
+        f"{size}, {p.interpolation}{smooth}"
+    )
 
 
 def _layer(layer: Layer) -> dict[str, Any]:

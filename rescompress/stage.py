@@ -29,7 +29,7 @@ class Opening:
     Attributes:
         path: The file.
         input_shape: CxHxW.
-        preprocess: Name of a preprocessing.
+        preprocess: A text for `compress.preprocessing.Statement`.
         arch_options: ``key=value`` each, as the user wrote them.
         allow_pickle: Whether code in the file may run.
     """

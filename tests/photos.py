@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from compress.data import normalise
+from compress.pixels import normalise
 from rescompress.core.spec import ModelSpec
 
 

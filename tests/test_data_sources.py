@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from compress.data import DIGITS, Inputs, Split, decode, load_dataset, normalise
+from compress.data import DIGITS, Inputs, Split, load_dataset
+from compress.pixels import decode, normalise
 from rescompress.core.errors import DataError
 from rescompress.core.spec import Preprocessing
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.data import decode, normalise
+from compress.pixels import decode, normalise
 from compress.zoo import spec
 from edge_targets import infer
 from edge_targets.backends import tensorrt as backend

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compress.data import Inputs, MemoryStore, Split, normalise
+from compress.data import Inputs, MemoryStore, Split
+from compress.pixels import normalise
 from compress.resnet import ResNet, build_model
 from compress.train import (
     Processes,

@@ -26,7 +26,8 @@ def load_checkpoint(
     Args:
         path: A file of any format of ``compress.checkpoints.formats``.
         input_shape: Channels, height, width, where the assumed ones are wrong.
-        preprocess: A name of `compress.zoo.PREPROCESSING_NAMES`, likewise.
+        preprocess: A name of `compress.zoo.PREPROCESSING_NAMES`, or a statement such as ``mean=0.5,std=0.25,resize=256``
+            (`compress.preprocessing.Statement`), likewise.
         arch_options: Facts of `compress.checkpoints.options.KNOWN`, likewise.
         allow_pickle: Run the code stored in a pickle; only for files that you trust.
 

@@ -94,7 +94,7 @@ class LoadOptions:
 
     Attributes:
         input_shape: Channels, height, width.
-        preprocess: A name of `compress.zoo.PREPROCESSING_NAMES`.
+        preprocess: A text for `compress.preprocessing.Statement`.
         arch: Architecture facts (see `compress.checkpoints.options.KNOWN`), as ``stride_at`` -> ``0``.
     """
 

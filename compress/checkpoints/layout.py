@@ -22,6 +22,7 @@ from compress import zoo
 from compress.checkpoints.base import Checkpoint, Derived, LoadOptions, RawState, Shape, Stored
 from compress.checkpoints.options import integers, number
 from compress.finite import all_finite
+from compress.preprocessing import Statement
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
 from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
@@ -318,14 +319,20 @@ class _Reader:
         return shape
 
     def _preprocessing(self, shape: tuple[int, int, int]) -> object:
-        stated = self.options.preprocess
-        if stated is not None:
-            return zoo.preprocessing(stated, shape, assumed=False)
         name = self.facts.preprocessing or "imagenet"
-        if self.facts.preprocessing_stated:
-            return zoo.preprocessing(name, shape, assumed=False)
-        self.note(f"preprocessing is taken to be '{name}' (else: --preprocess {'|'.join(zoo.PREPROCESSING_NAMES)})")
-        return zoo.preprocessing(name, shape)
+        keras = self.facts.format == "keras"
+        found = zoo.preprocessing(name, shape, assumed=not self.facts.preprocessing_stated, squash=keras)
+        stated = Statement.parse(self.options.preprocess) if self.options.preprocess is not None else None
+        if stated is not None:
+            found = stated.over(found, shape)
+        if found.assumed:
+            self.note(f"preprocessing is taken to be '{name}' (else: --preprocess {'|'.join(zoo.PREPROCESSING_NAMES)})")
+        if keras and not (stated and stated.about_shape):
+            self.note(
+                "images are taken to be resized to the input as a whole, bilinear without antialiasing, as "
+                "image_dataset_from_directory does (else: --preprocess geometry=crop, or interpolation=nearest as in load_img)"
+            )
+        return found
 
     def _head(self, features: int) -> Head | None:
         if not self.layout.head:

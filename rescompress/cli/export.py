@@ -226,6 +226,8 @@ def evaluate(
     """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file.
 
     Example: rescompress evaluate rescompress-out/cpu/model.onnx --data photos/
+
+    An ONNX file holds its preprocessing; --preprocess takes the place of it.
     """
     from rescompress.cli.progress import reporting
     from rescompress.core.errors import BadInput, nearest

@@ -57,6 +57,7 @@ def formats(ctx: typer.Context) -> None:
     from compress import zoo
     from compress.checkpoints.load import FORMATS
     from compress.checkpoints.options import KNOWN
+    from compress.preprocessing import KEYS
     from rescompress.core import plugins
 
     found = [{"name": n, "description": str(plugins.load(FORMATS, n).DESCRIPTION)} for n in plugins.names(FORMATS)]
@@ -66,13 +67,17 @@ def formats(ctx: typer.Context) -> None:
     facts = Table("--arch-option", "meaning", title="Facts a file may leave open", title_justify="left")
     for name, meaning in KNOWN.items():
         facts.add_row(name, meaning)
+    pixels = Table("--preprocess", "meaning", title="What can be stated about preprocessing", title_justify="left")
+    for name, meaning in KEYS.items():
+        pixels.add_row(name, meaning)
     document = {
         "formats": found,
         "architectures": zoo.names(),
         "preprocessing": list(zoo.PREPROCESSING_NAMES),
+        "preprocessing_keys": KEYS,
         "arch_options": KNOWN,
     }
-    output_of(ctx).result(document, table, facts, "architectures: " + ", ".join(zoo.names()))
+    output_of(ctx).result(document, table, facts, pixels, "architectures: " + ", ".join(zoo.names()))
 
 
 def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:

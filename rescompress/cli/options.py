@@ -101,7 +101,8 @@ Preprocess = Annotated[
     str | None,
     typer.Option(
         "--preprocess",
-        help="imagenet, cifar, half, rescale, raw or keras-caffe; else as assumed.",
+        metavar="STATEMENT",
+        help="A name (`rescompress formats`), or mean=0.5,0.5,0.5,std=0.25,...,resize=256; else as assumed.",
         show_default=False,
         rich_help_panel="Checkpoint and data",
     ),

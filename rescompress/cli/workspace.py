@@ -52,14 +52,16 @@ def opening(
     """Return the checkpoint file and what the user states about it.
 
     Raises:
-        BadInput: The shape or an option is malformed, or an option is unknown or impossible.
+        BadInput: The shape, the preprocessing or an option is malformed, unknown or impossible.
     """
     from compress.checkpoints.options import parse, parse_shape
+    from compress.preprocessing import Statement
     from rescompress.stage import Opening
 
     parse(arch_options)  # what is wrong with them is said before any work
     shape = parse_shape(input_shape) if input_shape else None
-    return Opening(path, shape, preprocess, tuple(arch_options), allow_pickle)
+    stated = str(Statement.parse(preprocess)) if preprocess is not None else None
+    return Opening(path, shape, stated, tuple(arch_options), allow_pickle)
 
 
 def peers() -> Peers | None:

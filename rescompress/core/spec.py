@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+ChannelOrder = Literal["rgb", "bgr"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]
 
 
 class Frozen(BaseModel):
@@ -36,19 +40,38 @@ class Preprocessing(Frozen):
         std: Per channel, likewise.
         scale: What a 0..255 pixel is multiplied by first.
         channel_order: The order in which the network reads the channels.
-        resize: Length of the shorter side before the crop, in pixels; None resizes straight to the input size.
+        resize: What is done before the centre of the input's size is cut out. A number: the shorter side gets that length,
+            and the longer one the same ratio. A pair: the whole picture gets that height and width. None: the whole picture
+            gets the input's size, and nothing is cut. A size below the input's is taken as the input's.
         interpolation: Filter of the resize.
+        antialias: Whether the filter widens where a picture shrinks, as in Pillow and torchvision; without it (``bilinear``
+            only) four pixels are read whatever the ratio, as Keras and TensorFlow do.
         assumed: True where no file stated it: reports then say so.
     """
 
     name: str = "imagenet"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    scale: float = 1.0 / 255.0
-    channel_order: Literal["rgb", "bgr"] = "rgb"
-    resize: int | None = 256
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    mean: tuple[Finite, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    scale: Positive = 1.0 / 255.0
+    channel_order: ChannelOrder = "rgb"
+    resize: int | tuple[int, int] | None = 256
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True
     assumed: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.antialias and self.interpolation != "bilinear":
+            raise ValueError(f"{self.interpolation} without antialiasing is not known")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _document(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the usual antialiasing out: files keep the bytes they had before there was another kind."""
+        document: dict[str, Any] = handler(self)
+        if self.antialias:
+            del document["antialias"]
+        return document
 
 
 class StemConv(Frozen):

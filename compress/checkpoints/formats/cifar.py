@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compress.checkpoints import torch_layout
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
-from compress.checkpoints.layout import Facts, assemble
+from compress.checkpoints.layout import Facts, Layout, assemble
 
 DESCRIPTION = "CIFAR ResNet: 3x3 stem, pad (option A) or projection shortcuts, head called linear or fc"
 MARKER = torch_layout.MARKER
@@ -22,10 +22,20 @@ def matches(raw: RawState) -> bool:
 def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     """Return the checkpoint; raises CheckpointError when it is broken or not supported.
 
-    Preprocessing: networks with pad shortcuts follow the code that made them popular, which takes ImageNet's mean and
-    standard deviation; the others are taken to use CIFAR-10's own.
+    Preprocessing is taken to be that of the code that made the layout popular: ImageNet's for pad shortcuts (akamaster),
+    `pytorch-cifar` for three stages (chenyaofo; `cifar100` for 100 classes) and for shortcuts that are called so
+    (kuangliu), and CIFAR-10's own statistics for torchvision's names behind a 3x3 stem.
     """
     layout, pooled, dropout = torch_layout.read(raw, root, options)
-    padded = not any(".downsample." in key for key in layout.tensors)
-    facts = Facts("cifar", pooled=pooled, dropout=dropout, preprocessing="imagenet" if padded else "cifar")
+    facts = Facts("cifar", pooled=pooled, dropout=dropout, preprocessing=_preprocessing(raw, layout))
     return assemble(raw, layout, facts, options)
+
+
+def _preprocessing(raw: RawState, layout: Layout) -> str:
+    if not any(".downsample." in key for key in layout.tensors):
+        return "imagenet"
+    if any(".shortcut." in key for key in raw.tensors):
+        return "pytorch-cifar"
+    if any(key.startswith("layer4.") for key in layout.tensors):
+        return "cifar"
+    return "cifar100" if layout.head and layout.head[-1][0].shape[0] == 100 else "pytorch-cifar"

@@ -11,6 +11,7 @@ from safetensors.torch import save as serialize
 
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
 from compress.checkpoints.layout import read_values, tensor_shapes
+from compress.preprocessing import Statement, for_input
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import walk
@@ -66,16 +67,15 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
 
 def restate(spec: ModelSpec, options: LoadOptions) -> ModelSpec:
     """Return the spec with what the user states: input shape and preprocessing."""
-    from compress import zoo
-
     if options.input_shape is not None:
         if options.input_shape[0] != spec.input_shape[0]:
             raise CheckpointError(
                 f"its first convolution reads {spec.input_shape[0]} channels, the input shape gives {options.input_shape[0]}"
             )
-        spec = spec.replace(input_shape=options.input_shape)
+        resized = for_input(spec.preprocessing, spec.input_shape, options.input_shape)
+        spec = spec.replace(input_shape=options.input_shape, preprocessing=resized)
     if options.preprocess is not None:
-        spec = spec.replace(preprocessing=zoo.preprocessing(options.preprocess, spec.input_shape, assumed=False))
+        spec = spec.replace(preprocessing=Statement.parse(options.preprocess).over(spec.preprocessing, spec.input_shape))
     return spec
 
 
