@@ -104,6 +104,7 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
             f"its blocks hold parts that are not known here: {_some(layout.foreign)}",
             remedy="supported blocks: convolutions with BatchNorm and a ReLU, basic or bottleneck (`rescompress formats`)",
         )
+    _give_factors(layout)
     spec = _Reader(layout, facts, options).spec()
     tensors = _fit(spec, layout)
     notes = [*raw.notes, *layout.notes]
@@ -119,6 +120,22 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
         "warnings": warnings,
     }
     return Checkpoint(spec, state_dict, None, provenance)
+
+
+def _give_factors(layout: Layout) -> None:
+    """Give BatchNorms that store neither weight nor bias (``affine=False``) the ones and zeros that they compute with."""
+    bare = [
+        name
+        for name, norm in ((key.rpartition(".")[0], key) for key in layout.tensors if key.endswith(".running_var"))
+        if norm.replace("running_var", "running_mean") in layout.tensors
+        and not {f"{name}.weight", f"{name}.bias"} & set(layout.tensors)
+    ]
+    for name in bare:
+        shape = layout.tensors[f"{name}.running_var"].shape
+        layout.tensors[f"{name}.weight"] = Derived(shape, lambda shape=shape: torch.ones(shape))  # type: ignore[misc]
+        layout.tensors[f"{name}.bias"] = zeros(shape)
+    if bare:
+        layout.notes.append(f"BatchNorms without weight and bias (affine=False): ones and zeros stand in ({_some(bare)})")
 
 
 def _some(keys: list[str]) -> str:
