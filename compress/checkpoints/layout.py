@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +24,7 @@ from compress.checkpoints.options import integers, number
 from compress.finite import all_finite
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
-from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 BN_PARTS = ("weight", "bias", "running_mean", "running_var")
 MAX_WEIGHT_BYTES = 16 * 2**30
@@ -42,6 +42,7 @@ class Facts:
         bn_eps: Epsilon of BatchNorm.
         preprocessing: Name, where the format implies one; None leaves it to the network's family.
         preprocessing_stated: Whether the file itself says so.
+        own_preprocessing: Returns, for an input shape, what the network does to its images itself.
         input_shape: Where the file states it.
         dropout: Of the head, in training.
         labels: Class names, where the file states them.
@@ -53,6 +54,7 @@ class Facts:
     bn_eps: float = 1e-5
     preprocessing: str | None = None
     preprocessing_stated: bool = False
+    own_preprocessing: Callable[[tuple[int, int, int]], Preprocessing] | None = None
     input_shape: tuple[int, int, int] | None = None
     dropout: float = 0.0
     labels: tuple[str, ...] | None = None
@@ -338,6 +340,8 @@ class _Reader:
         stated = self.options.preprocess
         if stated is not None:
             return zoo.preprocessing(stated, shape, assumed=False)
+        if self.facts.own_preprocessing is not None:
+            return self.facts.own_preprocessing(shape)
         name = self.facts.preprocessing or "imagenet"
         if self.facts.preprocessing_stated:
             return zoo.preprocessing(name, shape, assumed=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from compress.checkpoints import facts, refusals, stated
+from compress.checkpoints import facts, programs, refusals, stated
 from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.classes import class_names
 from compress.checkpoints.files import Opened, open_file
@@ -85,6 +85,8 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     stated.check_around(around(opened, root.prefix, [r.prefix for _, _, _, r in claims]))
     if checkpoint.provenance.get("format") == "native":  # says all of it itself
         return checkpoint
+    if opened.program is not None:
+        checkpoint = _telling(checkpoint, programs.compare(opened.program, checkpoint))
     contents = (opened.content, opened.metadata)
     facts.refuse_variant(contents, options)
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
