@@ -109,7 +109,8 @@ def read_front(nodes: list[Node], channels: int, weights: Mapping[str, Mapping[s
         CheckpointError: A layer is not understood, or resizes and crops.
     """
     whole = Affine(tuple(range(channels)), (1.0,) * channels, (0.0,) * channels)
-    current, size, notes = whole, None, []
+    notes: list[str] = []
+    current, size = whole, None
     values: dict[str, Affine] = {}
     touched = False
     for node in nodes:
@@ -269,7 +270,7 @@ def _numbers(value: object) -> tuple[float, ...]:
     """Return one number, or one for each channel; leading axes of one are those of images and pixels."""
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
         value = value[0]
-    found = list(value) if isinstance(value, list | tuple) else [value]
+    found: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not found or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found):
         raise ValueError("no numbers")
     return tuple(float(v) for v in found)
@@ -312,8 +313,8 @@ def preprocessing_of(affine: Affine, shape: tuple[int, int, int]) -> Preprocessi
     base = zoo.preprocessing("rescale", shape, assumed=False)
     std = tuple(base.scale / a for a in affine.scale)
     mean = tuple(-b * s for b, s in zip(affine.offset, std, strict=True))
-    order = "rgb" if affine.order == channels else "bgr"
-    return base.model_copy(update={"name": "keras", "mean": mean, "std": std, "channel_order": order})
+    named = "rgb" if affine.order == channels else "bgr"
+    return base.model_copy(update={"name": "keras", "mean": mean, "std": std, "channel_order": named})
 
 
 def _same(a: list[float], b: tuple[float, ...], size: float = 0.0) -> bool:
