@@ -29,8 +29,10 @@ from compress.device import torch_device
 from compress.pixels import normalise
 from compress.prune.sparsity import has_pattern
 from compress.resnet import ResNet
+from compress.teacher import same_arithmetic
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.spec import Preprocessing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,6 +137,7 @@ def train(
     settings: TrainSettings,
     *,
     teacher: nn.Module | None = None,
+    teacher_preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
     resume_file: Path | None = None,
     save_every_s: float = 30.0,
@@ -146,6 +149,7 @@ def train(
         split: Training images.
         settings: How to train.
         teacher: A network whose softened output is learnt, besides the labels.
+        teacher_preprocessing: How the teacher wants its images prepared; as the split's where None.
         progress: Called after each step, in the main process only.
         resume_file: Where the state is saved every `save_every_s` seconds, and taken up from if it is there and was made
             with the same settings and data, from the same weights and with the same teacher.
@@ -175,6 +179,11 @@ def train(
     trained = " ".join(name for name, p in model.named_parameters() if p.requires_grad)
     pixels = f"{split.preprocessing.model_dump_json()} {split.flips} {tuple(split.pixels(np.arange(1))[0].shape)}"
     fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {pixels} {processes.world} {batch_size} {start_from} "
+    own = teacher_preprocessing if teacher is not None else None
+    if own is not None and same_arithmetic(own, split.preprocessing):
+        own = None
+    if own is not None:
+        fingerprint += f"{own.model_dump_json()} "
     fingerprint += hashlib.sha256(trained.encode()).hexdigest()
     log = TrainLog()
     start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log)
@@ -195,9 +204,10 @@ def train(
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if step >= settings.freeze_bn_after * steps:
             freeze_batch_norm(model)
-        x, y = _batch(split, settings, epoch, within, step, batch_size, processes)
+        x, y, seen = _batch(split, settings, epoch, within, step, batch_size, processes, own)
         x, y = x.to(accelerator.device).contiguous(memory_format=layout), y.to(accelerator.device)
-        loss, correct = _step(wrapped, teacher, x, y, settings, watched)
+        seen = x if own is None else seen.to(accelerator.device).contiguous(memory_format=layout)
+        loss, correct = _step(wrapped, teacher, x, y, settings, watched, seen)
         value = loss.item()
         if not math.isfinite(value):
             raise BadInput(f"training diverged in step {step + 1}: the loss is {value}", remedy="lower --lr")
@@ -334,7 +344,10 @@ def _step(
     y: Tensor,
     settings: TrainSettings,
     watched: Sequence[str] = (),
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, int]:
+    """Return the loss and the right answers of one batch; `seen` is what the teacher gets, `x` unless given."""
+    seen = x if seen is None else seen
     mine, wanted = _Watch(watched), _Watch(watched)
     with _autocast(x, settings):
         logits = (model(x, mine) if watched else model(x)).float()
@@ -343,7 +356,7 @@ def _step(
     if teacher is None:
         return label_loss(logits, y), correct
     with torch.no_grad(), _autocast(x, settings):
-        target = (teacher(x, wanted) if watched else teacher(x)).float()
+        target = (teacher(seen, wanted) if watched else teacher(seen)).float()
     soft = distillation_loss(logits, target, settings.temperature)
     loss = settings.distill * soft
     if settings.distill < 1.0:
@@ -358,16 +371,27 @@ def _autocast(x: Tensor, settings: TrainSettings) -> torch.autocast:
 
 
 def _batch(
-    split: Split, settings: TrainSettings, epoch: int, within: int, step: int, batch_size: int, processes: Processes
-) -> tuple[Tensor, Tensor]:
-    """Return this process's share of a step's batch; a function of (seed, step, process) alone."""
+    split: Split,
+    settings: TrainSettings,
+    epoch: int,
+    within: int,
+    step: int,
+    batch_size: int,
+    processes: Processes,
+    own: Preprocessing | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, labels and the teacher's inputs of this process's share of a step: a function of (seed, step, process).
+
+    The teacher sees the very pictures that the network sees, prepared by `own` where that is given.
+    """
     order = np.random.default_rng([settings.seed, epoch]).permutation(len(split))
     mine = order[within * batch_size : (within + 1) * batch_size][processes.rank :: processes.world]
     x, y = split.pixels(mine)
     torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + processes.rank)  # also draws the dropout of this step
     if settings.augment == "auto":
         x = augment(x, flip=split.flips)
-    return normalise(x, split.preprocessing), y
+    inputs = normalise(x, split.preprocessing)
+    return inputs, y, inputs if own is None else normalise(x, own)
 
 
 def augment(x_NCHW: Tensor, *, flip: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def write_bundle(
         "README.md": _readme(onnx_path.name, spec, target, precision),
     }
     if spec.labels:
-        texts["labels.txt"] = "".join(f"{label}\n" for label in spec.labels)
+        texts["labels.txt"] = "".join(f"{_one_line(label)}\n" for label in spec.labels)
     for name in OPTIONAL:  # that of another network may be there
         if name not in texts:
             (folder / name).unlink(missing_ok=True)
@@ -79,8 +80,14 @@ def write_bundle(
     return [*files, folder / "SHA256SUMS"]
 
 
+def _one_line(text: str) -> str:
+    """Return the text with everything that is no printable character escaped: it may come from a stranger's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _readme(onnx: str, spec: ModelSpec, target: Target, precision: Precision) -> str:
-    return f"""# {spec.arch} for the {target.device.title}, {precision}
+    arch = re.sub(r"([\\`*\[\]<>!#|@])", r"\\\1", _one_line(spec.arch))
+    return f"""# {arch} for the {target.device.title}, {precision}
 
 Made for JetPack {target.jetpack} (TensorRT {target.tensorrt_version}). On the board, in this folder:
 

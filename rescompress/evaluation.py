@@ -41,7 +41,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     if settings.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     prepare(settings)
-    runner, inputs = _open(opening, settings, runtime)
+    runner, inputs = _open(opening, settings, runtime, reporter)
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
         reporter.note(note)
@@ -54,7 +54,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     return found
 
 
-def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, Inputs]:
+def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter) -> tuple[Runner, Inputs]:
     if opening.path.suffix == ".onnx":
         if runtime == "torch":
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
@@ -63,7 +63,7 @@ def _open(opening: Opening, settings: Settings, runtime: str) -> tuple[Runner, I
         return load_backend(name).runner(opening.path, threads=settings.threads), inputs
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
-    checkpoint = opening.load()
+    checkpoint = opening.load(reporter.note)
     return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
 
 

@@ -71,7 +71,7 @@ def measure_sensitivity(
         BadInput: The file or the data is wrong, or the method needs images.
     """
     prepare(settings)
-    checkpoint = opening.load()
+    checkpoint = opening.load(reporter.note)
     images = None
     if settings.data is not None:
         dataset = load_dataset(settings.data, Inputs.of(checkpoint.spec), seed=settings.seed, labels=settings.labels)

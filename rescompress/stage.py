@@ -51,22 +51,34 @@ class Opening:
 
         return parse(self.arch_options)
 
-    def load(self) -> Checkpoint:
-        """Return the checkpoint."""
+    def load(self, tell: Callable[[str], None] | None = None) -> Checkpoint:
+        """Return the checkpoint.
+
+        Args:
+            tell: Called with each warning about the file: what was left out, what it says that was not used.
+        """
         from compress.checkpoints import load_checkpoint
 
-        return load_checkpoint(
+        checkpoint = load_checkpoint(
             self.path,
             input_shape=self.input_shape,
             preprocess=self.preprocess,
             arch_options=self.facts,
             allow_pickle=self.allow_pickle,
         )
+        warnings = checkpoint.provenance.get("warnings")
+        if tell is not None and isinstance(warnings, list):
+            for text in warnings:
+                tell(f"{self.path.name}: {text}")
+        return checkpoint
 
     def of(self, teacher: Path) -> Opening:
-        """Return how to open a teacher's file: it sees the same images, and its file leaves the same open."""
+        """Return how to open a teacher's file: it sees the same images, and its file leaves the same open.
+
+        What its own file states of preprocessing counts; `compress.teacher` gives one that states nothing the network's.
+        """
         options = tuple(o for o in self.arch_options if o.partition("=")[0].strip() not in _OF_ONE_FILE)
-        return dataclasses.replace(self, path=teacher, arch_options=options)
+        return dataclasses.replace(self, path=teacher, preprocess=None, arch_options=options)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_targets.catalog import load_target
 from rescompress.stage import Opening
 
 _LARGE_SIDE = 64
+_LONGEST_COMMENT = 300
 
 
-def starter_config(opening: Opening | None, data: str | None, target: str | None, folder: Path) -> str:
+def starter_config(
+    opening: Opening | None, data: str | None, target: str | None, folder: Path, *, tell: Callable[[str], None] | None = None
+) -> str:
     """Return YAML for a checkpoint, with each setting explained.
 
     Args:
@@ -20,6 +24,7 @@ def starter_config(opening: Opening | None, data: str | None, target: str | None
         data: As in ``--data``.
         target: Edge target; cpu and jetson without one.
         folder: Where the config will stand; paths are written relative to it.
+        tell: Called with each warning about the checkpoint.
 
     Raises:
         BadInput: The checkpoint or the target is not known.
@@ -29,10 +34,10 @@ def starter_config(opening: Opening | None, data: str | None, target: str | None
     if opening is not None:
         from rescompress.core.layers import total_macs, walk
 
-        spec = opening.load().spec
+        spec = opening.load(tell).spec
         shape = "x".join(str(n) for n in spec.input_shape)
         millions = f"{total_macs(walk(spec)) / 1e6:,.0f}"
-        about += f"# {spec.arch}: input {shape}, {millions} million MACs, {spec.preprocessing.name} preprocessing\n"
+        about += _comment(f"{spec.arch}: input {shape}, {millions} million MACs, {spec.preprocessing.name} preprocessing")
         epochs = 2 if spec.input_shape[1] <= _LARGE_SIDE else 5
     if target is not None:
         load_target(target)
@@ -69,6 +74,12 @@ batch: 1                # images per call; dynamic leaves it open
 """
 
 
+def _comment(text: str) -> str:
+    """Return a line of YAML that is a comment whatever the text holds: it may come from a stranger's file."""
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    return f"# {shown[:_LONGEST_COMMENT]}\n"
+
+
 def _stated(opening: Opening) -> str:
     """Return the lines that say what the user stated about the checkpoint."""
     lines = []
@@ -92,4 +103,4 @@ def _path(path: str, folder: Path) -> str:
         plain = yaml.safe_load(f"at: {text}") == {"at": text}
     except yaml.YAMLError:
         plain = False
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.checkpoints import pickles
 from compress.checkpoints.files import EXPORTED_TABLE, Opened, ZipStorages, read_member, unique_pairs
+from compress.checkpoints.programs import SCALAR, Operators, Unknown, in_float
 from rescompress.core.errors import CheckpointError
 
 MAX_CONFIG_BYTES = 100_000_000
@@ -56,7 +58,8 @@ def open_exported(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> Opened:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"damaged: its table of weights ({e})", remedy="export the network again") from e
     storages = ZipStorages(path, {n[len(folder) :]: info for n, info in members.items() if n.startswith(folder)})
-    return Opened("torch.export", {key: _tensor(key, e, storages, members, folder) for key, e in described.items()})
+    tensors = {key: _tensor(key, e, storages, members, folder) for key, e in described.items()}
+    return Opened("torch.export", tensors, program=Exported(path, members, configs[0], tensors))
 
 
 def _tensor(
@@ -82,3 +85,89 @@ def _integers(values: object) -> list[object]:
 
 def _integer(value: object) -> object:
     return value.get("as_int") if isinstance(value, dict) else None
+
+
+class Exported:
+    """The graph of an archive; calling it runs its nodes, one operator each."""
+
+    def __init__(
+        self, path: Path, members: Mapping[str, zipfile.ZipInfo], config: str, tensors: Mapping[str, pickles.StoredTensor]
+    ) -> None:
+        """Take an archive that has been opened.
+
+        Args:
+            path: Of the archive.
+            members: Its members by name.
+            config: The member that lists the weights.
+            tensors: Parameters and buffers by name.
+        """
+        folder, _, name = config.rpartition("/weights/")
+        self._path, self._members, self._tensors = path, members, tensors
+        self._model = f"{folder.removesuffix('data')}models/{name.removesuffix(EXPORTED_TABLE)}.json"
+
+    def __call__(self, x_NCHW: Tensor) -> Any:
+        """Return what the archive computes; raises Unknown when something in it is not known here."""
+        if self._model not in self._members:
+            raise Unknown("is not there")
+        document = json.loads(read_member(self._path, self._members[self._model], MAX_CONFIG_BYTES))
+        module = document["graph_module"]
+        values: dict[str, Any] = {}
+        images = 0
+        for spec in module["signature"]["input_specs"]:
+            ((kind, found),) = spec.items()
+            name = found["arg"].get("name") or found["arg"]["as_tensor"]["name"]
+            if kind == "user_input":
+                values[name], images = x_NCHW, images + 1
+            elif kind in ("parameter", "buffer"):
+                values[name] = in_float(self._tensors[found[f"{kind}_name"]].read())
+            else:
+                raise Unknown(f"reads a {kind}")
+        if images != 1:
+            raise Unknown(f"takes {images} inputs")
+        run = Operators()
+        for node in module["graph"]["nodes"]:
+            _run_node(node, values, run)
+        for spec in module["signature"]["output_specs"]:
+            if "user_output" in spec:
+                return values[spec["user_output"]["arg"]["as_tensor"]["name"]]
+        return None
+
+
+def _run_node(node: Mapping[str, Any], values: dict[str, Any], run: Operators) -> None:
+    library, _, rest = str(node["target"]).partition("torch.ops.aten.")
+    name, _, overload = rest.partition(".")
+    if library or not rest:
+        name, overload = str(node["target"]).removeprefix("_operator."), ""
+        if not str(node["target"]).startswith("_operator.") or name not in SCALAR:
+            raise Unknown(f"uses {str(node['target'])[:100]}")
+    args = [_argument(i["arg"], values) for i in node["inputs"] if i.get("kind", 1) == 1]
+    kwargs = {str(i["name"]): _argument(i["arg"], values) for i in node["inputs"] if i.get("kind", 1) != 1}
+    result = run.call(name, None if overload in ("", "int") else overload, args, kwargs)
+    outputs = node["outputs"]
+    if len(outputs) == 1 and "as_tensors" in outputs[0]:
+        outputs = [{"as_tensor": entry} for entry in outputs[0]["as_tensors"]]
+        results = list(result)
+    else:
+        results = [result] if len(outputs) == 1 else list(result)
+    for output, value in zip(outputs, results, strict=True):
+        ((kind, entry),) = output.items()
+        values[entry["name"] if kind == "as_tensor" else entry["as_name"]] = value
+
+
+def _argument(argument: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    ((kind, value),) = argument.items()
+    if kind in ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string"):
+        return value
+    if kind == "as_tensor":
+        return values[value["name"]]
+    if kind == "as_tensors":
+        return [values[entry["name"]] for entry in value]
+    if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
+        return values[value["as_name"]] if "as_name" in value else next(iter(value.values()))
+    if kind in ("as_sym_ints", "as_sym_floats"):
+        return [values[e["as_name"]] if "as_name" in e else next(iter(e.values())) for e in value]
+    if kind == "as_none":
+        return None
+    if kind in ("as_scalar_type", "as_memory_format", "as_layout", "as_device"):  # everything is float32 in memory here
+        return None
+    raise Unknown(f"has an argument of kind {kind[:100]}")

@@ -13,7 +13,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -71,12 +71,14 @@ class Opened:
         content: Dictionaries and records whose leaves may be stored tensors.
         metadata: Text beside the tensors.
         notes: What is worth telling.
+        program: Runs the graph that stands beside the weights; None where there is none.
     """
 
     container: str
     content: object
     metadata: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    program: Callable[[Tensor], Any] | None = None
 
 
 def read_bytes(file: BinaryIO, n_bytes: int) -> Tensor:
@@ -338,7 +340,14 @@ def _open_zip(path: Path, *, allow_pickle: bool) -> Opened:
         content = pickles.read_object(io.BytesIO(program), storages)
     except CheckpointError as e:
         return _run_pickle(path, e) if allow_pickle and not scripted else _raise(e)
-    return Opened("torchscript" if scripted else "torch", content)
+    if not scripted:
+        return Opened("torch", content)
+    from compress.checkpoints.script import Script
+
+    constants = read_member(path, members[root + "constants.pkl"], pickles.MAX_PICKLE_BYTES)
+    named = {n[len(root) + len("constants/") :]: info for n, info in members.items() if n.startswith(f"{root}constants/")}
+    values = pickles.read_object(io.BytesIO(constants), ZipStorages(path, named))
+    return Opened("torchscript", content, program=Script(path, members, root, content, values))
 
 
 class LegacyStorages:

@@ -30,7 +30,7 @@ from rescompress.core.errors import CheckpointError, ToolMissing
 MAX_DEPTH = 24
 MAX_DATASETS = 100_000
 MAX_CONFIG_BYTES = 64 * 2**20
-_PARTS = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"}
+_PARTS = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance", "mean", "variance"}
 _BY_RANK = {4: ("kernel", "bias"), 2: ("kernel", "bias"), 1: ("gamma", "beta", "moving_mean", "moving_variance")}
 
 
@@ -220,19 +220,30 @@ def _names_from_config(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def layers_of(config: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str, dict[str, Any]]]:
+def layers_of(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """Return class, name and settings of every layer of a Keras model, nested models spelt out, in order.
+
+    Args:
+        config: The model's configuration, as Keras writes it.
+    """
+    return [(kind, name, settings) for kind, name, settings, _ in calls_of(config)]
+
+
+def calls_of(config: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str, dict[str, Any], object]]:
+    """Return class, name, settings and calls (``inbound_nodes``) of every layer, nested models spelt out, in order.
 
     Args:
         config: The model's configuration, as Keras writes it.
         depth: Of nesting so far.
     """
-    found: list[tuple[str, str, dict[str, Any]]] = []
+    found: list[tuple[str, str, dict[str, Any], object]] = []
     for layer in _children(config):
         inner = layer.get("config")
         settings = inner if isinstance(inner, dict) else {}
         if _children(layer) and depth < MAX_DEPTH:
-            found += layers_of(layer, depth + 1)
+            found += calls_of(layer, depth + 1)
         else:
-            found.append((str(layer.get("class_name", "")), str(settings.get("name", "")), settings))
+            found.append(
+                (str(layer.get("class_name", "")), str(settings.get("name", "")), settings, layer.get("inbound_nodes"))
+            )
     return found

@@ -32,12 +32,14 @@ class Found:
         used: Keys that went into it.
         dropout: Probability in training, where the positions in a Sequential show one.
         notes: Assumptions.
+        spare: Paths of classifiers and projectors that are not used.
     """
 
     layers: list[tuple[Stored, Stored]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     dropout: float = 0.0
     notes: list[str] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
         CheckpointError: There is a classifier, and it is not of a supported kind.
     """
     projectors = {k.split(".")[0] for k in tensors if _SELF_SUPERVISED.search(k)}
+    for name in sorted(projectors):
+        if is_head_key(f"{name}.") and {f"{name}.weight_g", f"{name}.parametrizations.weight.original0"} & set(tensors):
+            raise CheckpointError(
+                f"its classifier {name} is weight-normalised", remedy="take that off before saving: remove_weight_norm(module)"
+            )
     named = _only_linear(tensors, features) if any_name else is_head_key
     candidates = {k: v for k, v in tensors.items() if named(k) and k.split(".")[0] not in projectors}
     modules = _modules(candidates)
@@ -104,9 +111,9 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
         raise CheckpointError(f"incomplete: {orphans[0]} has no weight beside it", remedy="save the whole network")
     linear = [m for m in modules if m.is_linear]
     if not linear:
-        return Found()
+        return Found(spare=sorted(projectors))
     starts = [m for m in linear if m.shape[1] == features]
-    found = Found()
+    found = Found(spare=sorted(projectors))
     if any_name:
         found.notes.append(f"the head is taken to be {linear[0].path}, the one linear layer that reads the features")
     start = starts[0] if starts and starts[0].parent != linear[0].parent else linear[0]
@@ -116,6 +123,7 @@ def find_head(tensors: Mapping[str, Stored], features: int, options: LoadOptions
     _refuse_odd(chain, modules)
     spare = [m.path for m in linear if m not in chain]
     if spare:
+        found.spare += spare
         found.notes.append(f"the head is taken to be {chain_name(chain)}; not used: {', '.join(spare[:4])}")
     without = [m.path for m in chain if m.is_linear and "bias" not in m.parts]
     if without and all(m.is_linear for m in chain) and options.arch.get("head_bias") != "no":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,7 @@ from compress.finite import all_finite
 from compress.preprocessing import Statement
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
-from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 BN_PARTS = ("weight", "bias", "running_mean", "running_var")
 MAX_WEIGHT_BYTES = 16 * 2**30
@@ -43,6 +43,7 @@ class Facts:
         bn_eps: Epsilon of BatchNorm.
         preprocessing: Name, where the format implies one; None leaves it to the network's family.
         preprocessing_stated: Whether the file itself says so.
+        own_preprocessing: Returns, for an input shape, what the network does to its images itself.
         input_shape: Where the file states it.
         dropout: Of the head, in training.
         labels: Class names, where the file states them.
@@ -54,6 +55,7 @@ class Facts:
     bn_eps: float = 1e-5
     preprocessing: str | None = None
     preprocessing_stated: bool = False
+    own_preprocessing: Callable[[tuple[int, int, int]], Preprocessing] | None = None
     input_shape: tuple[int, int, int] | None = None
     dropout: float = 0.0
     labels: tuple[str, ...] | None = None
@@ -105,6 +107,7 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
             f"its blocks hold parts that are not known here: {_some(layout.foreign)}",
             remedy="supported blocks: convolutions with BatchNorm and a ReLU, basic or bottleneck (`rescompress formats`)",
         )
+    _give_factors(layout)
     spec = _Reader(layout, facts, options).spec()
     tensors = _fit(spec, layout)
     notes = [*raw.notes, *layout.notes]
@@ -120,6 +123,22 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
         "warnings": warnings,
     }
     return Checkpoint(spec, state_dict, None, provenance)
+
+
+def _give_factors(layout: Layout) -> None:
+    """Give BatchNorms that store neither weight nor bias (``affine=False``) the ones and zeros that they compute with."""
+    bare = [
+        name
+        for name, norm in ((key.rpartition(".")[0], key) for key in layout.tensors if key.endswith(".running_var"))
+        if norm.replace("running_var", "running_mean") in layout.tensors
+        and not {f"{name}.weight", f"{name}.bias"} & set(layout.tensors)
+    ]
+    for name in bare:
+        shape = layout.tensors[f"{name}.running_var"].shape
+        layout.tensors[f"{name}.weight"] = Derived(shape, lambda shape=shape: torch.ones(shape))  # type: ignore[misc]
+        layout.tensors[f"{name}.bias"] = zeros(shape)
+    if bare:
+        layout.notes.append(f"BatchNorms without weight and bias (affine=False): ones and zeros stand in ({_some(bare)})")
 
 
 def _some(keys: list[str]) -> str:
@@ -322,6 +341,9 @@ class _Reader:
         name = self.facts.preprocessing or "imagenet"
         keras = self.facts.format == "keras"
         found = zoo.preprocessing(name, shape, assumed=not self.facts.preprocessing_stated, squash=keras)
+        if self.facts.own_preprocessing is not None:  # what the network does itself says colours, not how pictures get there
+            own = self.facts.own_preprocessing(shape)
+            found = own.model_copy(update={key: getattr(found, key) for key in ("resize", "interpolation", "antialias")})
         stated = Statement.parse(self.options.preprocess) if self.options.preprocess is not None else None
         if stated is not None:
             found = stated.over(found, shape)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from compress.checkpoints import refusals, stated
+from compress.checkpoints import facts, programs, refusals, stated
 from compress.checkpoints.base import Checkpoint, Format, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.classes import class_names
 from compress.checkpoints.files import Opened, open_file
+from compress.checkpoints.leftovers import is_input_norm, refusal
 from compress.checkpoints.options import check
-from compress.checkpoints.roots import flatten, modules, roots, strangers
+from compress.checkpoints.roots import around, beside, flatten, modules, refuse_fake_quantizers, roots, strangers, without_masks
 from rescompress.core import plugins
 from rescompress.core.errors import CheckpointError
 
 FORMATS = "compress.checkpoints.formats"
+_SEGMENTER = re.compile(
+    r"(.*\.)?(aux_classifier|classifier\.\d|decode_head|auxiliary_head|aspp|ppm|psp|head\.aspp)[.\d]", re.IGNORECASE
+)
+"""Keys of convolutions that the decoders of DeepLab, FCN and PSPNet have: torchvision's, mmsegmentation's and others'."""
 
 
 def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
@@ -36,21 +42,33 @@ def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
 
 
 def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
-    tensors = flatten(opened)
+    tensors, masked = without_masks(flatten(opened))
     if not tensors:
         raise CheckpointError("holds no tensors", remedy="save the state_dict of the network")
+    refuse_fake_quantizers(tensors)
     claims = list(_claims(path, opened, tensors))
     if not claims:
         raise refusals.refusal(tensors)
     _, format_, raw, root = _choose(claims, options)
     parts = strangers(root, [r.prefix for _, _, _, r in claims])
+    if parts and "root" not in options.arch and all(is_input_norm(key) for key in parts):
+        raise CheckpointError(
+            refusal(parts).what,
+            remedy=f"--arch-option root={root.prefix.rstrip('.')} takes the network without it; state --preprocess then",
+        )
     if parts and "root" not in options.arch:
         raise CheckpointError(
             f"holds a ResNet as a part of a larger network (it also holds {', '.join(parts[:3])}): a detector, a segmenter?",
             remedy=f"--arch-option root={root.prefix.rstrip('.')} takes the ResNet alone",
         )
+    segmenter = next((key for key in parts if _SEGMENTER.match(key)), None)
+    if segmenter is not None and "strides" not in options.arch:
+        raise CheckpointError(
+            f"its ResNet is the backbone of a segmenter ({segmenter}), which is dilated where a classifier strides",
+            remedy="give a classifier; a backbone without dilation is taken with --arch-option strides=1,2,2,2 beside root=...",
+        )
     others = sorted({r.prefix.rstrip(".") for _, _, _, r in claims} - {root.prefix.rstrip(".")})
-    notes = list(raw.notes)
+    notes = [*raw.notes, *masked]
     if root.prefix:
         notes.append(f"the network's keys stand behind {root.prefix!r}")
     if others:
@@ -58,12 +76,21 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
             f"other networks in the file were left out: {', '.join(o or '(top)' for o in others[:4])} "
             "(else: --arch-option root=PREFIX or weights=ema)"
         )
+    root = dataclasses.replace(root, outside=beside(root, [r.prefix for _, _, _, r in claims]))
     parts_of_it = modules(opened, root.prefix)
     checkpoint = format_.load(
         dataclasses.replace(raw, notes=tuple(notes)), root, stated.options_of(parts_of_it, options) if parts_of_it else options
     )
     stated.check(parts_of_it, checkpoint.spec, options)
-    return _with_class_names(checkpoint, opened)
+    stated.check_around(around(opened, root.prefix, [r.prefix for _, _, _, r in claims]))
+    if checkpoint.provenance.get("format") == "native":  # says all of it itself
+        return checkpoint
+    if opened.program is not None:
+        checkpoint = _telling(checkpoint, programs.compare(opened.program, checkpoint))
+    contents = (opened.content, opened.metadata)
+    facts.refuse_variant(contents, options)
+    checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
+    return _with_class_names(_telling(checkpoint, warnings), opened)
 
 
 def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
@@ -71,10 +98,15 @@ def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
     head = checkpoint.spec.head
     if checkpoint.spec.labels is not None or head is None or not head.num_classes:
         return checkpoint
-    names, unused = class_names(opened.content, head.num_classes)
+    names, unused = class_names((opened.content, opened.metadata), head.num_classes)
     if names is not None:
-        return dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
-    told = {key: [*cast("list[str]", checkpoint.provenance.get(key, [])), *unused] for key in ("notes", "warnings") if unused}
+        checkpoint = dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
+    return _telling(checkpoint, unused)
+
+
+def _telling(checkpoint: Checkpoint, warnings: list[str]) -> Checkpoint:
+    """Return the checkpoint with more warnings."""
+    told = {k: [*cast("list[str]", checkpoint.provenance.get(k, [])), *warnings] for k in ("notes", "warnings") if warnings}
     return dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **told})
 
 

@@ -217,17 +217,20 @@ class Record(metaclass=_Inert):
         path: Full name of the class, such as ``torch.nn.modules.conv.Conv2d``.
         args: What it would have been made from.
         state: Its attributes, where the file gives any.
+        content: Its state where that is no dictionary, such as the shape, type and bytes of a numpy array.
     """
 
     path = ""
     args: tuple[object, ...]
     state: dict[object, object]
+    content: object
 
     def __new__(cls, *args: object, **kwargs: object) -> Record:
         """Return a record; the state comes later, if any."""
         self = object.__new__(cls)
         object.__setattr__(self, "args", (*args, *kwargs.values()))
         object.__setattr__(self, "state", {})
+        object.__setattr__(self, "content", None)
         return self
 
     def __setstate__(self, state: object) -> None:
@@ -236,6 +239,8 @@ class Record(metaclass=_Inert):
             state = state[1]
         if isinstance(state, dict):
             self.state.update(state)
+        else:
+            object.__setattr__(self, "content", state)
 
     def __setitem__(self, key: object, value: object) -> None:
         self.state[key] = value

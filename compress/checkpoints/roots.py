@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from compress.checkpoints.base import Root, Stored
+from compress.checkpoints.base import Derived, Root, Stored
 from compress.checkpoints.files import Opened
 from compress.checkpoints.pickles import Record
 from rescompress.core.errors import CheckpointError
@@ -20,6 +20,10 @@ MAX_DEPTH = 60
 
 _TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_ddp_params_and_buffers"}
 AVERAGED = re.compile(r"ema|averaged|swa|momentum|teacher|target|encoder_k|key_encoder|shadow", re.IGNORECASE)
+_FAKE_QUANTIZER = re.compile(
+    r"(^|\.)(activation_post_process|weight_fake_quant|\w*_fake_quant|fake_quant_enabled|observer_enabled|"
+    r"(input|weight|output)_quantizer|_amax|activation_quantizer|act_quantizer)(\.|$)"
+)
 _USELESS = re.compile(r"(^|\.)(optimizer|optimizer_states|opt|scheduler|lr_schedulers|scaler|amp|loops|callbacks)(\.|$)")
 
 
@@ -52,6 +56,27 @@ def modules(opened: Opened, prefix: str) -> dict[str, Record]:
         key[len(prefix) :]: node
         for key, node, _ in _walk(opened.content)
         if isinstance(node, Record) and key.startswith(prefix) and "_modules" in node.state
+    }
+
+
+def around(opened: Opened, prefix: str, others: Iterable[str]) -> dict[str, Record]:
+    """Return the modules of the larger one that a network is a member of, without the network's own and other networks'.
+
+    Args:
+        opened: The file.
+        prefix: Of the network's keys.
+        others: Prefixes of all networks in the file.
+    """
+    found = {key: node for key, node, _ in _walk(opened.content) if isinstance(node, Record) and "_modules" in node.state}
+    above = [key for key in found if prefix.startswith(f"{key}." if key else "") and prefix]
+    if not above:
+        return {}
+    top = min(above, key=len)
+    apart = (prefix, *_apart(prefix, others))
+    return {
+        key: node
+        for key, node in found.items()
+        if key not in above and key.startswith(f"{top}." if top else "") and not f"{key}.".startswith(apart)
     }
 
 
@@ -144,3 +169,61 @@ def strangers(root: Root, others: Iterable[str]) -> list[str]:
         for key, stored in root.outside.items()
         if len(stored.shape) >= 3 and not key.startswith(known) and not _USELESS.search(key) and not AVERAGED.search(key)
     ]
+
+
+def beside(root: Root, others: Iterable[str]) -> dict[str, Stored]:
+    """Return what stands outside of the network, without the other networks in the file and what belongs to them.
+
+    Args:
+        root: The network.
+        others: Prefixes of all networks in the file.
+    """
+    apart = tuple(_apart(root.prefix, others))
+    return {k: v for k, v in root.outside.items() if not k.startswith(apart) and not _USELESS.search(k)}
+
+
+def _apart(prefix: str, others: Iterable[str]) -> Iterator[str]:
+    """Yield the prefixes of what other networks stand in, as far up as they part from the network behind `prefix`."""
+    mine = prefix.split(".")
+    for other in others:
+        parts = other.split(".")
+        differ = next((i for i, (a, b) in enumerate(zip(parts, mine, strict=False)) if a != b), None)
+        if differ is not None and parts[differ]:
+            yield ".".join(parts[: differ + 1]) + "."
+
+
+def without_masks(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """Return the tensors with the masks of ``torch.nn.utils.prune`` applied, and a note where there were any.
+
+    A masked parameter is stored as ``weight_orig`` and ``weight_mask``; the network computes with their product.
+    """
+    masked = [k[: -len("_orig")] for k in tensors if k.endswith("_orig") and f"{k[: -len('_orig')]}_mask" in tensors]
+    masked = [key for key in masked if tensors[f"{key}_orig"].shape == tensors[f"{key}_mask"].shape]
+    if not masked:
+        return dict(tensors), []
+    found: dict[str, Stored] = {}
+    for key, stored in tensors.items():
+        name = key.removesuffix("_orig")
+        if name in masked and name != key:
+            found[name] = _product(stored, tensors[f"{name}_mask"])
+        elif key.removesuffix("_mask") not in masked and key not in masked:
+            found[key] = stored
+    return found, [f"masks of torch.nn.utils.prune were applied to {len(masked)} parameters: the zeros stay in the weights"]
+
+
+def _product(stored: Stored, mask: Stored) -> Derived:
+    return Derived(stored.shape, lambda: stored.read() * mask.read())
+
+
+def refuse_fake_quantizers(tensors: Mapping[str, Stored]) -> None:
+    """Refuse a network that was prepared for quantization elsewhere; its rounding is a part of what it computes.
+
+    Raises:
+        CheckpointError: Keys of quantizers are there.
+    """
+    for key in tensors:
+        if _FAKE_QUANTIZER.search(key) and not _USELESS.search(key):
+            raise CheckpointError(
+                f"was prepared for quantization by another tool (it holds {key[:100]!r})",
+                remedy="give the float checkpoint that it was made from: `rescompress quantize` does the rest",
+            )

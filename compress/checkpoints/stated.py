@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.checkpoints.base import LoadOptions
+from compress.checkpoints.leftovers import beside
 from compress.checkpoints.pickles import Record
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
@@ -29,6 +30,22 @@ _AT_THE_END = ("Softmax", "LogSoftmax", "Sigmoid")
 """They leave the order of the outputs as it is; behind any other layer they are no ReLU."""
 _ACTIVATION_NAME = re.compile(r"(?:relu|act|activation)\d*$")
 _TIMM_POOLS = {"avg": "avg", "fast": "avg", "fastavg": "avg", "catavgmax": "max_avg", "fastcatavgmax": "max_avg"}
+
+_OF_TORCH = ("conv", "batchnorm", "activation", "pooling", "dropout", "flatten", "container", "loss")
+_OF_TIMM = ("drop", "adaptive_avgmax_pool", "norm_act", "linear")
+_KNOWN = (
+    *(f"torch.nn.modules.{module}." for module in _OF_TORCH),
+    *(f"timm.layers.{module}." for module in _OF_TIMM),
+    *("torch.nn.modules.linear.Linear", "torch.nn.modules.linear.Identity", "torchvision.ops.misc.FrozenBatchNorm2d"),
+    *("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torchmetrics."),
+    *("torch.nn.quantized.", "torch.ao.nn.quantized.", "torch.ao.quantization.stubs.", "torch.quantization.stubs."),
+)
+"""Where modules without children come from whose work is known, or checked elsewhere."""
+_SHAPES_ALONE = re.compile(
+    r"flatten|view|squeeze|reshape|lambda|identity|dropout|drop_?(path|connect)|stochastic_?depth|loss|print", re.IGNORECASE
+)
+"""Names of classes of people's own that do nothing in evaluation, or only say how values lie."""
+_NO_MODULE = Record.__new__(Record)
 
 _Geometry = tuple[int, int, int, int, int, int]
 """Input and output channels, kernel, stride, padding, dilation."""
@@ -81,10 +98,12 @@ def check(modules: Mapping[str, Record], spec: ModelSpec, options: LoadOptions) 
             what was read.
     """
     layers = walk(spec)
+    _check_kinds(modules)
     _check_mean_pools(modules, spec, layers)
     there: dict[str, _Geometry] = {}
     for name, module in modules.items():
-        if len(getattr(_tensors(module, "_parameters").get("weight"), "shape", ())) == 4:
+        own = _tensors(module, "_parameters")
+        if len(getattr(own.get("weight", own.get("weight_orig")), "shape", ())) == 4:
             there[name] = _plain(name, module)
     if not there or {"strides", "stride_at", "stem_stride"} & set(options.arch):
         return
@@ -103,6 +122,33 @@ def check(modules: Mapping[str, Record], spec: ModelSpec, options: LoadOptions) 
             f"its convolution {name_found} is {kernel}x{kernel} with stride {stride}, padding {padding}, "
             "which is not a usual ResNet's",
             remedy="for other strides: --arch-option strides=1,2,2,2 or stride_at=0; padding is half of the kernel",
+        )
+
+
+def check_around(modules: Mapping[str, Record]) -> None:
+    """Make sure that what stands beside the network in a larger module is a head, or nothing that computes.
+
+    Args:
+        modules: Of the larger module without the network's own, by name.
+
+    Raises:
+        CheckpointError: An activation that is no ReLU, or a module of a kind that is not known.
+    """
+    there = {name: module for name, module in modules.items() if not beside(name)}
+    _check_activations(there)
+    _check_kinds(there)
+
+
+def _check_kinds(modules: Mapping[str, Record]) -> None:
+    """Make sure that every module without children is of a kind whose work is known; a shortcut's is read off its tensors."""
+    for name, module in modules.items():
+        if _tensors(module, "_modules") or module.path.startswith(_KNOWN) or beside(name):
+            continue
+        if _SHAPES_ALONE.search(_kind(module)) or re.search(r"shortcut|downsample|skip", name):
+            continue
+        raise CheckpointError(
+            f"its {name} is of a class of its own, {module.path}, and what that computes cannot be told",
+            remedy="if it changes nothing about the outputs, save the state_dict without it",
         )
 
 
@@ -218,7 +264,7 @@ def _tensors(module: Record, kind: str) -> Mapping[Any, Any]:
 
 
 def _parent(modules: Mapping[str, Record], name: str) -> Record:
-    return modules.get(name.rpartition(".")[0]) or Record()
+    return modules.get(name.rpartition(".")[0], _NO_MODULE)
 
 
 def _kind(module: Record) -> str:

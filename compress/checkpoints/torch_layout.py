@@ -14,6 +14,7 @@ from typing import Literal
 from compress.checkpoints import heads
 from compress.checkpoints.base import LoadOptions, RawState, Root, Stored
 from compress.checkpoints.layout import Layout
+from compress.checkpoints.leftovers import left_out, outside_of
 from compress.checkpoints.roots import heads_outside
 from rescompress.core.errors import CheckpointError
 
@@ -59,12 +60,15 @@ def read(raw: RawState, root: Root, options: LoadOptions) -> tuple[Layout, froze
         else:
             rest[key] = stored
     _deep_stem(layout, rest)
-    dropout = _head(layout, rest, root, options)
-    for key, stored in rest.items():
-        if _HARMLESS.fullmatch(key):
-            continue
-        (layout.foreign if len(stored.shape) >= 3 else layout.ignored).append(key)
-    return layout, frozenset(pooled), dropout
+    found, outside = _head(layout, rest, root, options)
+    rest = {key: stored for key, stored in rest.items() if not _HARMLESS.fullmatch(key)}
+    outside = {key: stored for key, stored in outside.items() if not _HARMLESS.fullmatch(key)}
+    if not layout.foreign:  # parts of blocks are named first: they say what kind of network it is
+        maybe = () if layout.head else _linear_layers(rest)  # no classifier was found, and that is told
+        layout.ignored += left_out(rest, heads=(*found.spare, *maybe))
+        # who names the root takes the network alone
+        layout.ignored += list(outside) if "root" in options.arch else outside_of(outside, heads=found.spare)
+    return layout, frozenset(pooled), found.dropout
 
 
 def renamed(raw: RawState, name: Callable[[str], str]) -> RawState:
@@ -138,27 +142,40 @@ def _deep_stem(layout: Layout, rest: dict[str, Stored]) -> None:
         del rest[key]
 
 
-def _head(layout: Layout, rest: dict[str, Stored], root: Root, options: LoadOptions) -> float:
+def _head(layout: Layout, rest: dict[str, Stored], root: Root, options: LoadOptions) -> tuple[heads.Found, dict[str, Stored]]:
+    """Return the head, taken out of `rest`, and what stands outside of the network and is no part of the head."""
     features = _feature_width(layout)
     beside = list(heads_outside(root))
+    outside = dict(root.outside)
+    spare: list[str] = []
     for any_name in (False, True):
         found = heads.find_head(rest, features, options, any_name=any_name)
-        outside: dict[str, Stored] = {}
+        spare += found.spare
+        near: dict[str, Stored] = {}
         for prefix, tensors in () if found.layers else beside:
             found = heads.find_head(tensors, features, options, any_name=any_name)
+            spare += [prefix + path for path in found.spare]
             if found.layers:
                 layout.notes.append(f"the head stands outside of the backbone ({prefix}{sorted(found.used)[0]})")
-                outside = {k: v for k, v in tensors.items() if k not in found.used}
+                near = {k: v for k, v in tensors.items() if k not in found.used}
+                outside = {k: v for k, v in outside.items() if not (k.startswith(prefix) and k[len(prefix) :] in found.used)}
                 found.used = set()
                 break
         if found.layers:
-            heads.refuse_norms({k: v for k, v in rest.items() if k not in found.used} | outside, found, features)
+            heads.refuse_norms({k: v for k, v in rest.items() if k not in found.used} | near, found, features)
             break
+    found.spare = spare
     layout.head = found.layers
     layout.notes.extend(found.notes)
     for key in found.used:
         rest.pop(key, None)
-    return found.dropout
+    return found, outside
+
+
+def _linear_layers(tensors: dict[str, Stored]) -> list[str]:
+    return [
+        key.removesuffix(".weight") for key, stored in tensors.items() if key.endswith(".weight") and len(stored.shape) == 2
+    ]
 
 
 def _feature_width(layout: Layout) -> int:

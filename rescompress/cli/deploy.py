@@ -270,12 +270,13 @@ def _export(
 
     They are the files that ``export`` writes for this target.
     """
-    from compress.checkpoints import load_checkpoint
     from export.to_onnx import ExportOptions
+    from rescompress.stage import Opening
     from rescompress.stages.shared import onnx_of, write_onnx
     from rescompress.stages.target import for_target, profile_notes
 
-    checkpoint = load_checkpoint(model, input_shape=shape)
+    notes: list[str] = []
+    checkpoint = Opening(model, shape).load(notes.append)
     options = ExportOptions("dynamic" if dynamic else batch, target.opset)
     variants = {"float": dataclasses.replace(checkpoint, quantization=None)}
     if checkpoint.quantization is not None and "int8" in target.precisions:
@@ -285,7 +286,7 @@ def _export(
         path = folder / f"{model.stem}.{name}.onnx"
         write_onnx(onnx_of(variant, for_target(options, variant, target)), path)
         files.append(path)
-    return files, profile_notes(checkpoint, target) if "int8" in variants else []
+    return files, notes + (profile_notes(checkpoint, target) if "int8" in variants else [])
 
 
 def _stage(done: Deployment, target: Target, root: Path) -> StageResult:

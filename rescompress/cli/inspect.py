@@ -39,7 +39,7 @@ def inspect(
         preprocess=preprocess,
         arch_options=arch_option or (),
         allow_pickle=allow_pickle,
-    ).load()
+    ).load()  # the page holds the warnings
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}

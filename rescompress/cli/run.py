@@ -130,6 +130,6 @@ def init(
             arch_options=arch_option or (),
             allow_pickle=allow_pickle,
         )
-    text = starter_config(opening, data, target, output.parent)
+    text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))
     write_text(output, text)
     out.result({"output": str(output), "config": text}, f"{output} is written; next: rescompress run {output}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rescompress.cli.options import InputShape
-from rescompress.cli.output import output_of
+from rescompress.cli.output import Output, output_of
 
 if TYPE_CHECKING:
     from edge_targets.device import Device, Target
@@ -152,8 +152,8 @@ def predict(
     from edge_targets.latency import Overrides, as_document, predict_kernels
 
     chosen = load_target(target)
-    kernels, own, fixed = _kernels(model, input_shape, chosen.device)
     output = output_of(ctx)
+    kernels, own, fixed = _kernels(model, input_shape, chosen.device, output)
     if fixed is not None and batch not in (None, fixed):
         output.hint(f"{model} is fixed to {fixed} images per call: the figure is of the same network exported for {batch}")
     wanted = chosen.check_precision(own if precision == "auto" else precision)
@@ -170,7 +170,9 @@ def predict(
     output.result(document, _prediction_table(document, slowest), _summary(document), *document["notes"])
 
 
-def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[Kernel], str | None, int | None]:
+def _kernels(
+    model: str, input_shape: str | None, device: Device, output: Output
+) -> tuple[list[Kernel], str | None, int | None]:
     """Return the kernels of a model, the precision it is written in and its batch (None where these are open)."""
     from compress.checkpoints.options import parse_shape
     from edge_targets.kernels import fuse
@@ -188,9 +190,9 @@ def _kernels(model: str, input_shape: str | None, device: Device) -> tuple[list[
         read = kernels_of(path, input_shape=shape)
         # A float32 file leaves the choice to the builder, which may use FP16; any other file has made it.
         return list(read.kernels), device.best_float if read.precision == "fp32" else read.precision, read.batch
-    from compress.checkpoints import load_checkpoint
+    from rescompress.stage import Opening
 
-    checkpoint = load_checkpoint(path, input_shape=shape)
+    checkpoint = Opening(path, shape).load(lambda text: output.hint(f"note: {text}"))
     return fuse(walk(checkpoint.spec)), "int8" if checkpoint.quantization else None, None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from compress.data import Inputs, Split
+from compress.data import Split
 from compress.prune import (
     Budget,
     CostFunction,
@@ -29,6 +29,7 @@ from compress.prune.method import Curves, ErrorCurve
 from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
+from compress.teacher import match_teacher
 from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import load_target
 from edge_targets.device import Target
@@ -39,7 +40,7 @@ from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
-from rescompress.core.spec import ModelSpec
+from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
@@ -47,6 +48,14 @@ from rescompress.stages.shared import Source, dataset, evaluate_model, finish, n
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A network to distil from, and how it wants its images prepared."""
+
+    network: ResNet
+    preprocessing: Preprocessing
 
 
 def dense(context: Context, *, source: Source, common: Settings) -> Outcome:
@@ -275,7 +284,8 @@ def finetuned(
     )
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
-    log, resume = train_network(context, name, model, split, settings, teacher_network(context, teacher, checkpoint.spec))
+    mentor = teacher_network(context, teacher, checkpoint.spec, split)
+    log, resume = train_network(context, name, model, split, settings, mentor)
     done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
     return finish(context, name, done, common, {"epochs": log, "lr": config.lr}, transient=[resume])
 
@@ -321,7 +331,7 @@ def quantized(
         )
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
-        network = teacher_network(context, teacher, checkpoint.spec)
+        network = teacher_network(context, teacher, checkpoint.spec, seen)
         details["epochs"], resume = train_network(context, "quantize", model, seen, settings, network)
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
@@ -392,23 +402,18 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec) -> ResNet | None:
-    """Return the network to distil from, once it is seen to fit; None without a teacher."""
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, split: Split) -> Teacher | None:
+    """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
     if teacher is None:
         return None
-    checkpoint = teacher.load(context)
-    ours, theirs = Inputs.of(spec), Inputs.of(checkpoint.spec)
-    if (ours.shape, ours.outputs) != (theirs.shape, theirs.outputs):
-        raise BadInput(
-            f"the teacher maps {theirs.shape} to {theirs.outputs} classes, the network {ours.shape} to {ours.outputs}",
-            where="teacher",
-            remedy="give a teacher with the same inputs and classes",
-        )
-    return network_of(checkpoint)
+    checkpoint, notes = match_teacher(teacher.load(context), spec, split.classes)
+    for note in notes if context.main else ():
+        context.reporter.note(note)
+    return Teacher(network_of(checkpoint), checkpoint.spec.preprocessing)
 
 
 def train_network(
-    context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: ResNet | None
+    context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: Teacher | None
 ) -> tuple[list[dict[str, float]], Path]:
     """Train `model` in place; return the log of its epochs and the file its state was kept in."""
 
@@ -417,5 +422,14 @@ def train_network(
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)
-    log = train(model, split, settings, teacher=teacher, progress=tell, resume_file=resume, save_every_s=SAVE_EVERY_S)
+    log = train(
+        model,
+        split,
+        settings,
+        teacher=teacher.network if teacher else None,
+        teacher_preprocessing=teacher.preprocessing if teacher else None,
+        progress=tell,
+        resume_file=resume,
+        save_every_s=SAVE_EVERY_S,
+    )
     return log.epochs, resume

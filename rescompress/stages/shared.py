@@ -51,11 +51,7 @@ class Source:
         if self.stage is not None:
             return load_checkpoint(context.file(self.stage, "checkpoint"))
         assert self.opening is not None
-        checkpoint = self.opening.load()
-        warnings = checkpoint.provenance.get("warnings")
-        for text in warnings if context.main and isinstance(warnings, list) else ():
-            context.reporter.note(f"{self.opening.path.name}: {text}")
-        return checkpoint
+        return self.opening.load(context.reporter.note if context.main else None)
 
 
 def network_of(checkpoint: Checkpoint) -> ResNet:

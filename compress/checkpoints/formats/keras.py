@@ -10,6 +10,7 @@ and told.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from compress.checkpoints import heads
 from compress.checkpoints.base import Checkpoint, Derived, LoadOptions, RawState, Root, Stored
-from compress.checkpoints.hdf5 import layers_of
+from compress.checkpoints.hdf5 import calls_of, layers_of
+from compress.checkpoints.keras_front import Front, Node, preprocessing_of, read_front
 from compress.checkpoints.layout import Facts, Layout, assemble, zeros
 from rescompress.core.errors import CheckpointError
 
@@ -32,8 +34,10 @@ _STEM = re.compile(r"(conv1_conv|conv1_bn|conv1|bn_conv1)\.(\w+)")
 _BN = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 _NEW_EPS = 1.001e-5
 _OLD_EPS = 1e-3
-_PASSIVE = ("InputLayer", "Dropout", "Flatten", "RandomFlip", "RandomRotation", "RandomZoom", "RandomContrast",
-            "RandomTranslation", "RandomBrightness", "RandomCrop", "Rescaling", "Resizing")  # fmt: skip
+_STATISTICS = ("mean", "variance")  # of a Normalization
+_PASSIVE = ("InputLayer", "Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout",
+            "ActivityRegularization", "Identity")  # fmt: skip
+"""Layers that hand their input on outside of training."""
 
 
 def matches(raw: RawState) -> bool:
@@ -54,7 +58,7 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
         layer, _, part = key.rpartition(".")
         if name is not None:
             layout.tensors[name] = _turned(stored) if name.endswith(".weight") else stored
-        elif (part == "kernel" and len(stored.shape) == 2) or part in (*_BN, "bias"):
+        elif (part == "kernel" and len(stored.shape) == 2) or part in (*_BN, *_STATISTICS, "bias"):
             dense.setdefault(layer, {})[part] = stored
         else:
             layout.foreign.append(key)
@@ -66,17 +70,20 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     else:
         chain, dropout = _chain_by_width(layout, dense), 0.0
     layout.head = chain
-    preprocessing = model.preprocessing() if model else None
+    channels = layout.shape("conv1.weight")
+    front = model.front(channels[1] if channels is not None and len(channels) == 4 else 3, dense) if model else None
+    affine = front.affine if front is not None else None
+    layout.notes += front.notes if front is not None else ()
     facts = Facts(
         "keras",
         stride_at=model.stride_at() if model else 0,
         bn_eps=model.epsilon(_OLD_EPS if old else _NEW_EPS) if model else (_OLD_EPS if old else _NEW_EPS),
-        preprocessing=preprocessing or "keras-caffe",
-        preprocessing_stated=preprocessing is not None,
-        input_shape=model.input_shape() if model else None,
+        preprocessing="keras-caffe",
+        own_preprocessing=functools.partial(preprocessing_of, affine) if affine is not None else None,
+        input_shape=model.input_shape(front) if model and front else None,
         dropout=dropout,
     )
-    if preprocessing is None and options.preprocess is None:
+    if affine is None and options.preprocess is None:
         layout.notes.append(
             "the file does not say how images were prepared: keras.applications prescribes keras-caffe (BGR, means taken off), "
             "many tutorials train on 1/255 RGB (--preprocess rescale)"
@@ -148,12 +155,22 @@ class _Model:
 
     def __post_init__(self) -> None:
         self.layers = layers_of(self.config)
+        inner = self.config.get("config")
+        for what, key in (("inputs", "input_layers"), ("outputs", "output_layers")):
+            names = _ends(inner.get(key)) if isinstance(inner, Mapping) else []
+            if len(names) > 1:
+                raise CheckpointError(
+                    f"has {len(names)} {what}: {', '.join(names[:4])}", remedy=f"save a model with one of its {what} alone"
+                )
 
-    def input_shape(self) -> tuple[int, int, int] | None:
+    def input_shape(self, front: Front) -> tuple[int, int, int] | None:
+        """Return channels, height and width of the images, where the model states them."""
+        if front.size is None:
+            return None
         for _, _, settings in self.layers:
             shape = settings.get("batch_shape") or settings.get("batch_input_shape")
-            if isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape[1:]):
-                return (shape[3], shape[1], shape[2])
+            if isinstance(shape, list) and len(shape) == 4 and type(shape[3]) is int and shape[3] > 0:
+                return (shape[3], *front.size)
         return None
 
     def epsilon(self, default: float) -> float:
@@ -173,25 +190,14 @@ class _Model:
                 return int(match[1]) - 1
         return 0
 
-    def preprocessing(self) -> str | None:
-        """Return the preprocessing that the model's own first layers amount to; None where it has none."""
-        for kind, name, settings in self.layers:
-            if name.startswith(("conv1", "conv2_block")):
-                break
-            if kind == "Rescaling":
-                scale, offset = settings.get("scale"), settings.get("offset", 0.0)
-                if isinstance(scale, int | float) and isinstance(offset, int | float):
-                    if abs(scale * 255 - 1) < 1e-6 and offset == 0:
-                        return "rescale"
-                    if abs(scale * 127.5 - 1) < 1e-6 and offset == -1:
-                        return "half"
-                raise CheckpointError(f"its input is rescaled by {scale} and {offset}, which is not supported")
-            if kind in ("Lambda", "TFOpLambda", "SlicingOpLambda", "Normalization", "GetItem", "Add", "Subtract"):
-                raise CheckpointError(
-                    f"computes on its input before the network ({kind} '{name}')",
-                    remedy="save the model without it, and state the preprocessing with --preprocess",
-                )
-        return None
+    def front(self, channels: int, weights: Mapping[str, Mapping[str, Stored]]) -> Front:
+        """Return what stands before the backbone, once that is seen to be as it should be."""
+        first = next((i for i, (_, name, _) in enumerate(self.layers) if _in_backbone(name)), 0)
+        last = max((i for i, (_, name, _) in enumerate(self.layers) if _in_backbone(name)), default=-1)
+        named = not any(name.startswith("res") for _, name, _ in self.layers[first : last + 1])
+        for kind, name, settings in self.layers[first : last + 1]:
+            _check_backbone(kind, name, settings, named=named)
+        return read_front([Node(*call) for call in calls_of(self.config)[:first]], channels, weights)
 
     def head(self, dense: dict[str, dict[str, Stored]]) -> tuple[list[tuple[Stored, Stored]], float]:
         """Return the head's linear layers and its dropout, read in the order of the configuration."""
@@ -199,6 +205,8 @@ class _Model:
         waiting: list[tuple[dict[str, Stored], float]] = []
         dropout, active, activation, pooled = 0.0, True, "", False
         for kind, name, settings in self._behind_the_backbone():
+            if kind == "ReLU":
+                _check_relu(name, settings)
             if kind == "Dense":
                 if not active:
                     raise CheckpointError(f"its head has two dense layers without an activation between them (before '{name}')")
@@ -230,14 +238,21 @@ class _Model:
             elif kind == "Dropout":
                 dropout = float(settings.get("rate", 0.0))
             elif kind == "GlobalAveragePooling2D":
+                if chain and activation not in ("", "linear"):
+                    raise CheckpointError(
+                        f"averages what its head has made of every pixel ('{name}')",
+                        remedy="supported: GlobalAveragePooling2D before the head",
+                    )
                 pooled = True
             elif kind == "Flatten" and not pooled:
                 raise CheckpointError(
                     "flattens the feature map instead of averaging it",
                     remedy="supported: GlobalAveragePooling2D before the head",
                 )
-            elif kind not in _PASSIVE:
+            elif kind not in (*_PASSIVE, "Flatten"):
                 raise CheckpointError(f"its head holds a {kind} layer ('{name}'), which is not supported")
+        if chain and not pooled:
+            raise CheckpointError("its head is not pooled", remedy="supported: GlobalAveragePooling2D before the head")
         if waiting:
             raise CheckpointError("its head ends in a BatchNorm, which is not supported")
         if chain and activation not in ("", "linear", "softmax", "sigmoid"):
@@ -253,6 +268,54 @@ class _Model:
 
 def _in_backbone(name: str) -> bool:
     return bool(re.match(r"conv\d_block\d+_|res\d[a-z]\d*_branch|bn\d[a-z]\d*_branch|conv1|bn_conv1|pool1_", name))
+
+
+def _ends(value: object) -> list[str]:
+    """Return the layers that a model's inputs or outputs are: ``["a", 0, 0]``, a list of such, or a dictionary."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, list) or not value:
+        return []
+    return [str(value[0])] if isinstance(value[0], str) else [name for inner in value for name in _ends(inner)]
+
+
+def _check_relu(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a ReLU that is bounded, shifted or leaky."""
+    for setting, usual in (("max_value", None), ("threshold", 0), ("negative_slope", 0)):
+        value = settings.get(setting, usual)
+        if value is not None and (usual is None or value != usual):
+            raise CheckpointError(f"its ReLU '{name}' has {setting} {value}", remedy="supported: the plain ReLU")
+
+
+def _check_backbone(kind: str, name: str, settings: Mapping[str, Any], *, named: bool) -> None:
+    """Make sure that a layer between the first and the last of the backbone is what keras.applications puts there.
+
+    Args:
+        kind: Its class.
+        name: Of the layer.
+        settings: Its own.
+        named: Whether layers without weights have names of the backbone's, too; keras-applications 1.0 numbered them.
+    """
+    usual = _in_backbone(name) or (not named and kind in ("Activation", "Add", "MaxPooling2D"))
+    if kind == "Activation":
+        fine = usual and _activation(settings) == "relu"
+    elif kind == "ReLU":
+        _check_relu(name, settings)
+        fine = usual
+    elif kind == "Conv2D":
+        fine = usual and _activation(settings) == "linear" and settings.get("dilation_rate", [1, 1]) in ([1, 1], (1, 1), 1)
+    elif kind == "MaxPooling2D":
+        fine = usual and (settings.get("pool_size"), settings.get("strides")) == ([3, 3], [2, 2])
+    elif kind == "ZeroPadding2D":
+        pad = {"conv1_pad": [[3, 3], [3, 3]], "pool1_pad": [[1, 1], [1, 1]]}.get(name)
+        fine = pad is not None and settings.get("padding") == pad
+    else:
+        fine = (usual and kind in ("BatchNormalization", "Add")) or kind in _PASSIVE
+    if not fine:
+        raise CheckpointError(
+            f"its backbone holds a {kind} layer ('{name}') that a ResNet of keras.applications does not have, or has otherwise",
+            remedy="supported: ResNet50, ResNet101, ResNet152 of keras.applications, unchanged",
+        )
 
 
 def _activation(settings: Mapping[str, Any]) -> str:

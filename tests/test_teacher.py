@@ -1,0 +1,181 @@
+"""A teacher means what its student means: its classes by name, its pictures prepared its own way; or it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compress import zoo
+from compress.checkpoints.base import Checkpoint
+from compress.data import MemoryStore, Split, normalise
+from compress.quantize import fake_quant_model, ptq
+from compress.resnet import build_model, tensors_of
+from compress.teacher import match_teacher, reordered
+from compress.train import TrainSettings, train
+from rescompress.core.errors import BadInput
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
+
+CLASSES = ("ant", "bee", "cow", "dog")
+SPEC = ModelSpec(
+    input_shape=(3, 8, 8),
+    stem=Stem(convs=(StemConv(width=8, kernel=3, stride=1),), max_pool=False),
+    stages=((Block(name="layer1.0", kind="basic", widths=(8, 8)),),),
+    head=Head(num_classes=4),
+    preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=None, assumed=False),
+    labels=CLASSES,
+)
+PIXELS = np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), dtype=np.uint8)
+
+
+def checkpoint(spec: ModelSpec = SPEC, seed: int = 1) -> Checkpoint:
+    torch.manual_seed(seed)
+    return Checkpoint(spec, tensors_of(build_model(spec)))
+
+
+def split(p: Preprocessing = SPEC.preprocessing) -> Split:
+    return Split(MemoryStore(PIXELS), np.arange(16) % 4, CLASSES, p, "test")
+
+
+def trained(teacher: Checkpoint, student: ModelSpec = SPEC, **changed: object) -> dict[str, Tensor]:
+    """Return a student's weights after two epochs with a teacher."""
+    model = build_model(student, checkpoint(seed=2).state_dict)
+    how = TrainSettings(**{"epochs": 2, "batch_size": 8, "device": "cpu"} | changed)  # type: ignore[arg-type]
+    network = fake_quant_model(teacher) if teacher.quantization else build_model(teacher.spec, teacher.state_dict)
+    train(model, split(student.preprocessing), how, teacher=network, teacher_preprocessing=teacher.spec.preprocessing)
+    return tensors_of(model)
+
+
+def permuted(teacher: Checkpoint, order: list[int]) -> Checkpoint:
+    """Return the teacher as somebody would have trained it with the classes in another order."""
+    tensors = dict(teacher.state_dict)
+    for part in ("fc.weight", "fc.bias"):
+        tensors[part] = tensors[part][order].clone()
+    return Checkpoint(teacher.spec.replace(labels=tuple(CLASSES[i] for i in order)), tensors)
+
+
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_a_permuted_teacher_teaches_the_very_same(features: float) -> None:
+    plain, other = checkpoint(), permuted(checkpoint(), [2, 0, 3, 1])
+    matched, notes = match_teacher(other, SPEC)
+    assert "another order" in " ".join(notes)
+    wanted, found, wrong = (trained(t, features=features) for t in (plain, matched, other))
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+    assert not all(torch.equal(wrong[k], wanted[k]) for k in wanted)
+
+
+def orders(order: list[int], upper: bool) -> None:
+    other = permuted(checkpoint(), order)
+    labels = tuple(n.upper() if upper else n for n in other.spec.labels or ())
+    other = dataclasses.replace(other, spec=other.spec.replace(labels=labels))
+    for student, classes in ((SPEC, ()), (SPEC.replace(labels=None), () if upper else CLASSES)):
+        matched, _ = match_teacher(other, student, classes)
+        if student.labels or classes:
+            assert all(torch.equal(v, checkpoint().state_dict[k]) for k, v in matched.state_dict.items())
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.permutations(range(4)), st.booleans())
+def test_any_order(order: list[int], upper: bool) -> None:
+    orders(order, upper)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(st.permutations(range(4)), st.booleans())
+def test_any_order_often(order: list[int], upper: bool) -> None:
+    orders(order, upper)
+
+
+def test_a_quantized_teacher_is_put_in_order_with_its_scales() -> None:
+    x = torch.randn(8, 3, 8, 8)
+    plain = ptq(checkpoint(), [x])
+    order = [3, 1, 0, 2]
+    back = reordered(reordered(plain, order), [order.index(i) for i in range(4)])
+    with torch.no_grad():
+        once = fake_quant_model(reordered(plain, order))(x)
+        assert torch.equal(once, fake_quant_model(plain)(x)[:, order])
+    assert back.quantization == plain.quantization
+    assert all(torch.equal(back.state_dict[k], v) for k, v in plain.state_dict.items())
+
+
+def test_two_classes_of_one_output_swap_by_sign() -> None:
+    one = SPEC.replace(head=Head(num_classes=1), labels=("cat", "dog"))
+    teacher = checkpoint(one.replace(labels=("dog", "cat")))
+    matched, _ = match_teacher(teacher, one)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        a, b = (build_model(t.spec, t.state_dict)(x) for t in (teacher, matched))
+    assert torch.equal(a, -b)
+
+
+def test_the_teacher_sees_its_own_preprocessing() -> None:
+    """The same pictures in the same order, prepared as the teacher's file says."""
+    p = Preprocessing(
+        name="bgr", mean=(100.0,) * 3, std=(50.0,) * 3, scale=1.0, channel_order="bgr", resize=None, assumed=False
+    )
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.mean((2, 3)) @ torch.ones(3, 4)
+
+    model = build_model(SPEC, checkpoint().state_dict)
+    how = TrainSettings(epochs=1, batch_size=16, device="cpu", augment="none")
+    train(model, split(), how, teacher=Spy(), teacher_preprocessing=p)
+    wanted = normalise(torch.from_numpy(PIXELS).permute(0, 3, 1, 2), p)
+    order = [int((wanted - image).abs().flatten(1).sum(1).argmin()) for image in seen[0]]
+    assert sorted(order) == list(range(16))
+    assert torch.equal(seen[0], wanted[order])
+
+    theirs = checkpoint(SPEC.replace(preprocessing=p))
+    matched, notes = match_teacher(theirs, SPEC)
+    assert matched.spec.preprocessing == p
+    assert "'bgr'" in " ".join(notes)
+
+
+def test_a_caffe_teacher_teaches_what_the_plain_one_does() -> None:
+    """The same function of pixels, once for -1..1 RGB, once for BGR less the same mean: the students come out alike."""
+    half = zoo.preprocessing("half", (3, 8, 8), assumed=False)
+    caffe = Preprocessing(mean=(127.5,) * 3, std=(1.0,) * 3, scale=1.0, channel_order="bgr", resize=None, assumed=False)
+    plain = checkpoint(SPEC.replace(preprocessing=half))
+    tensors = dict(plain.state_dict)
+    tensors["conv1.weight"] = (tensors["conv1.weight"] / 127.5).flip(1).contiguous()
+    other, _ = match_teacher(Checkpoint(SPEC.replace(preprocessing=caffe), tensors), SPEC)
+    wanted, found = trained(plain), trained(other)
+    assert all(torch.allclose(found[k], wanted[k], atol=1e-4) for k in wanted)
+
+
+def test_an_assumed_preprocessing_gives_way_to_the_student_s() -> None:
+    guess = SPEC.preprocessing.model_copy(update={"assumed": True, "mean": (0.1,) * 3})
+    matched, notes = match_teacher(checkpoint(SPEC.replace(preprocessing=guess)), SPEC)
+    assert matched.spec.preprocessing == SPEC.preprocessing
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"labels": ("ant", "bee", "cow", "eel")}, "'eel'.*'dog'"),
+        ({"input_shape": (3, 16, 16)}, "16"),
+        ({"head": Head(num_classes=5), "labels": None}, "5 classes"),
+    ],
+)
+def test_a_teacher_that_cannot_be_matched_is_refused(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        match_teacher(checkpoint(SPEC.replace(**changed)), SPEC)
+
+
+def test_what_cannot_be_known_is_told() -> None:
+    silent = checkpoint(SPEC.replace(labels=None))
+    assert "does not name its classes" in " ".join(match_teacher(silent, SPEC)[1])
+    assert "does not name its classes" in " ".join(match_teacher(checkpoint(), SPEC.replace(labels=None))[1])
+    assert match_teacher(silent, SPEC.replace(labels=None))[1] == []
+    squashed = SPEC.preprocessing.model_copy(update={"resize": 10})
+    assert "resized to 10" in " ".join(match_teacher(checkpoint(SPEC.replace(preprocessing=squashed)), SPEC)[1])
