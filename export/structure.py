@@ -83,13 +83,15 @@ def order(nodes: Sequence[NodeProto]) -> list[int]:
 
 
 def reads(node: NodeProto) -> set[str]:
-    """Return the tensors that a node reads, those that graphs inside it may read included."""
+    """Return the tensors that a node reads; graphs inside it read those that they do not make themselves."""
     found = {name for name in node.input if name}
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs) if attribute.type in _GRAPHS else ():
+            made = {v.name for v in (*graph.input, *graph.initializer)} | {s.values.name for s in graph.sparse_initializer}
+            made |= {name for inner in graph.node for name in inner.output}
             for inner in graph.node:
-                found |= reads(inner)
-            found |= {o.name for o in graph.output}
+                found |= reads(inner) - made
+            found |= {o.name for o in graph.output} - made
     return found
 
 
@@ -164,7 +166,7 @@ class _Structure:
             for name in node.input:
                 if name and name not in known and name not in outer:
                     refuse(f"node {label} reads tensor '{name}', which nothing makes")
-            self.attributes(node, label, outer | known, inside_function=inside_function)
+            self.attributes(node, label, outer, known, inside_function=inside_function)
             self.arity(node, label)
             for name in node.output:
                 if name in known:
@@ -213,8 +215,8 @@ class _Structure:
             if definition.required and name not in given:
                 refuse(f"{node.op_type} {label} lacks its attribute {name}")
 
-    def attributes(self, node: NodeProto, label: str, around: frozenset[str] | set[str], *, inside_function: bool) -> None:
-        """Check what the attributes of a node hold; `around` are the tensors that graphs in them may read."""
+    def attributes(self, node: NodeProto, label: str, outer: frozenset[str], known: set[str], *, inside_function: bool) -> None:
+        """Check what the attributes of a node hold; graphs in them may read `outer` and `known`."""
         names: set[str] = set()
         for attribute in node.attribute:
             what = f"attribute '{_text(attribute.name, f'an attribute of {label}')}' of {label}"
@@ -236,7 +238,7 @@ class _Structure:
             for sparse in (attribute.sparse_tensor,) if kind == AttributeProto.SPARSE_TENSOR else attribute.sparse_tensors:
                 _check_sparse(sparse, what)
             for graph in (attribute.g,) if kind == AttributeProto.GRAPH else attribute.graphs:
-                self.graph(graph, frozenset(around), where=f"the graph in {label}", inside_function=inside_function)
+                self.graph(graph, outer | known, where=f"the graph in {label}", inside_function=inside_function)
 
 
 def refuse(what: str, remedy: str = _AGAIN) -> NoReturn:
