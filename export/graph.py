@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from export.recount import shapes_of
-from export.structure import STANDARD, check_structure, node_label, reads
+from export.structure import STANDARD, check_structure, is_standard, node_label, reads
 from rescompress.core.errors import ModelFileError
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -86,31 +86,46 @@ class GraphView:
 
     def ops(self, *types: str) -> Iterator[NodeProto]:
         """Yield the nodes of these types, in order."""
-        return (node for node in self.nodes if node.op_type in types and node.domain in STANDARD)
+        return (node for node in self.nodes if node.op_type in types and is_standard(node))
 
     def made_by(self, name: str, *types: str) -> NodeProto | None:
         """Return the node that makes the tensor `name` if it is of one of these types of ONNX's own."""
         node = self.producer.get(name)
-        return node if node is not None and node.op_type in types and node.domain in STANDARD else None
+        return node if node is not None and node.op_type in types and is_standard(node) else None
 
     def scale(self, node: NodeProto) -> Array | None:
         """Return the scale of a Q or DQ node, or None where it is computed."""
         return self.constant(node.input[1])
 
     def zero_point(self, node: NodeProto) -> Array:
-        """Return the zero point of a Q or DQ node; the default of its type where none is given."""
+        """Return the zero point of a Q or DQ node; 0 of its type where none is given, or where it is computed."""
         if len(node.input) > 2 and node.input[2]:
             value = self.constant(node.input[2])
             if value is not None:
                 return value
-        if node.op_type == DEQUANTIZE:
-            stored = self.stored(node.input[0])
-            if stored is not None:
-                return np.zeros((), numpy_helper.to_array(stored).dtype)
-            quantize = self.made_by(node.input[0], QUANTIZE)
-            if quantize is not None:
-                return self.zero_point(quantize)
-        return np.zeros((), np.uint8)
+        return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(self.integer_type(node)))
+
+    def integer_type(self, node: NodeProto) -> int:
+        """Return the type that a Q makes, or a DQ reads, as a `TensorProto.DataType`."""
+        if len(node.input) > 2 and node.input[2]:
+            found = self.element_type(node.input[2])
+            if found is not None:
+                return found
+        if node.op_type == QUANTIZE:
+            return int(attribute(node, "output_dtype", 0)) or TensorProto.UINT8
+        quantize = self.made_by(node.input[0], QUANTIZE)
+        if quantize is not None:
+            return self.integer_type(quantize)
+        found = self.element_type(node.input[0])
+        return TensorProto.UINT8 if found is None else found
+
+    def element_type(self, name: str) -> int | None:
+        """Return the type of a stored tensor, perhaps behind Identity, or of an input; None for what is computed."""
+        while name not in self._stored and (node := self.made_by(name, "Identity")) is not None:
+            name = node.input[0]
+        if name in self._stored:
+            return self._stored[name].data_type
+        return next((i.type.tensor_type.elem_type or None for i in self.model.graph.input if i.name == name), None)
 
     def is_weight_pair(self, node: NodeProto) -> bool:
         """Whether a Q or DQ node works on a stored tensor rather than an activation."""

@@ -16,6 +16,7 @@ from rescompress.core.errors import ModelFileError
 STANDARD = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""
 
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _AGAIN = "export it again"
 _BITS = {
     TensorProto.INT4: 4,
@@ -93,6 +94,11 @@ def reads(node: NodeProto) -> set[str]:
                 found |= reads(inner) - made
             found |= {o.name for o in graph.output} - made
     return found
+
+
+def is_standard(node: NodeProto) -> bool:
+    """Whether a node is of ONNX's own operators, or of onnxruntime's quantizers, which mean the same."""
+    return node.domain in STANDARD or (node.domain == "com.microsoft" and node.op_type in _QUANTIZERS)
 
 
 def node_label(node: NodeProto) -> str:
@@ -188,6 +194,8 @@ class _Structure:
             if len(node.input) > len(function.input) or len(node.output) > len(function.output):
                 refuse(f"node {label} does not have the inputs and outputs of its function {node.op_type}")
             return
+        if is_standard(node):
+            domain = ""
         if not domain and "" not in self.opsets:
             refuse("the file names no version of ONNX's operators", "export it with an opset")
         schemas = _schemas(node.op_type, domain, self.opsets.get(domain, 1))

@@ -26,7 +26,14 @@ def facts_of(target: Target) -> TargetFacts:
         precisions=target.precisions,
         align={str(precision): multiple for precision, multiple in target.device.align.items()},
         strongly_typed=target.strongly_typed,
+        compute_capability=_capability(target.device.compute_capability),
+        version=known.version if known else None,
     )
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    major, _, minor = (text or "").partition(".")
+    return (int(major), int(minor or 0)) if major else None
 
 
 def lint_findings(model: onnx.ModelProto, target: Target) -> list[dict[str, str]]:
