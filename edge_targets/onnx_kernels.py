@@ -66,20 +66,11 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """Return the ONNX model of a file.
 
     Raises:
-        ModelFileError: It is missing or no ONNX file.
+        ModelFileError: It is missing, no ONNX file, or malformed.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from export.load import load_onnx
 
-    if not path.is_file():
-        raise ModelFileError("no such file", where=str(path), remedy="name an .onnx file")
-    try:
-        model: onnx.ModelProto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as e:
-        raise ModelFileError(f"is no ONNX file: {e}", where=str(path), remedy="name an .onnx file") from e
-    if not model.graph.node:
-        raise ModelFileError("holds no ONNX graph", where=str(path), remedy="name an .onnx file")
-    return model
+    return load_onnx(path, weights=False)
 
 
 def kernels_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -> OnnxKernels:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from export.recount import shapes_of
+from export.structure import STANDARD, check_structure, is_standard, node_label, reads
 from rescompress.core.errors import ModelFileError
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -25,28 +26,36 @@ Array = NDArray[Any]
 class GraphView:
     """An ONNX model with indices for fast questions; read-only.
 
+    What it holds keeps the promises of `export.structure`: there is no cycle, so walks along the graph end, and nodes of
+    ONNX's own operators have their inputs and attributes.
+
     Attributes:
         model: The model.
         nodes: Its nodes, in order.
         producer: Per tensor, the node that makes it.
-        consumers: Per tensor, the nodes that read it.
+        consumers: Per tensor, the nodes that read it, themselves or in a graph inside them.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Index the main graph."""
+        """Index the main graph.
+
+        Raises:
+            ModelFileError: The graph is malformed.
+        """
+        check_structure(model)
         self.model = model
         self.nodes: Sequence[NodeProto] = list(model.graph.node)
         self.producer = {out: node for node in self.nodes for out in node.output if out}
         self.consumers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
-            for name in node.input:
+            for name in (*node.input, *(reads(node) - set(node.input))):
                 self.consumers.setdefault(name, []).append(node)
         self._stored = {i.name: i for i in model.graph.initializer}
         for node in self.nodes:
-            if node.op_type == "Constant":
-                for attribute in node.attribute:
-                    if attribute.name == "value":
-                        self._stored[node.output[0]] = attribute.t
+            if node.op_type == "Constant" and node.domain in STANDARD:
+                value = _value(node)
+                if value is not None:
+                    self._stored[node.output[0]] = value
         self.outputs = {o.name for o in model.graph.output}
 
     @property
@@ -67,37 +76,56 @@ class GraphView:
         return self._stored.get(name)
 
     def constant(self, name: str) -> Array | None:
-        """Return the value of an initializer or constant, or None where `name` is computed."""
+        """Return the value of an initializer or constant, perhaps behind Identity, or None where `name` is computed."""
+        while name not in self._stored and (node := self.made_by(name, "Identity")) is not None:
+            name = node.input[0]
         tensor = self._stored.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+            return None
+        return numpy_helper.to_array(tensor)
 
     def ops(self, *types: str) -> Iterator[NodeProto]:
         """Yield the nodes of these types, in order."""
-        return (node for node in self.nodes if node.op_type in types and node.domain in ("", "ai.onnx"))
+        return (node for node in self.nodes if node.op_type in types and is_standard(node))
 
     def made_by(self, name: str, *types: str) -> NodeProto | None:
-        """Return the node that makes the tensor `name` if it is of one of these types."""
+        """Return the node that makes the tensor `name` if it is of one of these types of ONNX's own."""
         node = self.producer.get(name)
-        return node if node is not None and node.op_type in types else None
+        return node if node is not None and node.op_type in types and is_standard(node) else None
 
     def scale(self, node: NodeProto) -> Array | None:
         """Return the scale of a Q or DQ node, or None where it is computed."""
         return self.constant(node.input[1])
 
     def zero_point(self, node: NodeProto) -> Array:
-        """Return the zero point of a Q or DQ node; the default of its type where none is given."""
+        """Return the zero point of a Q or DQ node; 0 of its type where none is given, or where it is computed."""
         if len(node.input) > 2 and node.input[2]:
             value = self.constant(node.input[2])
             if value is not None:
                 return value
-        if node.op_type == DEQUANTIZE:
-            stored = self.stored(node.input[0])
-            if stored is not None:
-                return np.zeros((), numpy_helper.to_array(stored).dtype)
-            quantize = self.made_by(node.input[0], QUANTIZE)
-            if quantize is not None:
-                return self.zero_point(quantize)
-        return np.zeros((), np.uint8)
+        return np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(self.integer_type(node)))
+
+    def integer_type(self, node: NodeProto) -> int:
+        """Return the type that a Q makes, or a DQ reads, as a `TensorProto.DataType`."""
+        if len(node.input) > 2 and node.input[2]:
+            found = self.element_type(node.input[2])
+            if found is not None:
+                return found
+        if node.op_type == QUANTIZE:
+            return int(attribute(node, "output_dtype", 0)) or TensorProto.UINT8
+        quantize = self.made_by(node.input[0], QUANTIZE)
+        if quantize is not None:
+            return self.integer_type(quantize)
+        found = self.element_type(node.input[0])
+        return TensorProto.UINT8 if found is None else found
+
+    def element_type(self, name: str) -> int | None:
+        """Return the type of a stored tensor, perhaps behind Identity, or of an input; None for what is computed."""
+        while name not in self._stored and (node := self.made_by(name, "Identity")) is not None:
+            name = node.input[0]
+        if name in self._stored:
+            return self._stored[name].data_type
+        return next((i.type.tensor_type.elem_type or None for i in self.model.graph.input if i.name == name), None)
 
     def is_weight_pair(self, node: NodeProto) -> bool:
         """Whether a Q or DQ node works on a stored tensor rather than an activation."""
@@ -192,7 +220,7 @@ class GraphView:
     def _convs_since_fork(self, name: str) -> int:
         """Count the convolutions from `name` up to a tensor with several readers."""
         count = 0
-        while (node := self.producer.get(name)) is not None and count < 8:
+        while (node := self.producer.get(name)) is not None and node.input and count < 8:
             count += node.op_type == "Conv"
             name = node.input[0]
             readers = [n for n in self.consumers.get(name, []) if n.op_type != "Shape"]
@@ -211,4 +239,17 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 def label(node: NodeProto) -> str:
     """Return what to call a node in a message: its name, or its type and output."""
-    return node.name or f"{node.op_type}({node.output[0]})"
+    return node_label(node)
+
+
+def _value(node: NodeProto) -> TensorProto | None:
+    """Return what a Constant holds as a tensor, whichever way it is written; None for strings and sparse tensors."""
+    for found in node.attribute:
+        if found.name == "value":
+            return found.t
+        kind = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}.get(
+            found.name
+        )
+        if kind is not None:
+            return numpy_helper.from_array(np.asarray(onnx.helper.get_attribute_value(found), kind), node.output[0])
+    return None

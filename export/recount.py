@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import numpy_helper
 
+from export.shapes import infer, shapes
 from rescompress.core.errors import ModelFileError
 
 _BITS = {
@@ -56,29 +57,7 @@ def shapes_of(model: onnx.ModelProto, *, batch: int = 1) -> dict[str, tuple[int,
     Raises:
         ModelFileError: The graph is broken.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    stored = {i.name for i in copy.graph.initializer}
-    for value in copy.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name not in stored and dims and not dims[0].dim_value:
-            dims[0].dim_value = batch
-    del copy.graph.value_info[:]
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as e:
-        raise ModelFileError(f"the shapes of the graph do not fit together: {e}", remedy="check how it was made") from e
-    shapes = {i.name: tuple(i.dims) for i in inferred.graph.initializer}
-    for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
-            shapes[value.name] = tuple(d.dim_value for d in dims)
-    for node in inferred.graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            shapes[node.output[0]] = tuple(node.attribute[0].t.dims)
-    return shapes
+    return shapes(infer(model, batch=batch))
 
 
 def recount(model: onnx.ModelProto) -> Recount:

@@ -158,15 +158,19 @@ def read_metadata(model: onnx.ModelProto) -> ExportedModel | None:
     if _META_SPEC not in props:
         return None
     try:
+        stored = json.loads(props[_META_SPEC])
+        if not isinstance(stored, dict):
+            raise ValueError(f"{_META_SPEC} is no mapping")
         spec = ModelSpec.model_validate(
             {
-                **json.loads(props[_META_SPEC]),
+                **stored,
                 "labels": json.loads(props[_META_LABELS]) if _META_LABELS in props else None,
                 "preprocessing": Preprocessing.model_validate_json(props[_META_PREPROCESSING]),
             }
         )
-    except (ValueError, KeyError) as e:
-        raise BadInput(f"the metadata of the ONNX file cannot be read: {e}", remedy="export the checkpoint again") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        lacks = f"it lacks {e}" if isinstance(e, KeyError) else e
+        raise BadInput(f"the metadata of the ONNX file cannot be read: {lacks}", remedy="export the checkpoint again") from e
     named = props.get(_META_PROFILE)
     profile = next((known for known in PROFILES if known == named), None)
     if named is not None and profile is None:

@@ -6,12 +6,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import onnx
-
 from compress.data import Inputs, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
 from compress.preprocessing import Statement
 from edge_targets.backends import load_backend
+from export.load import load_onnx
 from export.to_onnx import read_metadata
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
@@ -88,14 +87,9 @@ def onnx_inputs(path: Path) -> Inputs:
     """Return how data is read for an ONNX file, from the spec that rescompress stores in it.
 
     Raises:
-        ModelFileError: It is no ONNX file, or not one of ours.
+        ModelFileError: It is no ONNX file, malformed, or not one of ours.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError as e:
-        raise ModelFileError("no such file", where=str(path), remedy="check the path") from e
-    except Exception as e:  # protobuf raises its own kinds
-        raise ModelFileError(f"is no ONNX file: {e}", where=str(path), remedy="export it again") from e
+    model = load_onnx(path, weights=False)
     found = read_metadata(model)
     if found is None:
         raise ModelFileError(

@@ -27,6 +27,8 @@ def facts_of(target: Target) -> TargetFacts:
         precisions=target.precisions,
         align={str(precision): multiple for precision, multiple in target.device.align.items()},
         strongly_typed=target.strongly_typed,
+        compute_capability=_capability(target.device.compute_capability),
+        version=known.version if known else None,
         reports=_reports(target),
     )
 
@@ -43,6 +45,11 @@ def _reports(target: Target) -> tuple[Report, ...]:
         )
         for a in every
     )
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    major, _, minor = (text or "").partition(".")
+    return (int(major), int(minor or 0)) if major else None
 
 
 def lint_findings(model: onnx.ModelProto, target: Target) -> list[dict[str, str]]:

@@ -28,6 +28,12 @@ NANO = TargetFacts("a Nano", "tensorrt", 13, ("fp32", "fp16"), {"fp32": 1, "fp16
 TYPED = TargetFacts("a typed board", "tensorrt", 19, ("fp32", "fp16", "int8"), {"int8": 1}, strongly_typed=True)
 REPORTED = dataclasses.replace(BOARD, reports=(Report(frozenset({"int8"}), "builds fail", "measure"),))
 ORT = TargetFacts("onnxruntime", "onnxruntime", 25, ("fp32", "int8"), {"int8": 1})
+NEW = TargetFacts(
+    "a new board", "tensorrt", 21, ("fp32", "fp16", "int8"), {"int8": 1}, compute_capability=(8, 7), version=(10, 3)
+)
+NEWER = TargetFacts(
+    "a newer board", "tensorrt", 21, ("fp32", "fp16", "int8"), {"int8": 1}, compute_capability=(11, 0), version=(10, 13)
+)
 OPENVINO = TargetFacts("a CPU", "openvino", 25, ("fp32", "int8"), {"int8": 1})
 
 Change = Callable[["File"], None]
@@ -41,6 +47,8 @@ class File:
         self.nodes: list[onnx.NodeProto] = []
         self.stored: dict[str, np.ndarray] = {"zero": np.asarray(0, np.int8)}
         self.functions: list[onnx.FunctionProto] = []
+        self.tensors: list[TensorProto] = []  # of types that numpy does not have
+        self.input_type = TensorProto.FLOAT
         self.opset, self.batch, self.width = opset, batch, width
         self.pair("image", 0.02)
         self.conv("stem", "image.dq", 3, rng)
@@ -79,9 +87,10 @@ class File:
         self.nodes[i + 1 : i + 1] = nodes
 
     def model(self, output: str = "out") -> onnx.ModelProto:
-        image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [self.batch, 3, 8, 8])
+        image = helper.make_tensor_value_info("image", self.input_type, [self.batch, 3, 8, 8])
         out = helper.make_tensor_value_info(output, TensorProto.FLOAT, [self.batch, self.width, 8, 8])
         stored = [numpy_helper.from_array(a, n) for n, a in self.stored.items()]
+        stored += self.tensors
         graph = helper.make_graph(self.nodes, "foreign", [image], [out], stored)
         opsets = [helper.make_opsetid("", self.opset)] + [
             helper.make_opsetid(d, 1) for d in sorted({n.domain for n in self.nodes} - {""})
@@ -379,6 +388,80 @@ def float_only(file: File) -> None:
     file.stored = {k: v for k, v in file.stored.items() if k in used}
 
 
+def sixteen_bits(file: File) -> None:
+    file.stored["zero.s"] = np.asarray(0, np.int16)
+    for name in ("a.relu.q", "a.relu.dq"):
+        file.named(name).input[2] = "zero.s"
+
+
+def fp8(file: File) -> None:
+    file.tensors.append(helper.make_tensor("zero.f", TensorProto.FLOAT8E4M3FN, (), [0.0]))
+    for name in ("a.relu.q", "a.relu.dq"):
+        file.named(name).input[2] = "zero.f"
+
+
+def per_channel_activation(file: File) -> None:
+    """Scales of shape [C] along the channels of an activation, each of another size."""
+    file.stored["a.relu.scale"] = np.linspace(0.04, 0.06, file.width, dtype=np.float32)
+    file.stored["zero.c"] = np.zeros(file.width, np.int8)
+    for name in ("a.relu.q", "a.relu.dq"):
+        file.named(name).input[2] = "zero.c"
+        file.named(name).attribute.append(helper.make_attribute("axis", 1))
+
+
+def vector_of_equal_scales(file: File) -> None:
+    per_channel_activation(file)
+    file.stored["a.relu.scale"] = np.full(file.width, 0.05, np.float32)
+
+
+def cast_input(file: File, kind: int) -> None:
+    file.input_type = kind
+    i = file.nodes.index(file.named("image.q"))
+    file.nodes.insert(i, helper.make_node("Cast", ["image"], ["image.float"], name="image.float", to=TensorProto.FLOAT))
+    file.named("image.q").input[0] = "image.float"
+
+
+def uint16_input(file: File) -> None:
+    cast_input(file, TensorProto.UINT16)
+
+
+def uint8_input(file: File) -> None:
+    cast_input(file, TensorProto.UINT8)
+
+
+def uint8_input_moved_first(file: File) -> None:
+    cast_input(file, TensorProto.UINT8)
+    file.nodes.insert(0, helper.make_node("Transpose", ["image"], ["image.moved"], name="image.moved", perm=[0, 1, 3, 2]))
+    file.named("image.float").input[0] = "image.moved"
+
+
+def batch_norm_in_training(file: File, *, mode: int = 1) -> None:
+    batch_norm_elsewhere(file)
+    file.named("bn").attribute.append(helper.make_attribute("training_mode", mode))
+
+
+def batch_norm_out_of_training(file: File) -> None:
+    batch_norm_in_training(file, mode=0)
+
+
+def dilated_maximum(file: File) -> None:
+    window = {"kernel_shape": [3, 3], "pads": [2, 2, 2, 2], "dilations": [2, 2]}
+    file.named("b").input[0] = between(file, "b.wdq", "MaxPool", "a.relu.dq", **window)
+
+
+def half_as_onnxruntime_wants_it(file: File) -> None:
+    as_onnxruntime_wants_it(file)
+    half(file)
+
+
+def choice(file: File) -> None:
+    """The last ReLU in both branches of an If."""
+    value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Relu", ["sum"], ["inner"])], "branch", [], [value])
+    file.stored["yes"] = np.asarray(True)
+    file.nodes[-1] = helper.make_node("If", ["yes"], ["out"], name="out", then_branch=branch, else_branch=branch)
+
+
 Case = tuple[File, Change, TargetFacts]
 
 TRAPS: dict[str, tuple[Case, Case]] = {
@@ -414,6 +497,12 @@ TRAPS: dict[str, tuple[Case, Case]] = {
     "float32-remainder": ((File(), nothing, TYPED), (File(), float_only, TYPED)),
     "placement-of-other-runtime": ((File(), nothing, OPENVINO), (File(), unsigned, OPENVINO)),
     "main-branch-not-quantized": ((File(), unsigned, ORT), (File(), as_onnxruntime_wants_it, ORT)),
+    "quantizer-types": ((File(opset=21), sixteen_bits, NEW), (File(opset=21), fp8, NEWER)),
+    "input-type": ((File(), uint16_input, BOARD), (File(), uint8_input, BOARD)),
+    "training-mode": ((File(), batch_norm_in_training, BOARD), (File(), batch_norm_out_of_training, BOARD)),
+    "unsupported-operators": ((File(), dilated_maximum, BOARD), (File(), largest_of_rounded, BOARD)),
+    "float16-scales": ((File(), half_as_onnxruntime_wants_it, ORT), (File(opset=19), half_as_onnxruntime_wants_it, ORT)),
+    "control-flow": ((File(), choice, BOARD), (File(), nothing, BOARD)),
     "wide-activation-scale": ((File(), outliers, BOARD), (File(), a_bit_wide, BOARD)),
 }
 
@@ -486,6 +575,27 @@ def found(case: Case) -> list[Finding]:
 def test_widths_that_no_pruning_can_align_are_left_alone(width: int, told: int) -> None:
     findings = found((File(width=width), nothing, ALIGNED))
     assert [f.rule for f in findings].count("misaligned-channels") == told
+
+
+@pytest.mark.parametrize(
+    ("rule", "case"),
+    [
+        ("scale-not-scalar", (File(), per_channel_activation, BOARD)),
+        ("input-type", (File(), uint8_input_moved_first, BOARD)),
+        ("quantizer-types", (File(opset=21), fp8, NEW)),
+    ],
+)
+def test_other_faces_of_a_trap_trigger_it_alone(rule: str, case: Case) -> None:
+    assert {f.rule for f in found(case)} == {rule}
+
+
+def test_a_vector_of_equal_scales_is_made_a_scalar() -> None:
+    file = File()
+    vector_of_equal_scales(file)
+    assert {f.rule for f in lint(file.model(), BOARD)} == {"scale-not-scalar"}
+    mended = repair(file.model(), BOARD)
+    assert [(s.name, s.applied) for s in mended.steps] == [("scalar_scales", True)]
+    assert lint(mended.model, BOARD) == []
 
 
 def test_every_rule_has_its_pair_of_files() -> None:

@@ -48,6 +48,8 @@ class TargetFacts:
         align: Per precision, the multiple that channel counts should have.
         strongly_typed: Whether it takes every type from the file.
         reports: What users report of its runtime.
+        compute_capability: Of its GPU, (8, 7) for an Orin; None where it has none or it is not known.
+        version: Of its TensorRT, (10, 3) for instance; None for other runtimes.
     """
 
     title: str
@@ -57,11 +59,19 @@ class TargetFacts:
     align: Mapping[str, int]
     strongly_typed: bool = False
     reports: tuple[Report, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    version: tuple[int, int] | None = None
 
     @property
     def tensorrt(self) -> bool:
         """Whether TensorRT, of either kind, runs the file."""
         return self.runtime in ("tensorrt", "tensorrt_rtx")
+
+    def at_least(self, capability: tuple[int, int]) -> bool:
+        """Whether the GPU is of this compute capability or later, with a TensorRT that has INT4 and FP8 (10 or later)."""
+        if self.compute_capability is None or (self.version is not None and self.version < (10, 0)):
+            return False
+        return self.compute_capability >= capability
 
 
 @dataclass(frozen=True)

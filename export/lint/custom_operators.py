@@ -8,6 +8,7 @@ import onnx
 
 from export.graph import GraphView, label
 from export.lint import Issue, TargetFacts
+from export.structure import is_standard
 
 _STANDARD = ("", "ai.onnx")
 _KNOWN = {
@@ -22,6 +23,8 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
     functions = {(f.domain, f.name) for f in graph.model.functions}
     for node in graph.nodes:
         kind = (node.domain, node.op_type)
+        if node.domain not in _STANDARD and facts.tensorrt and is_standard(node):
+            continue  # onnxruntime's quantizers, which TensorRT reads as ONNX's
         if kind in said or kind in functions or node.domain in _KNOWN.get(facts.runtime, ()):
             continue
         if node.domain in _STANDARD and onnx.defs.has(node.op_type, max_inclusive_version=max(graph.opset, 1)):

@@ -14,7 +14,7 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
     A convolution without any quantizer was left in float on purpose: a note says so.
     """
     convs = list(graph.ops("Conv"))
-    if not any(graph.is_int8(c) for c in convs) and not any(graph.weight_dq(c) is not None for c in convs):
+    if not any(graph.weight_dq(c) is not None or graph.input_dq(c) is not None for c in convs):
         return
     for node in convs:
         weight, data = graph.weight_dq(node) is not None, graph.input_dq(node) is not None
