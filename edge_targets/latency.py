@@ -285,18 +285,39 @@ def clocks(device: Device, power_mode: str | None, overrides: Overrides | None) 
 
     Raises:
         TargetError: The device has no latency model or no such power mode.
+        BadInput: An override is none that the device can have.
     """
     if not device.modes:
         raise _no_model(device)
     mode = device.mode(power_mode)
     if overrides is None or overrides == Overrides():
         return mode.sm_count, mode.gpu_mhz, mode.emc_mhz, mode.name
+    _check_range("--sm-count", overrides.sm_count, 1, max(m.sm_count for m in device.modes), device)
+    for option, value, own in (
+        ("--gpu-mhz", overrides.gpu_mhz, max(m.gpu_mhz for m in device.modes)),
+        ("--emc-mhz", overrides.emc_mhz, max(m.emc_mhz for m in device.modes)),
+    ):
+        _check_range(option, value, SLOWEST_MHZ, OVERCLOCKED * own, device)
     return (
         overrides.sm_count or mode.sm_count,
         overrides.gpu_mhz or mode.gpu_mhz,
         overrides.emc_mhz or mode.emc_mhz,
         f"{mode.name}, changed",
     )
+
+
+SLOWEST_MHZ = 10.0
+OVERCLOCKED = 2.0
+"""How far above the highest clock of its modes a board is believed to run; later releases of its software add modes."""
+
+
+def _check_range(option: str, value: float | None, low: float, high: float, device: Device) -> None:
+    if value is not None and not low <= value <= high:
+        raise BadInput(
+            f"{value:g} is out of the range of {device.title}",
+            where=option,
+            remedy=f"give {low:g} to {high:g}, or leave it out",
+        )
 
 
 def _no_model(device: Device) -> TargetError:
