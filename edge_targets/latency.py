@@ -324,7 +324,7 @@ def _check_memory(kernels: Sequence[Kernel], price: Rates, batch: int, device: D
     memory = device.memory_gb.value * 1e9
     if largest is not None and needed(largest) > memory:
         raise BadInput(
-            f"{largest.name} alone moves {needed(largest) / 1e9:.3g} GB for {batch} images, {device.title} has {memory / 1e9:g}",
+            f"{largest.name} alone moves {needed(largest) / 1e9:.3g} GB for {batch} images, the board has {memory / 1e9:g}",
             where="--batch",
             remedy="give a smaller batch, or smaller images",
         )
