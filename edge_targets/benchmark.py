@@ -15,9 +15,11 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -171,10 +173,19 @@ def summarize_processes(
 
 
 def time_runner(runner: Runner, shape: tuple[int, int, int], *, batch: int, seconds: float, min_iterations: int) -> list[float]:
-    """Return the latency of each call in ms, calling `runner` on random images for `seconds`, in this process."""
+    """Return the latency of each call in ms, calling `runner` on random images for `seconds`, in this process.
+
+    The images have the type of the model's input, so that no conversion of ours is measured.
+    """
     import numpy as np
 
-    x_NCHW = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
+    kind = np.dtype(getattr(runner, "input_type", "float32"))
+    generator = np.random.default_rng(0)
+    x_NCHW = (
+        generator.integers(0, 128, (batch, *shape)).astype(kind)
+        if kind.kind in "iu"
+        else generator.standard_normal((batch, *shape)).astype(kind)
+    )
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while len(samples) < min_iterations or time.perf_counter() < end:
@@ -227,6 +238,7 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     effort = effort or Effort()
     for candidate in candidates:
         load_backend(candidate.runtime)
+        _check_threads(candidate.threads)
     samples: list[list[list[float]]] = [[] for _ in candidates]
     options: list[dict[str, str]] = [{} for _ in candidates]
     for _ in range(effort.rounds):
@@ -238,6 +250,21 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
                 each = {"seconds": effort.seconds / effort.rounds, "min_iterations": effort.min_iterations}
                 mine.append(worker.ask(each)["samples_ms"])
     return [_measured(mine, c, used) for mine, c, used in zip(samples, candidates, options, strict=True)]
+
+
+def _check_threads(threads: int | None) -> None:
+    """Refuse more threads than this machine can run at once: what they took would be told as if it had them.
+
+    Raises:
+        BadInput: There are too many.
+    """
+    most = max(os.cpu_count() or 1, cpu_threads(None))
+    if threads is not None and threads > most:
+        raise BadInput(
+            f"{threads} threads cannot run at once on this machine of {most} logical CPUs",
+            where="--threads",
+            remedy=f"give 1 to {most}, or leave it out",
+        )
 
 
 def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options: dict[str, str]) -> Measured:
@@ -255,12 +282,13 @@ def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options:
 class _Worker:
     """A process that holds one runner and measures when asked; one JSON document per line each way."""
 
-    def __init__(self, candidate: Candidate, process: subprocess.Popen[str]) -> None:
+    def __init__(self, candidate: Candidate, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._in: IO[str] = process.stdin
         self._out: IO[str] = process.stdout
         self._process = process
+        self._errors = errors
         self._path = candidate.path
         self.runtime_options: dict[str, str] = self.ask({**asdict(candidate), "path": str(candidate.path)})["options"]
 
@@ -280,9 +308,9 @@ class _Worker:
         if not line:
             code = self._process.wait()
             raise EnvironmentFailed(
-                f"the measuring process ended with {code}",
+                f"the measuring process {ended_with(code)}: {_last_line(self._errors)}",
                 where=str(self._path),
-                remedy="is there enough memory? run with --debug",
+                remedy=_REMEDY_OF_KILL if code in (-signal.SIGKILL, 137) else "measure it alone, and look at what it says",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -292,19 +320,42 @@ class _Worker:
         return answer
 
 
+_REMEDY_OF_KILL = "the system ends processes so when memory is short: use a smaller batch, or free some memory"
+
+
+def ended_with(code: int) -> str:
+    """Return how a process ended, in words."""
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _last_line(errors: IO[bytes]) -> str:
+    """Return the last line that a process wrote to its standard error."""
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - 4096))
+    lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
 @contextlib.contextmanager
 def _worker(candidate: Candidate) -> Iterator[_Worker]:
     threads = str(cpu_threads(candidate.threads))
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, when the process has ended
     process = subprocess.Popen(
         [sys.executable, "-m", "edge_targets.benchmark"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=errors,
         text=True,
         start_new_session=True,  # an interrupt from the keyboard is for this process, which ends the other
         env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     try:
-        yield _Worker(candidate, process)
+        yield _Worker(candidate, process, errors)
     except KeyboardInterrupt:
         process.kill()
         raise
@@ -319,6 +370,7 @@ def _worker(candidate: Candidate) -> Iterator[_Worker]:
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
+        errors.close()
 
 
 def _serve(questions: IO[str], answers: IO[str]) -> None:
@@ -353,6 +405,17 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
         answer({"error": type(e).__name__, "what": e.what, "where": e.where, "remedy": e.remedy})
     except MemoryError:
         answer({"error": "EnvironmentFailed", "what": "out of memory", "where": first["path"], "remedy": "use a smaller batch"})
+    except Exception as e:  # runtimes have exceptions of their own; what they say is the cause
+        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        short = any(word in said.lower() for word in ("bad_alloc", "bad allocation", "failed to allocate", "out of memory"))
+        answer(
+            {
+                "error": "EnvironmentFailed" if short else "ModelFileError",
+                "what": f"{first['runtime']} cannot run it: {said[:300]}",
+                "where": first["path"],
+                "remedy": "use a smaller batch" if short else "check it with: rescompress lint",
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -327,18 +327,63 @@ def clocks(device: Device, power_mode: str | None, overrides: Overrides | None) 
 
     Raises:
         TargetError: The device has no latency model or no such power mode.
+        BadInput: An override is none that the device can have.
     """
     if not device.modes:
         raise _no_model(device)
     mode = device.mode(power_mode)
     if overrides is None or overrides == Overrides():
         return mode.sm_count, mode.gpu_mhz, mode.emc_mhz, mode.name
+    _check_range("--sm-count", overrides.sm_count, 1, max(m.sm_count for m in device.modes), device)
+    for option, value, own in (
+        ("--gpu-mhz", overrides.gpu_mhz, max(m.gpu_mhz for m in device.modes)),
+        ("--emc-mhz", overrides.emc_mhz, max(m.emc_mhz for m in device.modes)),
+    ):
+        _check_range(option, value, SLOWEST_MHZ, OVERCLOCKED * own, device)
     return (
         overrides.sm_count or mode.sm_count,
         overrides.gpu_mhz or mode.gpu_mhz,
         overrides.emc_mhz or mode.emc_mhz,
         f"{mode.name}, changed",
     )
+
+
+def _check_memory(kernels: Sequence[Kernel], price: Rates, batch: int, device: Device) -> None:
+    """Refuse a batch of which one layer alone reads and writes more than the board's memory holds.
+
+    Raises:
+        BadInput: It does.
+    """
+    if device.memory_gb is None:
+        return
+
+    def needed(kernel: Kernel) -> int:
+        return work_of(
+            kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
+        ).bytes
+
+    largest = max(kernels, key=needed, default=None)
+    memory = device.memory_gb.value * 1e9
+    if largest is not None and needed(largest) > memory:
+        raise BadInput(
+            f"{largest.name} alone moves {needed(largest) / 1e9:.3g} GB for {batch} images, the board has {memory / 1e9:g}",
+            where="--batch",
+            remedy="give a smaller batch, or smaller images",
+        )
+
+
+SLOWEST_MHZ = 10.0
+OVERCLOCKED = 2.0
+"""How far above the highest clock of its modes a board is believed to run; later releases of its software add modes."""
+
+
+def _check_range(option: str, value: float | None, low: float, high: float, device: Device) -> None:
+    if value is not None and not low <= value <= high:
+        raise BadInput(
+            f"{value:g} is out of the range of {device.title}",
+            where=option,
+            remedy=f"give {low:g} to {high:g}, or leave it out",
+        )
 
 
 def _no_model(device: Device) -> TargetError:
@@ -446,6 +491,7 @@ def predict_kernels(
         raise BadInput(f"a batch of {batch} images", where="--batch", remedy="give 1 or more")
     price = rates(device, precision, power_mode=power_mode, overrides=overrides)
     sms, gpu_mhz, emc_mhz, mode = clocks(device, power_mode, overrides)
+    _check_memory(kernels, price, batch, device)
     times = tuple(kernel_times(kernels, price, batch=batch))
     total = sum(t.ms for t in times)
     width = math.exp(band(device, precision))

@@ -1,7 +1,8 @@
 """The kernels of any ONNX file, ours or foreign, read off its graph: what `edge_targets.latency` predicts from.
 
 Shapes come from ONNX's own shape inference. Quantize and dequantize nodes vanish into their neighbours; where both inputs
-of a residual Add are quantized, the Add is a kernel of its own (see `edge_targets.kernels`).
+of a residual Add are quantized, the Add is a kernel of its own (see `edge_targets.kernels`). Local functions are inlined, and
+an operator that is not known (`edge_targets.onnx_operators`) is refused: its cost would be missing from the sum.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_targets.device import Precision
-from edge_targets.kernels import Kernel
+from edge_targets.kernels import Kernel, KernelKind
+from edge_targets.onnx_operators import CONVS, GEMMS, PASS, POOLS, UNARY, activations, check_known, plain
 from rescompress.core.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -20,46 +22,33 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-PASS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "Identity",
-        "Dropout",
-        "Flatten",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Cast",
-        "Constant",
-        "Shape",
-        "Gather",
-    }
-)
-"""Nodes without a kernel of their own: shape bookkeeping, and rounding that fuses into its neighbour."""
-UNARY = frozenset({"BatchNormalization", "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSwish", "HardSigmoid", "Tanh"})
-"""Nodes that fuse into the kernel that feeds them."""
-POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean"})
-GEMMS = frozenset({"Gemm", "MatMul"})
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """The image input of a file.
+
+    Attributes:
+        input_name: Its name.
+        input_shape: Channels, height and width, in the file's order.
+        batch: Fixed batch, or None when it is dynamic.
+    """
+
+    input_name: str
+    input_shape: tuple[int, int, int]
+    batch: int | None
 
 
 @dataclass(frozen=True)
-class OnnxKernels:
+class OnnxKernels(OnnxInput):
     """What a graph runs.
 
     Attributes:
         kernels: In order.
-        precision: What its convolutions compute in, judged by their types and Q/DQ nodes.
-        input_name: Of the image input.
-        input_shape: Channels, height and width.
-        batch: Fixed batch, or None when it is dynamic.
+        precision: What its convolutions and matrix products compute in, judged by their types and Q/DQ nodes.
     """
 
     kernels: tuple[Kernel, ...]
     precision: Precision
-    input_name: str
-    input_shape: tuple[int, int, int]
-    batch: int | None
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -81,11 +70,34 @@ def kernels_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -
         input_shape: Channels, height and width, for a file that leaves them open.
 
     Raises:
-        ModelFileError: It is missing, no ONNX file, has no image input, or leaves shapes open.
+        ModelFileError: It is missing, no ONNX file, has no image input, leaves shapes open, or holds operators whose cost
+            is not known.
     """
-    import onnx
+    image, reader = _read(path, input_shape, strict=True)
+    found = tuple(reader.kernels())
+    return OnnxKernels(image.input_name, image.input_shape, image.batch, found, reader.precision())
 
-    model = read_onnx(path)
+
+def input_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -> OnnxInput:
+    """Return the image input of an ONNX file, whatever operators it holds.
+
+    Raises:
+        ModelFileError: It is missing, no ONNX file, has no image input, or leaves its size open.
+    """
+    return _image(read_onnx(path), path, input_shape)
+
+
+def precision_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -> Precision:
+    """Return what the convolutions and matrix products of an ONNX file compute in; operators that are not known are left out.
+
+    Raises:
+        ModelFileError: As `kernels_of`, for all but unknown operators.
+    """
+    return _read(path, input_shape)[1].precision()
+
+
+def _image(model: onnx.ModelProto, path: Path, input_shape: tuple[int, int, int] | None) -> OnnxInput:
+    """Return the image input, and fix its shape in `model`."""
     graph = model.graph
     weights = {i.name for i in graph.initializer}
     images = [i for i in graph.input if i.name not in weights and len(i.type.tensor_type.shape.dim) == 4]
@@ -108,31 +120,45 @@ def kernels_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -
         raise ModelFileError("leaves the size of its input open", where=str(path), remedy="give it: --input 3x224x224")
     for d, size in zip(dims, (batch or 1, *shape), strict=True):  # a Reshape may hold the file's own batch
         d.dim_value = size
-    for output in graph.output:
+    c, h, w = shape
+    return OnnxInput(images[0].name, (c, h, w), batch)
+
+
+def _read(path: Path, input_shape: tuple[int, int, int] | None, *, strict: bool = False) -> tuple[OnnxInput, _Reader]:
+    """Return the image input and the graph in plain operators with its shapes; `strict` refuses operators of unknown cost."""
+    import onnx
+
+    model = read_onnx(path)
+    image = _image(model, path, input_shape)
+    model, integer = plain(model, str(path))
+    if strict:
+        check_known(model.graph, image.input_name, str(path))
+    for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
-    del graph.value_info[:]
+    del model.graph.value_info[:]
     try:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except onnx.shape_inference.InferenceError as e:
+    except (onnx.shape_inference.InferenceError, RuntimeError) as e:
         raise ModelFileError(f"its shapes contradict each other: {e}", where=str(path), remedy="export it again") from e
-    reader = _Reader(inferred, images[0].name, str(path))
-    c, h, w = shape
-    return OnnxKernels(tuple(reader.kernels()), reader.precision(), images[0].name, (c, h, w), batch)
+    return image, _Reader(inferred, image, str(path), integer)
 
 
 class _Reader:
     """Walks an inferred graph once."""
 
-    def __init__(self, model: onnx.ModelProto, image: str, path: str) -> None:
+    def __init__(self, model: onnx.ModelProto, image: OnnxInput, path: str, integer: frozenset[str]) -> None:
         graph = model.graph
         self.nodes = list(graph.node)
-        self.image = image
+        self.image = image.input_name
+        self.batch = image.batch or 1
         self.path = path
+        self.integer = integer
         self.shapes: dict[str, Shape] = {i.name: tuple(i.dims) for i in graph.initializer}
         self.types: dict[str, int] = {i.name: i.data_type for i in graph.initializer}
         for value in [*graph.input, *graph.value_info, *graph.output]:
             tensor = value.type.tensor_type
-            self.shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+            if tensor.HasField("shape"):
+                self.shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
             self.types[value.name] = tensor.elem_type
         self.maker = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -140,11 +166,12 @@ class _Reader:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.done: set[str] = set()
+        self.data = activations(self.nodes, self.image)
 
     def shape(self, name: str) -> Shape:
         """Return the shape of a tensor, with the file's batch, or 1 where that is open."""
         found = self.shapes.get(name)
-        if not found or not all(found):
+        if found is None or not all(found):
             raise ModelFileError(
                 f"the shape of tensor '{name}' cannot be inferred", where=self.path, remedy="export it with fixed shapes"
             )
@@ -152,15 +179,7 @@ class _Reader:
 
     def is_data(self, node: onnx.NodeProto) -> bool:
         """Whether a node works on activations, not on weights or shapes."""
-        source: str | None = node.input[0] if node.input else None
-        while source is not None and source != self.image:
-            maker = self.maker.get(source)
-            if maker is None:
-                return False
-            if maker.op_type not in PASS:
-                return True
-            source = maker.input[0] if maker.input else None
-        return source == self.image
+        return any(name in self.data for name in node.output)
 
     def source(self, name: str) -> tuple[str, bool]:
         """Return the tensor that `name` is a copy of, and whether it was quantized on the way."""
@@ -168,7 +187,7 @@ class _Reader:
         while name in self.maker and self.maker[name].op_type in PASS and self.maker[name].input:
             quantized |= self.maker[name].op_type == "QuantizeLinear"
             name = self.maker[name].input[0]
-        return name, quantized
+        return name, quantized or name in self.integer
 
     def next_node(self, name: str) -> onnx.NodeProto | None:
         """Return the only node with a kernel that reads a tensor, through nodes without one; None where there are more."""
@@ -227,56 +246,63 @@ class _Reader:
         for node in self.nodes:
             if node.op_type in PASS or not node.output or node.output[0] in self.done or not self.is_data(node):
                 continue
-            skip = self.absorb(node) if node.op_type in ("Conv", "Add", "Sum", *GEMMS) else False
+            skip = self.absorb(node) if node.op_type in ("Add", "Sum", *CONVS, *GEMMS) else False
             found.append(self.kernel(node, skip=skip))
         return found
 
     def kernel(self, node: onnx.NodeProto, *, skip: bool) -> Kernel:
-        origin, _ = self.source(node.input[0])
-        into, out = self.shape(node.input[0]), self.shape(node.output[0])
-        in_pixels, pixels = math.prod(into[2:]), math.prod(out[2:])
+        """Return the kernel that a node starts."""
         name = node.name or node.output[0]
-        first = origin == self.image
-        if node.op_type == "Conv":
-            weight = self.shape(node.input[1])
-            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-            return Kernel(
-                name,
-                "conv",
-                pixels,
-                into[1],
-                out[1],
-                math.prod(weight[2:]),
-                groups,
-                in_pixels=in_pixels,
-                skip=skip,
-                first=first,
-            )
+        first = any(self.source(i)[0] == self.image for i in node.input[:1])
+        out = self.shape(node.output[0])
         if node.op_type in GEMMS:
-            rows = math.prod(out[1:-1])
-            return Kernel(name, "linear", rows, into[-1], out[-1], in_pixels=rows, skip=skip, first=first)
+            left = self.shape(node.input[0])
+            attributes = {a.name: a.i for a in node.attribute}
+            reduced = left[0] if attributes.get("transA") else left[-1]
+            rows = max(1, math.prod(out[:-1]) // self.batch)
+            return Kernel(name, "linear", rows, reduced, out[-1], in_pixels=rows, skip=skip, first=first)
+        data = next((i for i in node.input if i in self.data), node.input[0] if node.input else node.output[0])
+        into = self.shape(data)
+        in_pixels, pixels = math.prod(into[2:]), math.prod(out[2:])
+        if node.op_type in CONVS:
+            taps = math.prod(self.shape(node.input[1])[2:])
+            groups = max(1, next((a.i for a in node.attribute if a.name == "group"), 1))
+            sizes = (pixels, into[1], out[1], in_pixels)
+            if node.op_type == "ConvTranspose":  # costs what the convolution costs whose input is its output
+                sizes = (in_pixels, out[1], into[1], pixels)
+            pixels, in_width, width, in_pixels = sizes
+            return Kernel(name, "conv", pixels, in_width, width, taps, groups, in_pixels=in_pixels, skip=skip, first=first)
         width_in, width_out = (into[1] if len(into) > 1 else 1), (out[1] if len(out) > 1 else 1)
-        kind = "pool" if node.op_type in POOLS else "move"
         skip = skip or (node.op_type in ("Add", "Sum", "Mul") and len(node.input) > 1)
-        return Kernel(
-            name, "pool" if kind == "pool" else "move", pixels, width_in, width_out, in_pixels=in_pixels, skip=skip, first=first
-        )
+        kind: KernelKind = "pool" if node.op_type in POOLS else "move"
+        return Kernel(name, kind, pixels, width_in, width_out, in_pixels=in_pixels, skip=skip, first=first)
+
+    def macs(self, node: onnx.NodeProto) -> int:
+        """Return the multiply-accumulates of a convolution or matrix product for one image."""
+        return self.kernel(node, skip=False).macs
 
     def precision(self) -> Precision:
         """Return what most of the arithmetic computes in."""
-        import onnx
-
         macs: dict[Precision, int] = {"fp32": 0, "fp16": 0, "int8": 0}
         for node in self.nodes:
-            if node.op_type != "Conv":
-                continue
-            pixels = math.prod(self.shape(node.output[0])[2:])
-            cost = math.prod(self.shape(node.input[1])) * pixels
-            maker = self.maker.get(node.input[0])
-            if maker is not None and maker.op_type == "DequantizeLinear":
-                macs["int8"] += cost
-            elif self.types.get(node.input[0]) == onnx.TensorProto.FLOAT16:
-                macs["fp16"] += cost
-            else:
-                macs["fp32"] += cost
+            if node.op_type in CONVS | GEMMS and len(node.input) > 1 and self.is_data(node):
+                macs[self.type_of(node)] += self.macs(node)
         return max(macs, key=lambda p: macs[p])
+
+    def type_of(self, node: onnx.NodeProto) -> Precision:
+        """Return what a convolution or matrix product computes in."""
+        import onnx
+
+        if node.output[0] in self.integer or all(self.is_int8(name) for name in node.input[:2]):
+            return "int8"
+        return "fp16" if self.types.get(node.output[0]) == onnx.TensorProto.FLOAT16 else "fp32"
+
+    def is_int8(self, name: str) -> bool:
+        """Whether a tensor comes rounded to 8 bits, through nodes that change none of its values."""
+        import onnx
+
+        while (maker := self.maker.get(name)) is not None and maker.op_type in PASS and maker.input:
+            if maker.op_type == "DequantizeLinear":
+                return self.types.get(maker.input[0]) in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+            name = maker.input[0]
+        return False

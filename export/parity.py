@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.session import open_session
 from rescompress.core.errors import DataError, ModelFileError
 from rescompress.core.runner import Runner
 
@@ -129,21 +130,8 @@ class OrtRunner:
         Raises:
             ModelFileError: onnxruntime cannot load the model.
         """
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4
-        level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        # This optimizer counts a float16 bias's steps in float16: beyond 2,048 it loses some, beyond 65,504 all.
-        disabled = ["WeightBiasQuantization"] if has_float16_scales(model) else None
         try:
-            self._session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-            )
+            self._session = open_session(model, threads=threads, level="all" if optimize else "off")
         except Exception as e:
             raise ModelFileError(f"onnxruntime cannot load the model: {e}", remedy="run `rescompress lint` on it") from e
         self.input_name = self._session.get_inputs()[0].name
@@ -173,9 +161,3 @@ class OrtRunner:
     def __exit__(self, *exc: object) -> None:
         """Free the session."""
         del self._session
-
-
-def has_float16_scales(model: onnx.ModelProto) -> bool:
-    """Whether a quantizer of the model has a float16 scale."""
-    scales = {n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    return any(i.name in scales and i.data_type == onnx.TensorProto.FLOAT16 for i in model.graph.initializer)

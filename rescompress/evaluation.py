@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from compress.data import Inputs, load_dataset
+from compress.data import Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
 from compress.preprocessing import Statement
 from edge_targets.backends import load_backend
+from export.half import check_half, has_float16
 from export.load import load_onnx
 from export.to_onnx import read_metadata
 from rescompress.core.errors import BadInput, ModelFileError, nearest
@@ -43,6 +44,8 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     runner, inputs = _open(opening, settings, runtime, reporter)
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
+        reporter.note(note)
+    for note in _float16_notes(opening.path, runner.runtime, data.val, settings.eval_batch(inputs.shape)):
         reporter.note(note)
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     images = data.train if split == "train" else data.val
@@ -81,6 +84,20 @@ def _restated(inputs: Inputs, opening: Opening) -> Inputs:
         return inputs
     found = Statement.parse(opening.preprocess).over(inputs.preprocessing, inputs.shape)
     return dataclasses.replace(inputs, preprocessing=found)
+
+
+HALF_IMAGES = 64
+"""Images on which float16 files are searched for values beyond its range."""
+
+
+def _float16_notes(path: Path, runtime: str, split: Split, batch: int) -> list[str]:
+    """Return what a figure of a float16 file does not say where a CPU computed it; nothing for other files."""
+    if path.suffix != ".onnx" or not has_float16(model := load_onnx(path)):
+        return []
+    notes = [f"{runtime} computes this float16 file in float32 on a CPU: a device that computes in float16 may differ"]
+    some = split.take(HALF_IMAGES, 0)
+    found = check_half(model, [x.numpy() for x, _ in some.batches(batch)], f"{len(some)} of the images")
+    return notes if found.fits else [*notes, f"there it overflows: {found.words()}"]
 
 
 def onnx_inputs(path: Path) -> Inputs:

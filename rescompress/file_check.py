@@ -10,7 +10,8 @@ import onnx
 from edge_targets.advice import advice_for
 from edge_targets.backends import tensorrt_rtx
 from edge_targets.device import Target
-from export.lint import Report, TargetFacts, lint
+from export.half import HalfCheck
+from export.lint import Finding, Report, TargetFacts, float16_overflow, lint, rule_names
 from rescompress.core.errors import RescompressError
 
 NEWEST_OPSET = 25
@@ -52,9 +53,23 @@ def _capability(text: str | None) -> tuple[int, int] | None:
     return (int(major), int(minor or 0)) if major else None
 
 
-def lint_findings(model: onnx.ModelProto, target: Target) -> list[dict[str, str]]:
-    """Return everything lint finds in a model for a target, as JSON values."""
-    return [finding.document() for finding in lint(model, facts_of(target))]
+def lint_findings(model: onnx.ModelProto, target: Target, half: HalfCheck | None = None) -> list[dict[str, str]]:
+    """Return everything lint finds in a model for a target, as JSON values.
+
+    Args:
+        model: The file.
+        target: The device.
+        half: What float16 was seen to do to it; it takes the place of what the rule sees on random noise.
+    """
+    facts = facts_of(target)
+    found = lint(model, facts, rules=[r for r in rule_names() if half is None or r != _FLOAT16])
+    if half is not None:
+        issues = float16_overflow.issues(half, facts)
+        found = [*(Finding(_FLOAT16, i.severity, i.node, i.message, i.remedy) for i in issues), *found]
+    return [finding.document() for finding in found]
+
+
+_FLOAT16 = "float16-overflow"
 
 
 def validity_gate(path: Path) -> dict[str, Any]:

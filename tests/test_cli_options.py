@@ -386,7 +386,7 @@ DEPLOY = [
             "ssh_config": board("config", "ssh.conf"),
             "target": (lambda seen: seen["deploy"]["target"].alias, "jetson"),
             "batches": deploying("batches", (2, 4)),
-            "input_shape": of("kernels_of", "input_shape", (3, 16, 16)),
+            "input_shape": of("input_of", "input_shape", (3, 16, 16)),
             "data": (lambda seen: Path(seen["load_dataset"]["source"]).name, "data.npz"),
             "limit": (lambda seen: seen["take"]["n"], 6),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
@@ -554,6 +554,7 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     seen.spy(track.log, lambda destination, folder, **_: "there")
     for function in (
         onnx_kernels.kernels_of,
+        onnx_kernels.input_of,
         latency.predict_kernels,
         remote.dry_run,
         picture.draw,

@@ -233,9 +233,11 @@ def test_monotone_in_batch_and_clocks(device, batch, more, data):
     for faster in (
         Overrides(gpu_mhz=mode.gpu_mhz * 1.1),
         Overrides(emc_mhz=mode.emc_mhz * 1.1),
-        Overrides(sm_count=mode.sm_count + 1),
     ):
         assert total(device, precision=precision, batch=batch, overrides=faster) < base
+    if mode.sm_count > 1:
+        fewer = Overrides(sm_count=mode.sm_count - 1)
+        assert total(device, precision=precision, batch=batch, overrides=fewer) > base
 
 
 conv = st.builds(

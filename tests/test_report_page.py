@@ -391,7 +391,7 @@ def test_keyboard_reaches_and_sorts_the_table(browser: chromium.Chromium, saved:
     assert browser.run("document.activeElement.className") == "skip"
     for _ in range(60):
         browser.press("Tab", 9)
-        if browser.run("document.activeElement.textContent") == "file size":
+        if browser.run("document.activeElement.textContent") == "ONNX size":
             break
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.press("Enter", 13)

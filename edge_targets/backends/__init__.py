@@ -8,6 +8,7 @@ whether the runtime works here, ``build()`` makes the artifact that the device l
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +71,12 @@ class ModelRunner(Runner, Protocol):
     Attributes:
         batch: The only number of images that one call of the runtime takes; None where it takes any.
         options: Options that change the runtime's choice of kernels, to be told beside a measurement.
+        input_type: NumPy's name of the type that the model's input has; images are cast to it.
     """
 
     batch: int | None
     options: Mapping[str, str]
+    input_type: str
 
     def __enter__(self) -> ModelRunner:
         """Return itself."""
@@ -158,13 +161,32 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, module)
 
 
+def room_for(folder: Path, size: int) -> None:
+    """Write that many bytes beside a file that a runtime could not write, and drop them: runtimes hide the system's reason.
+
+    Raises:
+        OSError: What the system says: the disk is full, a quota is used up.
+    """
+    with tempfile.TemporaryFile(dir=folder) as f:
+        for _ in range(-(-size // _CHUNK)):
+            f.write(b"\1" * _CHUNK)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+_CHUNK = 1 << 16
+
+
 def cpu_threads(threads: int | None) -> int:
     """Return `threads`, or the number of cores this process may use."""
     return threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
 
 
 def in_batches(
-    call: Callable[[NDArray[np.float32]], NDArray[np.float32]], x_NCHW: NDArray[np.float32], batch: int | None
+    call: Callable[[NDArray[Any]], NDArray[np.float32]],
+    x_NCHW: NDArray[Any],
+    batch: int | None,
+    input_type: str = "float32",
 ) -> NDArray[np.float32]:
     """Run `call` over `x_NCHW` in pieces of exactly `batch` images, the last one padded with zeros; return logits (N, K).
 
@@ -172,16 +194,17 @@ def in_batches(
         call: Takes (batch, C, H, W), returns (batch, K).
         x_NCHW: Any number of images.
         batch: The only size `call` takes; None when it takes any.
+        input_type: NumPy's name of the type `call` takes.
     """
     import numpy as np
 
-    x_NCHW = np.ascontiguousarray(x_NCHW, dtype=np.float32)
+    x_NCHW = np.ascontiguousarray(x_NCHW, dtype=input_type)
     if batch is None or len(x_NCHW) == batch:
         return call(x_NCHW)
     pieces = []
     for start in range(0, len(x_NCHW), batch):
         piece = x_NCHW[start : start + batch]
         short = batch - len(piece)
-        padded = np.concatenate([piece, np.zeros((short, *piece.shape[1:]), np.float32)]) if short else piece
+        padded = np.concatenate([piece, np.zeros((short, *piece.shape[1:]), piece.dtype)]) if short else piece
         pieces.append(call(padded)[: len(piece)].copy())
     return np.concatenate(pieces)

@@ -7,9 +7,9 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from edge_targets.backends import Availability, Built, cpu_threads, in_batches
+from edge_targets.backends import Availability, Built, cpu_threads, in_batches, room_for
 from edge_targets.device import Precision, Target
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import ModelFileError, ToolMissing
@@ -34,6 +34,13 @@ PACKAGE = "onnxruntime"
 REMEDY = "pip install onnxruntime"
 
 
+_TYPES: Mapping[str, str] = MappingProxyType(
+    {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+    | {f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+)
+"""NumPy's name of each of onnxruntime's types that an image can have."""
+
+
 def available() -> Availability:
     """Return whether onnxruntime is installed."""
     if importlib.util.find_spec("onnxruntime") is None:
@@ -46,35 +53,15 @@ def _session(path: Path, threads: int, batch: int | None, optimized: Path | None
         raise ToolMissing("onnxruntime is not installed", where="--target cpu-ort", remedy=REMEDY)
     if not path.is_file():
         raise ModelFileError("no such file", where=str(path), remedy="name an .onnx file")
-    import onnxruntime as ort
+    from export.session import open_session
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Idle threads that spin take the cores from whatever else runs, another runtime under measurement included.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(optimized)
     try:
-        if batch is not None:
-            for name in _free_dimensions(path):
-                options.add_free_dimension_override_by_name(name, batch)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        level: Literal["all", "extended"] = "all" if optimized is None else "extended"
+        return open_session(path, threads=threads, level=level, batch=batch, optimized=optimized)
     except Exception as e:  # onnxruntime has one exception class per error code and no common base
         raise ModelFileError(
             f"onnxruntime cannot load it: {str(e).splitlines()[0]}", where=str(path), remedy="check it with: rescompress lint"
         ) from e
-
-
-def _free_dimensions(path: Path) -> list[str]:
-    """Return the names of the free first dimensions of the model's inputs."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    first = [i.type.tensor_type.shape.dim[0] for i in model.graph.input if i.type.tensor_type.shape.dim]
-    return sorted({d.dim_param for d in first if d.dim_param})
 
 
 def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision, batch: int | None = None) -> Built:
@@ -84,7 +71,11 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     """
     out = folder / f"{onnx_path.stem}.ort.onnx"
     with atomic_path(out) as temporary:
-        _session(onnx_path, 1, batch, temporary)
+        try:
+            _session(onnx_path, 1, batch, temporary)
+        except ModelFileError:
+            room_for(folder, 2 * onnx_path.stat().st_size)  # where the disk is full, that is what is wrong
+            raise
     version = available().version
     return Built(
         path=out,
@@ -100,6 +91,7 @@ class OnnxRuntimeRunner:
         runtime: ``onnxruntime``.
         options: None are set that change its choice of kernels.
         threads: CPU threads it uses.
+        input_type: NumPy's name of the type of the model's input.
     """
 
     runtime = "onnxruntime"
@@ -112,15 +104,16 @@ class OnnxRuntimeRunner:
         size = first.shape[0]
         self.batch: int | None = size if isinstance(size, int) and size > 0 else None
         self._input = first.name
+        self.input_type = _TYPES.get(first.type, "float32")
 
-    def _run(self, x_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, x_NCHW: NDArray[Any]) -> NDArray[np.float32]:
         import numpy as np
 
         return np.asarray(self._session.run(None, {self._input: x_NCHW})[0], dtype=np.float32)
 
     def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits (N, K) for preprocessed images (N, C, H, W)."""
-        return in_batches(self._run, batch_NCHW, self.batch)
+        return in_batches(self._run, batch_NCHW, self.batch, self.input_type)
 
     def __enter__(self) -> OnnxRuntimeRunner:
         """Return itself."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from edge_targets.backends import Availability, Built, cpu_threads, in_batches
+from edge_targets.backends import Availability, Built, cpu_threads, in_batches, room_for
 from edge_targets.device import Precision, Target
 from rescompress.core.artifact import atomic_path
-from rescompress.core.errors import ModelFileError, ToolMissing
+from rescompress.core.errors import EnvironmentFailed, ModelFileError, ToolMissing
 from rescompress.core.quantizers import Profile
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ REMEDY = "pip install openvino"
 # it takes the Add of a residual block, with the rounding behind it, for such a kernel before the convolution in front of
 # it could fuse with both: another pass over the tensor, in float32. A model with an open batch fuses without the option.
 QUANTIZED_OPTIONS: Mapping[str, str] = MappingProxyType({"SNIPPETS_MODE": "DISABLE"})
+
+
+_LARGER = 5
+"""An INT8 network takes up to four times the ONNX file's bytes in OpenVINO's format, which holds its weights in float32."""
 
 
 def available() -> Availability:
@@ -71,7 +75,8 @@ def _first_line(error: Exception) -> str:
     """Return the line of an OpenVINO message that says what is wrong; the others name its source files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (telling or lines or ["no message"])[0]
+    first = (telling or lines or ["no message"])[0]
+    return f"{first} {telling[1]}" if first.endswith(":") and len(telling) > 1 else first
 
 
 def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision, batch: int | None = None) -> Built:
@@ -85,8 +90,17 @@ def build(onnx_path: Path, folder: Path, *, target: Target, precision: Precision
     name = onnx_path.stem
     xml = folder / f"{name}.xml"
     with atomic_path(xml) as temporary:
-        ov.save_model(model, str(temporary), compress_to_fp16=False)
-        temporary.with_suffix(".bin").replace(xml.with_suffix(".bin"))
+        weights = temporary.with_suffix(".bin")
+        try:
+            ov.save_model(model, str(temporary), compress_to_fp16=False)
+            weights.replace(xml.with_suffix(".bin"))
+        except RuntimeError as e:
+            temporary.write_bytes(b"")
+            weights.unlink(missing_ok=True)
+            room_for(folder, _LARGER * onnx_path.stat().st_size)  # where the disk is full, that is what is wrong
+            raise EnvironmentFailed(f"OpenVINO cannot write it: {_first_line(e)}", where=str(xml), remedy="run again") from e
+        finally:
+            weights.unlink(missing_ok=True)
     size = xml.stat().st_size + xml.with_suffix(".bin").stat().st_size
     return Built(
         path=xml,
@@ -113,6 +127,7 @@ class OpenVINORunner:
         threads: CPU threads it uses.
         options: Options that change OpenVINO's choice of kernels: `QUANTIZED_OPTIONS` for a quantized model, unless this
             OpenVINO refuses them.
+        input_type: NumPy's name of the type of the model's input.
     """
 
     runtime = "openvino"
@@ -121,6 +136,8 @@ class OpenVINORunner:
         model = _read(path, batch)
         self.threads = cpu_threads(threads)
         shape = model.input(0).partial_shape
+        kind = model.input(0).get_element_type()
+        self.input_type = "float32" if kind.is_dynamic() else str(kind.to_dtype())
         self.batch: int | None = None if shape[0].is_dynamic else shape[0].get_length()
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -149,7 +166,7 @@ class OpenVINORunner:
                 self.options = {}
         return ov.Core().compile_model(model, "CPU", dict(settings))
 
-    def _run(self, x_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, x_NCHW: NDArray[Any]) -> NDArray[np.float32]:
         import numpy as np
 
         results = self._request.infer([x_NCHW], share_inputs=True, share_outputs=False)
@@ -157,7 +174,7 @@ class OpenVINORunner:
 
     def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits (N, K) for preprocessed images (N, C, H, W)."""
-        return in_batches(self._run, batch_NCHW, self.batch)
+        return in_batches(self._run, batch_NCHW, self.batch, self.input_type)
 
     def __enter__(self) -> OpenVINORunner:
         """Return itself."""

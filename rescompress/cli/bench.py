@@ -27,7 +27,9 @@ def bench(
     ] = None,
     input_shape: InputShape = None,
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Seconds of samples per model and target.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=86400, help="Seconds of samples per model and target.")
+    ] = 3.0,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns that each model gets, interleaved.")] = 5,
 ) -> None:
     """Measure the latency of ONNX files: p50, p90, p99 and spread, each in its own process, in interleaved rounds.
@@ -37,18 +39,19 @@ def bench(
     from compress.checkpoints.options import parse_shape
     from edge_targets.benchmark import Candidate, Effort, measure_processes, options_note
     from edge_targets.catalog import load_target
-    from edge_targets.onnx_kernels import kernels_of
+    from edge_targets.onnx_kernels import input_of
 
     shape = parse_shape(input_shape) if input_shape else None
     candidates, labels = [], []
+    unknown = []
     for path in models:
-        read = kernels_of(path, input_shape=shape)
+        read = input_of(path, input_shape=shape)
+        precision, reason = _precision(path, shape)
+        unknown += [reason] if reason else []
         for name in target:
             chosen = load_target(name)
             _check_measurable(chosen.name, chosen.runtime)
-            candidates.append(
-                Candidate(path, chosen.runtime, read.input_shape, batch or read.batch or 1, threads, read.precision)
-            )
+            candidates.append(Candidate(path, chosen.runtime, read.input_shape, batch or read.batch or 1, threads, precision))
             labels.append((str(path), chosen.name))
     with output_of(ctx).console().status(f"measuring {len(candidates)} x {seconds:g} s"):
         measured = measure_processes(candidates, effort=Effort(seconds=seconds, rounds=rounds))
@@ -57,10 +60,21 @@ def bench(
         | {"latency_runs": list(found.process_medians_ms), "runtime_options": found.runtime_options}
         for (path, name), found in zip(labels, measured, strict=True)
     ]
-    notes = _notes(rows)
+    notes = unknown + _notes(rows)
     notes += dict.fromkeys(note for row in rows for note in options_note(row["runtime"], row["runtime_options"]))
     document = {**rows[0], "notes": notes} if len(rows) == 1 else {"rows": rows, "notes": notes}
     output_of(ctx).result(document, _table(rows), *notes)
+
+
+def _precision(path: Path, shape: tuple[int, int, int] | None) -> tuple[str | None, str | None]:
+    """Return what a file computes in; where that cannot be told, None and a note that says why: it is measured all the same."""
+    from edge_targets.onnx_kernels import kernels_of
+    from rescompress.core.errors import ModelFileError
+
+    try:
+        return kernels_of(path, input_shape=shape).precision, None
+    except ModelFileError as e:
+        return None, f"{path}: measured as it is; its precision is not known: {e.what}"
 
 
 def _check_measurable(name: str, runtime: str) -> None:
@@ -115,7 +129,7 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         count = f"{processes} process{'es' if processes > 1 else ''}"
         return [f"{count} of each cannot tell which is faster: give --rounds {ENOUGH} or more"] if len(rows) > 1 else notes
     for name in dict.fromkeys(r["target"] for r in rows):
-        floats = [r for r in rows if r["target"] == name and r["precision"] != "int8"]
+        floats = [r for r in rows if r["target"] == name and r["precision"] in ("fp32", "fp16")]
         ints = [r for r in rows if r["target"] == name and r["precision"] == "int8"]
         if not floats or not ints:
             continue
@@ -148,7 +162,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         table.add_row(
             r["model"],
             r["target"],
-            r["precision"],
+            r["precision"] or "unknown",
             str(r["batch"]),
             f"{r['p50_ms']:.3f}",
             f"{r['p50_low_ms']:.3f}-{r['p50_high_ms']:.3f}",

@@ -218,7 +218,7 @@ def _jobs(
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
     from compress.checkpoints.options import parse_shape
-    from edge_targets.onnx_kernels import kernels_of
+    from edge_targets.onnx_kernels import input_of, precision_of
     from edge_targets.remote import Job
     from edge_targets.trtexec import InputShapes
     from rescompress.core.errors import ModelFileError
@@ -231,14 +231,14 @@ def _jobs(
         files, notes = _export(model, input_shape, folder, target, dynamic=len(batches) > 1, batch=batches[0])
     jobs = []
     for file in files:
-        read = kernels_of(file, input_shape=input_shape)
+        read = input_of(file, input_shape=input_shape)
         if read.batch is not None and batches != (read.batch,):
             raise ModelFileError(
                 f"its batch is fixed to {read.batch}, asked for {', '.join(map(str, batches))}",
                 where=str(file),
                 remedy="export with --batch dynamic, or leave --batches out",
             )
-        precision = read.precision
+        precision = precision_of(file, input_shape=input_shape)
         if precision == "fp32" and not target.strongly_typed:
             precision = target.device.best_float
         target.check_precision(precision)

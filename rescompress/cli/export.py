@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+OVERFLOW = "float16-overflow"
+"""The lint rule whose findings end `export` with 3: the file is none that can be deployed."""
+
 
 def _runtimes(incomplete: str) -> list[str]:
     """Return what runs models and begins so, for the shell."""
@@ -108,6 +111,7 @@ def export(
         "macs": int(result.metrics["macs"].value),
         "parity": details["parity"],
         "parity_in_integers": details.get("parity_in_integers"),
+        "float16": details.get("float16"),
         "lint": details.get("lint", []),
         "validity_gate": details.get("validity_gate"),
         "latency": _latency(latency),
@@ -122,6 +126,9 @@ def export(
         workspace.trade_off(report.manifest, stage.name),
         *_words(document),
     )
+    if any(f["rule"] == OVERFLOW and f["severity"] == "error" for f in document["lint"]):
+        out.hint("the file was written, but float16 cannot hold what it computes")
+        raise typer.Exit(3)
 
 
 def _pack(result: StageResult, archive: Path) -> Path:
@@ -196,6 +203,11 @@ def _words(document: dict[str, Any]) -> list[str]:
     if (exact := document["parity_in_integers"]) is not None:
         lines.insert(
             2, f"in exact sums of integers: {100 * exact['top1_agreement']:.2f} %, largest difference {exact['max_abs']:.2g}"
+        )
+    if (half := document["float16"]) is not None:
+        lines.append(
+            f"float16: largest value {half['largest']:,.0f} of 65,504 on {half['images']}, "
+            f"same class in {100 * half['top1_agreement']:.2f} %"
         )
     if document["archive"]:
         lines.append(f"archive: {document['archive']}")

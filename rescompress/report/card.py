@@ -85,7 +85,7 @@ def described(manifest: Manifest) -> str:
 
 
 def _origins(manifest: Manifest) -> list[str]:
-    lines = ["- MACs, parameters and file sizes are counted."]
+    lines = ["- MACs, parameters and the sizes of the ONNX files are counted."]
     measured = next((s.metrics["top1"] for s in reversed(manifest.stages) if "top1" in s.metrics), None)
     if measured is not None:
         data = manifest.config.get("data")

@@ -288,7 +288,7 @@ def _trade_off_charts(manifest: Manifest) -> Section | None:
     done = [s for s in manifest.stages if s.status == "done" and "top1" in s.metrics]
     plots = []
     for metric, axis in (
-        ("size_bytes", Axis("file size", size_tick, from_zero=True)),
+        ("size_bytes", Axis("ONNX size", size_tick, from_zero=True)),
         ("macs", Axis("MACs", count_tick, from_zero=True)),
     ):
         points = [

@@ -13,9 +13,11 @@ import torch
 from compress.checkpoints.base import Checkpoint
 from compress.evaluate import TorchRunner
 from compress.quantize import integer_model
+from export.half import HalfCheck, check_half, has_float16
 from export.integers import in_integers
-from export.parity import MAX_MEAN_ERROR, OrtRunner, Parity, compare, has_float16_scales
+from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare
 from export.recount import recount
+from export.session import has_float16_scales
 from export.to_onnx import ExportOptions
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
@@ -78,7 +80,8 @@ def write_export(
         "params": counted(total_params(layers), "params"),
         "size_bytes": counted(path.stat().st_size, "bytes"),
     }
-    notes = []
+    half = check_half(proto, *parity_images(checkpoint, common)) if has_float16(proto) else None
+    notes = [] if half is None else half_notes(half)
     same = parity if in_sums is None else in_sums
     if not same.exact or parity.relative > MAX_MEAN_ERROR:
         worst = same if not same.exact else parity
@@ -89,6 +92,7 @@ def write_export(
     details = {
         "parity": parity.document() | {"images": images, "exact": same.exact},
         "parity_in_integers": None if in_sums is None else in_sums.document(),
+        "float16": None if half is None else half.document(),
         "notes": notes,
         "opset": options.opset,
         "batch": options.batch,
@@ -107,22 +111,35 @@ def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> str:
     return "int8" if checkpoint.quantization is not None else "fp32"
 
 
+def half_notes(check: HalfCheck) -> list[str]:
+    """Return what the user must know of a file that is float16 on the device and was run in float32 here."""
+    if not check.fits:
+        return [f"the file overflows on a device that computes in float16: {check.words()}"]
+    if check.top1_agreement < MIN_AGREEMENT:
+        return [f"rounding to float16 changes the class of {100 * (1 - check.top1_agreement):.2f} % of {check.images}"]
+    return []
+
+
+def parity_images(checkpoint: Checkpoint, common: Settings) -> tuple[list[Floats], str]:
+    """Return the images that a file and the torch network are compared on, and which they are, in words."""
+    if common.data is not None:
+        split = dataset(common, checkpoint.spec).val.take(PARITY_IMAGES, common.seed)
+        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec.input_shape))]
+        return batches, f"{len(split)} images of the evaluation split"
+    count = 32 if checkpoint.spec.input_shape[1] > 64 else 256
+    generator = torch.Generator().manual_seed(common.seed)
+    noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
+    batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
+    return batches, f"{count} images of random noise (no data was given)"
+
+
 def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Settings) -> tuple[Parity, Parity | None, str]:
     """Return how far onnxruntime on the file is from torch, and on which images that was seen.
 
     The first is of the file as onnxruntime runs it, against fake quantization; float sums in different orders count in it.
     The second, of INT8 files, is of both in exact sums of integers: whether it is the same network.
     """
-    if common.data is not None:
-        split = dataset(common, checkpoint.spec).val.take(PARITY_IMAGES, common.seed)
-        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec.input_shape))]
-        images = f"{len(split)} images of the evaluation split"
-    else:
-        count = 32 if checkpoint.spec.input_shape[1] > 64 else 256
-        generator = torch.Generator().manual_seed(common.seed)
-        noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
-        batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
-        images = f"{count} images of random noise (no data was given)"
+    batches, images = parity_images(checkpoint, common)
     in_sums = None
     int8 = checkpoint.quantization is not None and any(n.op_type == "QuantizeLinear" for n in proto.graph.node)
     if int8 and not has_float16_scales(proto):

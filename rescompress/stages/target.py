@@ -17,11 +17,12 @@ from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target, base_precision
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
+from export.half import HalfCheck
 from export.to_onnx import FP16_SCALE_OPSET, ExportOptions
 from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
-from rescompress.core.metric import Metric
+from rescompress.core.metric import Metric, counted
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
@@ -50,8 +51,9 @@ def target(
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen_options, path, common)
+    half = HalfCheck.of(details["float16"]) if details["float16"] else None
     details |= {
-        "lint": lint_findings(proto, chosen),
+        "lint": lint_findings(proto, chosen, half),
         "target": chosen.name,
         "alias": chosen.alias,
         "device": chosen.device.title,
@@ -128,7 +130,10 @@ def _build_and_measure(
     built = backend.build(path, path.parent, target=chosen, precision=precision, batch=fixed)
     details |= {"engine": built.path.relative_to(context.folder).as_posix() if built.path else None}
     details |= {"engine_status": built.status, "build": built.details, "runtime_version": available.version}
-    files += [("engine", f) for f in engine_files(built.path)]
+    loaded = engine_files(built.path)
+    files += [("engine", f) for f in loaded]
+    if loaded:
+        metrics["engine_bytes"] = counted(sum(f.stat().st_size for f in loaded), "bytes")
     if not backend.RUNS_HERE:
         return
     runs = [Candidate(path, chosen.runtime, checkpoint.spec.input_shape, batch, common.threads, str(details["precision"]))]
