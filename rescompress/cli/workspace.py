@@ -52,13 +52,13 @@ def parse_labels(text: str | None) -> dict[str, str] | None:
         return None
     path = Path(text)
     if path.is_file():
-        import yaml
+        from rescompress import strict_yaml
 
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return {str(k): str(v) for k, v in dict(document).items()}
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
-            raise BadInput(f"holds no mapping: {e}", where=text, remedy="write lines of the form 'folder: label'") from e
+        remedy = "write lines of the form 'folder: label'"
+        document = strict_yaml.load(path, missing="check the path", remedy=remedy, texts=None)
+        if not isinstance(document, dict) or not all(isinstance(v, str) for v in document.values()):
+            raise BadInput("holds no mapping of folders to labels", where=text, remedy=remedy)
+        return {str(k): v for k, v in document.items()}
     pairs = [part.split("=", 1) for part in text.split(",") if part]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise BadInput(f"'{text}' is no mapping", where="--labels", remedy="write folder=label,folder=label or name a file")
@@ -95,26 +95,20 @@ def peers() -> Peers | None:
     return TorchPeers()
 
 
-def run_here(stages: Sequence[Stage], output: Output, read: Path) -> tuple[RunReport, bool]:
+def run_here(stages: Sequence[Stage], output: Output) -> tuple[RunReport, bool]:
     """Run stages in the workspace; return the report, and whether this process is the one that prints.
 
     Args:
         stages: In order.
         output: Where words go.
-        read: The checkpoint that the first stage reads.
 
     Raises:
-        BadInput: A stage would replace that checkpoint by what it makes of it, so that the command could not be repeated.
+        BadInput: A stage would replace a file that it reads by what it makes of it, so that the command could not be repeated.
     """
     from rescompress.cli.progress import reporting
-    from rescompress.core.errors import BadInput
     from rescompress.pipeline import run_stages
 
     folder = WORKSPACE
-    if any((folder / f"{stage.name}.safetensors").resolve() == read.resolve() for stage in stages if stage.name != "dense"):
-        raise BadInput(
-            "would be replaced by what is made from it", where=str(read), remedy=f"copy it to a place outside of {folder} first"
-        )
     together = peers()
     if together is not None and not together.is_main:
         output.verbosity = -1
@@ -143,23 +137,6 @@ def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
     artifact = result.output(kind)
     assert artifact is not None, (result.stage, kind)
     return folder / artifact.path
-
-
-def check_output(read: Path, *written: Path | None) -> None:
-    """Make sure, before any work, that results can be written and do not replace the file they are made from.
-
-    Raises:
-        BadInput: They would replace it, or are folders.
-        EnvironmentFailed: They cannot be written.
-    """
-    from rescompress.core.artifact import check_writable
-    from rescompress.core.errors import BadInput
-
-    for path in written:
-        if path is not None and path.resolve() == read.resolve():
-            raise BadInput("would be replaced by what is made from it", where=str(read), remedy="choose another -o")
-        if path is not None:
-            check_writable(path)
 
 
 def deliver(source: Path, wanted: Path | None) -> Path:

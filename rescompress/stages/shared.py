@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
+from rescompress.fingerprint import held_to
 from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome
 
@@ -35,10 +37,12 @@ class Source:
     Attributes:
         stage: The stage that wrote it, or None.
         opening: The file and what is stated about it, where no stage wrote it.
+        sha256: Of that file when the stage's key was made.
     """
 
     stage: str | None = None
     opening: Opening | None = None
+    sha256: str | None = None
 
     @property
     def path(self) -> Path | None:
@@ -46,11 +50,17 @@ class Source:
         return self.opening.path if self.opening else None
 
     def load(self, context: Context) -> Checkpoint:
-        """Return the checkpoint."""
+        """Return the checkpoint.
+
+        Raises:
+            BadInput: The file is no longer the one that the stage's key is about.
+        """
         if self.stage is not None:
-            return load_checkpoint(context.file(self.stage, "checkpoint"))
+            with context.held(self.stage, "checkpoint") as path:
+                return load_checkpoint(path)
         assert self.opening is not None
-        checkpoint = self.opening.load()
+        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
+            checkpoint = self.opening.load()
         warnings = checkpoint.provenance.get("warnings")
         for text in warnings if context.main and isinstance(warnings, list) else ():
             context.reporter.note(f"{self.opening.path.name}: {text}")
