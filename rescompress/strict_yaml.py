@@ -1,8 +1,8 @@
 """YAML as people mean it: one reader for configs, limits, labels, devices and ``--set``.
 
-It reads the core schema of YAML 1.2, with which JSON agrees. Where YAML 1.1 means something else (``010`` is 8, ``1:30`` is
-90), the text is refused with its line, for the two readings are two settings; so are keys that stand twice, tags, and aliases
-that blow a few lines up to gigabytes. Keys are text as they are written: a folder may be called ``no``, ``08`` or ``null``.
+It takes for a number, a truth value or nothing what is one in YAML 1.1 and in the core schema of YAML 1.2. Where 1.1 sees
+another number (``010`` is 8, ``1:30`` is 90), the text is refused with its line; ``yes`` and ``no`` are text. Refused are keys that stand twice, tags, and aliases
+that blow a few lines up to gigabytes, too. Keys are text as they are written: a folder may be called ``no``, ``08`` or ``null``.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _value(node: Node, *, texts: bool, below: frozenset[str] = frozenset()) -> A
         return [_value(child, texts=texts) for child in node.value]
     if node.id == "mapping":
         return _mapping(node, texts=texts, below=below)
-    if not plain or texts:
-        return node.value
+    if not plain or texts:  # JSON escapes one character beyond 16 bits as two halves
+        return node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     return _scalar(node)
 
 
