@@ -282,8 +282,8 @@ def _lead(
     still_there()
     manifest = manifest.with_deployments(deployed)
     stored, damage = _stored(folder)
-    if ran or reused:
-        _tell_environments(manifest, reporter)
+    for text in manifest.made_elsewhere:
+        reporter.note(text)
     parts = ("stages", "config", "config_file", "unfinished")
     if ran or damage or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
         manifest.save(folder)
@@ -404,24 +404,6 @@ def _threads() -> dict[str, int]:
     """Return how many threads torch computes with in this process: sums in another order are other bits."""
     torch = sys.modules.get("torch")
     return {"threads": torch.get_num_threads()} if torch is not None else {}
-
-
-def _tell_environments(manifest: Manifest, reporter: Reporter) -> None:
-    """Say which stages were computed elsewhere, or with another number of threads, than the last one."""
-    found = manifest.environments
-    last = next((s.environment for s in reversed(manifest.stages) if s.environment), None)
-    if last is None:
-        return
-    for place, names in found:
-        if place != last:
-            reporter.note(f"{', '.join(names)}: computed with {difference(place, last)}")
-
-
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Return in words how one environment differs from another."""
-    mine, theirs = ({**e, **(e.get("packages") or {})} for e in (one, other))
-    names = [n for n in dict.fromkeys([*mine, *theirs]) if n != "packages" and mine.get(n) != theirs.get(n)]
-    return ", ".join(f"{n} {mine.get(n, 'unknown')} (not {theirs.get(n, 'unknown')})" for n in names)
 
 
 def _summary(result: StageResult) -> str:

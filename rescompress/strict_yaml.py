@@ -1,8 +1,9 @@
 """YAML as people mean it: one reader for configs, limits, labels, devices and ``--set``.
 
 It takes for a number, a truth value or nothing what is one in YAML 1.1 and in the core schema of YAML 1.2. Where 1.1 sees
-another number (``010`` is 8, ``1:30`` is 90), the text is refused with its line; ``yes`` and ``no`` are text. Refused are keys that stand twice, tags, and aliases
-that blow a few lines up to gigabytes, too. Keys are text as they are written: a folder may be called ``no``, ``08`` or ``null``.
+another number (``010`` is 8, ``1:30`` is 90), the text is refused with its line; ``yes`` and ``no`` are text. Refused are
+keys that stand twice, tags, and aliases that blow a few lines up to gigabytes, too. Keys are text as they are written: a
+folder may be called ``no``, ``08`` or ``null``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,17 @@ class StageResult(Frozen):
         return next((a for a in self.outputs if a.kind == kind), None)
 
 
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return in words how one environment differs from another."""
+    mine, theirs = ({**e, **_mapping(e.get("packages"))} for e in (one, other))
+    names = [n for n in dict.fromkeys([*mine, *theirs]) if n != "packages" and mine.get(n) != theirs.get(n)]
+    return ", ".join(f"{n} {mine.get(n, 'unknown')} (not {theirs.get(n, 'unknown')})" for n in names)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 class Manifest(Frozen):
     """All stages of one run, in order.
 
@@ -112,6 +123,16 @@ class Manifest(Frozen):
             elif stage.environment:
                 found.append((stage.environment, [stage.stage]))
         return tuple((place, tuple(names)) for place, names in found)
+
+    @property
+    def made_elsewhere(self) -> tuple[str, ...]:
+        """Sentences on stages that were computed elsewhere, or with another number of threads, than the last one."""
+        last = next((s.environment for s in reversed(self.stages) if s.environment), {})
+        return tuple(
+            f"{', '.join(names)}: computed with {_difference(place, last)}"
+            for place, names in self.environments
+            if place != last
+        )
 
     def with_stage(self, result: StageResult) -> Manifest:
         """Return a manifest in which `result` replaces the stage of its name, or stands last, and is no longer unfinished."""
