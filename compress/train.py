@@ -30,7 +30,7 @@ from compress.pixels import normalise
 from compress.prune.sparsity import has_pattern
 from compress.resnet import ResNet
 from compress.teacher import same_arithmetic
-from rescompress.core.artifact import atomic_path
+from rescompress.core.artifact import atomic_path, open_regular
 from rescompress.core.errors import BadInput, DataError
 from rescompress.core.spec import Preprocessing
 
@@ -104,13 +104,21 @@ class TrainState:
 
 @dataclass
 class TrainLog:
-    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``; JSON values."""
+    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``; JSON values.
+
+    Attributes:
+        epochs: By epoch.
+        resumed_at: The step that it went on from.
+        threads: The numbers of threads that the steps before that were computed with.
+    """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     resumed_at: int = 0
+    threads: list[int] = field(default_factory=list)
 
 
 Progress = Callable[[TrainState], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def train(
     progress: Progress | None = None,
     resume_file: Path | None = None,
     save_every_s: float = 30.0,
+    note: Note | None = None,
 ) -> TrainLog:
     """Train `model` in place; it is left in eval mode on the CPU. Weights with the 2:4 pattern keep their zeros.
 
@@ -151,9 +160,11 @@ def train(
         teacher: A network whose softened output is learnt, besides the labels.
         teacher_preprocessing: How the teacher wants its images prepared; as the split's where None.
         progress: Called after each step, in the main process only.
-        resume_file: Where the state is saved every `save_every_s` seconds, and taken up from if it is there and was made
-            with the same settings and data, from the same weights and with the same teacher.
+        resume_file: Where the state is saved every `save_every_s` seconds, and taken up from if it is there, intact, and was
+            made with the same settings and data, from the same weights and with the same teacher.
         save_every_s: Seconds between two savings.
+        note: Called, in the main process only, where a saved state is damaged, so that training starts again, or was
+            computed with another number of threads, so that the bits are those of neither.
 
     Raises:
         BadInput: The training diverged, settings make no sense, or the device is not there.
@@ -186,7 +197,7 @@ def train(
         fingerprint += f"{own.model_dump_json()} "
     fingerprint += hashlib.sha256(trained.encode()).hexdigest()
     log = TrainLog()
-    start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log)
+    start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log, note if processes.is_main else None)
     log.resumed_at = start
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if teacher is not None:
@@ -446,6 +457,10 @@ class _Meter:
         return float(self._sums[1] / self._sums[2])
 
 
+_STATE = b"rescompress training state 2\n"
+"""How a saved state begins; its SHA-256 follows, then what torch writes."""
+
+
 def _save(
     path: Path, fingerprint: str, step: int, model: nn.Module, optimizer: Any, log: TrainLog, epoch_sums: np.ndarray[Any, Any]
 ) -> None:
@@ -456,23 +471,55 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "epochs": log.epochs,
         "epoch_sums": epoch_sums.tolist(),
+        "threads": sorted({*log.threads, torch.get_num_threads()}),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with atomic_path(path, follow=False) as temporary, temporary.open("wb") as f:
+        f.write(_STATE + hashlib.sha256(buffer.getbuffer()).digest())
+        f.write(buffer.getbuffer())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return a saved state.
+
+    Raises:
+        ValueError: It is not, byte by byte, what was saved.
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as f:
+        begin, digest, content = f.read(len(_STATE)), f.read(hashlib.sha256().digest_size), f.read()
+    if begin != _STATE or hashlib.sha256(content).digest() != digest:
+        raise ValueError("it is damaged, or of another version")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as e:  # whatever torch makes of bytes that somebody else signed
+        raise ValueError(f"it holds no state: {e}") from e
+    if not isinstance(state, dict) or not {"fingerprint", "step", "model", "optimizer", "epochs", "epoch_sums"} <= state.keys():
+        raise ValueError("it holds no state")
+    return state
 
 
 def _restore(
-    path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog
+    path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog, note: Note | None
 ) -> tuple[int, np.ndarray[Any, Any]]:
     """Take up the saved state; return the steps it has done and the sums of its epoch, zeros if there is none that fits."""
-    if path is None or not path.is_file():
+    if path is None or not os.path.lexists(path):
         return 0, np.zeros(3)
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state = _read_state(path)
+    except (ValueError, OSError) as e:
+        if note is not None:
+            note(f"the saved state {path} is not taken up ({e}): training starts again")
+        return 0, np.zeros(3)
     if state["fingerprint"] != fingerprint:
         return 0, np.zeros(3)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     log.epochs = list(state["epochs"])
+    log.threads = sorted(int(n) for n in state.get("threads", ()))
+    now = torch.get_num_threads()
+    if note is not None and any(n != now for n in log.threads):
+        before = " and ".join(map(str, log.threads))
+        note(f"training goes on with {now} threads after {before}: the sums, and so the bits, are those of neither")
     return int(state["step"]), np.array(state["epoch_sums"])

@@ -341,18 +341,31 @@ def _last_line(errors: IO[bytes]) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
+def _search_path() -> list[str]:
+    """Return where a measuring process looks for modules: where this one does, but not in the current folder.
+
+    A folder with somebody's model may hold a ``statistics.py``, too; Python puts it first for ``-m``, and for an empty entry.
+    It stays where our own packages lie there, or where PYTHONPATH names it.
+    """
+    here = os.path.realpath(os.curdir)
+    named = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    wanted = {str(Path(__file__).resolve().parents[1]), *(p for p in named if Path(p).is_absolute())}
+    kept = [p for p in sys.path if p and (os.path.realpath(p) != here or os.path.realpath(p) in wanted or p in wanted)]
+    return [str(Path(p).absolute()) for p in kept]
+
+
 @contextlib.contextmanager
 def _worker(candidate: Candidate) -> Iterator[_Worker]:
     threads = str(cpu_threads(candidate.threads))
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed below, when the process has ended
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_targets.benchmark"],
+        [sys.executable, "-P", "-m", "edge_targets.benchmark"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
         start_new_session=True,  # an interrupt from the keyboard is for this process, which ends the other
-        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(_search_path())},
     )
     try:
         yield _Worker(candidate, process, errors)

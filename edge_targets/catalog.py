@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_targets.device import Device, Target
-from rescompress.core.errors import TargetError, nearest
+from rescompress.core.errors import BadInput, TargetError, nearest
 
 DEVICES = Path(__file__).parent / "devices"
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
@@ -30,14 +30,15 @@ def load_device(name: str) -> Device:
     Raises:
         TargetError: There is no such file, or it describes no device.
     """
-    import yaml
     from pydantic import ValidationError
+
+    from rescompress import strict_yaml
 
     path = DEVICES / f"{name}.yaml"
     if name not in target_names() or not path.is_file():
         raise TargetError(f"unknown target '{name}'", where="--target", remedy=nearest(name, target_names()))
     try:
-        device = Device.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        device = Device.model_validate(strict_yaml.load(path, missing="", remedy=""))
         if device.name != name:
             raise ValueError(f"it is called '{device.name}', not '{name}' as its file")
     except ValidationError as e:
@@ -45,8 +46,8 @@ def load_device(name: str) -> Device:
         key = ".".join(str(part) for part in first["loc"])
         reason = f"{key}: {first['msg']}" if key else str(first["msg"])
         raise _no_device(path, reason) from e
-    except (OSError, ValueError, TargetError, yaml.YAMLError) as e:
-        raise _no_device(path, e.what if isinstance(e, TargetError) else str(e)) from e
+    except (ValueError, BadInput) as e:
+        raise _no_device(path, e.what if isinstance(e, BadInput) else str(e)) from e
     return device
 
 

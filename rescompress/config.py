@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from rescompress import strict_yaml
 from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
-from rescompress.core.errors import BadInput, ConfigError, nearest
+from rescompress.core.errors import BadInput, ConfigError, nearest, shown
 from rescompress.core.spec import Frozen
-from rescompress.labels import written_mapping
 from rescompress.search.settings import SearchConfig
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -223,6 +223,10 @@ class RunConfig(_Section):
         return tuple(f"{k}={said[v] if isinstance(v, bool) else v}" for k, v in self.arch_options.items())
 
 
+_TEXTS = ("labels",)
+"""Settings that hold names of people's folders and classes: text as it is written."""
+
+
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Return the config at `path` with overrides applied; paths in it become absolute.
 
@@ -233,21 +237,11 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: The file is missing or no YAML, a key is unknown (the nearest is named), or a value is impossible.
     """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-    except FileNotFoundError as e:
-        raise ConfigError("no such file", where=str(path), remedy="write one with `rescompress init`") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot be read: {e}", where=str(path), remedy="check its name and rights") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="compare it with `rescompress init`") from e
+    document = strict_yaml.load(
+        path, missing="write one with `rescompress init`", remedy="compare it with `rescompress init`", texts=_TEXTS
+    )
     if not isinstance(document, dict):
         raise ConfigError("is no mapping of settings", where=str(path), remedy="write one with `rescompress init`")
-    if isinstance(document.get("labels"), dict):
-        document["labels"] = written_mapping(text, str(path), "labels")
     for override in overrides:
         _override(document, override)
     config = validate(document, str(path))
@@ -270,8 +264,6 @@ def _absolute(text: str, base: Path) -> str:
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:
-    import yaml
-
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{assignment}' is no assignment", where="--set", remedy="write it like prune.macs=0.3")
@@ -285,9 +277,10 @@ def _override(document: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"'{folder}' holds no settings", where=f"--set {key}", remedy="compare with the config")
         place = inner
     try:
-        place[leaf] = text if folders == ["labels"] else yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"'{text}' is no YAML value", where=f"--set {key}", remedy="quote it") from e
+        value = strict_yaml.parse(text, texts=None if key.split(".")[0] in _TEXTS else ())
+        place[leaf] = strict_yaml.parse(text) if key in _TEXTS and isinstance(value, str) else value
+    except strict_yaml.StrictYamlError as e:
+        raise ConfigError(f"{shown(text)} is no YAML value: {e}", where=f"--set {shown(key)[1:-1]}", remedy="quote it") from e
 
 
 def validate(document: dict[str, Any], where: str) -> RunConfig:
@@ -317,7 +310,7 @@ def validate(document: dict[str, Any], where: str) -> RunConfig:
 
 def said(error: ErrorDetails) -> str:
     """Return what is wrong with a setting, and what was given where it is one value."""
-    given = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    given = "" if isinstance(error["input"], dict) else f" (given: {shown(error['input'])})"
     return error["msg"].removeprefix("Value error, ") + given
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def file_identity(path: str) -> str:
-    """Return the SHA-256 of a file.
+    """Return the SHA-256 of a regular file.
 
     Raises:
         BadInput: There is no such file.
@@ -34,9 +35,34 @@ def file_identity(path: str) -> str:
     try:
         return file_sha256(Path(path))
     except OSError as e:
-        raise BadInput(
-            "no such file" if isinstance(e, FileNotFoundError) else str(e), where=path, remedy="check the path"
-        ) from e
+        reason = "no such file" if isinstance(e, FileNotFoundError) else e.strerror or str(e)
+        raise BadInput(reason, where=path, remedy="check the path") from e
+
+
+@contextlib.contextmanager
+def held_to(path: Path, sha256: str) -> Iterator[None]:
+    """Make sure that what is read from a file inside is the content that a key was made of.
+
+    Raises:
+        BadInput: The file is another one now, or it was written to while it was read.
+    """
+    changed = BadInput(
+        "was changed after this command began", where=str(path), remedy="call the command again once the file is complete"
+    )
+    before = _state(path)
+    if file_identity(str(path)) != sha256:
+        raise changed
+    yield
+    if _state(path) != before:
+        raise changed
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 LARGEST_TABLE = 64 * 2**20

@@ -14,19 +14,31 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import os
+import stat
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import ValidationError
-
-from rescompress.core.artifact import Artifact, check_writable, make_folder, sweep_partial, write_text
-from rescompress.core.errors import BadInput, RescompressError
+from rescompress import claims
+from rescompress.core.artifact import (
+    Artifact,
+    check_writable,
+    make_folder,
+    open_regular,
+    read_text,
+    sweep_partial,
+    unreadable,
+    write_bytes,
+    write_text,
+)
+from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
@@ -73,18 +85,57 @@ class RunReport:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that two processes never write into it at once."""
+def _locked(folder: Path) -> Iterator[Callable[[], None]]:
+    """Hold the run's folder, so that two processes never write into it at once; yield what makes sure it is still there.
+
+    The lock is opened without being followed, cut or written: what lies there under its name may be anything.
+    """
     make_folder(folder)
-    check_writable(folder / ".lock")
-    with (folder / ".lock").open("w") as handle:
+    path = folder / claims.LOCK
+    if not path.is_symlink() and not path.exists():
+        check_writable(path)
+    with contextlib.ExitStack() as stack:
+        handle = _open_lock(path)
+        stack.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise BadInput(
                 "another process is running here", where=str(folder), remedy="wait for it, or work in another folder"
             ) from e
-        yield
+        home = folder.stat()
+
+        def still_there() -> None:
+            try:
+                same = os.path.samestat(home, folder.stat())
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise EnvironmentFailed(
+                    "was moved or removed while this run was working in it",
+                    where=str(folder),
+                    remedy="call the command again; in a folder that was moved, with -o and its new name",
+                )
+
+        yield still_there
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = None
+    try:
+        try:
+            handle = os.open(path, os.O_RDWR | flags, 0o666)
+        except PermissionError:  # another user's: reading suffices for a lock
+            handle = os.open(path, os.O_RDONLY | (flags & ~os.O_CREAT))
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise unreadable(path, e) from e
+    if handle is not None:
+        os.close(handle)
+    raise BadInput("is no regular file, and the lock of a run belongs there", where=str(path), remedy="remove it and run again")
 
 
 def folder_of(config_file: Path, below: Path) -> Path:
@@ -94,7 +145,7 @@ def folder_of(config_file: Path, below: Path) -> Path:
         BadInput: It holds the run of another file.
     """
     folder = below / config_file.stem
-    recorded = _stored(folder).config_file
+    recorded = _stored(folder)[0].config_file
     other = (folder.resolve() / recorded).resolve()
     if recorded and other != config_file.resolve():
         raise BadInput(
@@ -113,6 +164,8 @@ def run_stages(
     workspace: bool = False,
     config_file: Path | None = None,
     store: Store | None = None,
+    reads: Sequence[Path] = (),
+    force: bool = False,
 ) -> RunReport:
     """Bring every stage's outcome up to date and return the manifest.
 
@@ -126,29 +179,65 @@ def run_stages(
             about the same network, and the manifest names only what is done.
         config_file: Where `config` is from.
         store: Outcomes shared with other runs; what is known there is not computed again.
+        reads: Files that the run reads, besides those of its stages and `config_file`.
+        force: Whether files that rescompress did not write may be replaced.
 
     Raises:
         RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
-        BadInput: Another process is running in this folder.
+        BadInput: Another process is running in this folder, or the run would write over what it reads, or over the files
+            of somebody else.
     """
     peers = peers or Alone()
     if not peers.is_main:
         return _follow(stages, folder, reporter, peers)
-    with _locked(folder):
-        sweep_partial(folder)
-        return _lead(stages, folder, _fresh(folder, config, workspace, config_file), reporter, peers, workspace, store)
+    given = [*reads, *([config_file] if config_file is not None else [])]
+    claims.check_reads(stages, folder, given, workspace=workspace)
+    with _locked(folder) as still_there:
+        claims.check_own(folder)
+        claims.claim(stages, folder, workspace=workspace, force=force)
+        places = claims.folders_of(stages, folder)
+        sweep_partial(places)
+        before, damage = _stored(folder)
+        if damage:
+            reporter.note(damage)
+            with open_regular(folder / MANIFEST_NAME) as f:
+                write_bytes(folder / _ASIDE, f.read(), follow=False)
+        manifest = _fresh(before, folder, config, workspace, config_file)
+        try:
+            return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store)
+        except Exception as e:
+            sweep_partial(places)
+            if not isinstance(e, RescompressError) and _is_full(folder):
+                what = f"the disk is full ({type(e).__name__}: {e})"
+                raise EnvironmentFailed(what, where=str(folder), remedy="free some space and run again") from e
+            raise
+
+
+_ASIDE = f"{claims.RECORDS}/.damaged-manifest"
+"""Where a manifest that cannot be read is kept when it is made again."""
+_FULL = 2**16
+"""Bytes; a disk with no more room than this is full: a library that ran into it does not always say so."""
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        room = os.statvfs(folder)
+    except OSError:
+        return False
+    return room.f_bavail * room.f_frsize < _FULL or (room.f_files > 0 and room.f_favail == 0)
 
 
 def _lead(
     stages: Sequence[Stage],
     folder: Path,
     manifest: Manifest,
+    before: Manifest,
     reporter: Reporter,
     peers: Peers,
     workspace: bool,
+    still_there: Callable[[], None],
     store: Store | None,
 ) -> RunReport:
-    before = _stored(folder)
     deployed = () if workspace else tuple(s for s in before.stages if s.is_deployment)
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
@@ -175,14 +264,18 @@ def _lead(
         else:
             if stage.collective:
                 peers.share("join " + manifest.model_dump_json())
+            still_there()
+            claims.check_places(stage, folder)
             if not workspace:
                 manifest.with_deployments(deployed).save(folder)
             try:
-                result, computed = _shared(stage, key, ancestry, folder, manifest, reporter, store)
-            except RescompressError as e:
+                result, computed = _shared(stage, key, ancestry, folder, manifest, reporter, still_there, store)
+            except Exception as e:
+                still_there()
                 if not workspace:
                     failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
-                    manifest.with_stage(failed).with_deployments(deployed).save(folder)
+                    with contextlib.suppress(EnvironmentFailed):  # the disk may be what failed
+                        manifest.with_stage(failed).with_deployments(deployed).save(folder)
                 raise
             if not stage.collective:
                 peers.share("skip")
@@ -191,10 +284,13 @@ def _lead(
             manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
             if workspace:
                 manifest.save(folder)
+    still_there()
     manifest = manifest.with_deployments(deployed)
-    stored = _stored(folder)
+    stored, damage = _stored(folder)
+    for text in manifest.made_elsewhere:
+        reporter.note(text)
     parts = ("stages", "config", "config_file", "unfinished")
-    if ran or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
+    if ran or damage or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
         manifest.save(folder)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
@@ -207,12 +303,33 @@ def _follow(stages: Sequence[Stage], folder: Path, reporter: Reporter, peers: Pe
     return RunReport(Manifest(), (), ())
 
 
-def _stored(folder: Path) -> Manifest:
-    return load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
+def _stored(folder: Path) -> tuple[Manifest, str]:
+    """Return the manifest of a folder, an empty one where there is none, and what is wrong with it.
+
+    The records of the stages hold all that a run needs of it, so one that is damaged is made again from them.
+
+    Raises:
+        EnvironmentFailed: It may not be read.
+        BadInput: It is damaged, and there are no records.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return Manifest(), ""
+    try:
+        return load_manifest(folder), ""
+    except BadInput as e:
+        if isinstance(e.__cause__, PermissionError):
+            raise unreadable(path, e.__cause__) from e
+        records = sorted((folder / claims.RECORDS).glob("[!.]*.json"))
+        if not (folder / claims.RECORDS).is_dir():
+            raise
+        found = [r for r in (_read(record) for record in records) if r is not None and r.status != "failed"]
+        intact = [r for r in sorted(found, key=lambda r: r.finished) if all(a.intact(folder) for a in r.outputs)]
+        what = f"{MANIFEST_NAME} {e.what}: it is made again from the records of {len(intact)} stages"
+        return Manifest(stages=tuple(intact)), f"{what}; what was deployed on boards is not among them (kept in {_ASIDE})"
 
 
-def _fresh(folder: Path, config: Mapping[str, Any], workspace: bool, config_file: Path | None) -> Manifest:
-    old = _stored(folder)
+def _fresh(old: Manifest, folder: Path, config: Mapping[str, Any], workspace: bool, config_file: Path | None) -> Manifest:
     created = old.created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Manifest(
         rescompress_version=version("rescompress"),
@@ -234,17 +351,21 @@ def _key(stage: Stage, manifest: Manifest) -> str:
 
 def _known(stage: Stage, key: str, folder: Path) -> StageResult | None:
     """Return the recorded outcome of `stage` if it is for this key and all its files are intact."""
-    path = _record(stage, folder)
-    try:
-        result = StageResult.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
-        return None
-    good = result.key == key and result.status != "failed" and all(a.intact(folder) for a in result.outputs)
+    result = _read(folder / claims.record_of(stage.name))
+    good = (
+        result is not None and result.key == key and result.status != "failed" and all(a.intact(folder) for a in result.outputs)
+    )
     return result if good else None
 
 
-def _record(stage: Stage, folder: Path) -> Path:
-    return folder / ".stages" / f"{stage.name.replace(':', '_').replace('/', '_')}.json"
+def _read(record: Path) -> StageResult | None:
+    """Return what a record holds, None where it is damaged or missing."""
+    try:
+        return StageResult.model_validate_json(read_text(record))
+    except PermissionError as e:
+        raise unreadable(record, e) from e
+    except (OSError, ValueError):
+        return None
 
 
 def _ancestry(stage: Stage, manifest: Manifest) -> tuple[str, ...]:
@@ -260,18 +381,19 @@ def _shared(
     folder: Path,
     manifest: Manifest,
     reporter: Reporter,
+    still_there: Callable[[], None],
     store: Store | None,
 ) -> tuple[StageResult, bool]:
     """Return the outcome, from the store where another run has left it there, and whether it was computed."""
     if store is None:
-        return _run(stage, key, ancestry, folder, manifest, reporter, None), True
+        return _run(stage, key, ancestry, folder, manifest, reporter, still_there, None), True
     with store.computing(key):
         known = store.fetch(key, folder)
         if known is not None:
             result = known.model_copy(update={"ancestry": ancestry})
-            write_text(_record(stage, folder), result.model_dump_json(indent=1) + "\n")
+            write_text(folder / claims.record_of(stage.name), result.model_dump_json(indent=1) + "\n", follow=False)
             return result, False
-        result = _run(stage, key, ancestry, folder, manifest, reporter, store)
+        result = _run(stage, key, ancestry, folder, manifest, reporter, still_there, store)
         store.put(result, folder)
         return result, True
 
@@ -283,10 +405,12 @@ def _run(
     folder: Path,
     manifest: Manifest,
     reporter: Reporter,
+    still_there: Callable[[], None],
     store: Store | None,
 ) -> StageResult:
     start = time.monotonic()
     outcome = stage.run(Context(folder, manifest, reporter, store=store))
+    still_there()
     result = StageResult(
         stage=stage.name,
         status="skipped" if outcome.skipped else "done",
@@ -297,12 +421,19 @@ def _run(
         duration_s=round(time.monotonic() - start, 3),
         ancestry=ancestry,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        environment={**manifest.environment, **_threads()},
         details=dict(outcome.details),
     )
-    write_text(_record(stage, folder), result.model_dump_json(indent=1) + "\n")
+    write_text(folder / claims.record_of(stage.name), result.model_dump_json(indent=1) + "\n", follow=False)
     for path in outcome.transient:
         path.unlink(missing_ok=True)
     return result
+
+
+def _threads() -> dict[str, int]:
+    """Return how many threads torch computes with in this process: sums in another order are other bits."""
+    torch = sys.modules.get("torch")
+    return {"threads": torch.get_num_threads()} if torch is not None else {}
 
 
 def _summary(result: StageResult) -> str:

@@ -56,6 +56,8 @@ class Builder:
         *,
         after: Sequence[str] = (),
         collective: bool = False,
+        reads: Sequence[str | None] = (),
+        writes: Sequence[str] | None = None,
     ) -> Stage:
         """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None (not for ``source``)."""
         identities = {k: _identity(v) for k, v in sources.items() if isinstance(v, Opening)}
@@ -64,17 +66,22 @@ class Builder:
 
         def run(context: Context) -> Outcome:
             stages = importlib.import_module("rescompress.stages")
-            resolved = {k: _source(stages, v) for k, v in sources.items()}
+            resolved = {k: _source(stages, v, identities.get(k, {}).get("sha256")) for k, v in sources.items()}
             return cast(Outcome, getattr(stages, function)(context, common=settings, **resolved, **arguments))
 
         everything = {"common": settings.identity, "sources": identities, **depends}
         source = sources["source"]
         read = source if isinstance(source, str) else identities["source"]["sha256"]
-        return Stage(name, everything, tuple(dict.fromkeys([*names, *after])), run, collective, read)
+        files = [*(v.path for v in sources.values() if isinstance(v, Opening)), *(Path(p) for p in reads if p is not None)]
+        places = tuple(writes) if writes is not None else (f"{name}.safetensors", f"{name}.outcomes.json")
+        return Stage(
+            name, everything, tuple(dict.fromkeys([*names, *after])), run, collective, read, reads=tuple(files), writes=places
+        )
 
     def dense(self) -> Stage:
         """Return the stage that evaluates and counts the network as it came."""
-        return self._stage("dense", "dense", {}, {}, {"source": self.opening})
+        writes = ("dense.onnx", "dense.safetensors", "dense.outcomes.json")
+        return self._stage("dense", "dense", {}, {}, {"source": self.opening}, writes=writes)
 
     def prune(
         self,
@@ -97,9 +104,12 @@ class Builder:
         """
         plan = file_identity(config.plan) if config.plan else None
         depends = {"config": config.model_dump(exclude={"plan"}), "plan": plan, "targets": _facts(targets)}
-        arguments = {"config": config, "targets": tuple(targets), "name": name, "before": before}
+        arguments = {"config": config, "targets": tuple(targets), "name": name, "before": before, "plan_sha256": plan}
         after = [before, "dense"] if before else []
-        return self._stage(name, "pruned", arguments, depends, {"source": source}, after=after)
+        writes = (f"plan{name.removeprefix('prune')}.json", f"{name}.safetensors", f"{name}.outcomes.json")
+        return self._stage(
+            name, "pruned", arguments, depends, {"source": source}, after=after, reads=[config.plan], writes=writes
+        )
 
     def finetune(
         self, config: FinetuneConfig, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
@@ -157,7 +167,9 @@ class Builder:
 
     def export(self, source: str | Opening, options: Mapping[str, Any]) -> Stage:
         """Return the stage that writes and checks the ONNX file."""
-        return self._stage("export", "exported", {"options": dict(options)}, {"options": dict(options)}, {"source": source})
+        chosen = dict(options)
+        writes = ("model.onnx", "export.outcomes.json")
+        return self._stage("export", "exported", {"options": chosen}, {"options": chosen}, {"source": source}, writes=writes)
 
     def target(self, name: str, source: str | Opening, options: Mapping[str, Any], *, require_engine: bool = False) -> Stage:
         """Return the stage of one edge target; a measurement belongs to a machine and a runtime, so its key names them."""
@@ -167,13 +179,30 @@ class Builder:
         if chosen.builds_here:
             machine["runtime"] = load_backend(chosen.runtime).available().version
         depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
-        return self._stage(TARGET_PREFIX + chosen.name, "target", arguments, depends, {"source": source}, after=["dense"])
+        writes = [f"{chosen.name}/{pattern}" for pattern in _TARGET_FILES]
+        writes.append(f"target-{chosen.name}.outcomes.json")
+        return self._stage(
+            TARGET_PREFIX + chosen.name, "target", arguments, depends, {"source": source}, after=["dense"], writes=writes
+        )
 
 
-def _source(stages: Any, what: str | Opening | None) -> Any:
+_TARGET_FILES = (
+    "model.*",  # the ONNX file, what runtimes make of it, and the description of a bundle
+    "float32-twin.onnx",
+    "timing.cache",
+    "build.sh",
+    "infer.py",
+    "labels.txt",
+    "README.md",
+    "SHA256SUMS",
+)
+"""What the stage of a target may write into its folder."""
+
+
+def _source(stages: Any, what: str | Opening | None, sha256: str | None) -> Any:
     if what is None:
         return None
-    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(opening=what)
+    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(opening=what, sha256=sha256)
 
 
 def _facts(targets: Sequence[str]) -> list[dict[str, Any]]:

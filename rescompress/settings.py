@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rescompress.core.errors import BadInput
@@ -42,6 +44,7 @@ class Settings:
         """Refuse a word that is no device before anything is computed, even if no stage has to run."""
         if not _DEVICE.fullmatch(self.device):
             raise BadInput(f"unknown device '{self.device}'", where="--device", remedy="use auto, cpu, cuda, cuda:1 or mps")
+        _check_source(self.data)
 
     @functools.cached_property
     def data_identity(self) -> str | None:
@@ -70,3 +73,21 @@ class Settings:
         """Return images per call: small images go in larger batches."""
         _, height, width = input_shape
         return self.batch_size or max(1, min(256, 4_000_000 // (height * width)))
+
+
+def _check_source(data: str | None) -> None:
+    """Refuse a pipe or a device where data is expected: reading it may never end.
+
+    Raises:
+        BadInput: It is one.
+    """
+    if data is None or data.startswith("builtin:"):
+        return
+    try:
+        mode = Path(data).stat().st_mode
+    except OSError:
+        return  # what is missing is said where it is read
+    except ValueError as e:
+        raise BadInput(f"is no name of a file: {e}", where="data", remedy="check the path of --data") from e
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BadInput("is a device or a pipe, no file or folder", where=data, remedy="check the path of --data")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,22 @@ class Context:
             raise BadInput(f"stage '{stage}' has no {kind}", where=str(self.folder), remedy="run the earlier stage first")
         return self.folder / artifact.path
 
+    @contextlib.contextmanager
+    def held(self, stage: str, kind: str) -> Iterator[Path]:
+        """Yield the file of that kind which `stage` wrote, to be read inside.
+
+        Raises:
+            BadInput: There is none, or it is another one than was recorded.
+        """
+        from rescompress.fingerprint import held_to
+
+        path = self.file(stage, kind)
+        result = self.done.stage(stage)
+        artifact = result.output(kind) if result else None
+        assert artifact is not None
+        with held_to(path, artifact.sha256):
+            yield path
+
     def resume_file(self, stage: str) -> Path:
         """Return where the state of an unfinished training of `stage` is kept."""
         return self.folder / ".resume" / f"{stage.replace(':', '_')}.pt"
@@ -146,6 +163,8 @@ class Stage:
         run: The work.
         collective: Whether all processes take part in it.
         source: The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file.
+        reads: Files that it reads, besides those of earlier stages.
+        writes: Places in the run's folder that it may write, as patterns such as ``cpu/model.*``.
     """
 
     name: str
@@ -154,3 +173,5 @@ class Stage:
     run: Callable[[Context], Outcome]
     collective: bool = False
     source: str = ""
+    reads: tuple[Path, ...] = ()
+    writes: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_targets.catalog import load_target
+from rescompress import strict_yaml
 from rescompress.stage import Opening
 
 _LARGE_SIDE = 64
@@ -96,11 +97,9 @@ def _stated(opening: Opening) -> str:
 
 def _path(path: str, folder: Path) -> str:
     """Return a path relative to the config, in quotes where YAML would read it as something else."""
-    import yaml
-
     text = path if path.startswith("builtin:") else os.path.relpath(path, folder)
     try:
-        plain = yaml.safe_load(f"at: {text}") == {"at": text}
-    except yaml.YAMLError:
+        plain = strict_yaml.parse(f"at: {text}") == {"at": text}
+    except strict_yaml.StrictYamlError:
         plain = False
     return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())

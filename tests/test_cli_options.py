@@ -32,8 +32,8 @@ from rescompress.core.metric import accuracy, counted
 from rescompress.gate import render
 from rescompress.stage import Context, Outcome
 
-COMMON = {"help", "json", "verbose", "quiet", "debug", "install_completion", "show_completion"}
-"""What every command takes, and what typer adds."""
+COMMON = {"help", "json", "verbose", "quiet", "debug", "install_completion", "show_completion", "force"}
+"""What every command takes, and what typer adds; what ``--force`` does stands in test_run_claims.py."""
 
 
 class Seen:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +132,84 @@ def test_killed_and_resumed_ends_with_the_same_bits(split: Split, tmp_path: Path
     assert log.epochs == expected.epochs
     for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def _flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :]
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, ("ran",)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    **{f"a bit at {part}/7": lambda content, part=part: _flip(content, len(content) * part // 7) for part in range(7)},
+    "a bit at the end": lambda content: _flip(content, len(content) - 1),
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "more": lambda content: content + b" ",
+    "of an earlier version": lambda content: content[content.index(b"PK") :],
+    "hostile": lambda content: pickle.dumps(_Hostile(), 2),
+    "hostile and signed": lambda content: (
+        content[: content.index(b"\n") + 1] + hashlib.sha256(pickle.dumps(_Hostile(), 2)).digest() + pickle.dumps(_Hostile(), 2)
+    ),
+}
+
+
+@pytest.fixture
+def stopped(split: Split, tmp_path: Path) -> bytes:
+    """The state that a training left which was stopped in its fourth step."""
+    resume = tmp_path / "state.pt"
+    with pytest.raises(_Killed):
+        train(fresh(), split, settings(epochs=2), resume_file=resume, save_every_s=0.0, progress=killed_at(4))
+    return resume.read_bytes()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_state_is_told_and_training_starts_again(
+    split: Split, stopped: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resume = tmp_path / "state.pt"
+    resume.write_bytes(DAMAGE[kind](stopped))
+    expected, network, notes = fresh(), fresh(), list[str]()
+    train(expected, split, settings(epochs=2))
+    assert train(network, split, settings(epochs=2), resume_file=resume, note=notes.append).resumed_at == 0
+    assert len(notes) == 1
+    assert "training starts again" in notes[0]
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), expected.state_dict().values(), strict=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_state_that_is_no_file_is_not_waited_for(split: Split, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        notes: list[str] = []
+        train(fresh(), split, settings(epochs=2), resume_file=path, note=notes.append)
+        assert "training starts again" in notes[0]
+
+
+def test_a_training_that_goes_on_with_other_threads_says_so(
+    split: Split, stopped: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = tmp_path / "state.pt"
+    resume.write_bytes(stopped)
+    notes: list[str] = []
+    assert train(fresh(), split, settings(epochs=2), resume_file=resume, note=notes.append).resumed_at == 3
+    assert notes == []
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    with pytest.raises(_Killed):
+        train(
+            fresh(), split, settings(epochs=2), resume_file=resume, note=notes.append, save_every_s=0.0, progress=killed_at(5)
+        )
+    assert notes == [
+        f"training goes on with {before + 1} threads after {before}: the sums, and so the bits, are those of neither"
+    ]
+    monkeypatch.undo()
+    assert train(fresh(), split, settings(epochs=2), resume_file=resume, note=notes.append).threads == [before, before + 1]
+    assert f"after {before} and {before + 1}" in notes[1]
 
 
 def test_a_state_of_other_settings_is_not_taken_up(split: Split, tmp_path: Path) -> None:
@@ -350,7 +431,7 @@ def test_a_teacher_in_training_mode_is_read_in_evaluation(split: Split) -> None:
     made = build_model(SPEC)
     students = [fresh(), fresh()]
     for student, teacher in zip(students, (copy.deepcopy(made).train(), copy.deepcopy(made).eval()), strict=True):
-        train(student, split, settings(epochs=1), teacher=teacher)
+        train(student, split, settings(epochs=2), teacher=teacher)
     assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
 
 

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from compress.prune.groups import ChannelGroup, Scope, droppable, find_groups, prunable
+from rescompress.core.artifact import read_text
 from rescompress.core.errors import BadInput, BudgetError
 from rescompress.core.layers import walk
 from rescompress.core.spec import Frozen, ModelSpec
@@ -154,7 +155,7 @@ def load_plan(path: Path) -> PruningPlan:
         BadInput: The file is missing or no plan.
     """
     try:
-        return PruningPlan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return PruningPlan.model_validate(json.loads(read_text(path)))
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput("cannot read the pruning plan", where=str(path), remedy="check the path") from e
     except (json.JSONDecodeError, ValidationError) as e:

@@ -78,12 +78,15 @@ def prune(
     Example: rescompress prune --ratio 0.3 resnet50.pt
     Example: rescompress prune resnet32.th --macs 0.5 --data photos/ --target jetson -o half.safetensors
     """
+    from rescompress.claims import check_outputs
     from rescompress.config import FinetuneConfig, PruneConfig
     from rescompress.core.errors import BadInput
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    workspace.check_output(checkpoint, output, plan_out)
+    own = [workspace.WORKSPACE / name for name in ("prune.safetensors", "finetune.safetensors", "plan.json")]
+    check_outputs({"--output": output, "--plan-out": plan_out}, [checkpoint], own=own)
+    check_outputs({"--output": output}, [plan_in], own=own)
     by_weights = method is None and plan_in is None and data is None
     if method is None and plan_in is None:
         method = opt.method_or_default(method, data)
@@ -122,7 +125,7 @@ def prune(
         tuning = _config(FinetuneConfig, options, epochs=finetune_epochs, batch_size=train_batch)
     stages = [builder.dense(), *builder.prune_and_tune(config, tuning, [target] if target else [])]
     last = stages[-1].name
-    report, prints = workspace.run_here(stages, out, checkpoint)
+    report, prints = workspace.run_here(stages, out)
     if not prints:
         return
     before, result = workspace.final(report.manifest, "dense"), workspace.final(report.manifest, "prune")
@@ -178,11 +181,12 @@ def finetune(
     Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
     Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
     """
+    from rescompress.claims import check_outputs
     from rescompress.config import FinetuneConfig
     from rescompress.plan import Builder
 
     out = output_of(ctx)
-    workspace.check_output(checkpoint, output)
+    check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
     config = _config(
         FinetuneConfig, {"batch_size": "--train-batch"},
         epochs=epochs, lr=lr, batch_size=train_batch, teacher=str(teacher) if teacher else None,
@@ -193,7 +197,7 @@ def finetune(
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, settings).finetune(config, opening, opening.of(teacher) if teacher else None)
-    report, prints = workspace.run_here([stage], out, checkpoint)
+    report, prints = workspace.run_here([stage], out)
     if not prints:
         return
     result = workspace.final(report.manifest, "finetune")
@@ -256,11 +260,12 @@ def quantize(
 
     Example: rescompress quantize half.safetensors --data photos/ --mode qat --epochs 1 --teacher resnet32.th
     """
+    from rescompress.claims import check_outputs
     from rescompress.config import QuantizeConfig
     from rescompress.plan import Builder, profile_for
 
     out = output_of(ctx)
-    workspace.check_output(checkpoint, output)
+    check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
     config = _config(
         QuantizeConfig,
         {"batch_size": "--train-batch"},
@@ -277,7 +282,7 @@ def quantize(
     placed = profile_for(config, [target] if target else [])
     mentor = opening.of(teacher) if teacher else opening
     stage = builder.quantize(config, placed, opening, mentor, targets=[target] if target else [])
-    report, prints = workspace.run_here([stage], out, checkpoint)
+    report, prints = workspace.run_here([stage], out)
     if not prints:
         return
     result = workspace.final(report.manifest, "quantize")

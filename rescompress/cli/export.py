@@ -56,6 +56,9 @@ def export(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files in the -o folder that no export wrote.", show_default=False)
+    ] = False,
 ) -> None:
     """Write ONNX for a target, check it, and build and measure, or predict, what it becomes there.
 
@@ -64,6 +67,7 @@ def export(
     Example: rescompress export --target jetson -o bundle.tar.gz
     """
     from edge_targets.bundle import OPTIONAL
+    from rescompress import claims
     from rescompress.core.errors import BadInput
     from rescompress.plan import Builder
 
@@ -83,18 +87,20 @@ def export(
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     options = {"batch": parse_batch(batch), "opset": opset, "precision": precision}
     stage = Builder(opening, settings).target(target[0] if target else "cpu", opening, options, require_engine=require_engine)
-    report, _ = workspace.run_here([stage], out, path)
+    packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
+    claims.check_outputs({"--output": packed}, [path])
+    report, _ = workspace.run_here([stage], out)
     result = workspace.final(report.manifest, stage.name)
     folder = workspace.file_of(result, "onnx").parent
-    packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
     sources = [workspace.WORKSPACE / artifact.path for artifact in result.outputs]
     files = sorted({str(source.relative_to(folder)) for source in sources if source.is_relative_to(folder)})
     if output is not None and packed is None:
+        left = set(OPTIONAL).difference(files) if "SHA256SUMS" in files else set()  # that of another network may be there
+        claims.check_delivery(folder, output, [*files, *sorted(left)], force=force)
         for name in files:
             workspace.deliver(folder / name, output / name)
-        if "SHA256SUMS" in files:
-            for name in set(OPTIONAL).difference(files):  # that of another network may be there
-                (output / name).unlink(missing_ok=True)
+        for name in left:
+            (output / name).unlink(missing_ok=True)
         folder = output
     if packed is not None or archive:
         packed = _pack(result, packed or folder.parent / f"{folder.resolve().name}.tar.gz")

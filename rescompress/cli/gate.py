@@ -89,6 +89,7 @@ def gate(
         Path | None,
         typer.Option("--save-baseline", metavar="FILE", help="Write DIR as one small baseline file.", show_default=False),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
     **flags: object,
 ) -> None:
     """Compare a run with a baseline and fail when it lost too much accuracy, speed or size.
@@ -98,10 +99,16 @@ def gate(
 
     Example: rescompress gate rescompress-out/quickstart --baseline baseline.json --max-drop 1 --summary gate.md
     """
+    from rescompress import claims
     from rescompress.core.errors import BadInput
     from rescompress.gate import judge, load_run
 
     output = output_of(ctx)
+    claims.check_outputs({"--junit": junit, "--summary": summary, "--save-baseline": save_baseline}, [limits])
+    claims.check_outputs({"--junit": junit, "--summary": summary}, [baseline])
+    claims.check_foreign(junit, claims.JUNIT, "--junit", force=force)
+    claims.check_foreign(summary, claims.SUMMARY, "--summary", force=force)
+    claims.check_foreign(save_baseline, claims.BASELINE, "--save-baseline", force=force)
     given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
     allowed = _limits(limits, given)
     candidate = load_run(run)

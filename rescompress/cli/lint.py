@@ -34,9 +34,11 @@ def lint_command(
     from export.lint import lint
     from export.load import load_onnx, save_onnx
     from export.passes import repair
+    from rescompress.claims import check_outputs
     from rescompress.file_check import facts_of
 
     output = output_of(ctx)
+    check_outputs({"--fix": fix})  # over its input it may go: that is a repair in place
     chosen = load_target(target)
     facts = facts_of(chosen)
     for note in alias_notes(chosen):

@@ -31,16 +31,21 @@ def report(
             "--track", metavar="KIND:ADDRESS", help="Record the runs: mlflow:URI, tensorboard:FOLDER.", show_default=False
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
 ) -> None:
     """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
 
     Example: rescompress report rescompress-out/quickstart -o report.html --model-card README.md
     """
+    from rescompress import claims
     from rescompress.core.artifact import write_text
     from rescompress.report import history as past
     from rescompress.report.html import page
 
     output = output_of(ctx)
+    claims.check_outputs({"--output": out, "--model-card": model_card})
+    claims.check_foreign(out, claims.PAGE, "--output", force=force)
+    claims.check_foreign(model_card, claims.CARD, "--model-card", force=force)
     if track is not None:
         from rescompress.track import check
 

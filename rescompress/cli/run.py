@@ -38,6 +38,9 @@ def run(
             "--track", metavar="KIND:ADDRESS", help="Record the run: mlflow:URI, tensorboard:FOLDER.", show_default=False
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files in the folder that rescompress did not write.", show_default=False)
+    ] = False,
 ) -> None:
     """Take a checkpoint through every stage of a config; run it again to go on where it stopped.
 
@@ -72,14 +75,17 @@ def run(
             reporter=reporter,
             peers=together,
             config_file=config,
+            reads=[] if loaded.data.startswith("builtin:") else [Path(loaded.data)],
+            force=force,
         )
     if together is not None and not together.is_main:
         return
     rows = rows_of(report.manifest)
     if report.ran:
+        from rescompress.claims import TABLE
         from rescompress.core.artifact import write_text
 
-        write_text(folder / "table.md", to_markdown(rows))
+        write_text(folder / TABLE, to_markdown(rows), follow=False)
     else:
         out.hint(f"nothing to do: all {len(report.reused)} stages are up to date")
     if track is not None:
@@ -114,11 +120,13 @@ def init(
 
     Example: rescompress init resnet50.pt --data photos/ --target jetson
     """
+    from rescompress.claims import check_outputs
     from rescompress.core.artifact import write_text
     from rescompress.core.errors import BadInput
     from rescompress.starter import starter_config
 
     out = output_of(ctx)
+    check_outputs({"--output": output}, [checkpoint] if checkpoint is not None else [])
     if output.exists() and not force:
         raise BadInput("is there already", where=str(output), remedy="choose another -o, or --force")
     opening = None

@@ -46,6 +46,7 @@ def sensitivity(
     """
     from pathlib import Path
 
+    from rescompress.claims import check_outputs
     from rescompress.core.errors import BadInput
 
     sink = output_of(ctx)
@@ -54,7 +55,7 @@ def sensitivity(
         raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg or .png file")
     if int8 and data is None:
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
-    workspace.check_output(checkpoint, picture)
+    check_outputs({"--output": picture}, [checkpoint])
     opening = workspace.opening(
         checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )

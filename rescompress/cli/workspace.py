@@ -73,26 +73,20 @@ def peers() -> Peers | None:
     return TorchPeers()
 
 
-def run_here(stages: Sequence[Stage], output: Output, read: Path) -> tuple[RunReport, bool]:
+def run_here(stages: Sequence[Stage], output: Output) -> tuple[RunReport, bool]:
     """Run stages in the workspace; return the report, and whether this process is the one that prints.
 
     Args:
         stages: In order.
         output: Where words go.
-        read: The checkpoint that the first stage reads.
 
     Raises:
-        BadInput: A stage would replace that checkpoint by what it makes of it, so that the command could not be repeated.
+        BadInput: A stage would replace a file that it reads by what it makes of it, so that the command could not be repeated.
     """
     from rescompress.cli.progress import reporting
-    from rescompress.core.errors import BadInput
     from rescompress.pipeline import run_stages
 
     folder = WORKSPACE
-    if any((folder / f"{stage.name}.safetensors").resolve() == read.resolve() for stage in stages if stage.name != "dense"):
-        raise BadInput(
-            "would be replaced by what is made from it", where=str(read), remedy=f"copy it to a place outside of {folder} first"
-        )
     together = peers()
     if together is not None and not together.is_main:
         output.verbosity = -1
@@ -121,23 +115,6 @@ def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
     artifact = result.output(kind)
     assert artifact is not None, (result.stage, kind)
     return folder / artifact.path
-
-
-def check_output(read: Path, *written: Path | None) -> None:
-    """Make sure, before any work, that results can be written and do not replace the file they are made from.
-
-    Raises:
-        BadInput: They would replace it, or are folders.
-        EnvironmentFailed: They cannot be written.
-    """
-    from rescompress.core.artifact import check_writable
-    from rescompress.core.errors import BadInput
-
-    for path in written:
-        if path is not None and path.resolve() == read.resolve():
-            raise BadInput("would be replaced by what is made from it", where=str(read), remedy="choose another -o")
-        if path is not None:
-            check_writable(path)
 
 
 def deliver(source: Path, wanted: Path | None) -> Path:

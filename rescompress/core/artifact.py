@@ -1,19 +1,71 @@
-"""Files: `Artifact`, and writing that never leaves half a file."""
+"""Files: `Artifact`, reading that never waits for a pipe, and writing that never leaves half a file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import io
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.spec import Frozen
 
-PARTIAL_PREFIX = ".partial-"
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL_PREFIX = ".partial-rescompress-"
+_PARTIAL = re.compile(re.escape(PARTIAL_PREFIX) + r"[a-z0-9_]{8}(\..*)?", re.DOTALL)
+LARGEST_TEXT = 64 * 2**20
+"""Bytes; a text that people or this package write (a config, a manifest, a plan) is smaller."""
+
+
+class NoRegularFile(OSError):
+    """What was to be read is a folder, a pipe, a device, or too large for what it should be."""
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes, once it is seen to be a regular one: a pipe may never end, and a device never does.
+
+    Raises:
+        NoRegularFile: It is something else.
+        OSError: It is missing or may not be read.
+    """
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags)
+    except ValueError as e:  # a NUL in the name
+        raise NoRegularFile(f"is no name of a file: {e}") from e
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise NoRegularFile(f"is {kind}, a file was expected")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text of a regular file of a size that a text has.
+
+    Raises:
+        OSError: There is no such file (see `open_regular`), or it is too large.
+        UnicodeDecodeError: It is no text.
+    """
+    with open_regular(path) as f:
+        content = f.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise NoRegularFile(f"is larger than {LARGEST_TEXT >> 20} MiB, a text was expected")
+    return content.decode("utf-8")
 
 
 class Artifact(Frozen):
@@ -37,36 +89,61 @@ class Artifact(Frozen):
         return cls(kind=kind, path=path.relative_to(root).as_posix(), sha256=file_sha256(path), size_bytes=path.stat().st_size)
 
     def intact(self, root: Path) -> bool:
-        """Whether the file is there with this size and content."""
+        """Whether the file is there with this size and content.
+
+        Raises:
+            EnvironmentFailed: It may not be read, so nobody knows.
+        """
         path = root / self.path
-        return path.is_file() and path.stat().st_size == self.size_bytes and file_sha256(path) == self.sha256
+        try:
+            return path.is_file() and path.stat().st_size == self.size_bytes and file_sha256(path) == self.sha256
+        except PermissionError as e:
+            raise unreadable(path, e) from e
+        except OSError:
+            return False
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    with path.open("rb") as f:
+    """Return the SHA-256 of a regular file's content, in hex.
+
+    Raises:
+        OSError: There is no such file (see `open_regular`).
+    """
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def unreadable(path: Path, error: OSError) -> EnvironmentFailed:
+    """Return the error of a file of ours that may not be read."""
+    return EnvironmentFailed(f"cannot be read: {error.strerror}", where=str(path), remedy="correct its owner or its rights")
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, follow: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it takes the place of `path`, on failure it vanishes.
 
-    The content is flushed to the disk before the rename, so a crash at any moment leaves the old file or the new one.
+    The content is flushed to the disk before the rename, so a crash at any moment leaves the old file or the new one. The
+    temporary file is locked for as long as it is written, so that `sweep_partial` can tell it from one that was left.
 
     Args:
         path: The final name. Missing parent folders are made; a link stays one, the file it points at is replaced.
+        follow: Whether a link is followed so; else the link itself is replaced.
 
     Raises:
         EnvironmentFailed: The disk is full, or the folder cannot be written.
         BadInput: `path` is a folder, a device or a pipe.
     """
-    path = _file_at(path)
+    path = path if path.is_symlink() and not follow else _file_at(path)
     temporary: Path | None = None
+    held: int | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+        held, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=path.suffix, dir=path.parent)
+        if fcntl is None:
+            os.close(held)  # Windows renames no open file
+            held = None
+        else:
+            _lock(held)
         temporary = Path(name)
         umask = os.umask(0)
         os.umask(umask)
@@ -86,6 +163,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file for as long as it is open; return whether nobody else had it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _file_at(path: Path) -> Path:
@@ -146,19 +236,32 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, follow: bool = True) -> None:
     """Write `content` to `path`, whole or not at all (see `atomic_path`)."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, follow=follow) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str, *, follow: bool = True) -> None:
     """Write UTF-8 text to `path`, whole or not at all (see `atomic_path`)."""
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode(), follow=follow)
 
 
-def sweep_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written below `folder`; call it only when no other process writes there."""
-    for path in folder.rglob(f"{PARTIAL_PREFIX}*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+def sweep_partial(folders: Iterable[Path]) -> None:
+    """Remove what killed processes of ours left half-written directly in these folders, and nothing that is still written."""
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            for path in [] if folder.is_symlink() else list(folder.iterdir()):
+                if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_left(path):
+                    path.unlink(missing_ok=True)
+
+
+def _is_left(partial: Path) -> bool:
+    """Whether no process writes this file any more."""
+    if fcntl is None:
+        return True
+    try:
+        with open_regular(partial) as f:
+            return _lock(f.fileno())
+    except FileNotFoundError:
+        return False

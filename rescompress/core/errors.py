@@ -21,6 +21,7 @@ An error says *what* is wrong, *where* (the file, key or option) and *what to do
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -121,3 +122,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{n}'" for n in close) + "?"
     return "known: " + ", ".join(names)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
+
+
+def shown(value: object) -> str:
+    """Return a value that somebody gave, for the text of an error: short, whatever it holds."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"a {type(value).__name__} too long to show"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from rescompress.core.artifact import Artifact, write_text
+from rescompress.core.artifact import Artifact, read_text, write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.metric import Metric
 from rescompress.core.spec import Frozen
@@ -35,6 +35,7 @@ class StageResult(Frozen):
         duration_s: Wall-clock time it took when it ran.
         finished: When it ended; ISO 8601, UTC.
         ancestry: SHA-256 of the checkpoint it read, of the one that was made from, and so on back to the first file.
+        environment: Where it was computed, as in `Manifest`, with the number of threads; empty where it is not known.
         details: What a reader may want beside the metrics, JSON values only (widths per group, error curves, log of the
             epochs, engine status, lint findings, latency per layer).
     """
@@ -48,6 +49,7 @@ class StageResult(Frozen):
     duration_s: float = 0.0
     finished: str = ""
     ancestry: tuple[str, ...] = ()
+    environment: dict[str, Any] = Field(default_factory=dict)
     details: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -72,6 +74,17 @@ class StageResult(Frozen):
         return next((a for a in self.outputs if a.kind == kind), None)
 
 
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return in words how one environment differs from another."""
+    mine, theirs = ({**e, **_mapping(e.get("packages"))} for e in (one, other))
+    names = [n for n in dict.fromkeys([*mine, *theirs]) if n != "packages" and mine.get(n) != theirs.get(n)]
+    return ", ".join(f"{n} {mine.get(n, 'unknown')} (not {theirs.get(n, 'unknown')})" for n in names)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 class Manifest(Frozen):
     """All stages of one run, in order.
 
@@ -81,7 +94,7 @@ class Manifest(Frozen):
         created: ISO 8601, UTC.
         config: The run's settings as they were resolved.
         config_file: The file that they are from, relative to the run's folder; empty where it is not known.
-        environment: Python, platform, packages, CPU, threads.
+        environment: Python, platform, packages and CPU of the last call; each stage has its own.
         stages: In order.
         unfinished: Names of the stages that the run has not reached yet: it is going on, or it was stopped.
     """
@@ -98,6 +111,28 @@ class Manifest(Frozen):
     def stage(self, name: str) -> StageResult | None:
         """Return the stage called `name`, or None."""
         return next((s for s in self.stages if s.stage == name), None)
+
+    @property
+    def environments(self) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...]:
+        """The environments that stages were computed in, each with the names of its stages, in order; unknown ones left out."""
+        found: list[tuple[dict[str, Any], list[str]]] = []
+        for stage in self.stages:
+            names = next((names for place, names in found if place == stage.environment), None)
+            if names is not None:
+                names.append(stage.stage)
+            elif stage.environment:
+                found.append((stage.environment, [stage.stage]))
+        return tuple((place, tuple(names)) for place, names in found)
+
+    @property
+    def made_elsewhere(self) -> tuple[str, ...]:
+        """Sentences on stages that were computed elsewhere, or with another number of threads, than the last one."""
+        last = next((s.environment for s in reversed(self.stages) if s.environment), {})
+        return tuple(
+            f"{', '.join(names)}: computed with {_difference(place, last)}"
+            for place, names in self.environments
+            if place != last
+        )
 
     def with_stage(self, result: StageResult) -> Manifest:
         """Return a manifest in which `result` replaces the stage of its name, or stands last, and is no longer unfinished."""
@@ -153,9 +188,9 @@ class Manifest(Frozen):
         return self.model_copy(update={"stages": tuple(s for s in self.stages if s.stage != name)})
 
     def save(self, folder: Path) -> Path:
-        """Write ``manifest.json`` into `folder`, atomically, and return its path."""
+        """Write ``manifest.json`` into `folder`, atomically, and return its path; a link there is replaced, not followed."""
         path = folder / MANIFEST_NAME
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        write_text(path, self.model_dump_json(indent=1) + "\n", follow=False)
         return path
 
 
@@ -174,7 +209,7 @@ def load_manifest(path: Path | str) -> Manifest:
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as e:
         below = ", ".join(str(run) for run in runs_below(path.parent))
         remedy = f"name one of the runs below it: {below}" if below else "name the output folder of a run"

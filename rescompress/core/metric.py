@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from rescompress.core.spec import Frozen
 
 Provenance = Literal["counted", "measured", "predicted", "published"]
 
 
 class Metric(Frozen):
-    """One number with its origin.
+    """One finite number with its origin; JSON has no other, and a manifest with one could not be read again.
 
     Attributes:
         value: The number.
@@ -31,6 +33,8 @@ class Metric(Frozen):
         model: Name and version of the prediction model.
         source: Of a published figure.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     value: float
     unit: str

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from rescompress import strict_yaml
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
 
@@ -59,16 +60,7 @@ def load_limits(path: Path) -> Limits:
     Raises:
         ConfigError: It is missing, is no YAML mapping, or holds an unknown key or an impossible value.
     """
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ConfigError("no such file", where=str(path), remedy="name a YAML file with limits") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot be read: {e}", where=str(path), remedy="name a YAML file with limits") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"is no YAML: {e}", where=str(path), remedy="see docs/gate.md for the keys") from e
+    document = strict_yaml.load(path, missing="name a YAML file with limits", remedy="see docs/gate.md for the keys")
     if document is None:
         document = {}
     if not isinstance(document, dict):

@@ -54,6 +54,7 @@ def model_card(name: str, manifest: Manifest) -> str:
         "Environment:",
         "",
         *_list(manifest.environment),
+        *(f"- {markdown(text)}" for text in manifest.made_elsewhere),
         "",
         "## Files",
         "",

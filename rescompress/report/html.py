@@ -553,7 +553,9 @@ def _definitions(values: Mapping[str, Any]) -> str:
 
 
 def _environment(manifest: Manifest) -> str:
-    return f"<h3>Environment</h3>{_definitions(manifest.environment)}<h3>Settings</h3>{_definitions(manifest.config)}"
+    elsewhere = "".join(f'<p class="note">{escape(text)}</p>' for text in manifest.made_elsewhere)
+    shown = f"<h3>Environment</h3>{_definitions(manifest.environment)}{elsewhere}"
+    return f"{shown}<h3>Settings</h3>{_definitions(manifest.config)}"
 
 
 def _manifest(manifest: Manifest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -41,7 +42,7 @@ from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import ModelSpec, Preprocessing
-from rescompress.fingerprint import key_of
+from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
@@ -77,6 +78,7 @@ def pruned(
     targets: tuple[str, ...],
     name: str = "prune",
     before: str | None = None,
+    plan_sha256: str | None = None,
 ) -> Outcome:
     """The network with channels removed and the rest compensated; `before` names the stage of the last iteration."""
     prepare(common)
@@ -91,7 +93,9 @@ def pruned(
         if len(set(chosen.labels.tolist())) == 1 and len(chosen.classes) > 1:
             notes.append("all calibration images are of one class: what tells the others apart may go")
     if config.plan is not None:
-        plan = load_plan(Path(config.plan))
+        path = Path(config.plan)
+        with held_to(path, plan_sha256) if plan_sha256 is not None else contextlib.nullcontext():
+            plan = load_plan(path)
         start = time.perf_counter()
         told: list[str] = []
         smaller = prune_by_plan(
@@ -285,9 +289,11 @@ def finetuned(
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, teacher, checkpoint.spec, split)
-    log, resume = train_network(context, name, model, split, settings, mentor)
+    log, resume, notes = train_network(context, name, model, split, settings, mentor)
     done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    return finish(context, name, done, common, {"epochs": log, "lr": config.lr}, transient=[resume])
+    return finish(
+        context, name, done, common, {"epochs": log, "lr": config.lr} | ({"notes": notes} if notes else {}), transient=[resume]
+    )
 
 
 def quantized(
@@ -332,13 +338,15 @@ def quantized(
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
         network = teacher_network(context, teacher, checkpoint.spec, seen)
-        details["epochs"], resume = train_network(context, "quantize", model, seen, settings, network)
+        details["epochs"], resume, notes = train_network(context, "quantize", model, seen, settings, network)
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
         details["kept"] = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
-            details["notes"] = ["training did no good on the held-out images: the network that was only calibrated is kept"]
-            context.reporter.note(details["notes"][0])
+            notes.append("training did no good on the held-out images: the network that was only calibrated is kept")
+            context.reporter.note(notes[-1])
+        if notes:
+            details["notes"] = notes
     return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 
@@ -414,14 +422,15 @@ def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, s
 
 def train_network(
     context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: Teacher | None
-) -> tuple[list[dict[str, float]], Path]:
-    """Train `model` in place; return the log of its epochs and the file its state was kept in."""
+) -> tuple[list[dict[str, float]], Path, list[str]]:
+    """Train `model` in place; return the log of its epochs, the file its state was kept in, and what is worth telling."""
 
     def tell(state: TrainState) -> None:
         text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %"
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)
+    notes: list[str] = []
     log = train(
         model,
         split,
@@ -431,5 +440,8 @@ def train_network(
         progress=tell,
         resume_file=resume,
         save_every_s=SAVE_EVERY_S,
+        note=notes.append,
     )
-    return log.epochs, resume
+    for text in notes if context.main else ():
+        context.reporter.note(text)
+    return log.epochs, resume, notes

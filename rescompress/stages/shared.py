@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
+from rescompress.fingerprint import held_to
 from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome
 
@@ -36,10 +38,12 @@ class Source:
     Attributes:
         stage: The stage that wrote it, or None.
         opening: The file and what is stated about it, where no stage wrote it.
+        sha256: Of that file when the stage's key was made.
     """
 
     stage: str | None = None
     opening: Opening | None = None
+    sha256: str | None = None
 
     @property
     def path(self) -> Path | None:
@@ -47,11 +51,17 @@ class Source:
         return self.opening.path if self.opening else None
 
     def load(self, context: Context) -> Checkpoint:
-        """Return the checkpoint."""
+        """Return the checkpoint.
+
+        Raises:
+            BadInput: The file is no longer the one that the stage's key is about.
+        """
         if self.stage is not None:
-            return load_checkpoint(context.file(self.stage, "checkpoint"))
+            with context.held(self.stage, "checkpoint") as path:
+                return load_checkpoint(path)
         assert self.opening is not None
-        return self.opening.load(context.reporter.note if context.main else None)
+        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
+            return self.opening.load(context.reporter.note if context.main else None)
 
 
 def network_of(checkpoint: Checkpoint) -> ResNet:
