@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, markdown, provenance
+from rescompress.core.text import markdown, spreadsheet_cell
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -507,6 +508,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Return the table as CSV: plain numbers in base units, provenance of every latency in columns of its own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+
+    def write(cells: Iterable[object]) -> None:
+        writer.writerow([spreadsheet_cell(c) if isinstance(c, str) else "" if c is None else c for c in cells])
+
     columns = columns_for(rows, wide=True)
     names = ["run", "created", "stage", "status", "reason"]
     for column in columns:
@@ -514,7 +519,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         if column.against_dense != "none":
             names.append(f"{column.metric}_{'points' if column.against_dense == 'difference' else 'ratio'}_to_dense")
         names += [f"{column.metric}_{fact}" for fact in _facts(column)]
-    writer.writerow([*names, "dominated"])
+    write([*names, "dominated"])
     beaten = dominated(rows)
     for i, row in enumerate(rows):
         cells: list[object] = [row.run, row.created, row.stage, row.status, row.reason]
@@ -524,7 +529,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             if column.against_dense != "none":
                 cells.append(row.against_dense.get(column.metric))
             cells += [None if metric is None else getattr(metric, fact) for fact in _facts(column)]
-        writer.writerow(["" if c is None else c for c in [*cells, int(i in beaten)]])
+        write([*cells, int(i in beaten)])
     return out.getvalue()
 
 
