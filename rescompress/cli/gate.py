@@ -28,6 +28,7 @@ SHOWN = {
     "max_drop": ("PTS", "1.0"),
     "stage": ("S", "last with accuracy"),
     "on_inconclusive": (None, "exit 6"),
+    "on_missing": (None, "fail"),
 }
 
 

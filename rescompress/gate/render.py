@@ -34,7 +34,7 @@ def interval_text(check: Check) -> str:
 
 def limit_text(check: Check) -> str:
     """Return the limit with its unit."""
-    if check.name.startswith("stage:"):
+    if check.name.startswith(("stage:", "target:")):
         return ""
     return points(check.limit) if check.unit == "points" else f"{check.limit:g}x"
 
