@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
 
 Tone = Literal["plain", "base"]
@@ -164,7 +164,10 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
     )
     parts = _open(name, height, title, description)
     parts += frame.grid(x_axis, y_axis)
-    fronts = [_front([p for p in points if p.family == family]) for family in dict.fromkeys(p.family for p in points)]
+    families: dict[Hashable, list[Point]] = {}
+    for point in points:
+        families.setdefault(point.family, []).append(point)
+    fronts = [_front(family) for family in families.values()]
     for front in fronts:
         steps = [f"M{_number(frame.x(front[0].x))} {_number(frame.y(front[0].y))}"]
         for point in front[1:]:
@@ -179,11 +182,14 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
 
 def _front(points: Sequence[Point]) -> list[Point]:
     """Return the Pareto front from the cheapest on."""
-    return sorted((p for p in points if _on_front(p, points)), key=lambda p: (p.x, p.y))
-
-
-def _on_front(point: Point, points: Sequence[Point]) -> bool:
-    return not any(p.x <= point.x and p.y >= point.y and (p.x, p.y) != (point.x, point.y) for p in points)
+    front: list[Point] = []
+    best = -math.inf
+    for _, same in groupby(sorted(points, key=lambda p: (p.x, -p.y)), key=lambda p: p.x):
+        column = list(same)
+        if column[0].y > best:
+            best = column[0].y
+            front += [p for p in column if p.y == best]
+    return front
 
 
 def _mark(point: Point, frame: _Frame) -> list[str]:
@@ -212,7 +218,7 @@ def _labels(points: Sequence[Point], fronts: Sequence[Sequence[Point]], frame: _
     for a, b in (pair for front in fronts for pair in pairwise(front)):
         taken.append((frame.x(a.x), frame.y(a.y) - 2, frame.x(b.x) - frame.x(a.x), 4.0))
     parts = []
-    for point in sorted(points, key=lambda p: p.x):
+    for point in sorted((p for p in points if p.label), key=lambda p: p.x):
         x, y, width = frame.x(point.x), frame.y(point.y), LETTER * len(point.label)
         choices = [
             (x + 9, y + 4, "start", (x + 9, y - 7)),
