@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rescompress.core.artifact import Artifact, write_text
@@ -159,10 +160,15 @@ def write_run(
         cpu, first = manifest.stages[5], manifest.stages[0]
         assert cpu.stage == "target:cpu"
         manifest = manifest.with_stage(
-            cpu.model_copy(update={"details": {**cpu.details, "dense_latency_runs": list(dense_runs_ms)}})
+            cpu.model_copy(
+                update={
+                    "details": {**cpu.details, "dense_latency_runs": list(dense_runs_ms)},
+                    "metrics": {**cpu.metrics, "dense_p50_ms": latency(median(dense_runs_ms), precision="fp32")},
+                }
+            )
         )
         onnx = folder / "dense.onnx"
-        onnx.write_bytes(b"the dense network")
+        onnx.write_bytes(b"the dense network".ljust(1_870_000))
         artifact = Artifact.of("onnx", onnx, folder)
         manifest = manifest.with_stage(first.model_copy(update={"outputs": (*first.outputs, artifact)}))
     manifest.save(folder)

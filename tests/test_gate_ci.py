@@ -118,7 +118,7 @@ def test_the_action_passes_every_input_and_fails_with_the_gate(checkout: Path) -
     finished_run(checkout)
     manifest = json.loads((checkout / "work" / "out" / "manifest.json").read_text())
     for stage in manifest["stages"]:
-        if "size_bytes" in stage["metrics"]:
+        if "size_bytes" in stage["metrics"] and stage["stage"] != "dense":  # whose file is told with its size
             stage["metrics"]["size_bytes"]["value"] *= 2
     (checkout / "work" / "out" / "manifest.json").write_text(json.dumps(manifest))
     step = {"with": {"run": "out", "baseline": "examples/ci/baseline.json", "max-latency": "inf", "max-drop": "50"}}

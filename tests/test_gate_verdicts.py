@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -252,12 +253,50 @@ def test_targets_of_one_run_only_are_named(tmp_path: Path) -> None:
     manifest = load_run(pair[0]).manifest
     manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage != "target:jetson")}).save(pair[0])
     report = judged(pair)
+    assert verdicts(report)["target:jetson"] == report.verdict == "fail"
+    assert "the baseline has the latency of target:jetson" in next(
+        c.message for c in report.checks if c.name == "target:jetson"
+    )
+    assert judged(pair, on_missing="inconclusive").verdict == "inconclusive"
+    report = judged(pair, on_missing="pass")
     assert "latency:jetson" not in verdicts(report)
-    assert any("jetson" in note for note in report.notes)
-    demanded = judged(pair, max_latency={"jetson": 1.1})
+    assert report.verdict == "pass"
+    assert any("target:jetson is not judged" in note for note in report.notes)
+    demanded = judged(pair, max_latency={"jetson": 1.1}, on_missing="pass")
     assert verdicts(demanded)["latency:jetson"] == "inconclusive"
     with pytest.raises(BadInput, match="jetsom"):
         judged(pair, max_latency={"jetsom": 1.1})
+    unasked = judged(pair, max_latency={"jetson": None})
+    assert unasked.verdict == "pass", "no figure of the target would be judged"
+    assert judged(pair[::-1]).verdict == "pass", "a target more is no loss"
+
+
+@pytest.mark.parametrize("status", ["skipped", "failed"])
+def test_a_target_that_came_to_nothing_is_no_pass(tmp_path: Path, status: str) -> None:
+    pair = pair_of_runs(tmp_path)
+    manifest = load_run(pair[0]).manifest
+    manifest.with_stage(StageResult(stage="target:cpu", status=status, reason="openvino is missing")).save(pair[0])  # type: ignore[arg-type]
+    done = cli(pair[0], "-b", pair[1])
+    assert done.returncode == 3
+    assert "openvino is missing" in done.stdout
+    assert cli(pair[0], "-b", pair[1], "--on-missing", "pass").returncode == {"skipped": 0, "failed": 3}[status]
+
+
+def test_the_accuracy_of_every_target_is_judged(tmp_path: Path) -> None:
+    """Two runtimes need not give the same answers; one that lost its accuracy must not hide behind the other."""
+    good, bad = outcomes_with(5000, 600, 0)
+    for name, outcomes in (("base", good), ("cand", bad)):
+        write_run(tmp_path / name, n=5000, final=outcomes, runs_ms=STEADY)
+        manifest = load_run(tmp_path / name).manifest
+        cpu = write_run(tmp_path / "other", n=5000, final=good, runs_ms=STEADY).stage("target:cpu")
+        assert cpu is not None
+        inline = {**cpu.details, "outcomes": good.model_dump()}
+        manifest.with_stage(cpu.model_copy(update={"stage": "target:cpu-ort", "outputs": (), "details": inline})).save(
+            tmp_path / name
+        )
+    pair = (tmp_path / "cand", tmp_path / "base")
+    assert {k: v for k, v in verdicts(judged(pair)).items() if "accuracy" in k} == {"accuracy": "pass", "accuracy:cpu": "fail"}
+    assert verdicts(judged(pair, stage="target:cpu-ort")).keys() & {"accuracy:cpu"} == set(), "one stage alone was asked for"
 
 
 def test_a_failed_stage_fails_the_gate(tmp_path: Path) -> None:
@@ -472,6 +511,70 @@ def test_figures_that_nothing_real_has_are_refused(
     with pytest.raises(BadInput, match=f"the {whose}'s {told} is {value:g}") as caught:
         judge(*((bad, good) if whose == "candidate" else (good, bad)), Limits())
     assert caught.value.exit_code == 5
+
+
+def _edited(folder: Path, stage: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    change(next(s for s in document["stages"] if s["stage"] == stage))
+    path.write_text(json.dumps(document))
+    return folder
+
+
+def _metric(name: str, **facts: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda stage: stage["metrics"][name].update(facts)
+
+
+CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "top-1": (_metric("top1", value=0.1), r"top1 is 10\.00 %, the outcomes say \d\d\.\d\d %"),
+    "top-1 is no number": (_metric("top1", value=float("nan")), "top1 is nan fraction"),
+    "top-1 above one": (_metric("top1", value=1.5), r"top1 is 1\.5 fraction"),
+    "top-1 below zero": (_metric("top1", value=-1.0), "top1 is -1 fraction"),
+    "samples": (_metric("top1", n=77), "top1 is of 77 samples, the outcomes are of 1000"),
+    "latency": (_metric("p50_ms", value=100.0), r"p50_ms is 100 ms, the processes it is from took 0\.98 to 1\.02 ms"),
+    "latency of any size": (_metric("p50_ms", value=1e308), r"p50_ms is 1e\+308 ms"),
+    "latency below zero": (_metric("p99_ms", value=-1.0), "p99_ms is -1 ms"),
+    "unit of time": (_metric("p50_ms", unit="s"), "p50_ms is in s, expected ms"),
+    "unit of size": (_metric("size_bytes", unit="MB"), "size_bytes is in MB, expected bytes"),
+    "size": (_metric("size_bytes", value=0.0), "size_bytes is 0 bytes"),
+    "deviation": (_metric("top1", std_error=-0.1), "std_error of top1 is -0.1 fraction"),
+    "threads": (_metric("p50_ms", threads=-2), "threads of p50_ms is -2"),
+    "size of the file": (
+        lambda s: s["outputs"].append({"kind": "onnx", "path": "m.onnx", "sha256": "0", "size_bytes": 7}),
+        "size_bytes is 260000, the file m.onnx has 7 bytes",
+    ),
+    "outcomes in the manifest": (
+        lambda s: s["details"].update(outcomes=Outcomes.pack([True] * 1000, digest(1000), CLASSES).model_dump()),
+        r"in the manifest \(1000 of 1000 right\) are not those in the file \(\d+ of 1000 right\)",
+    ),
+    "outcomes beside the run": (
+        lambda s: s["outputs"][0].update(path="../base/target-cpu/outcomes.json"),
+        r"outside of the run: \.\./base",
+    ),
+    "outcomes anywhere": (lambda s: s["outputs"][0].update(path="/etc/passwd"), "outside of the run: /etc/passwd"),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+@pytest.mark.parametrize("whose", ["cand", "base"])
+def test_a_manifest_that_contradicts_its_evidence_is_refused(tmp_path: Path, what: str, whose: str) -> None:
+    change, told = CONTRADICTIONS[what]
+    pair_of_runs(tmp_path, 1000)
+    assert judged((tmp_path / "cand", tmp_path / "base")).verdict == "pass"
+    _edited(tmp_path / whose, "target:cpu", change)
+    with pytest.raises(BadInput, match=told) as caught:
+        judged((tmp_path / "cand", tmp_path / "base"))
+    assert caught.value.exit_code == 5
+
+
+def test_a_stage_stands_once(tmp_path: Path) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 1000)
+    path = candidate / "manifest.json"
+    document = json.loads(path.read_text())
+    document["stages"].append(next(s for s in document["stages"] if s["stage"] == "target:cpu"))
+    path.write_text(json.dumps(document))
+    with pytest.raises(BadInput, match="target:cpu: stands twice"):
+        judged((candidate, baseline))
 
 
 def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> None:

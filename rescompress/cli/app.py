@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rescompress.cli.output import Output
+from rescompress.cli.output import Output, guarded
 from rescompress.siblings import check_siblings
 
 COMPRESS = "Compress"
@@ -176,15 +176,16 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     output = Output()
     begin = time.monotonic()
-    try:
-        _build(output)()
-    except KeyboardInterrupt:
-        output.hint("interrupted")
-        sys.exit(130)
-    except Exception as e:
-        sys.exit(output.failure(e))
-    finally:
-        output.detail(_spent(time.monotonic() - begin))
+    with guarded():
+        try:
+            _build(output)()
+        except KeyboardInterrupt:
+            output.hint("interrupted")
+            sys.exit(130)
+        except Exception as e:
+            sys.exit(output.failure(e))
+        finally:
+            output.detail(_spent(time.monotonic() - begin))
 
 
 def _spent(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,9 +70,9 @@ def compare(
         document = {"rows": tables.to_document(rows)} | ({"trends": _trend_document(going)} if history else {})
         output.result(document, tables.to_rich(rows, wide=wide), *([_trend_table(going)] if going else []))
     elif form is Format.csv:
-        sys.stdout.write(tables.to_csv(rows))
+        output.text(tables.to_csv(rows))
     else:
-        sys.stdout.write(tables.to_markdown(rows, wide=wide) + _trend_markdown(going))
+        output.text(tables.to_markdown(rows, wide=wide) + _trend_markdown(going))
 
 
 def _trend_document(going: Sequence[Trend]) -> list[dict[str, Any]]:
@@ -110,7 +109,9 @@ def _trend_table(going: Sequence[Trend]) -> Any:
 
 
 def _trend_markdown(going: Sequence[Trend]) -> str:
+    from rescompress.core.text import markdown
+
     if not going:
         return ""
     lines = ["", "| " + " | ".join(TREND_HEAD) + " |", "|---|---:|---:|---:|---|"]
-    return "\n".join([*lines, *("| " + " | ".join(_trend_cells(t)) + " |" for t in going)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(map(markdown, _trend_cells(t))) + " |" for t in going)]) + "\n"

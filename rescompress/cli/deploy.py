@@ -82,10 +82,7 @@ def deploy(
         notes += _advice(assumed, jobs, dla)
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
-        from rich.markup import escape
-
-        shown = [escape(line) for line in lines]
-        output.result({"target": assumed.name, "commands": lines, "notes": notes}, *shown, *notes)
+        output.result({"target": assumed.name, "commands": lines, "notes": notes}, *lines, *notes)
         return
     if host is None:
         raise BadInput("which board?", where="--host", remedy="give --host user@board, or --dry-run to see the commands")

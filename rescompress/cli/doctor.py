@@ -146,14 +146,14 @@ def _stated() -> list[str]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="What is here", title_justify="left")
     for heading in ("Piece", "Found", "For", "Where it is missing"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         found = row["found"]
-        mark = (
-            f"[green]{found}[/green]" if found else ("[red]missing[/red]" if row["required"] else "[yellow]not here[/yellow]")
-        )
-        table.add_row(row["name"], mark, row["purpose"], "" if found else row["remedy"].replace("[", r"\["))
+        missing = Text("missing", style="red") if row["required"] else Text("not here", style="yellow")
+        mark = Text(found, style="green") if found else missing
+        table.add_row(row["name"], mark, row["purpose"], "" if found else row["remedy"])
     return table

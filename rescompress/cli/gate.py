@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +28,7 @@ SHOWN = {
     "max_drop": ("PTS", "1.0"),
     "stage": ("S", "last with accuracy"),
     "on_inconclusive": (None, "exit 6"),
+    "on_missing": (None, "fail"),
 }
 
 
@@ -128,7 +128,7 @@ def gate(
         output.result({"baseline": str(save_baseline)})
         return
     report = judge(candidate, load_run(baseline), allowed)  # before anything is written: it may be to the same file
-    _write(report, candidate, allowed, junit, summary, limits or run)
+    _write(report, candidate, allowed, junit, summary, limits or run, output)
     if save_baseline is not None and report.verdict == "pass":
         _save(candidate, save_baseline, output)
     elif save_baseline is not None:
@@ -154,7 +154,13 @@ def _limits(path: Path | None, flags: dict[str, object]) -> Limits:
 
 
 def _write(
-    report: GateReport, candidate: Run, limits: Limits, junit: Path | None, summary: Path | None, points_at: Path
+    report: GateReport,
+    candidate: Run,
+    limits: Limits,
+    junit: Path | None,
+    summary: Path | None,
+    points_at: Path,
+    output: Output,
 ) -> None:
     from rescompress.core.artifact import write_text
     from rescompress.gate import render
@@ -167,7 +173,7 @@ def _write(
         write_text(junit, render.to_junit(report, inconclusive_fails=limits.on_inconclusive != "pass"))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for command in render.github_commands(report):
-            sys.stderr.write(command + "\n")
+            output.workflow_command(command)
         _append("GITHUB_STEP_SUMMARY", text)
         _append("GITHUB_OUTPUT", f"verdict={report.verdict}\n")
     if os.environ.get("GITLAB_CI") == "true":

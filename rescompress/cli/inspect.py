@@ -81,14 +81,13 @@ def formats(ctx: typer.Context) -> None:
 
 
 def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:
-    from rich.markup import escape
+    from rich.text import Text
 
     totals = document["totals"]
     lines = [
-        f"[bold]{escape(document['architecture'])}[/bold]",
         f"format         {document['format']}" + (f" ({document['container']})" if document["container"] else ""),
         f"input          {_shape(document['input_shape'])}",
-        f"preprocessing  {escape(document['preprocessing']['text'])}",
+        f"preprocessing  {document['preprocessing']['text']}",
         f"totals         {totals['params']:,} parameters, {totals['macs']:,} MACs, {totals['size_bytes'] / 1e6:.2f} MB, "
         f"{totals['blocks']} blocks",
     ]
@@ -99,9 +98,10 @@ def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:
         )
     if document["labels"]:
         more = " ..." if len(document["labels"]) > 10 else ""
-        lines.append(f"labels         {escape(', '.join(document['labels'][:10]))}{more}")
-    lines += [f"note           {escape(str(note))}" for note in document["notes"]]
-    return ["\n".join(lines), _layer_table(document, everything=everything), _group_table(document)]
+        lines.append(f"labels         {', '.join(document['labels'][:10])}{more}")
+    lines += [f"note           {note}" for note in document["notes"]]
+    name = Text(document["architecture"], style="bold")
+    return [name, "\n".join(lines), _layer_table(document, everything=everything), _group_table(document)]
 
 
 def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
@@ -123,7 +123,7 @@ def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
             if before is not None:
                 b = blocks[before]
                 table.add_row(
-                    f"[bold]{before}[/bold]",
+                    before,
                     f"{b['kind']}, shortcut: {b['shortcut_text']}",
                     _shape(b["out_shape"]),
                     "",

@@ -27,7 +27,6 @@ def lint_command(
 
     Example: [bold]rescompress lint model.onnx --target jetson --fix repaired.onnx[/bold]
     """
-    from rich.markup import escape
     from rich.table import Table
 
     from edge_targets.catalog import alias_notes, load_target
@@ -59,7 +58,7 @@ def lint_command(
     for column in ("severity", "rule", "node", "what is wrong", "remedy"):
         table.add_column(column, overflow="fold")
     for f in findings:
-        table.add_row(*(escape(text) for text in (f.severity, f.rule, f.node, f.message, f.remedy)))
+        table.add_row(f.severity, f.rule, f.node, f.message, f.remedy)
     output.result([f.document() for f in findings], table if findings else f"{model.name}: nothing found for {facts.title}")
     errors = sum(f.severity == "error" for f in findings)
     if errors:

@@ -1,13 +1,26 @@
-"""The one sink of the command line: data to stdout, progress, hints and errors to stderr."""
+"""The one sink of the command line: data to stdout, progress, hints and errors to stderr.
+
+Text from files is made harmless twice. What `Output` writes passes through `log_line` before it is styled; and `guarded`
+stands before both streams of the process, so that what anything else prints (the parser of the command line, warnings of
+libraries, tracebacks) passes, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from rescompress.core.text import json_text, log_line, shown
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console, RenderableType
+
+LONGEST = 4000
+"""Letters of an error that are shown; a file may hold a name of any length."""
 
 
 class Output:
@@ -26,9 +39,7 @@ class Output:
 
     def console(self) -> Console:
         """Return a console on stderr, for progress."""
-        from rich.console import Console
-
-        return Console(stderr=True, quiet=self.verbosity < 0)
+        return _console(stderr=True, quiet=self.verbosity < 0)
 
     @property
     def interactive(self) -> bool:
@@ -43,20 +54,26 @@ class Output:
         except BrokenPipeError:
             discard_stdout()
 
+    def text(self, text: str) -> None:
+        """Print a text that has a form of its own (CSV, Markdown) on stdout; as much of it as the reader wants."""
+        try:
+            sys.stdout.write(log_line(text))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            discard_stdout()
+
+    def workflow_command(self, line: str) -> None:
+        """Print a line that a CI runner obeys, with its parts escaped as the runner asks for."""
+        stream = sys.stderr
+        (stream.unguarded if isinstance(stream, _Guarded) else stream).write(line + "\n")
+
     def _print(self, document: Any, *human: RenderableType) -> None:
         if self.json:
             import json
 
-            sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            sys.stdout.write(json_text(json.dumps(document, indent=1, allow_nan=False)) + "\n")
             return
-        from rich.console import Console as RichConsole
-
-        class Console(RichConsole):
-            def on_broken_pipe(self) -> None:  # Rich's own ends with 1, whatever the command came to
-                self.quiet = True
-                discard_stdout()
-
-        console = Console(highlight=False) if sys.stdout.isatty() else Console(width=_width(), highlight=False)
+        console = _console() if sys.stdout.isatty() else _console(width=_width())
         for renderable in human:
             # lines of text are never broken: commands among them are there to be copied
             console.print(renderable, soft_wrap=isinstance(renderable, str))
@@ -64,12 +81,12 @@ class Output:
     def hint(self, text: str) -> None:
         """Print a line for the person at the keyboard, unless quiet."""
         if self.verbosity >= 0:
-            sys.stderr.write(text + "\n")
+            _say(text)
 
     def detail(self, text: str) -> None:
         """Print a line that only ``-v`` shows."""
         if self.verbosity > 0:
-            sys.stderr.write(text + "\n")
+            _say(text)
 
     def failure(self, error: Exception) -> int:
         """Print an error and return its exit code."""
@@ -83,21 +100,98 @@ class Output:
         if isinstance(error, RescompressError):
             code = error.exit_code
             text = f"{error.where}: {error.what}" if error.where else error.what
-            sys.stderr.write(f"error: {text}\n")
+            _say(f"error: {text}")
             if error.remedy:
-                sys.stderr.write(f"  -> {error.remedy}\n")
+                _say(f"  -> {error.remedy}")
         elif _is_out_of_memory(error):
             code = 7
             remedy = "use a smaller --batch-size (or --train-batch), or fewer --calib images"
-            sys.stderr.write(f"error: out of memory\n  -> {remedy}\n")
+            _say(f"error: out of memory\n  -> {remedy}")
         elif isinstance(error, OSError) and error.errno == 28:
             code = 7
-            sys.stderr.write(f"error: the disk is full: {error.filename or ''}\n  -> free some space and run again\n")
+            _say(f"error: the disk is full: {error.filename or ''}\n  -> free some space and run again")
         elif isinstance(error, BrokenPipeError):
             code = 0
         else:
-            sys.stderr.write(f"error: {type(error).__name__}: {error}\n  -> a bug of rescompress; --debug shows where\n")
+            _say(f"error: {type(error).__name__}: {error}\n  -> a bug of rescompress; --debug shows where")
         return code
+
+
+def _say(text: str) -> None:
+    """Print text from anywhere on stderr."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    sys.stderr.write(log_line(text) + "\n")
+
+
+def _console(**options: Any) -> Console:
+    """Return a console that takes text for text: there is no markup in it, no emoji, and no control character."""
+    from rich.console import Console as RichConsole
+    from rich.console import ConsoleOptions
+    from rich.segment import Segment
+
+    class Console(RichConsole):
+        def on_broken_pipe(self) -> None:  # Rich's own ends with 1, whatever the command came to
+            self.quiet = True
+            discard_stdout()
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+_STYLE = re.compile(r"(\x1b\[[0-?]*[ -/]*[@-~]|\r(?!\n))")
+"""What Rich sends to a terminal: colours and moves of the cursor; it writes no title and opens no link."""
+
+
+class _Guarded:
+    """A stream that takes no command from the text that is written to it.
+
+    Attributes:
+        unguarded: The stream behind it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unguarded = stream
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Write the text, made harmless; on a terminal colours and moves of the cursor are kept."""
+        if not isinstance(text, str):
+            raise TypeError("a stream of text")
+        if not text:
+            return 0
+        if self.unguarded.isatty():
+            parts = _STYLE.split(text)
+            parts[::2] = map(shown, parts[::2])
+            self.unguarded.write("".join(parts))
+        else:
+            begun = self._line
+            self.unguarded.write(log_line(begun + text)[len(begun) :])
+            line = (begun + text).rpartition("\n")[2]
+            self._line = line if line.strip() in ("", ":") and len(line) < LONGEST else f"x{line[-2:]}"
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write each of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unguarded, name)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Let nothing that is printed inside reach stdout and stderr as a command to a terminal or to a CI runner."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Guarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _is_out_of_memory(error: Exception) -> bool:

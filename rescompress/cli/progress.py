@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rescompress.cli.output import Output
+from rescompress.core.text import log_line
 from rescompress.reporter import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class PlainReporter:
         self._line(f"  note: {text}")
 
     def _line(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(log_line(text) + "\n")
         sys.stderr.flush()
 
 
@@ -112,7 +113,7 @@ class LiveReporter:
 
     def note(self, text: str) -> None:
         """Print it above the list."""
-        self._console.print(f"note: {text}", style="dim", markup=False)
+        self._console.print(f"note: {text}", style="dim")
 
     def _render(self) -> RenderableType:
         from rich.console import Group

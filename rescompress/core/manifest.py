@@ -108,6 +108,11 @@ class Manifest(Frozen):
     stages: tuple[StageResult, ...] = ()
     unfinished: tuple[str, ...] = ()
 
+    @property
+    def unfinished_targets(self) -> frozenset[str]:
+        """The targets that the run has not reached yet."""
+        return frozenset(name.removeprefix(TARGET_PREFIX) for name in self.unfinished if name.startswith(TARGET_PREFIX))
+
     def stage(self, name: str) -> StageResult | None:
         """Return the stage called `name`, or None."""
         return next((s for s in self.stages if s.stage == name), None)

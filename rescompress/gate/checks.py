@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,13 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate import ratios, tango
+from rescompress.gate import evidence, ratios, tango
+from rescompress.gate.evidence import INLINE_OUTCOMES, outcomes_of, processes
 from rescompress.gate.limits import Limits
 from rescompress.gate.tango import Paired
 from rescompress.report.columns import count, duration, provenance, size
@@ -43,9 +41,6 @@ PRECISION = "precision"
 EXACT = {"size": "size_bytes", "macs": "macs", "params": "params"}
 """Metric by the name of its check, whose limit is ``max_<name>``: figures without noise, of the stage that counts."""
 
-INLINE_OUTCOMES = "outcomes"
-"""Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -67,7 +62,8 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: ``accuracy``, ``latency:<target>``, ``size``, ``macs``, ``params``.
+        name: ``accuracy``, ``accuracy:<target>``, ``latency:<target>``, ``size``, ``macs``, ``params``, ``target:<target>``,
+            ``stage:<stage>``.
         verdict: The answer.
         value: The drop in points, or the ratio candidate / baseline; None when it could not be computed.
         limit: What it may be at most.
@@ -124,12 +120,15 @@ def load_run(path: Path) -> Run:
     """Return the run at `path`: its folder, its ``manifest.json``, or a baseline file.
 
     Raises:
-        BadInput: It is missing, damaged, or of a layout that this version cannot read.
+        BadInput: It is missing, damaged, of a layout that this version cannot read, holds a value that is impossible, or
+            contradicts itself or the files beside it.
     """
     manifest = load_manifest(path)
     if not any(s.status == "done" for s in manifest.stages):
         raise BadInput("the run holds no finished stage", where=str(path), remedy="run the pipeline first")
-    return Run(str(path), path if path.is_dir() else path.parent, manifest)
+    folder = path if path.is_dir() else path.parent
+    evidence.check(str(path), folder, manifest)
+    return Run(str(path), folder, manifest)
 
 
 def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
@@ -151,6 +150,8 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
     if limits.max_drop is not None:
         checks.append(_told_precision(_accuracy(candidate, baseline, stages, limits.max_drop), *stages, notes))
+        if limits.stage is None:
+            checks += _other_accuracies(candidate, baseline, stages, limits.max_drop, notes)
     for name, metric in EXACT.items():
         limit = getattr(limits, f"max_{name}")
         if limit is not None:
@@ -162,6 +163,7 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
             else:
                 checks.append(_lacking(name, pair, stages, candidate, baseline, limit))
     checks += _latencies(candidate, baseline, limits, stages[0], notes)
+    checks += _missing(candidate, baseline, limits, notes)
     for result in candidate.manifest.stages:
         if result.status == "failed":
             checks.append(_stage_failed(result))
@@ -218,6 +220,59 @@ def _told_precision(check: Check, candidate: StageResult, baseline: StageResult,
     return replace(check, message=f"{check.message}; {told}")
 
 
+def _other_accuracies(
+    candidate: Run, baseline: Run, judged: tuple[StageResult, StageResult], max_drop: float, notes: list[str]
+) -> list[Check]:
+    """Return one check per target whose accuracy both runs have, beside that of the stages that are judged anyway."""
+    checks = []
+    for new in candidate.manifest.stages:
+        old = baseline.manifest.stage(new.stage)
+        if new.target is None or old is None or (new, old) == judged:
+            continue
+        if all(s.status == "done" and "top1" in s.metrics for s in (new, old)):
+            check = _accuracy(candidate, baseline, (new, old), max_drop)
+            name = f"accuracy:{new.stage if new.is_deployment else new.target}"
+            checks.append(_told_precision(replace(check, name=name), new, old, notes))
+    return checks
+
+
+def _missing(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) -> list[Check]:
+    """Return one check per target of the baseline that the candidate has no figure of any more.
+
+    Nothing of a target that is left out can be judged, which is no reason to pass (`Limits.on_missing`).
+    """
+    checks = []
+    for old in baseline.manifest.stages:
+        target = old.target
+        if target is None or old.status != "done" or target in candidate.manifest.unfinished_targets:
+            continue
+        wanted = [m for m, limit in (("top1", limits.max_drop), ("p50_ms", limits.latency_limit(target))) if limit is not None]
+        figures = [m for m in wanted if m in old.metrics and not (m == "top1" and limits.stage is not None)]
+        same = [s for s in candidate.manifest.stages if s.target == target]
+        lost = [m for m in figures if not any(s.status == "done" and m in s.metrics for s in same)]
+        if not lost or any(s.status == "failed" for s in same):  # what failed has a check of its own
+            continue
+        skipped = next((s for s in same if s.status == "skipped"), None)
+        what = " and ".join({"top1": "accuracy", "p50_ms": "latency"}[m] for m in lost)
+        why = f"the baseline has the {what} of {old.stage}, the candidate has not"
+        if skipped is not None:
+            why += f" (skipped: {skipped.reason or 'no reason given'})"
+        if limits.on_missing == "pass":
+            notes.append(f"{old.stage} is not judged: {why}")
+            continue
+        checks.append(
+            Check(
+                name=f"target:{old.stage if old.is_deployment else target}",
+                verdict=limits.on_missing,
+                value=None,
+                limit=0.0,
+                candidate="skipped" if skipped is not None else "missing",
+                message=f"{why}; --on-missing pass leaves it out on purpose",
+            )
+        )
+    return checks
+
+
 def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageResult], max_drop: float) -> Check:
     outcomes = _outcomes(candidate, stages[0]), _outcomes(baseline, stages[1])
     paired = _pair(*outcomes, candidate, baseline)
@@ -271,29 +326,7 @@ def _share(stage: StageResult) -> str:
 
 def _outcomes(run: Run, stage: StageResult) -> Outcomes:
     """Return the per-sample outcomes of a stage."""
-    inline = stage.details.get(INLINE_OUTCOMES)
-    artifact = stage.output("outcomes")
-    where = f"{run.name}: {stage.stage}"
-    try:
-        if inline is not None:
-            outcomes = Outcomes.model_validate(inline)
-        elif artifact is not None:
-            path = run.folder / artifact.path
-            where = str(path)
-            if not artifact.intact(run.folder):
-                problem = "was changed since the run" if path.is_file() else "is missing"
-                raise BadInput(f"the stage's outcomes: {problem}", where=where, remedy="restore the file, or run it again")
-            outcomes = Outcomes.model_validate_json(path.read_text(encoding="utf-8"))
-        else:
-            raise BadInput(
-                "holds no per-sample outcomes, so accuracies cannot be paired", where=where, remedy="run the pipeline again"
-            )
-        packed = base64.b64decode(outcomes.bits, validate=True)
-    except (ValidationError, UnicodeDecodeError, binascii.Error) as e:
-        raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again") from e
-    if outcomes.n < 1 or len(packed) != (outcomes.n + 7) // 8 or int.from_bytes(packed, "big") & ((1 << (-outcomes.n % 8)) - 1):
-        raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again")
-    return outcomes
+    return outcomes_of(stage, run.folder, run.name)
 
 
 def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_run: Run) -> Paired:
@@ -485,7 +518,7 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
     packages = manifest.environment.get("packages")
     usual = packages.get(stage.metrics["p50_ms"].runtime) if isinstance(packages, dict) else None
     version = stage.details.get(VERSION) or usual
-    if onnx is None or version is None or len(_processes(stage, BESIDE)) != len(_processes(stage, OWN)):
+    if onnx is None or version is None or len(processes(stage, BESIDE)) != len(processes(stage, OWN)):
         return None
     return onnx.sha256, version
 
@@ -505,22 +538,13 @@ def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: 
         return _predicted(target, new, old, limit)
     if new.provenance != "measured":
         return _undecided(target, limit, f"{new.provenance} figures are not compared", baseline, candidate)
-    runs = _processes(candidate, OWN), _processes(baseline, OWN)
+    runs = processes(candidate, OWN), processes(baseline, OWN)
     short = min(len(r) for r in runs)
     if short < ratios.LEAST_PROCESSES:
         why = f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed"
         return _undecided(target, limit, why, baseline, candidate)
-    beside = (_processes(candidate, BESIDE), _processes(baseline, BESIDE)) if drift_is_known else None
+    beside = (processes(candidate, BESIDE), processes(baseline, BESIDE)) if drift_is_known else None
     return _measured(target, runs[0], runs[1], beside, limit)
-
-
-def _processes(stage: StageResult, name: str) -> list[float]:
-    """Return the median latency of each process, in ms."""
-    runs = stage.details.get(name, [])
-    good = isinstance(runs, list) and all(isinstance(r, int | float) and math.isfinite(r) and r > 0 for r in runs)
-    if not good:
-        raise BadInput(f"{name} is no list of positive numbers", where=stage.stage, remedy="measure it again")
-    return [float(r) for r in runs]
 
 
 def _measured(

@@ -15,6 +15,7 @@ from rescompress.core.spec import Frozen
 Ratio = Annotated[float, Field(gt=0)]
 USUAL_RATIO = 1.05
 OnInconclusive = Literal["inconclusive", "pass", "fail"]
+OnMissing = Literal["fail", "inconclusive", "pass"]
 
 
 class Limits(Frozen):
@@ -30,6 +31,7 @@ class Limits(Frozen):
         max_params: Ratio of parameters.
         stage: Whose accuracy, size, MACs and parameters count; the last with accuracy by default.
         on_inconclusive: Whether an inconclusive gate ends as such, passes or fails.
+        on_missing: Whether a target of the baseline that the candidate lacks or skipped fails, is inconclusive, or is left out.
     """
 
     max_drop: Annotated[float, Field(ge=0)] | None = Field(1.0, description="Points of top-1 that may be lost.")
@@ -39,6 +41,7 @@ class Limits(Frozen):
     max_params: Ratio | None = Field(None, description="Parameters, times the baseline's.")
     stage: str | None = Field(None, description="Stage to compare.")
     on_inconclusive: OnInconclusive = Field("inconclusive", description="How an inconclusive gate ends.")
+    on_missing: OnMissing = Field("fail", description="What a target that only the baseline has comes to.")
 
     @field_validator("*")
     @classmethod

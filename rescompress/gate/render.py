@@ -7,8 +7,8 @@ import json
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from rescompress.core.text import markdown, one_line, shown, xml_text
 from rescompress.gate.checks import Check, GateReport, points
-from rescompress.report.columns import markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def interval_text(check: Check) -> str:
 
 def limit_text(check: Check) -> str:
     """Return the limit with its unit."""
-    if check.name.startswith("stage:"):
+    if check.name.startswith(("stage:", "target:")):
         return ""
     return points(check.limit) if check.unit == "points" else f"{check.limit:g}x"
 
@@ -104,22 +104,17 @@ def to_junit(report: GateReport, *, inconclusive_fails: bool) -> str:
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "rescompress gate", "time": "0", **counts})
     for check in report.checks:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": "rescompress.gate", "name": check.name, "time": "0"})
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": "rescompress.gate", "name": xml_text(check.name), "time": "0"}
+        )
         if check.verdict == "fail" or (inconclusive_fails and check.verdict == "inconclusive"):
-            failure = ElementTree.SubElement(case, "failure", {"type": check.verdict, "message": _printable(check.message)})
-            failure.text = _printable(check.message)
+            failure = ElementTree.SubElement(case, "failure", {"type": check.verdict, "message": xml_text(check.message)})
+            failure.text = xml_text(check.message)
         elif check.verdict == "inconclusive":
-            ElementTree.SubElement(case, "skipped", {"message": _printable(check.message)})
-        ElementTree.SubElement(case, "system-out").text = _printable(check.message)
+            ElementTree.SubElement(case, "skipped", {"message": xml_text(check.message)})
+        ElementTree.SubElement(case, "system-out").text = xml_text(check.message)
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def _printable(text: str) -> str:
-    """Return the text without characters that XML cannot hold."""
-    return "".join(
-        c if c in "\t\n" or c >= " " else "?" for c in text if not 0xD800 <= ord(c) <= 0xDFFF and c not in "\ufffe\uffff"
-    )
 
 
 def github_commands(report: GateReport) -> list[str]:
@@ -135,7 +130,7 @@ def github_commands(report: GateReport) -> list[str]:
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return shown(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
@@ -154,8 +149,8 @@ def gitlab_code_quality(report: GateReport, path: str) -> str:
         if check.verdict != "pass":
             findings.append(
                 {
-                    "description": check.message,
-                    "check_name": f"rescompress gate: {check.name}",
+                    "description": shown(check.message),
+                    "check_name": one_line(f"rescompress gate: {check.name}"),
                     "fingerprint": hashlib.sha256(f"{path}\0{check.name}".encode()).hexdigest(),
                     "severity": "critical" if check.verdict == "fail" else "minor",
                     "location": {"path": path, "lines": {"begin": 1}},

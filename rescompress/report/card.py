@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rescompress.core.manifest import Manifest, StageResult
-from rescompress.report.columns import markdown, provenance, scaled
+from rescompress.core.text import code_span, markdown
+from rescompress.report.columns import provenance, scaled
 from rescompress.report.tables import DENSE, processes, rows_of, run_row, to_markdown
 
 
@@ -92,7 +92,7 @@ def _origins(manifest: Manifest) -> list[str]:
         data = manifest.config.get("data")
         lines.append(
             f"- Accuracies are measured on {measured.n or 'an unknown number of'} samples"
-            + (f" of {_code(_shown(data))}." if data else ".")
+            + (f" of {code_span(_shown(data))}." if data else ".")
         )
     for stage in manifest.stages:
         latency = stage.metrics.get("p50_ms")
@@ -115,20 +115,8 @@ def stated(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _list(values: Mapping[str, Any]) -> list[str]:
-    lines = [f"- {_plain(key)}" + (f": {_code(text)}" if text else "") for key, text in stated(values)]
+    lines = [f"- {markdown(key)}" + (f": {code_span(text)}" if text else "") for key, text in stated(values)]
     return lines or ["- not recorded"]
-
-
-def _plain(text: str) -> str:
-    """Return text that stands on one line with a code span, which a backtick in it would open too early."""
-    return markdown(text).replace("`", "\\`")
-
-
-def _code(text: str) -> str:
-    """Return text as a code span, which shows it as it is; backticks in it do not end the span."""
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{' '.join(text.splitlines())}{pad}{fence}"
 
 
 def _shown(value: Any) -> str:
@@ -143,7 +131,7 @@ def _files(manifest: Manifest) -> list[str]:
     found: list[tuple[StageResult, str]] = []
     for stage in manifest.stages:
         found += [
-            (stage, f"- {_code(a.path)} ({_plain(a.kind)}, {a.size_bytes} bytes, sha256 {_code(a.sha256)})")
+            (stage, f"- {code_span(a.path)} ({markdown(a.kind)}, {a.size_bytes} bytes, sha256 {code_span(a.sha256)})")
             for a in stage.outputs
             if a.kind in kinds
         ]
@@ -156,7 +144,7 @@ def _limits(manifest: Manifest) -> list[str]:
         lines.append("- Predicted latencies come from a model of the device; measure on the device before relying on them.")
     for stage in manifest.stages:
         if stage.details.get("kept") == "ptq":
-            lines.append(f"- Stage {_code(stage.stage)}: {markdown(stage.details['notes'][0])}.")
+            lines.append(f"- Stage {code_span(stage.stage)}: {markdown(str(stage.details['notes'][0]))}.")
         if stage.status != "done":
-            lines.append(f"- Stage {_code(stage.stage)} was {stage.status}: {markdown(stage.reason or 'no reason given')}.")
+            lines.append(f"- Stage {code_span(stage.stage)} was {stage.status}: {markdown(stage.reason or 'no reason given')}.")
     return lines

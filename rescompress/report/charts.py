@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
+
+from rescompress.report.markup import Markup, html, joined
 
 Tone = Literal["plain", "base"]
 Shape = Literal["circle", "diamond", "square"]
@@ -91,19 +92,38 @@ def _number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _open(name: str, height: float, title: str, description: str, width: float = WIDTH) -> list[str]:
+def _open(name: str, height: float, title: str, description: str, width: float = WIDTH) -> list[Markup]:
     return [
-        f'<svg class="chart" viewBox="0 0 {_number(width)} {_number(height)}" role="img" aria-labelledby="{name}-t {name}-d">',
-        f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>',
+        html(
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t {}-d">',
+            *(_number(width), _number(height), name, name),
+        ),
+        html('<title id="{}-t">{}</title><desc id="{}-d">{}</desc>', name, title, name, description),
     ]
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}">{escape(text)}</text>'
+_CLOSE = Markup("</svg>")
+_END = Markup("</g>")
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{_number(x1)}" y1="{_number(y1)}" x2="{_number(x2)}" y2="{_number(y2)}"/>'
+def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "tick") -> Markup:
+    return html('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>', kind, _number(x), _number(y), anchor, text)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return html('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>', kind, *map(_number, (x1, y1, x2, y2)))
+
+
+def _path(kind: str, d: str) -> Markup:
+    return html('<path class="{}" d="{}"/>', kind, d)
+
+
+def _circle(x: float, y: float, radius: int) -> Markup:
+    return html('<circle cx="{}" cy="{}" r="{}"/>', _number(x), _number(y), radius)
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: int) -> Markup:
+    return html('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>', kind, *map(_number, (x, y, width, height)))
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ class _Frame:
         low, high = self.y_range
         return self.top + self.height * (1 - (value - low) / (high - low))
 
-    def grid(self, x_axis: Axis, y_axis: Axis) -> list[str]:
+    def grid(self, x_axis: Axis, y_axis: Axis) -> list[Markup]:
         bottom = self.top + self.height
         parts = []
         for value in ticks(*self.y_range, 5):
@@ -140,7 +160,7 @@ class _Frame:
         return parts
 
 
-def scatter(name: str, title: str, description: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
+def scatter(name: str, title: str, description: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> Markup:
     """Return a scatter chart with the Pareto front of each family drawn as steps.
 
     Args:
@@ -164,45 +184,51 @@ def scatter(name: str, title: str, description: str, points: Sequence[Point], x_
     )
     parts = _open(name, height, title, description)
     parts += frame.grid(x_axis, y_axis)
-    fronts = [_front([p for p in points if p.family == family]) for family in dict.fromkeys(p.family for p in points)]
+    families: dict[Hashable, list[Point]] = {}
+    for point in points:
+        families.setdefault(point.family, []).append(point)
+    fronts = [_front(family) for family in families.values()]
     for front in fronts:
         steps = [f"M{_number(frame.x(front[0].x))} {_number(frame.y(front[0].y))}"]
         for point in front[1:]:
             steps.append(f"H{_number(frame.x(point.x))}V{_number(frame.y(point.y))}")
         if len(front) > 1:
-            parts.append(f'<path class="front" d="{"".join(steps)}"/>')
+            parts.append(_path("front", "".join(steps)))
     for point in points:
         parts += _mark(point, frame)
     parts += _labels(points, fronts, frame)
-    return "".join([*parts, "</svg>"])
+    return joined([*parts, _CLOSE])
 
 
 def _front(points: Sequence[Point]) -> list[Point]:
     """Return the Pareto front from the cheapest on."""
-    return sorted((p for p in points if _on_front(p, points)), key=lambda p: (p.x, p.y))
+    front: list[Point] = []
+    best = -math.inf
+    for _, same in groupby(sorted(points, key=lambda p: (p.x, -p.y)), key=lambda p: p.x):
+        column = list(same)
+        if column[0].y > best:
+            best = column[0].y
+            front += [p for p in column if p.y == best]
+    return front
 
 
-def _on_front(point: Point, points: Sequence[Point]) -> bool:
-    return not any(p.x <= point.x and p.y >= point.y and (p.x, p.y) != (point.x, point.y) for p in points)
-
-
-def _mark(point: Point, frame: _Frame) -> list[str]:
+def _mark(point: Point, frame: _Frame) -> list[Markup]:
     x, y = frame.x(point.x), frame.y(point.y)
-    parts = [f'<g class="mark {point.tone} {point.shape}"><title>{escape(point.told)}</title>']
+    parts = [html('<g class="mark {} {}"><title>{}</title>', point.tone, point.shape, point.told)]
     if point.y_interval is not None:
         parts.append(_line(x, frame.y(point.y_interval[0]), x, frame.y(point.y_interval[1]), "error"))
     if point.x_band is not None:
         parts.append(_line(frame.x(point.x_band[0]), y, frame.x(point.x_band[1]), y, "error"))
     if point.shape == "diamond":
-        parts.append(f'<path d="M{_number(x)} {_number(y - 6)}l6 6l-6 6l-6-6z"/>')
+        parts.append(html('<path d="M{} {}l6 6l-6 6l-6-6z"/>', _number(x), _number(y - 6)))
     elif point.shape == "square":
-        parts.append(f'<rect x="{_number(x - 4.5)}" y="{_number(y - 4.5)}" width="9" height="9"/>')
+        parts.append(html('<rect x="{}" y="{}" width="9" height="9"/>', _number(x - 4.5), _number(y - 4.5)))
     else:
-        parts.append(f'<circle cx="{_number(x)}" cy="{_number(y)}" r="5"/>')
-    return [*parts, "</g>"]
+        parts.append(_circle(x, y, 5))
+    return [*parts, _END]
 
 
-def _labels(points: Sequence[Point], fronts: Sequence[Sequence[Point]], frame: _Frame) -> list[str]:
+def _labels(points: Sequence[Point], fronts: Sequence[Sequence[Point]], frame: _Frame) -> list[Markup]:
     """Return the labels, each on the side of its mark where it covers least."""
     taken = [(frame.x(p.x) - 6, frame.y(p.y) - 6, 12.0, 12.0) for p in points]
     for point in points:
@@ -212,7 +238,7 @@ def _labels(points: Sequence[Point], fronts: Sequence[Sequence[Point]], frame: _
     for a, b in (pair for front in fronts for pair in pairwise(front)):
         taken.append((frame.x(a.x), frame.y(a.y) - 2, frame.x(b.x) - frame.x(a.x), 4.0))
     parts = []
-    for point in sorted(points, key=lambda p: p.x):
+    for point in sorted((p for p in points if p.label), key=lambda p: p.x):
         x, y, width = frame.x(point.x), frame.y(point.y), LETTER * len(point.label)
         choices = [
             (x + 9, y + 4, "start", (x + 9, y - 7)),
@@ -260,7 +286,7 @@ class Bar:
     text: str
 
 
-def bars(name: str, title: str, description: str, rows: Sequence[Bar]) -> str:
+def bars(name: str, title: str, description: str, rows: Sequence[Bar]) -> Markup:
     """Return horizontal bars, one row each, in the order given."""
     step = 20.0
     label_width = min(150.0, 8 + LETTER * max(len(_short(r.label)) for r in rows))
@@ -270,22 +296,21 @@ def bars(name: str, title: str, description: str, rows: Sequence[Bar]) -> str:
     parts = _open(name, step * len(rows) + 4, title, description)
     for i, row in enumerate(rows):
         y = step * i + 2
-        parts.append(f"<g><title>{escape(f'{row.label}: {row.text}')}</title>")
+        parts.append(html("<g><title>{}: {}</title>", row.label, row.text))
         parts.append(_text(label_width - 6, y + 13, _short(row.label), anchor="end"))
         if row.before is not None:
-            width = _number(room * row.before / most)
-            parts.append(f'<rect class="before" x="{_number(label_width)}" y="{_number(y + 1)}" width="{width}" height="15"/>')
-        width = _number(room * row.value / most)
-        parts.append(f'<rect class="after" x="{_number(label_width)}" y="{_number(y + 4)}" width="{width}" height="9"/>')
-        parts.append(_text(label_width + room * max(row.value, row.before or 0.0) / most + 6, y + 13, row.text) + "</g>")
-    return "".join([*parts, "</svg>"])
+            parts.append(_rect("before", label_width, y + 1, room * row.before / most, 15))
+        parts.append(_rect("after", label_width, y + 4, room * row.value / most, 9))
+        parts.append(_text(label_width + room * max(row.value, row.before or 0.0) / most + 6, y + 13, row.text))
+        parts.append(_END)
+    return joined([*parts, _CLOSE])
 
 
 def _short(label: str) -> str:
     return label if len(label) <= 22 else "…" + label[-21:]
 
 
-def curve(name: str, label: str, errors: Sequence[float], chosen: int | None, extent: tuple[float, float]) -> str:
+def curve(name: str, label: str, errors: Sequence[float], chosen: int | None, extent: tuple[float, float]) -> Markup:
     """Return one small error curve on a logarithmic scale, with a mark at what was removed.
 
     Args:
@@ -311,14 +336,14 @@ def curve(name: str, label: str, errors: Sequence[float], chosen: int | None, ex
     path = "".join(f"{'L' if k else 'M'}{_number(x)} {_number(y)}" for k, (x, y) in enumerate(map(place, range(len(errors)))))
     base = height - bottom
     parts.append(_line(4, base, width - 4, base, "axis"))
-    parts.append(f'<path class="curve" d="{path}"/>')
+    parts.append(_path("curve", path))
     if chosen is not None and chosen < len(errors):
         x, y = place(chosen)
         parts.append(_line(x, y, x, base, "error"))
-        parts.append(f'<g class="mark front"><circle cx="{_number(x)}" cy="{_number(y)}" r="4"/></g>')
+        parts += [Markup('<g class="mark front">'), _circle(x, y, 4), _END]
     parts.append(_text(4, height - 3, "0"))
     parts.append(_text(width - 4, height - 3, f"{len(errors) - 1} removed", anchor="end"))
-    return "".join([*parts, "</svg>"])
+    return joined([*parts, _CLOSE])
 
 
 def lines(
@@ -328,7 +353,7 @@ def lines(
     values: Sequence[tuple[float, float, str]],
     x_axis: Axis,
     y_axis: Axis,
-) -> str:
+) -> Markup:
     """Return a line through (x, y, what is told) triples.
 
     Args:
@@ -352,11 +377,8 @@ def lines(
     parts = _open(name, height, title, description)
     parts += frame.grid(x_axis, y_axis)
     path = "".join(f"{'L' if i else 'M'}{_number(frame.x(x))} {_number(frame.y(y))}" for i, (x, y, _) in enumerate(values))
-    parts.append(f'<path class="curve" d="{path}"/>')
+    parts.append(_path("curve", path))
     radius = 4 if len(values) <= 60 else 2
     for x, y, told in values:
-        parts.append(
-            f'<g class="mark plain"><title>{escape(told)}</title>'
-            f'<circle cx="{_number(frame.x(x))}" cy="{_number(frame.y(y))}" r="{radius}"/></g>'
-        )
-    return "".join([*parts, "</svg>"])
+        parts += [html('<g class="mark plain"><title>{}</title>', told), _circle(frame.x(x), frame.y(y), radius), _END]
+    return joined([*parts, _CLOSE])

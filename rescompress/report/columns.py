@@ -155,12 +155,6 @@ def conditions(metric: Metric) -> tuple[object, ...]:
     return (metric.provenance, metric.device, metric.runtime, metric.threads, metric.batch, metric.power_mode)
 
 
-def markdown(text: str) -> str:
-    """Return text for Markdown, on one line: tags in names and reasons that come from files stay text, bars part no cells."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())
-
-
 def provenance(metric: Metric) -> str:
     """Return where a number comes from: ``measured on cpu: openvino int8, 2 threads, batch 1``."""
     facts = [" ".join(p for p in (metric.runtime, metric.precision) if p)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from itertools import groupby
 from string import Template
@@ -30,6 +31,7 @@ from rescompress.report.columns import (
     size_tick,
 )
 from rescompress.report.history import run_rows, trends
+from rescompress.report.markup import NOTHING, Markup, html, joined
 from rescompress.report.tables import (
     DENSE,
     DENSE_PREFIX,
@@ -63,7 +65,7 @@ class Section:
 
     name: str
     title: str
-    body: str
+    body: Markup
 
 
 def page(runs: Sequence[tuple[str, Manifest]], *, history: bool = False) -> str:
@@ -77,29 +79,46 @@ def page(runs: Sequence[tuple[str, Manifest]], *, history: bool = False) -> str:
     sections = [
         s for s in (*(_comparison(runs, history=history) if len(runs) > 1 else ()), *_run_sections(name, manifest)) if s
     ]
+    version = manifest.rescompress_version
     if len(runs) > 1:
         heading = f"{len(runs)} runs, {runs[0][0]} to {name}" if history else " and ".join(n for n, _ in runs[:4])
-        subtitle = f"Compressed with rescompress {escape(manifest.rescompress_version)}. "
-        subtitle += f"The sections after the comparison show the run <strong>{escape(name)}</strong>."
+        subtitle = html(
+            "Compressed with rescompress {}. The sections after the comparison show the run <strong>{}</strong>.", version, name
+        )
     else:
         heading = name
-        subtitle = f"{escape(described(manifest))} Compressed with rescompress {escape(manifest.rescompress_version)}, "
-        subtitle += f"{escape(_when(manifest))}.{_evaluated(manifest)}"
-    links = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in sections)
-    body = "\n".join(
-        f'<section aria-labelledby="{s.name}"><h2 id="{s.name}">{escape(s.title)}</h2>\n{s.body}\n</section>' for s in sections
+        subtitle = html(
+            "{} Compressed with rescompress {}, {}.{}", described(manifest), version, _when(manifest), _evaluated(manifest)
+        )
+    script, style = (Markup(_file(f"page.{kind}")) for kind in ("js", "css"))  # our own, the only ones the page may have
+    parts = {
+        "policy": html("style-src '{}'; script-src '{}'", _hash(style), _hash(script)),
+        "title": html("{} · rescompress", heading),
+        "style": style,
+        "script": script,
+        "heading": html("{}", heading),
+        "subtitle": html("{}{}", subtitle, _headline(manifest)),
+        "links": joined(html('<li><a href="#{}">{}</a></li>', s.name, s.title) for s in sections),
+        "sections": joined([_tiles(manifest), joined(map(_section, sections), "\n")]),
+        "footer": html(
+            "Written by rescompress {}. Every figure is counted, measured, predicted or published, and marked as such; "
+            "this file needs no network.",
+            version,
+        ),
+    }
+    return Template(_file("page.html")).substitute(parts)
+
+
+def _section(section: Section) -> Markup:
+    return html(
+        '<section aria-labelledby="{}"><h2 id="{}">{}</h2>\n{}\n</section>',
+        *(section.name, section.name, section.title, section.body),
     )
-    return Template(_file("page.html")).substitute(
-        title=escape(f"{heading} · rescompress"),
-        style=_file("page.css"),
-        script=_file("page.js"),
-        heading=escape(heading),
-        subtitle=subtitle + _headline(manifest),
-        links=links,
-        sections=_tiles(manifest) + body,
-        footer=f"Written by rescompress {escape(manifest.rescompress_version)}. Every figure is counted, measured, predicted "
-        "or published, and marked as such; this file needs no network.",
-    )
+
+
+def _hash(content: str) -> str:
+    """Return how a content security policy names an inline script or style: no other runs in the page."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _file(name: str) -> str:
@@ -116,7 +135,7 @@ def _evaluated(manifest: Manifest) -> str:
     if top1 is None or top1.n is None:
         return ""
     data = dict(stated(manifest.config)).get("data")
-    return f" Accuracies are those of {top1.n:,} images" + (f" of {escape(data)}." if data else ".")
+    return f" Accuracies are those of {top1.n:,} images" + (f" of {data}." if data else ".")
 
 
 def _headline(manifest: Manifest) -> str:
@@ -133,25 +152,29 @@ def _headline(manifest: Manifest) -> str:
             parts.append(f"{column.title} {against:+.2f} points")
         else:
             parts.append(f"{column.title} {100 * against:.0f} %")
-    return f" Against the dense network: {escape(', '.join(parts))}."
+    return f" Against the dense network: {', '.join(parts)}."
 
 
-def _tiles(manifest: Manifest) -> str:
+def _tiles(manifest: Manifest) -> Markup:
     row = run_row(manifest, "")
     dense = manifest.stage(DENSE)
     tiles = []
     for column in (c for c in columns_of(row.metrics) if c.brief):
         metric = row.metrics[column.metric]
         base = _dense_value(manifest, dense, column)
-        origin = f"dense: {escape(_plain(column, base))}" if base is not None else ""
+        origin = f"dense: {_plain(column, base)}" if base is not None else ""
         value = _plain(column, metric)
         against = row.against_dense.get(column.metric)
-        small = "" if against is None else f" <small>({escape(_against_text(column, against))})</small>"
+        small = NOTHING if against is None else html(" <small>({})</small>", _against_text(column, against))
         tiles.append(
-            f'<li><span class="name">{escape(column.title)}</span> <span class="value">{escape(value)}{small}</span> '
-            f'<span class="from">{origin}</span>{_tag(metric) if column.per_target else ""}</li>'
+            html(
+                '<li><span class="name">{}</span> <span class="value">{}{}</span> <span class="from">{}</span>{}</li>',
+                *(column.title, value, small, origin, _tag(metric) if column.per_target else ""),
+            )
         )
-    return f'<ul class="tiles" aria-label="Figures of the result">{"".join(tiles)}</ul>\n' if tiles else ""
+    if not tiles:
+        return NOTHING
+    return html('<ul class="tiles" aria-label="Figures of the result">{}</ul>\n', joined(tiles))
 
 
 def _dense_value(manifest: Manifest, dense: StageResult | None, column: Column) -> Metric | None:
@@ -167,9 +190,9 @@ def _plain(column: Column, metric: Metric) -> str:
     return column.text(metric.model_copy(update={"provenance": "measured", "std_error": None}))
 
 
-def _tag(metric: Metric) -> str:
-    title = escape(provenance(metric), quote=True)
-    return f'<span class="tag {metric.provenance}" title="{title}">{metric.provenance}</span>'
+def _tag(metric: Metric) -> Markup:
+    kind = metric.provenance
+    return html('<span class="tag {}" title="{}">{}</span>', kind, provenance(metric), kind)
 
 
 def _against_text(column: Column, against: float) -> str:
@@ -179,25 +202,25 @@ def _against_text(column: Column, against: float) -> str:
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Row], label: str) -> str:
+def _table(rows: Sequence[Row], label: str) -> Markup:
     """Return rows as a sortable table, every figure with its provenance; the rarer figures open on demand."""
-    table = _one_table(rows, label, columns_for(rows, wide=False))
-    foot = "".join(f'<p class="note">{escape(note)}</p>' for note in footnotes(rows))
-    everything = columns_for(rows, wide=True)
-    if len(everything) == len(columns_for(rows, wide=False)):
-        return table + foot
+    brief, everything = (columns_for(rows, wide=wide) for wide in (False, True))
+    foot = joined(html('<p class="note">{}</p>', note) for note in footnotes(rows))
+    table = joined([_one_table(rows, label, brief), foot])
+    if len(everything) == len(brief):
+        return table
     more = _one_table(rows, f"{label}, all figures", everything)
-    return f"{table}{foot}<details><summary>{escape(label)}, all figures</summary>{more}</details>"
+    return html("{}<details><summary>{}, all figures</summary>{}</details>", table, label, more)
 
 
-def _one_table(rows: Sequence[Row], label: str, columns: Sequence[Column]) -> str:
+def _one_table(rows: Sequence[Row], label: str, columns: Sequence[Column]) -> Markup:
     runs, created = len({r.run for r in rows}) > 1, len({r.created for r in rows}) > 1
     notes = any(r.note for r in rows)
     marked, beaten = best(rows), dominated(rows)
     heads = [("run", False)] * runs + [("made", False)] * created + [("stage", False)] + [(c.title, True) for c in columns]
     heads += [("where the latency comes from", False)] * notes
-    head = "".join(
-        f'<th scope="col"{" class=figure" if numeric else ""}><button type="button">{escape(title)}</button></th>'
+    head = joined(
+        html('<th scope="col"{}><button type="button">{}</button></th>', Markup(" class=figure") if numeric else NOTHING, title)
         for title, numeric in heads
     )
     body = []
@@ -209,51 +232,52 @@ def _one_table(rows: Sequence[Row], label: str, columns: Sequence[Column]) -> st
         cells.append(_name_cell(stage, head=not runs))
         cells += [_figure_cell(row, c, best=(i, c.metric) in marked) for c in columns]
         cells += [_name_cell(row.note, kind="from")] * notes
-        body.append(f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>")
-    kind = "scroll tall" if len(rows) > TALL_ROWS else "scroll"
-    return (
-        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">'
-        f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        body.append(html("<tr{}>{}</tr>", html(' class="{}"', kind) if kind else NOTHING, joined(cells)))
+    return html(
+        '<div class="{}" tabindex="0" role="region" aria-label="{}">'
+        '<table class="sortable"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
+        *("scroll tall" if len(rows) > TALL_ROWS else "scroll", label, head, joined(body)),
     )
 
 
-def _name_cell(text: str, *, head: bool = False, kind: str = "") -> str:
-    tag = 'th scope="row"' if head else "td"
-    style = f' class="{kind}"' if kind else ""
-    return f'<{tag}{style} data-value="{escape(text, quote=True)}">{escape(text)}</{tag[:2]}>'
+def _name_cell(text: str, *, head: bool = False, kind: str = "") -> Markup:
+    style = html(' class="{}"', kind) if kind else NOTHING
+    if head:
+        return html('<th scope="row"{} data-value="{}">{}</th>', style, text, text)
+    return html('<td{} data-value="{}">{}</td>', style, text, text)
 
 
-def _figure_cell(row: Row, column: Column, *, best: bool) -> str:
+def _figure_cell(row: Row, column: Column, *, best: bool) -> Markup:
     metric = row.metrics.get(column.metric)
     if metric is None:
-        return '<td class="figure"></td>'
-    text = escape(column.text(metric.model_copy(update={"provenance": "measured"})))
+        return Markup('<td class="figure"></td>')
+    text = html("{}", column.text(metric.model_copy(update={"provenance": "measured"})))
     if metric.provenance in ("predicted", "published"):
         band = "" if metric.low is None or metric.high is None else f" {duration(metric.low)[:-3]} to {duration(metric.high)}"
-        text = f"{text} {_tag(metric)}<span class=against>{escape(band)}</span>"
+        text = html("{} {}<span class=against>{}</span>", text, _tag(metric), band)
     if best:
-        text = f'<span class="best">{text}<span class="hidden"> (best)</span></span>'
+        text = html('<span class="best">{}<span class="hidden"> (best)</span></span>', text)
     against = row.against_dense.get(column.metric)
-    beside = "" if against is None else f'<span class="against">{escape(_against_text(column, against))}</span>'
-    return f'<td class="figure" data-value="{metric.value!r}">{text}{beside}</td>'
+    beside = NOTHING if against is None else html('<span class="against">{}</span>', _against_text(column, against))
+    return html('<td class="figure" data-value="{}">{}{}</td>', repr(metric.value), text, beside)
 
 
-def _data_table(head: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> str:
+def _data_table(head: Sequence[str], rows: Sequence[Sequence[str]], summary: str) -> Markup:
     """Return the figures of a chart as a table that opens on demand."""
-    heads = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(c)}</td>" for c in rest)}</tr>'
-        for first, *rest in rows
+    heads = joined(html('<th scope="col">{}</th>', h) for h in head)
+    body = joined(
+        html('<tr><th scope="row">{}</th>{}</tr>', first, joined(html("<td>{}</td>", c) for c in rest)) for first, *rest in rows
     )
-    label = escape(f"{summary}, as a table", quote=True)
-    return (
-        f'<details><summary>{label}</summary><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    label = f"{summary}, as a table"
+    return html(
+        '<details><summary>{}</summary><div class="scroll" tabindex="0" role="region" aria-label="{}">'
+        "<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>",
+        *(label, label, heads, body),
     )
 
 
-def _figure(chart: str, caption: str, table: str) -> str:
-    return f'<figure class="card">{chart}<figcaption>{escape(caption)}</figcaption>{table}</figure>'
+def _figure(chart: Markup, caption: str, table: Markup) -> Markup:
+    return html('<figure class="card">{}<figcaption>{}</figcaption>{}</figure>', chart, caption, table)
 
 
 # Sections of one run ----------------------------------------------------------------------------------------------------
@@ -271,13 +295,13 @@ def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
     yield Section("manifest", "Files and manifest", _manifest(manifest))
 
 
-def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> str:
+def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> Markup:
     notes = [n for s in manifest.stages for n in _texts(s.details.get("notes"))]
-    listed = "".join(f"<li>{escape(n)}</li>" for n in dict.fromkeys(notes))
-    told = f'<ul class="note">{listed}</ul>' if listed else ""
+    listed = joined(html("<li>{}</li>", n) for n in dict.fromkeys(notes))
+    told = html('<ul class="note">{}</ul>', listed) if listed else NOTHING
     intro = "Accuracy with its standard error; in the second line of a cell, points or times the dense network's figure. "
     intro += "A star marks the best of values that may be compared."
-    return f'<p class="note">{intro}</p>{_table(rows, "Every stage of the run")}{told}'
+    return html('<p class="note">{}</p>{}{}', intro, _table(rows, "Every stage of the run"), told)
 
 
 def _percent_axis() -> Axis:
@@ -309,7 +333,11 @@ def _trade_off_charts(manifest: Manifest) -> Section | None:
         "measured or counted, diamonds predicted, squares published; vertical lines are 95 % intervals of the accuracy, "
         "horizontal lines a prediction's band."
     )
-    return Section("charts", "Trade-off", f'<p class="note">{legend}</p><div class="charts">{"".join(found)}</div>')
+    return Section("charts", "Trade-off", html('<p class="note">{}</p>{}', legend, _charts(found)))
+
+
+def _charts(found: Sequence[Markup]) -> Markup:
+    return html('<div class="charts">{}</div>', joined(found))
 
 
 def _bytes(value: float) -> Metric:
@@ -371,11 +399,11 @@ def _last_float(manifest: Manifest) -> StageResult | None:
     return found[-1] if found else None
 
 
-def _scatter(name: str, title: str, points: Sequence[Point], axis: Axis) -> str:
+def _scatter(name: str, title: str, points: Sequence[Point], axis: Axis) -> Markup:
     """Return a scatter chart with its table; nothing when there are fewer than two different points."""
     merged = [_merged(list(group)) for _, group in groupby(sorted(points, key=_place), key=_place)]
     if len(merged) < 2:
-        return ""
+        return NOTHING
     if len(merged) > MOST_LABELS:
         ends = {points[0].told, points[-1].told}
         merged = [p if p.told in ends else _unlabelled(p) for p in merged]
@@ -447,8 +475,8 @@ def _widths(manifest: Manifest) -> Section | None:
     caption = "Pale: before. Strong: what is left."
     figure = _figure(chart, caption, _data_table(("group", "before", "after", "kept"), table, "Channels per group"))
     dropped = _texts(stage.details.get("dropped_blocks"))
-    whole = f"<p>Whole blocks removed: {escape(', '.join(dropped))}.</p>" if dropped else ""
-    return Section("widths", "Width per layer", f"{whole}{figure}")
+    whole = html("<p>Whole blocks removed: {}.</p>", ", ".join(dropped)) if dropped else NOTHING
+    return Section("widths", "Width per layer", joined([whole, figure]))
 
 
 def _step(removed: int, size: float, steps: int) -> int:
@@ -476,7 +504,7 @@ def _curves(manifest: Manifest) -> Section | None:
     for i, (name, errors) in enumerate(found.items()):
         removed = round(before[name] - after.get(name, 0.0)) if name in before else None
         chosen = None if removed is None else _step(removed, before[name], len(errors))
-        drawn.append(f"<li>{charts.curve(f'curve-{i}', name, errors, chosen, extent)}</li>")
+        drawn.append(html("<li>{}</li>", charts.curve(f"curve-{i}", name, errors, chosen, extent)))
         at = "" if chosen is None else f"{errors[min(chosen, len(errors) - 1)]:.3g}"
         table.append([name, "" if removed is None else str(removed), at, f"{errors[-1]:.3g}"])
     unit = str(stage.details.get("curves_unit", "error"))
@@ -488,7 +516,9 @@ def _curves(manifest: Manifest) -> Section | None:
     return Section(
         "curves",
         "Error curves",
-        f'<p class="note">{note}</p><ul class="curves">{"".join(drawn)}</ul>{_data_table(head, table, "Error curves")}',
+        html(
+            '<p class="note">{}</p><ul class="curves">{}</ul>{}', note, joined(drawn), _data_table(head, table, "Error curves")
+        ),
     )
 
 
@@ -513,10 +543,10 @@ def _layers(manifest: Manifest) -> Section | None:
         chart = charts.bars(f"layers-{_slug(stage.stage)}", title, described, rows)
         origin = f"{described} {provenance(total).capitalize()}." if total is not None else described
         table = [[r.label, r.text, f"{100 * r.value / spent:.1f} %"] for r in rows]
-        tag = f" {_tag(total)}" if total is not None else ""
+        tag = html(" {}", _tag(total)) if total is not None else NOTHING
         figure = _figure(chart, origin, _data_table(("layer", "time", "share"), table, title))
-        parts.append(f"<div><h3>{escape(title)}{tag}</h3>{figure}</div>")
-    return Section("layers", "Where the time goes", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+        parts.append(html("<div><h3>{}{}</h3>{}</div>", title, tag, figure))
+    return Section("layers", "Where the time goes", _charts(parts)) if parts else None
 
 
 def _training(manifest: Manifest) -> Section | None:
@@ -544,29 +574,31 @@ def _training(manifest: Manifest) -> Section | None:
             )
             table = [[f"{x:g}", f"{y:.4g}"] for x, y, _ in values]
             parts.append(_figure(chart, f"{title}.", _data_table(("epoch", name), table, title)))
-    return Section("training", "Training", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+    return Section("training", "Training", _charts(parts)) if parts else None
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
-    entries = [f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in stated(values)]
-    return f"<dl>{''.join(entries)}</dl>" if entries else "<p>Not recorded.</p>"
+def _definitions(values: Mapping[str, Any]) -> Markup:
+    entries = joined(html("<dt>{}</dt><dd>{}</dd>", key, text) for key, text in stated(values))
+    return html("<dl>{}</dl>", entries) if entries else Markup("<p>Not recorded.</p>")
 
 
-def _environment(manifest: Manifest) -> str:
-    elsewhere = "".join(f'<p class="note">{escape(text)}</p>' for text in manifest.made_elsewhere)
-    shown = f"<h3>Environment</h3>{_definitions(manifest.environment)}{elsewhere}"
-    return f"{shown}<h3>Settings</h3>{_definitions(manifest.config)}"
+def _environment(manifest: Manifest) -> Markup:
+    elsewhere = joined(html('<p class="note">{}</p>', text) for text in manifest.made_elsewhere)
+    environment, settings = _definitions(manifest.environment), _definitions(manifest.config)
+    return html("<h3>Environment</h3>{}{}<h3>Settings</h3>{}", environment, elsewhere, settings)
 
 
-def _manifest(manifest: Manifest) -> str:
+def _manifest(manifest: Manifest) -> Markup:
     rows = []
     for stage in manifest.stages:
         files = [f"{a.path} ({size(_bytes(a.size_bytes))}, sha256 {a.sha256[:12]}…)" for a in stage.outputs]
         rows.append([stage.stage, stage.status, stage.reason or "", f"{stage.duration_s:.1f} s", "; ".join(files)])
     table = _data_table(("stage", "status", "reason", "took", "files"), rows, "Stages and the files they wrote")
-    text = escape(json.dumps(manifest.model_dump(exclude_none=True), indent=1))
-    return (
-        f'{table}<details><summary>The whole manifest</summary><pre tabindex="0" aria-label="Manifest">{text}</pre></details>'
+    text = json.dumps(manifest.model_dump(exclude_none=True), indent=1)
+    return html(
+        '{}<details><summary>The whole manifest</summary><pre tabindex="0" aria-label="Manifest">{}</pre></details>',
+        table,
+        text,
     )
 
 
@@ -596,7 +628,7 @@ def _trend_charts(rows: Sequence[Row]) -> Section | None:
         )
         table = [[rows[i].run, column.text(m)] for i, m in trend.points]
         parts.append(_figure(chart, f"{title}: {described}", _data_table(("run", column.title), table, title)))
-    return Section("trends", "Trends", f'<div class="charts">{"".join(parts)}</div>') if parts else None
+    return Section("trends", "Trends", _charts(parts)) if parts else None
 
 
 def _value_axis(column: Column) -> Axis:
@@ -627,4 +659,4 @@ def _run_charts(rows: Sequence[Row]) -> Section | None:
             )
         )
     found = [p for p in plots if p]
-    return Section("run-charts", "Trade-off of the runs", f'<div class="charts">{"".join(found)}</div>') if found else None
+    return Section("run-charts", "Trade-off of the runs", _charts(found)) if found else None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
-from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, markdown, provenance
+from rescompress.core.text import markdown, spreadsheet_cell
+from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -144,7 +147,7 @@ def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None
     """
     if metric in stage.metrics:
         return stage.metrics[metric]
-    position = manifest.stages.index(stage)
+    position = next(i for i, s in enumerate(manifest.stages) if s is stage or s == stage)
     before = [s for s in manifest.stages[:position] if s.target is None and s.status == "done" and metric in s.metrics]
     return next((s.metrics[metric] for s in reversed(before) if _holds_for(metric, s, stage)), None)
 
@@ -245,33 +248,36 @@ def dominated(rows: Sequence[Row]) -> set[int]:
 
     Row A beats row B when its top-1 on as many samples is at least as high, every cost that B has (MACs, parameters, size,
     latency) A has under the same conditions and is no higher, and something is strictly better.
+
+    Sets of rows are bits of integers here: one walk along each figure, in order of its values, leaves for every row the set
+    of those that are at least as good in all of its figures, and the set of those that are as good in all.
     """
-    costs = [
-        {
-            c.metric: (conditions(row.metrics[c.metric]), row.metrics[c.metric].value)
-            for c in columns_of(row.metrics)
-            if c.is_cost
-        }
-        for row in rows
-    ]
-    tops = [row.metrics.get("top1") for row in rows]
-
-    def beats(a: int, b: int) -> bool:
-        top_a, top_b = tops[a], tops[b]
-        if top_a is None or top_b is None or conditions(top_a) != conditions(top_b):
-            return False
-        if top_a.value < top_b.value or not costs[b]:
-            return False
-        better = top_a.value > top_b.value
-        for name, (under, cost) in costs[b].items():
-            other = costs[a].get(name)
-            if other is None or other[0] != under or other[1] > cost:
-                return False
-            better = better or other[1] < cost
-        return better
-
-    everyone = range(len(rows))
-    return {b for b in everyone if any(a != b and beats(a, b) for a in everyone)}
+    figures: dict[tuple[object, ...], list[tuple[float, int]]] = {}
+    found: dict[int, tuple[object, ...]] = {}
+    for i, row in enumerate(rows):
+        top1 = row.metrics.get("top1")
+        costs = [c.metric for c in columns_of(row.metrics) if c.is_cost]
+        if top1 is None or math.isnan(top1.value):
+            continue
+        group = conditions(top1)
+        figures.setdefault(("top1", group), []).append((-top1.value, i))
+        for name in costs:
+            metric = row.metrics[name]
+            figures.setdefault((name, group, conditions(metric)), []).append((metric.value, i))
+        if costs:
+            found[i] = group
+    as_good, equal = dict.fromkeys(found, -1), dict.fromkeys(found, -1)
+    for values in figures.values():
+        up_to = 0
+        for _, several in groupby(sorted(values), key=lambda value: value[0]):
+            those = [i for _, i in several]
+            alike = sum(1 << i for i in those)
+            up_to |= alike
+            for i in those:
+                if i in found:
+                    as_good[i] &= up_to
+                    equal[i] &= alike
+    return {i for i in found if as_good[i] & ~equal[i]}
 
 
 def best(rows: Sequence[Row]) -> set[tuple[int, str]]:
@@ -507,6 +513,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Return the table as CSV: plain numbers in base units, provenance of every latency in columns of its own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+
+    def write(cells: Iterable[object]) -> None:
+        writer.writerow([spreadsheet_cell(c) if isinstance(c, str) else "" if c is None else c for c in cells])
+
     columns = columns_for(rows, wide=True)
     names = ["run", "created", "stage", "status", "reason"]
     for column in columns:
@@ -514,7 +524,7 @@ def to_csv(rows: Sequence[Row]) -> str:
         if column.against_dense != "none":
             names.append(f"{column.metric}_{'points' if column.against_dense == 'difference' else 'ratio'}_to_dense")
         names += [f"{column.metric}_{fact}" for fact in _facts(column)]
-    writer.writerow([*names, "dominated"])
+    write([*names, "dominated"])
     beaten = dominated(rows)
     for i, row in enumerate(rows):
         cells: list[object] = [row.run, row.created, row.stage, row.status, row.reason]
@@ -524,7 +534,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             if column.against_dense != "none":
                 cells.append(row.against_dense.get(column.metric))
             cells += [None if metric is None else getattr(metric, fact) for fact in _facts(column)]
-        writer.writerow(["" if c is None else c for c in [*cells, int(i in beaten)]])
+        write([*cells, int(i in beaten)])
     return out.getvalue()
 
 
