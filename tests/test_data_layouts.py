@@ -165,7 +165,7 @@ def check_layout(layout: dict[str, Any]) -> None:
             right = {s: of_torchvision(root / s, names) for s in splits}
             assert found == right, layout
         else:
-            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.glob("*.ppm")))
+            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.rglob("*.ppm")))
             here = list(names) if layout["change"] == "empty" else here  # an empty folder is a class all the same
             assert answers(data.train, data.val) == of_torchvision(root, here), layout
             return
