@@ -44,8 +44,7 @@ class Samples:
         names: The class of each.
         root: Their folder.
         listed: Whether a label file names the classes, not folders.
-        without: Folders that could be classes but hold no picture that is read, each with what it holds; no word where
-            that is nothing.
+        without: Folders that could be classes but hold nothing, or pictures that are not read: each with their kinds.
         nested: Names that stand below several class folders again; then it is open which of the two are the classes.
         notes: What the reader of a report should know.
     """
@@ -208,7 +207,7 @@ def _class_folders(root: Path) -> tuple[list[tuple[Path, str]], list[tuple[str, 
         found += [(Path(e.path), name) for e in images]
         others = Counter(e.suffix for e in entries if e.suffix in OTHER_IMAGES)
         unread += others
-        if not images:
+        if not images and (others or not entries):
             without.append((name, ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))))
     return found, without, unread
 
