@@ -44,8 +44,7 @@ class Samples:
         names: The class of each.
         root: Their folder.
         listed: Whether a label file names the classes, not folders.
-        without: Folders that could be classes but hold no picture that is read, each with what it holds; no word where
-            that is nothing.
+        without: Folders that could be classes but hold nothing, or pictures that are not read: each with their kinds.
         nested: Names that stand below several class folders again; then it is open which of the two are the classes.
         notes: What the reader of a report should know.
     """
@@ -111,9 +110,9 @@ def read_splits(root: Path) -> Splits:
         notes = []
         left = [n for n in held[1:] if _has_images(root / n)] + others
         if left:
-            notes.append(f"{shown(root)}: {_list([held[0]], '/')} is evaluated on; {_list(left, '/')} is not read")
+            notes.append(f"{shown(root)}: {_list([held[0]], '/')} is evaluated on; not read: {_list(left, '/')}")
         if tables:
-            notes.append(f"{_list([t.name for t in tables])} beside {_list([train[0]], '/')} is not read")
+            notes.append(f"not read beside {_list([train[0]], '/')}: {_list([t.name for t in tables])}")
         return Splits(
             scan(root / held[0], _table_for(held[0], root)), scan(root / train[0], _table_for(train[0], root)), tuple(notes)
         )
@@ -183,7 +182,12 @@ def _scanned(root: Path) -> tuple[Samples, LabelFile | None]:
     if not tables:
         aside = [t for t in label_files.other_tables(root) if t.is_file() and not _names_none(t, root)]
         if aside:
-            notes.append(f"{_list([t.name for t in aside])} names pictures and is not read; call it labels.csv to have it read")
+            notes.append(
+                f"not read, though pictures are named there: {_list([t.name for t in aside])}; labels.csv would be read"
+            )
+    loose = sum(suffix_of(e.name) in IMAGE_SUFFIXES for e in list_folder(root))
+    if loose:
+        notes.append(f"{shown(root)}: {loose} pictures beside the class folders are left out")
     if unread:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(unread.items()))
         notes.append(f"{shown(root)}: pictures of a kind that is not read are left out: {kinds}")
@@ -203,7 +207,7 @@ def _class_folders(root: Path) -> tuple[list[tuple[Path, str]], list[tuple[str, 
         found += [(Path(e.path), name) for e in images]
         others = Counter(e.suffix for e in entries if e.suffix in OTHER_IMAGES)
         unread += others
-        if not images:
+        if not images and (others or not entries):
             without.append((name, ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))))
     return found, without, unread
 
@@ -268,7 +272,7 @@ def _only_table(root: Path) -> LabelFile:
 
 
 def _more_tables(tables: Sequence[Path]) -> tuple[str, ...]:
-    return (f"{_list([t.name for t in tables[1:]])} beside {shown(tables[0].name)} is not read",) if tables[1:] else ()
+    return (f"not read beside {shown(tables[0].name)}: {_list([t.name for t in tables[1:]])}",) if tables[1:] else ()
 
 
 def _listed(read: LabelFile, root: Path, folders: bool, notes: tuple[str, ...] = ()) -> Samples:
@@ -322,7 +326,7 @@ def _parted(read: LabelFile, found: Samples) -> Splits:
     notes = []
     if held[1:]:
         used, left = _list([words[held[0]]]), _list([words[r] for r in held[1:]])
-        notes.append(f"{shown(read.path.name)}: {used} is evaluated on; {left} is not read")
+        notes.append(f"{shown(read.path.name)}: {used} is evaluated on; not read: {left}")
     return Splits(
         dataclasses.replace(_of_rows(by_rank[held[0]], found.root), notes=found.notes),
         _of_rows(by_rank[0], found.root),

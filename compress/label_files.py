@@ -302,6 +302,12 @@ def _columns(
         cells = columns[0] if header else [first[0], *columns[0]]
         if others[0] == 0 and _is_index(cells, words[0] if header else ""):
             others = others[1:]
+    if len(others) > 1 and all(
+        sorted(row[i] for i in others if i < len(row)) == ["0"] * (len(others) - 1) + ["1"] for row in body
+    ):
+        raise DataError(
+            "has a column for each class", where=shown(path), remedy="write one column called label, with the name of the class"
+        )
     label_at = file_at + 1 if file_at + 1 in others else others[0]
     notes = ()
     if len(others) > 1:

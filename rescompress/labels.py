@@ -89,4 +89,5 @@ def _refuse_nesting(text: str, where: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 1:
-            raise BadInput(f"line {event.start_mark.line + 1} gives no single label", where=where, remedy=_REMEDY)
+            line = event.start_mark.line + 1 if event.start_mark is not None else 1
+            raise BadInput(f"line {line} gives no single label", where=where, remedy=_REMEDY)

@@ -165,7 +165,7 @@ def check_layout(layout: dict[str, Any]) -> None:
             right = {s: of_torchvision(root / s, names) for s in splits}
             assert found == right, layout
         else:
-            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.glob("*.ppm")))
+            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.rglob("*.ppm")))
             here = list(names) if layout["change"] == "empty" else here  # an empty folder is a class all the same
             assert answers(data.train, data.val) == of_torchvision(root, here), layout
             return
@@ -318,7 +318,7 @@ def test_of_several_evaluation_splits_one_is_used_and_named(tmp_path: Path) -> N
         class_folders(tmp_path / split, ["cat", "dog"], count)
     data = load_dataset(str(tmp_path), inputs())
     assert len(data.val) == 6
-    assert any("val/ is evaluated on; test/ and extra/ is not read" in note for note in data.notes)
+    assert any("val/ is evaluated on; not read: test/ and extra/" in note for note in data.notes)
     class_folders(tmp_path / "Val", ["cat", "dog"])
     with pytest.raises(DataError, match="Val/ and val/, which mean the same"):
         load_dataset(str(tmp_path), inputs())
@@ -380,7 +380,28 @@ def test_label_files_beside_folders(tmp_path: Path) -> None:
     assert any("names none of the pictures and is not read" in note for note in load_dataset(str(names), inputs()).notes)
     own = class_folders(tmp_path / "own", ["a", "b"])
     (own / "mine.csv").write_text("a/0.ppm,x\n")
-    assert any("mine.csv names pictures and is not read" in note for note in load_dataset(str(own), inputs()).notes)
+    assert any("pictures are named there: mine.csv" in note for note in load_dataset(str(own), inputs()).notes)
+
+
+def test_tables_that_can_be_read_in_more_than_one_way_are_refused_or_noted(tmp_path: Path) -> None:
+    root = of_files(tmp_path / "set", [("a.ppm", "cat"), ("b.ppm", "dog"), ("c.ppm", "cat")])
+    for text, message in (
+        ("filename,cat,dog\na.ppm,1,0\nb.ppm,0,1\nc.ppm,1,0\n", "a column for each class"),
+        ("file,label,is_valid\na.ppm,cat,maybe\nb.ppm,dog,True\nc.ppm,cat,False\n", "line 2 says neither"),
+        ("file,label,class\na.ppm,cat,dog\nb.ppm,dog,cat\nc.ppm,cat,dog\n", "'label' and 'class' may both"),
+    ):
+        (root / "labels.csv").write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_dataset(str(root), inputs())
+    (root / "labels.csv").write_text("a.ppm,cat,0.9\nb.ppm,dog,0.8\n")
+    notes = load_dataset(str(root), inputs()).notes
+    assert any("column 2 is taken for the labels" in note for note in notes)
+    assert any("does not name 1 of the images" in note for note in notes)
+    paint(root / "more" / "a.ppm")
+    paint(root / "less" / "a.ppm")
+    (root / "a.ppm").unlink()
+    with pytest.raises(DataError, match=r"line 1: 'a.ppm' may be each of less/a.ppm, more/a.ppm"):
+        load_dataset(str(root), inputs())
 
 
 def dataset_splits(data: Dataset) -> tuple[Split, Split]:
