@@ -74,8 +74,8 @@ class Statement:
         """Return what a text or a mapping states.
 
         Args:
-            said: ``name,key=value,...``, where a list goes on until the next key, with ``,`` or ``:`` between its numbers;
-                or the keys with texts, numbers or lists.
+            said: ``name,key=value,...``, where a list goes on until the next key, with ``,`` or ``:`` between its numbers
+                and brackets around it or not; or the keys with texts, numbers or lists.
             where: What says so, for errors.
 
         Raises:
@@ -242,7 +242,7 @@ def _words(said: str | Mapping[str, object], where: str) -> dict[str, list[str]]
             begin(str(key)).extend(_listed(str(key), value, where))
         return found
     current: list[str] | None = None
-    for part in said.split(","):
+    for part in re.sub(r"[\[\]()]", "", said).split(","):
         key, equals, value = part.partition("=")
         if equals:
             current = begin(key.strip())

@@ -286,6 +286,8 @@ def test_a_statement_means_the_same_as_text_as_mapping_and_as_stored(said: dict[
         text = mark.join(map(str, value)) if isinstance(value, list) else str(value)
         parts.append(text if key == "name" and named else f"{key}={text}")
     from_text, from_mapping = Statement.parse(",".join(parts)), Statement.parse(said)
+    bracketed = [f"{key}={value}" for key, value in said.items()]
+    assert Statement.parse(", ".join(bracketed)) == from_text
     assert from_text == from_mapping == Statement.parse(str(from_text))
     p = from_mapping.over(assumed, (3, 8, 8))
     assert Preprocessing.model_validate_json(p.model_dump_json()) == p
@@ -529,13 +531,13 @@ def test_what_is_no_image_is_refused_and_reaches_no_other_program(
 
 def test_palettes_with_transparency_are_read_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "palette.png"
-    picture(8, 8).quantize(8).save(path, transparency=bytes([0, 128, 255, 16, 32, 48, 64, 80]))
+    picture(40, 40).quantize(8).save(path, transparency=bytes([0, 128, 255, 16, 32, 48, 64, 80]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = np.asarray(pil_loader(str(path)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(decode(path, (3, 8, 8), zoo.preprocessing("cifar", (3, 8, 8))), expected)
+        np.testing.assert_array_equal(decode(path, (3, 40, 40), zoo.preprocessing("cifar", (3, 40, 40))), expected)
 
 
 @pytest.mark.parametrize("size", [(200_000, 1), (1, 200_000)])
