@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 def _identity(opening: Opening) -> dict[str, Any]:
     """Return what a checkpoint file contributes to a content key."""
     stated = asdict(opening)
+    stated.pop("yields")  # follows from being a teacher
     del stated["path"]
     return stated | {"sha256": file_identity(str(opening.path))}
 

@@ -33,6 +33,7 @@ class Opening:
         preprocess: A text for `compress.preprocessing.Statement`.
         arch_options: ``key=value`` each, as the user wrote them.
         allow_pickle: Whether code in the file may run.
+        yields: Whether a preprocessing that the file itself states goes before `preprocess`.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Opening:
     preprocess: str | None = None
     arch_options: tuple[str, ...] = ()
     allow_pickle: bool = False
+    yields: bool = False
 
     @property
     def facts(self) -> dict[str, str]:
@@ -60,13 +62,18 @@ class Opening:
         """
         from compress.checkpoints import load_checkpoint
 
-        checkpoint = load_checkpoint(
-            self.path,
-            input_shape=self.input_shape,
-            preprocess=self.preprocess,
-            arch_options=self.facts,
-            allow_pickle=self.allow_pickle,
-        )
+        def load(preprocess: str | None) -> Checkpoint:
+            return load_checkpoint(
+                self.path,
+                input_shape=self.input_shape,
+                preprocess=preprocess,
+                arch_options=self.facts,
+                allow_pickle=self.allow_pickle,
+            )
+
+        checkpoint = load(None if self.yields else self.preprocess)
+        if self.yields and self.preprocess is not None and checkpoint.spec.preprocessing.assumed:
+            checkpoint = load(self.preprocess)
         warnings = checkpoint.provenance.get("warnings")
         if tell is not None and isinstance(warnings, list):
             for text in warnings:
@@ -76,10 +83,10 @@ class Opening:
     def of(self, teacher: Path) -> Opening:
         """Return how to open a teacher's file: it sees the same images, and its file leaves the same open.
 
-        What its own file states of preprocessing counts; `compress.teacher` gives one that states nothing the network's.
+        What its own file states of preprocessing counts, and what is stated of the network where it states nothing.
         """
         options = tuple(o for o in self.arch_options if o.partition("=")[0].strip() not in _OF_ONE_FILE)
-        return dataclasses.replace(self, path=teacher, preprocess=None, arch_options=options)
+        return dataclasses.replace(self, path=teacher, arch_options=options, yields=True)
 
 
 @dataclass(frozen=True)

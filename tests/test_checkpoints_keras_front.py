@@ -44,6 +44,7 @@ CAFFE = [
 KNOWN: dict[str, tuple[list[Node], str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "1/255": ([rescaling(1 / 255)], "rescale", lambda x: x / 255),
     "twice": ([rescaling(1 / 255), rescaling(2.0, -1.0)], "half", lambda x: x / 127.5 - 1),
+    "an offset first": ([rescaling(1.0, -100.0), rescaling(0.5)], "keras", lambda x: (x - 100) * 0.5),
     "per channel": (
         [rescaling([0.1, 0.2, 0.3], [1, 2, 3])],
         "keras",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compress import zoo
+from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import MemoryStore, Split, normalise
 from compress.quantize import fake_quant_model, ptq
@@ -20,6 +22,7 @@ from compress.teacher import match_teacher, reordered
 from compress.train import TrainSettings, train
 from rescompress.core.errors import BadInput
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
+from rescompress.stage import Opening
 
 CLASSES = ("ant", "bee", "cow", "dog")
 SPEC = ModelSpec(
@@ -179,3 +182,12 @@ def test_what_cannot_be_known_is_told() -> None:
     assert match_teacher(silent, SPEC.replace(labels=None))[1] == []
     squashed = SPEC.preprocessing.model_copy(update={"resize": 10})
     assert "resized to 10" in " ".join(match_teacher(checkpoint(SPEC.replace(preprocessing=squashed)), SPEC)[1])
+
+
+def test_what_the_teacher_s_file_states_goes_before_what_is_stated_of_the_network(tmp_path: Path) -> None:
+    own = SPEC.preprocessing.model_copy(update={"name": "own", "mean": (0.1,) * 3})
+    for assumed, wanted in ((False, "own"), (True, "half")):
+        spec = SPEC.replace(preprocessing=own.model_copy(update={"assumed": assumed}))
+        save_checkpoint(checkpoint(spec), tmp_path / "teacher.safetensors")
+        teacher = Opening(tmp_path / "net.pt", preprocess="half").of(tmp_path / "teacher.safetensors")
+        assert teacher.load().spec.preprocessing.name == wanted
