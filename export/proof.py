@@ -22,7 +22,7 @@ OPEN_SIZE = 64
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Array = NDArray[np.floating]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
