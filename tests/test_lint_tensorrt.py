@@ -28,7 +28,6 @@ JUDGED = {
     "training-mode": "refused",
     "unsupported-operators": "refused",
     "weight-axis": "float",
-    "invalid-scale": "refused",
 }
 """What tensorrt_rtx 1.7.1 makes of the trap of a rule at error level: docs/lint.md has the same table."""
 
