@@ -124,7 +124,7 @@ class GraphView:
         while name not in self._stored and (node := self.made_by(name, "Identity")) is not None:
             name = node.input[0]
         if name in self._stored:
-            return self._stored[name].data_type
+            return int(self._stored[name].data_type)
         return next((i.type.tensor_type.elem_type or None for i in self.model.graph.input if i.name == name), None)
 
     def is_weight_pair(self, node: NodeProto) -> bool:
@@ -246,7 +246,8 @@ def _value(node: NodeProto) -> TensorProto | None:
     """Return what a Constant holds as a tensor, whichever way it is written; None for strings and sparse tensors."""
     for found in node.attribute:
         if found.name == "value":
-            return found.t
+            tensor: TensorProto = found.t
+            return tensor
         kind = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}.get(
             found.name
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -139,6 +140,10 @@ class OrtRunner:
 
     def __call__(self, batch_NCHW: Floats) -> Floats:
         """Return the first output for a batch; a model with a fixed batch is fed in pieces of that size, the last padded."""
+        return self.outputs(batch_NCHW)[0]
+
+    def outputs(self, batch_NCHW: NDArray[Any]) -> list[Floats]:
+        """Return every output for a batch, as a call does the first."""
         fixed = self.input_shape[0]
         if not isinstance(fixed, int) or fixed == len(batch_NCHW):
             return self._run(batch_NCHW)
@@ -147,12 +152,12 @@ class OrtRunner:
             part = batch_NCHW[start : start + fixed]
             short = fixed - len(part)
             padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-            parts.append(self._run(padded)[: len(part)])
-        return np.concatenate(parts)
+            parts.append([output[: len(part)] for output in self._run(padded)])
+        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
-    def _run(self, batch_NCHW: Floats) -> Floats:
+    def _run(self, batch_NCHW: NDArray[Any]) -> list[Floats]:
         outputs: list[Floats] = self._session.run(None, {self.input_name: batch_NCHW})
-        return outputs[0]
+        return outputs
 
     def __enter__(self) -> OrtRunner:
         """Return itself."""

@@ -77,7 +77,8 @@ def check_shapes(model: onnx.ModelProto) -> None:
     for value in model.graph.input:  # of the batch that the file states
         dims = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
         if value.name not in stored:
-            sizes[value.name] = tuple(dims)
+            sizes.pop(value.name, None)
+            sizes = {value.name: tuple(dims)} | sizes  # an error names the input first
     for name, size in sizes.items():
         if any(d < 0 for d in size):
             refuse(f"tensor '{name}' has a negative size: {by(size)}")

@@ -321,7 +321,7 @@ def _check_tensor(tensor: TensorProto, what: str) -> None:
             refuse(f"{what} is {by(dims)}, {needed} bytes, but holds {held}")
         return
     held = len(getattr(tensor, helper.tensor_dtype_to_field(kind)))
-    per_value = {TensorProto.COMPLEX64: 2, TensorProto.COMPLEX128: 2}.get(kind, bits / 8 if bits < 8 else 1)
+    per_value = 2 if kind in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else min(bits / 8, 1)
     if held not in {count * per_value, math.ceil(count * per_value)}:
         refuse(f"{what} is {by(dims)}, but holds {held} values")
     try:

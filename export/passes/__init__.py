@@ -7,27 +7,27 @@ A pass is a module of this package with
 * ``call(model, facts)``: the repaired copy and whether anything changed.
 
 `repair` runs a pass where its rules find something (requires), calls it, and keeps the result only if the model is still
-valid and computes the same on random images in onnxruntime (ensures).
+valid and computes the same in onnxruntime on images of the range that its input takes (ensures; `export.proof`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from export.lint import TargetFacts, lint
-from export.parity import OrtRunner
+from export.proof import Array, Proof
 from rescompress.core import plugins
 from rescompress.core.errors import ModelFileError
 
 PACKAGE = "export.passes"
-IMAGES = 8
 EXACT_TOLERANCE = 1e-4
+"""Of the output range, on average: a sum in another order may push single values over a rounding step."""
 ROUNDING_TOLERANCE = 2 / 255
+"""Of the output range, for every value, against the file as it came."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Step:
     Attributes:
         name: The pass.
         applied: Whether its result was kept.
-        error: Mean absolute difference of the outputs as a fraction of their range; None where it could not be measured.
+        error: Largest difference of an output as a fraction of its range; None where it could not be measured.
         outcome: What happened, in words.
     """
 
@@ -95,67 +95,73 @@ def repair(model: onnx.ModelProto, facts: TargetFacts) -> Repaired:
     Args:
         model: Any ONNX model; it is not changed.
         facts: The target it shall run on.
+
+    Raises:
+        ModelFileError: The model is malformed.
     """
     applied: list[Step] = []
     refused: list[Step] = []
     names = plugins.names(PACKAGE)
+    work = _Work(model, facts)
     for _ in names:  # a repair may make another one possible, such as integer weights the folding of a BatchNorm
         before, refused = len(applied), []
         for name in names:
-            step, model = _try(name, model, facts)
+            step = work.attempt(name)
             if step is not None:
                 (applied if step.applied else refused).append(step)
         if len(applied) == before:
             break
-    return Repaired(model, (*applied, *refused))
+    return Repaired(work.model, (*applied, *refused))
 
 
-def _try(name: str, model: onnx.ModelProto, facts: TargetFacts) -> tuple[Step | None, onnx.ModelProto]:
-    """Return what became of one pass, None where it has nothing to do, and the model after it."""
-    one: Pass = plugins.load(PACKAGE, name, what="repair pass")
-    before = lint(model, facts, rules=one.RULES)
-    if not before:
-        return None, model
-    result = one.call(model, facts)
-    if not result.modified:
-        return None, model
-    error = difference(model, result.model)
-    limit = EXACT_TOLERANCE if one.EXACT else ROUNDING_TOLERANCE
-    left = len(lint(result.model, facts, rules=one.RULES))
-    if error is None:
-        outcome = "left out: the outputs before and after could not be compared in onnxruntime"
-    elif error > limit:
-        outcome = f"left out: outputs would differ by {error:.2%} of their range, more than {limit:.2%}"
-    elif left >= len(before):
-        outcome = "left out: it mends nothing"
-    else:
-        outcome = f"mended {len(before) - left} of {len(before)}; outputs differ by {error:.2g} of their range"
-        return Step(name, True, error, outcome), result.model
-    return Step(name, False, error, outcome), model
+class _Work:
+    """A model under repair, what it answers, and what the file answered at first."""
 
+    def __init__(self, model: onnx.ModelProto, facts: TargetFacts) -> None:
+        self.model = model
+        self.facts = facts
 
-def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> float | None:
-    """Return the mean absolute difference of the first outputs on random images, as a fraction of the range.
+    @cached_property
+    def proof(self) -> Proof:
+        """Return the images, and the answers of the file as it came."""
+        return Proof(self.model)  # asked for in front of the first repair
 
-    None when a model is invalid or onnxruntime cannot run it.
-    """
-    try:
-        onnx.checker.check_model(after)
-        with OrtRunner(before, optimize=False) as a, OrtRunner(after, optimize=False) as b:
-            shape = [d if isinstance(d, int) else (IMAGES if i == 0 else 64) for i, d in enumerate(a.input_shape)]
-            x_NCHW = np.random.default_rng(0).standard_normal((IMAGES, *shape[1:]), dtype=np.float32)
-            expected, found = _run(a, x_NCHW), _run(b, x_NCHW)
-    except (ModelFileError, onnx.checker.ValidationError, RuntimeError, ValueError):
-        return None
-    if expected.shape != found.shape or not np.isfinite(expected).all():
-        return None
-    spread = float(expected.max() - expected.min())
-    off = float(np.abs(expected - found).mean())
-    return off / spread if spread else off
+    def attempt(self, name: str) -> Step | None:
+        """Try one pass and keep its model where that is proven; return what became of it, None where it has nothing to do."""
+        one: Pass = plugins.load(PACKAGE, name, what="repair pass")
+        before = lint(self.model, self.facts, rules=one.RULES)
+        if not before:
+            return None
+        result = one.call(self.model, self.facts)
+        if not result.modified:
+            return None
+        try:
+            left = len(lint(result.model, self.facts, rules=one.RULES))
+            onnx.checker.check_model(result.model)
+        except (ModelFileError, onnx.checker.ValidationError, ValueError):
+            return Step(name, False, None, "left out: the file would be malformed")
+        expected, now = self.proof.reference, self.answers
+        found = self.proof.outputs(result.model)
+        whole, alone = Proof.between(expected, found), Proof.between(now, found)
+        if whole is None or alone is None:
+            return Step(name, False, None, "left out: the outputs before and after could not be compared in onnxruntime")
+        error = max(whole.largest, alone.largest)
+        if error > ROUNDING_TOLERANCE or (one.EXACT and alone.mean > EXACT_TOLERANCE):
+            limit = f"{ROUNDING_TOLERANCE:.2%}" if error > ROUNDING_TOLERANCE else f"{EXACT_TOLERANCE:.2%} on average"
+            return Step(
+                name, False, error, f"left out: outputs would differ by up to {error:.2%} of their range, more than {limit}"
+            )
+        if left >= len(before):
+            return Step(name, False, error, "left out: it mends nothing")
+        self.model, self.answers = result.model, found
+        return Step(
+            name,
+            True,
+            error,
+            f"mended {len(before) - left} of {len(before)}; outputs differ by at most {error:.2g} of their range",
+        )
 
-
-def _run(runner: OrtRunner, x_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    try:
-        return runner(x_NCHW)
-    except Exception as e:
-        raise ModelFileError(f"onnxruntime cannot run the model: {e}") from e
+    @cached_property
+    def answers(self) -> list[Array] | None:
+        """What the model answers as it is now."""
+        return self.proof.reference
