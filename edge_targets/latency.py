@@ -306,6 +306,30 @@ def clocks(device: Device, power_mode: str | None, overrides: Overrides | None) 
     )
 
 
+def _check_memory(kernels: Sequence[Kernel], price: Rates, batch: int, device: Device) -> None:
+    """Refuse a batch of which one layer alone reads and writes more than the board's memory holds.
+
+    Raises:
+        BadInput: It does.
+    """
+    if device.memory_gb is None:
+        return
+
+    def needed(kernel: Kernel) -> int:
+        return work_of(
+            kernel, batch=batch, align=price.align, element_bytes=price.element_bytes, pad_kernels=price.pad_kernels
+        ).bytes
+
+    largest = max(kernels, key=needed, default=None)
+    memory = device.memory_gb.value * 1e9
+    if largest is not None and needed(largest) > memory:
+        raise BadInput(
+            f"{largest.name} alone moves {needed(largest) / 1e9:.3g} GB for {batch} images, the board has {memory / 1e9:g}",
+            where="--batch",
+            remedy="give a smaller batch, or smaller images",
+        )
+
+
 SLOWEST_MHZ = 10.0
 OVERCLOCKED = 2.0
 """How far above the highest clock of its modes a board is believed to run; later releases of its software add modes."""
@@ -412,6 +436,7 @@ def predict_kernels(
         raise BadInput(f"a batch of {batch} images", where="--batch", remedy="give 1 or more")
     price = rates(device, precision, power_mode=power_mode, overrides=overrides)
     sms, gpu_mhz, emc_mhz, mode = clocks(device, power_mode, overrides)
+    _check_memory(kernels, price, batch, device)
     times = tuple(kernel_times(kernels, price, batch=batch))
     total = sum(t.ms for t in times)
     width = math.exp(band(device, precision))

@@ -165,6 +165,16 @@ def test_figures_that_no_board_has_are_refused_with_the_range(name):
     assert own in clocks(DEVICE, None, Overrides(**{name: own}))
 
 
+def test_a_batch_beyond_the_memory_of_the_board_is_refused(rescompress):
+    assert "GB" in rescompress("predict", "arch:resnet18", "-t", "jetson", "--batch", 10**18, code=5).stderr
+    rescompress("predict", "arch:resnet18", "-t", "jetson", "--batch", 64)
+
+
+def test_endless_measurements_are_refused(rescompress, tmp_path):
+    for seconds in ("inf", "1e300"):
+        rescompress("bench", typed(tmp_path / "m.onnx", "float32"), "-t", "cpu-ort", "--seconds", seconds, code=2)
+
+
 @pytest.fixture
 def small_disk():
     """Return a folder that holds few bytes: a tmpfs, where one may be mounted."""

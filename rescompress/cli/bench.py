@@ -27,7 +27,9 @@ def bench(
     ] = None,
     input_shape: InputShape = None,
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Seconds of samples per model and target.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=86400, help="Seconds of samples per model and target.")
+    ] = 3.0,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns that each model gets, interleaved.")] = 5,
 ) -> None:
     """Measure the latency of ONNX files: p50, p90, p99 and spread, each in its own process, in interleaved rounds.
