@@ -80,7 +80,8 @@ def write_export(
         "params": counted(total_params(layers), "params"),
         "size_bytes": counted(path.stat().st_size, "bytes"),
     }
-    half = check_half(proto, *parity_images(checkpoint, common)) if has_float16(proto) else None
+    few = noise_images(checkpoint)  # its graphs run unoptimised, one image at a time where the batch is fixed
+    half = check_half(proto, *parity_images(checkpoint, common, few)) if has_float16(proto) else None
     notes = [] if half is None else half_notes(half)
     same = parity if in_sums is None else in_sums
     if not same.exact or parity.relative > MAX_MEAN_ERROR:
@@ -120,13 +121,18 @@ def half_notes(check: HalfCheck) -> list[str]:
     return []
 
 
-def parity_images(checkpoint: Checkpoint, common: Settings) -> tuple[list[Floats], str]:
-    """Return the images that a file and the torch network are compared on, and which they are, in words."""
+def noise_images(checkpoint: Checkpoint) -> int:
+    """Return how many images of noise a network is compared on."""
+    return 32 if checkpoint.spec.input_shape[1] > 64 else 256
+
+
+def parity_images(checkpoint: Checkpoint, common: Settings, most: int = PARITY_IMAGES) -> tuple[list[Floats], str]:
+    """Return at most so many images that a file and the torch network are compared on, and which they are, in words."""
     if common.data is not None:
-        split = dataset(common, checkpoint.spec).val.take(PARITY_IMAGES, common.seed)
+        split = dataset(common, checkpoint.spec).val.take(most, common.seed)
         batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec.input_shape))]
         return batches, f"{len(split)} images of the evaluation split"
-    count = 32 if checkpoint.spec.input_shape[1] > 64 else 256
+    count = noise_images(checkpoint)
     generator = torch.Generator().manual_seed(common.seed)
     noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
     batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
