@@ -435,4 +435,7 @@ if __name__ == "__main__":
     # Runtimes print to stdout; the protocol keeps a copy of it for itself and sends theirs to stderr.
     _protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _serve(sys.stdin, _protocol)
+    try:
+        _serve(sys.stdin, _protocol)
+    except BrokenPipeError:  # the other side was killed
+        os._exit(0)

@@ -259,6 +259,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def _absolute(text: str, base: Path) -> str:
+    if "\0" in text:
+        raise ConfigError(f"{shown(text)} is no name of a file: it holds a NUL", where="config", remedy="correct the path")
     path = Path(text).expanduser()
     return str(path if path.is_absolute() else (base / path).resolve())
 
@@ -280,7 +282,9 @@ def _override(document: dict[str, Any], assignment: str) -> None:
         value = strict_yaml.parse(text, texts=None if key.split(".")[0] in _TEXTS else ())
         place[leaf] = strict_yaml.parse(text) if key in _TEXTS and isinstance(value, str) else value
     except strict_yaml.StrictYamlError as e:
-        raise ConfigError(f"{shown(text)} is no YAML value: {e}", where=f"--set {shown(key)[1:-1]}", remedy="quote it") from e
+        raise ConfigError(
+            f"{shown(text)} is no YAML value here: {e}", where=f"--set {shown(key)[1:-1]}", remedy="quote it"
+        ) from e
 
 
 def validate(document: dict[str, Any], where: str) -> RunConfig:

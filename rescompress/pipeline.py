@@ -206,8 +206,9 @@ def run_stages(
         try:
             return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store)
         except Exception as e:
+            full = not isinstance(e, RescompressError) and _is_full(folder)  # before room is made
             sweep_partial(places)
-            if not isinstance(e, RescompressError) and _is_full(folder):
+            if full:
                 what = f"the disk is full ({type(e).__name__}: {e})"
                 raise EnvironmentFailed(what, where=str(folder), remedy="free some space and run again") from e
             raise

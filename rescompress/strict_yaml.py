@@ -59,7 +59,7 @@ def load(path: Path, *, missing: str, remedy: str, texts: Collection[str] | None
         reason = getattr(e, "strerror", None) or str(e)
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="check its name and rights") from e
     except StrictYamlError as e:
-        raise ConfigError(f"is no YAML: {e}", where=str(path), remedy=remedy) from e
+        raise ConfigError(str(e), where=str(path), remedy=remedy) from e
 
 
 def parse(text: str, *, texts: Collection[str] | None = ()) -> Any:
@@ -79,7 +79,7 @@ def parse(text: str, *, texts: Collection[str] | None = ()) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as e:
-        raise StrictYamlError(str(e)) from e
+        raise StrictYamlError(f"is no YAML: {e}") from e
     except ValueError as e:
         raise StrictYamlError(f"cannot be read: {e}") from e
     except RecursionError as e:

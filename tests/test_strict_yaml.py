@@ -38,7 +38,7 @@ def bomb(levels: int = 9, width: int = 9) -> str:
 @given(VALUES)
 def test_what_json_and_yaml_writers_write_is_read_back(value: Any) -> None:
     """The oracle is the value itself, through two writers that quote whatever is ambiguous."""
-    assert parse(yaml.safe_dump(value, allow_unicode=True)) == value
+    assert parse(yaml.safe_dump(value)) == value
     assert parse(json.dumps(value)) == value
 
 
@@ -154,10 +154,10 @@ HOSTILE = [
 def test_every_reader_refuses_what_the_one_reader_refuses(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("checkpoint: c.pt\ndata: builtin:digits\n" + text.replace("{key}", "seed"))
-    with pytest.raises(ConfigError, match="is no YAML: line"):
+    with pytest.raises(ConfigError, match=r"line [1-4]: "):
         load_config(path)
     path.write_text(text.replace("{key}", "max_drop"))
-    with pytest.raises(ConfigError, match="is no YAML: line"):
+    with pytest.raises(ConfigError, match=r"line [1-4]: "):
         load_limits(path)
     if "010" not in text and "1:30" not in text:  # there they are names
         with pytest.raises(BadInput):
@@ -189,6 +189,14 @@ def test_what_is_no_file_is_refused_before_it_is_read(tmp_path: Path, read: Any)
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "absent", Path("a\0b")):
         with pytest.raises(ConfigError):
             read(path)
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for line in ('checkpoint: "a\\0b"\ndata: d\n', 'checkpoint: c.pt\ndata: "a\\0b"\n'):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match="NUL"):
+            load_config(path)
 
 
 def test_infinity_is_a_number_where_it_may_be_one() -> None:
