@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from rescompress.core.artifact import Artifact, check_writable, make_folder, sweep_partial, write_text
 from rescompress.core.errors import BadInput, RescompressError
-from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest, update_manifest
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
 from rescompress.stage import Context, Stage
@@ -140,7 +140,17 @@ def _lead(
     stages: Sequence[Stage], folder: Path, manifest: Manifest, reporter: Reporter, peers: Peers, workspace: bool
 ) -> RunReport:
     before = _stored(folder)
-    deployed = () if workspace else tuple(s for s in before.stages if s.is_deployment)
+
+    def save(manifest: Manifest) -> Manifest:
+        """Save it, with what is deployed, or was meanwhile by another process."""
+
+        def merged(stored: Manifest) -> Manifest:
+            if workspace:
+                return manifest.with_new_deployments(stored, before)
+            return manifest.with_deployments([s for s in stored.stages if s.is_deployment])
+
+        return update_manifest(folder, merged, damaged=before)
+
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran, reused = [], []
@@ -166,13 +176,13 @@ def _lead(
             if stage.collective:
                 peers.share("join " + manifest.model_dump_json())
             if not workspace:
-                manifest.with_deployments(deployed).save(folder)
+                save(manifest)
             try:
                 result = _run(stage, key, ancestry, folder, manifest, reporter)
             except RescompressError as e:
                 if not workspace:
                     failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
-                    manifest.with_stage(failed).with_deployments(deployed).save(folder)
+                    save(manifest.with_stage(failed))
                 raise
             if not stage.collective:
                 peers.share("skip")
@@ -180,12 +190,13 @@ def _lead(
             reporter.finished(stage.name, _summary(result))
             manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
             if workspace:
-                manifest.save(folder)
-    manifest = manifest.with_deployments(deployed)
+                manifest = save(manifest)
     stored = _stored(folder)
+    if not workspace:
+        manifest = manifest.with_deployments([s for s in stored.stages if s.is_deployment])
     parts = ("stages", "config", "config_file", "unfinished")
     if ran or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
-        manifest.save(folder)
+        manifest = save(manifest)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
 
