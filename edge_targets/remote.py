@@ -116,7 +116,7 @@ def probe(board: Board) -> Probe:
             where=board.host,
             remedy="install TensorRT on the board (JetPack: apt install tensorrt), or put trtexec on the PATH of ssh",
         )
-    version = re.search(r"\[TensorRT v(\d+)\]", parts.get("help", ""))
+    version = re.search(r"\[TensorRT v([0-9]{4,6})\]", parts.get("help", ""))
     if version is None:
         raise TargetError(
             f"{trtexec} does not tell its version", where=board.host, remedy="check that it starts there: trtexec --help"
@@ -133,7 +133,7 @@ def probe(board: Board) -> Probe:
         clocks=parts.get("clocks") or None,
         flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))),
         tegrastats=bool(parts.get("tegrastats")),
-        free_bytes=int(free) * 1024 if free.isdigit() else None,
+        free_bytes=int(free) * 1024 if re.fullmatch(r"[0-9]{1,15}", free) else None,
     )
 
 
@@ -585,7 +585,7 @@ class _Session:
             self.notes += [note] if note not in self.notes else []
         base = summary["p50_ms"].model_copy(update={"low": None, "high": None})
         metrics = {}
-        if watched.power_w is not None:
+        if watched.power_w is not None and watched.power_w > 0:
             if watched.power_of != AT_WORK:
                 note = "power is the median while trtexec ran: tegrastats does not tell when the GPU worked"
                 self.notes += [note] if note not in self.notes else []
@@ -690,8 +690,8 @@ SUMMED_RAILS = (
 """Rails that together feed the module, where there is no total: of the AGX Orin (its VDDQ_VDD2_1V8AO is no part of the sum)
 and of the AGX Xavier."""
 
-RAIL = re.compile(r"(?<!\S)([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
-"""Name and present power in mW of a rail in a line of tegrastats."""
+RAIL = re.compile(r"(?<!\S)([A-Z]\w*) ([0-9]{1,7})(?:mW)?/\d+(?:mW)?(?!\S)")
+"""Name and present power in mW of a rail in a line of tegrastats; no module takes ten kilowatts."""
 
 
 def parse_tegrastats(text: str) -> Watched:
@@ -707,13 +707,13 @@ def parse_tegrastats(text: str) -> Watched:
     memories = []
     unknown: dict[str, None] = {}
     for line in text.splitlines():
-        ram = re.search(r"\bRAM (\d+)/\d+MB", line)
+        ram = re.search(r"\bRAM ([0-9]{1,8})/\d+MB", line)
         if ram:
             memories.append(float(ram[1]))
         rails = {name: float(mw) / 1000.0 for name, mw in RAIL.findall(line)}
         known = next((r for r in (*((n,) for n in TOTAL_RAILS), *SUMMED_RAILS) if rails.keys() >= set(r)), None)
         if known is not None:
-            load = re.search(r"\bGR3D_FREQ (\d+)%", line)
+            load = re.search(r"\bGR3D_FREQ ([0-9]{1,3})%", line)
             powers.append((sum(rails[n] for n in known), int(load[1]) if load else 0))
         else:
             unknown |= dict.fromkeys(rails)

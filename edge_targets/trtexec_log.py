@@ -106,7 +106,7 @@ class TrtexecLog:
     errors: tuple[str, ...] = ()
 
 
-_N = r"([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+_N = r"([-+]?[0-9]{1,30}(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,2})?)"
 _PREFIX = re.compile(r"^\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ?")
 _LEVEL = re.compile(r"^\[([VIWE])\] ?(?:\[TRT\] ?)?")
 _BANNER = re.compile(r"^&&&& (RUNNING|PASSED|FAILED) TensorRT\.trtexec \[TensorRT v(\d+)\](?: \[b\d+\])?(?: # (.*))?")
@@ -231,7 +231,7 @@ _FACTS: tuple[tuple[re.Pattern[str], str, Any], ...] = (
     (re.compile(rf"GPU compute time is unstable, with coefficient of variance = {_N}%"), "spread", _fraction),
     (re.compile(r"^Selected Device: (.+)$"), "device", str),
     (re.compile(r"^Compute Capability: (\S+)"), "compute_capability", str),
-    (re.compile(r"^SMs: (\d+)"), "sm_count", int),
+    (re.compile(r"^SMs: ([0-9]{1,9})"), "sm_count", int),
     (re.compile(rf"^(?:Application )?Compute Clock Rate: {_N} GHz"), "clock_mhz", _mhz),
     (re.compile(rf"^Created engine with size: {_N} MiB"), "engine_mib", float),
     (re.compile(rf"^Engine built in {_N} sec"), "build_s", float),
@@ -239,24 +239,55 @@ _FACTS: tuple[tuple[re.Pattern[str], str, Any], ...] = (
 )
 
 
+LONGEST_MS = 1e7
+"""No run of a network and no layer of it takes hours."""
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ModelFileError(f"is no JSON of trtexec: {e}", where=str(path), remedy="measure again") from e
+
+
+def _records(path: Path, document: Any) -> list[dict[str, Any]]:
+    """Return a list of JSON objects.
+
+    Raises:
+        ModelFileError: It is something else.
+    """
+    if not isinstance(document, list) or not all(isinstance(record, dict) for record in document):
+        raise ModelFileError("is no list of records", where=str(path), remedy="measure again")
+    return document
+
+
+def _number(path: Path, record: dict[str, Any], key: str, least: float, most: float) -> float:
+    """Return a number of a record.
+
+    Raises:
+        ModelFileError: It is missing, no number, or none that anything real has.
+    """
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        problem = (
+            f"has no {key} in a record" if value is None else f"{key} is {str(value)[:40]!r} in a record, expected a number"
+        )
+        raise ModelFileError(problem, where=str(path), remedy="measure again")
+    if not least <= value <= most:
+        raise ModelFileError(
+            f"{key} is {str(value)[:40]} in a record, which is impossible", where=str(path), remedy="measure again"
+        )
+    return float(value)
 
 
 def read_times(path: Path) -> list[float]:
     """Return the GPU compute time of every run in ms, from an ``--exportTimes`` file.
 
     Raises:
-        ModelFileError: It is missing, damaged, or has no run in it.
+        ModelFileError: It is missing, damaged, has no run in it, or a time that is impossible.
     """
-    records = _json(path)
-    try:
-        times = [float(r["computeMs"]) for r in records]
-    except (TypeError, KeyError, ValueError) as e:
-        raise ModelFileError(f"has no computeMs in a record: {e}", where=str(path), remedy="measure again") from e
+    records = _records(path, _json(path))
+    times = [_number(path, r, "computeMs", 1e-6, LONGEST_MS) for r in records]
     if not times:
         raise ModelFileError("holds no run", where=str(path), remedy="measure for longer")
     return times
@@ -266,13 +297,13 @@ def read_profile(path: Path) -> list[LayerTime]:
     """Return the layers of an ``--exportProfile`` file.
 
     Raises:
-        ModelFileError: It is missing or damaged.
+        ModelFileError: It is missing or damaged, or holds a figure that is impossible.
     """
-    rows = _json(path)
-    try:
-        return [LayerTime(r["name"], float(r["averageMs"]), float(r["percentage"])) for r in rows if "name" in r]
-    except (TypeError, KeyError, ValueError) as e:
-        raise ModelFileError(f"has a row without {e}", where=str(path), remedy="measure again") from e
+    rows = [r for r in _records(path, _json(path)) if "name" in r]
+    return [
+        LayerTime(str(r["name"]), _number(path, r, "averageMs", 0.0, LONGEST_MS), _number(path, r, "percentage", 0.0, 101.0))
+        for r in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -299,15 +330,24 @@ def read_layer_info(path: Path) -> list[EngineLayerInfo]:
         ModelFileError: It is missing or damaged.
     """
     document = _json(path)
-    if not isinstance(document, dict) or "Layers" not in document:
+    if not isinstance(document, dict) or not isinstance(document.get("Layers"), list):
         raise ModelFileError("has no list of layers", where=str(path), remedy="build again")
     layers = []
     for layer in document["Layers"]:
         if isinstance(layer, str):
             layers.append(EngineLayerInfo(layer))
             continue
+        if not isinstance(layer, dict):
+            raise ModelFileError(f"a layer is {str(layer)[:40]!r}", where=str(path), remedy="build again")
         weights = layer.get("Weights")
-        nodes = re.findall(r"\[ONNX Layer: (.*?)\](?=\[|$|[\x1e\x1f])", layer.get("Metadata", ""))
+        nodes = re.findall(r"\[ONNX Layer: (.*?)\](?=\[|$|[\x1e\x1f])", str(layer.get("Metadata", "")))
         weight_type = weights.get("Type") if isinstance(weights, dict) else None
-        layers.append(EngineLayerInfo(layer.get("Name", ""), layer.get("LayerType", ""), weight_type, tuple(nodes)))
+        layers.append(
+            EngineLayerInfo(
+                str(layer.get("Name", "")),
+                str(layer.get("LayerType", "")),
+                None if weight_type is None else str(weight_type),
+                tuple(nodes),
+            )
+        )
     return layers

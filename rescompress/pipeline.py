@@ -39,7 +39,7 @@ from rescompress.core.artifact import (
     write_text,
 )
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
-from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest, update_manifest
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
 from rescompress.stage import Context, Stage
@@ -239,7 +239,16 @@ def _lead(
     still_there: Callable[[], None],
     store: Store | None,
 ) -> RunReport:
-    deployed = () if workspace else tuple(s for s in before.stages if s.is_deployment)
+    def save(manifest: Manifest) -> Manifest:
+        """Save it, with what is deployed, or was meanwhile by another process."""
+
+        def merged(stored: Manifest) -> Manifest:
+            if workspace:
+                return manifest.with_new_deployments(stored, before)
+            return manifest.with_deployments([s for s in stored.stages if s.is_deployment])
+
+        return update_manifest(folder, merged, damaged=before)
+
     if not workspace:
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran: list[str] = []
@@ -268,7 +277,7 @@ def _lead(
             still_there()
             claims.check_places(stage, folder)
             if not workspace:
-                manifest.with_deployments(deployed).save(folder)
+                save(manifest)
             try:
                 result, computed = _shared(stage, key, ancestry, folder, manifest, reporter, still_there, store)
             except Exception as e:
@@ -276,7 +285,7 @@ def _lead(
                 if not workspace:
                     failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
                     with contextlib.suppress(EnvironmentFailed):  # the disk may be what failed
-                        manifest.with_stage(failed).with_deployments(deployed).save(folder)
+                        save(manifest.with_stage(failed))
                 raise
             if not stage.collective:
                 peers.share("skip")
@@ -284,15 +293,16 @@ def _lead(
             reporter.finished(stage.name, _summary(result) if computed else "already done by another run")
             manifest = manifest.replacing(result)  # stages stand in the order in which they were last run
             if workspace:
-                manifest.save(folder)
+                manifest = save(manifest)
     still_there()
-    manifest = manifest.with_deployments(deployed)
     stored, damage = _stored(folder)
+    if not workspace:
+        manifest = manifest.with_deployments([s for s in stored.stages if s.is_deployment])
     for text in manifest.made_elsewhere:
         reporter.note(text)
     parts = ("stages", "config", "config_file", "unfinished")
     if ran or damage or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
-        manifest.save(folder)
+        manifest = save(manifest)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
 

@@ -27,15 +27,22 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
 from edge_targets.benchmark import summarize
+from edge_targets.catalog import load_target
 from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats, probe
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
-from edge_targets.trtexec_log import TrtexecLog
+from edge_targets.trtexec_log import TrtexecLog, read_layer_info, read_profile, read_times
 from rescompress.cli.app import main
-from rescompress.core.artifact import write_text
-from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.cli.deploy import _folder
+from rescompress.core.artifact import file_sha256, write_text
+from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, TargetError
+from rescompress.core.manifest import StageResult, load_manifest, update_manifest
+from rescompress.pipeline import run_stages
+from rescompress.reporter import Silent
+from rescompress.stage import Outcome
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
+ROOT = Path(__file__).parents[1]
 STANDIN_PYTHON = Path(__file__).with_name("edge_standin_python")
 needs_sshd = pytest.mark.skipif(
     SSHD is None or shutil.which("ssh") is None, reason="no sshd here (Debian: apt install openssh-server)"
@@ -241,7 +248,7 @@ def test_failures_on_the_board(fresh, tmp_path, trouble, text):
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.engine"))
     if trouble != "connection":
-        assert text in (out / "deploy" / "model_fp16.build.log").read_text()
+        assert text in fetched(out, "model_fp16.build.log").read_text()
 
 
 @needs_sshd
@@ -264,10 +271,10 @@ def test_the_files_kept_are_those_of_the_attempt_that_is_reported(fresh, tmp_pat
     done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", out)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
-    samples = [r["computeMs"] for r in json.loads((out / "deploy" / "model_fp16.batch1.times.json").read_text())]
+    samples = [r["computeMs"] for r in json.loads(fetched(out, "model_fp16.batch1.times.json").read_text())]
     assert (max(samples) - min(samples)) / np.mean(samples) == pytest.approx(reported, rel=0.1)
     assert result["p50_ms"] == pytest.approx(np.median(samples), rel=1e-12)
-    log = (out / "deploy" / "model_fp16.batch1.times.log").read_text()
+    log = fetched(out, "model_fp16.batch1.times.log").read_text()
     assert f"max = {max(samples):g} ms" in log
     assert not list(out.rglob("*again*"))
 
@@ -303,7 +310,7 @@ def test_a_shell_that_prints_text_disturbs_nothing(fresh, tmp_path, no_hang):
     found = json.loads(done.stdout)
     assert found["top1"] == pytest.approx(right.mean())
     assert Path(found["results"][0]["engine"]).read_bytes().endswith(model.read_bytes())
-    assert "Welcome" not in (tmp_path / "out" / "deploy" / "model_fp16.build.log").read_text()
+    assert "Welcome" not in fetched(tmp_path / "out", "model_fp16.build.log").read_text()
     assert fresh.left_behind() == []
 
 
@@ -354,6 +361,12 @@ def test_a_copy_that_does_not_fit(fresh, tmp_path):
             board.put(model, f"{fresh.temporary}/it's.onnx")
     finally:
         subprocess.run(["umount", fresh.temporary], check=True)
+
+
+def fetched(out, name):
+    """Return a file that was brought back from the one board."""
+    (path,) = (out / "deploy").glob(f"*/{name}")
+    return path
 
 
 def labelled(folder, *, precision="fp32", batch="dynamic", images=40):
@@ -410,7 +423,7 @@ def test_accuracy_is_measured_on_the_board_piece_by_piece(fresh, tmp_path, monke
     timed = [c for c in fresh.calls() if any(a.startswith("--exportTimes") for a in c)]
     assert len(timed) == 3
     assert stage.metrics["p50_ms"].n == 600
-    note = json.loads((tmp_path / "out" / "deploy" / "model_fp16.engine.json").read_text())
+    note = json.loads(fetched(tmp_path / "out", "model_fp16.engine.json").read_text())
     assert (note["tensorrt"], note["compute_capability"]) == ("10.3.0", "8.7")
     assert fresh.left_behind() == []
 
@@ -846,3 +859,101 @@ def test_a_set_of_rails_that_is_not_known_gives_no_power(line, rails):
     found = parse_tegrastats(line)
     assert found.power_w is None
     assert found.unknown_rails == rails
+
+
+ODD = ["NaN", "Infinity", "-Infinity", "0", "-1", "1e308", '"1"', "null", "true", "[]", "{}", "1" + "0" * 400, "1" * 5000]
+"""What may stand where a figure is expected; JSON of Python reads all of it, or refuses it."""
+
+
+@pytest.mark.parametrize(
+    "text", [*(f'[{{"computeMs": {odd}}}]' for odd in ODD), "[" * 100_000, "{}", "5", "x", '["a"]', "[]", ""]
+)
+def test_times_that_no_board_takes_are_refused(tmp_path, text):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ModelFileError) as caught:
+        read_times(tmp_path / "t.json")
+    assert caught.value.exit_code == 5
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["averageMs", "percentage"])
+@pytest.mark.parametrize("odd", [odd for odd in ODD if odd != "0"])
+def test_a_profile_with_an_odd_figure_is_refused(tmp_path, key, odd):
+    row = {"name": '"conv"', "averageMs": "1.0", "percentage": "50.0", key: odd}
+    (tmp_path / "p.json").write_text(f'[{{"count": 1}}, {{{", ".join(f"{json.dumps(k)}: {v}" for k, v in row.items())}}}]')
+    with pytest.raises(ModelFileError, match=f"{key}|no JSON"):
+        read_profile(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"Layers": [NaN]}', '{"Layers": 5}', '{"Layers": {"a": 1}}', '["a"]', "5", "[" * 100_000, "\xff\x00", ""]
+)
+def test_layers_of_another_form_are_refused(tmp_path, text):
+    (tmp_path / "l.json").write_text(text)
+    with pytest.raises(ModelFileError):
+        read_layer_info(tmp_path / "l.json")
+    (tmp_path / "l.json").write_text('{"Layers": [{"Name": 5, "Weights": 7, "Metadata": []}, "b"]}')
+    assert [layer.name for layer in read_layer_info(tmp_path / "l.json")] == ["5", "b"]
+
+
+@pytest.mark.parametrize("digits", ["8", "82", "850", "999999999999", ""])
+def test_a_version_that_is_none_is_refused(monkeypatch, digits):
+    said = f"@@trtexec\ntrtexec\n@@help\n[TensorRT v{digits}]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    with pytest.raises(TargetError, match="does not tell its version"):
+        probe(Board("board"))
+
+
+@pytest.mark.parametrize("free", ["\u00b2", "9" * 5000, "-1", "x"])
+def test_free_space_that_is_no_number_is_unknown(monkeypatch, free):
+    said = f"@@free\n{free}\n@@trtexec\ntrtexec\n@@help\n[TensorRT v100300]\n@@end\n"
+    monkeypatch.setattr(Board, "run", lambda board, command: ssh.Completed(0, said))
+    assert probe(Board("board")).free_bytes is None
+
+
+def test_garbage_of_tegrastats_gives_no_power():
+    for line in (
+        f"RAM {'9' * 400}/1MB VDD_IN {'9' * 400}mW/1mW",
+        "VDD_IN 99999999mW/1mW",
+        "\x1b]0;x\x07 VDD_IN -5mW/-5mW",
+        "RAM",
+    ):
+        watched = parse_tegrastats(line)
+        assert (watched.power_w, watched.memory_mb) == (None, None), line
+
+
+def test_files_of_a_board_lie_apart_from_those_of_another(tmp_path):
+    boards = [load_target(name) for name in ("jetson-orin-nano-8gb", "jetson-agx-orin-64gb")]
+    assert len({_folder(tmp_path, board) for board in boards}) == 2
+    assert all(_folder(tmp_path, board).parent == tmp_path / "deploy" for board in boards)
+
+
+def test_a_deployment_and_a_run_keep_what_the_other_wrote(tmp_path):
+    """Each reads the manifest anew before it writes; interleaved updates lose nothing."""
+    change = (
+        "import sys; from pathlib import Path; from rescompress.core.manifest import StageResult, update_manifest\n"
+        "for i in range(20): update_manifest(Path(sys.argv[1]), "
+        "lambda m: m.with_stage(StageResult(stage=f'deploy:{sys.argv[2]}-{i}', status='done')))"
+    )
+    words = [sys.executable, "-c", change, str(tmp_path)]
+    several = [subprocess.Popen([*words, name], env={**os.environ, "PYTHONPATH": str(ROOT)}) for name in "abc"]
+    assert [p.wait(timeout=60) for p in several] == [0, 0, 0]
+    assert len(load_manifest(tmp_path).stages) == 60
+
+
+@pytest.mark.parametrize("workspace", [False, True])
+def test_a_deployment_during_a_run_is_kept(tmp_path, workspace):
+    board = StageResult(stage="deploy:jetson", status="done", ancestry=("a", "b"))
+
+    class Deploying:
+        name, source, after, depends, collective = "prune", "0" * 64, (), {}, False
+
+        def run(self, context):
+            update_manifest(tmp_path, lambda m: m.with_stage(board.model_copy(update={"ancestry": (file_sha256(model), "b")})))
+            return Outcome({}, [("checkpoint", model)], {})
+
+    model = tmp_path / "prune.safetensors"
+    model.write_bytes(b"network")
+    report = run_stages([Deploying()], tmp_path, {}, reporter=Silent(), workspace=workspace)
+    assert [s.stage for s in report.manifest.stages] == [s.stage for s in load_manifest(tmp_path).stages]
+    assert {s.stage for s in load_manifest(tmp_path).stages} == {"prune", "deploy:jetson"}

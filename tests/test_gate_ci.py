@@ -125,6 +125,8 @@ def test_the_action_passes_every_input_and_fails_with_the_gate(checkout: Path) -
     assert shell(*_unfold(step, checkout)).returncode == 3
     loose = {"with": {**step["with"], "max-size": "2.5"}}
     assert shell(*_unfold(loose, checkout)).returncode == 0
+    asked = {"with": {**step["with"], "run": "--help"}}
+    assert shell(*_unfold(asked, checkout)).returncode == 5, "a name that looks like an option is a name"
     named = {"with": {**step["with"], "max-size": "inf", "stage": "quantise"}}
     assert shell(*_unfold(named, checkout)).returncode == 5
     used = {

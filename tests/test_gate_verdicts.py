@@ -527,7 +527,7 @@ def _metric(name: str, **facts: Any) -> Callable[[dict[str, Any]], None]:
 
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "top-1": (_metric("top1", value=0.1), r"top1 is 10\.00 %, the outcomes say \d\d\.\d\d %"),
-    "top-1 is no number": (_metric("top1", value=float("nan")), "top1 is nan fraction"),
+    "top-1 is no number": (_metric("top1", value=float("nan")), "top1 is nan fraction|finite number"),
     "top-1 above one": (_metric("top1", value=1.5), r"top1 is 1\.5 fraction"),
     "top-1 below zero": (_metric("top1", value=-1.0), "top1 is -1 fraction"),
     "samples": (_metric("top1", n=77), "top1 is of 77 samples, the outcomes are of 1000"),

@@ -67,7 +67,9 @@ def compare(
         output.json = True
     wide = output.verbosity > 0
     if output.json or form is Format.table:
-        document = {"rows": tables.to_document(rows)} | ({"trends": _trend_document(going)} if history else {})
+        document: dict[str, Any] = {}
+        if output.json:
+            document = {"rows": tables.to_document(rows)} | ({"trends": _trend_document(going)} if history else {})
         output.result(document, tables.to_rich(rows, wide=wide), *([_trend_table(going)] if going else []))
     elif form is Format.csv:
         output.text(tables.to_csv(rows))

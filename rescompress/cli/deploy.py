@@ -65,7 +65,7 @@ def deploy(
     from edge_targets.ssh import Board
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
-    from rescompress.core.manifest import MANIFEST_NAME, Manifest, load_manifest
+    from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
 
     output = output_of(ctx)
     sizes = _batches(batches)
@@ -75,10 +75,9 @@ def deploy(
     if dla is not None and data is not None:
         raise BadInput("accuracy is not measured on a DLA", where="--data", remedy="leave --dla or --data out")
     named = load_target(target) if target else None
-    folder = out / "deploy"
     if dry_run:
         assumed = named or load_target("jetson")
-        jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, assumed)
+        jobs, notes = _jobs(model, baseline, sizes, input_shape, _folder(out, assumed), assumed)
         notes += _advice(assumed, jobs, dla)
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
@@ -87,8 +86,11 @@ def deploy(
     if host is None:
         raise BadInput("which board?", where="--host", remedy="give --host user@board, or --dry-run to see the commands")
     board = Board(host, port, ssh_config)
+    if (out / MANIFEST_NAME).is_file():
+        load_manifest(out)  # what is wrong with it is told before any work
     found = remote.probe(board)
     on_board = _on_board(named, found, load_target)
+    folder = _folder(out, on_board)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
     notes += _advice(on_board, jobs, dla)
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
@@ -98,9 +100,8 @@ def deploy(
     done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
-    manifest = load_manifest(out) if (out / MANIFEST_NAME).is_file() else Manifest()
-    result = _stage(done, on_board, out).model_copy(update={"ancestry": manifest.ancestry(file_sha256(model))})
-    manifest.with_stage(result).save(out)
+    result, read = _stage(done, on_board, out), file_sha256(model)
+    update_manifest(out, lambda m: m.with_stage(result.model_copy(update={"ancestry": m.ancestry(read)})))
     document = {
         **_row(done.best),
         "target": on_board.name,
@@ -115,6 +116,11 @@ def deploy(
     _show(output, document)
     if done.unscored is not None:
         raise done.unscored
+
+
+def _folder(out: Path, target: Target) -> Path:
+    """Return where the files of one board go; those of another stay as they are."""
+    return out / "deploy" / target.name.replace("/", "_")
 
 
 def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> Split:

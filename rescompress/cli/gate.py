@@ -184,11 +184,21 @@ def _write(
 
 
 def _append(variable: str, text: str) -> None:
-    """Append to the file that a CI system names in a variable, if it does."""
+    """Append to the file that a CI system names in a variable, if it does.
+
+    Raises:
+        EnvironmentFailed: It cannot be written.
+    """
+    from rescompress.core.errors import EnvironmentFailed
+
     name = os.environ.get(variable)
-    if name:
+    if not name:
+        return
+    try:
         with Path(name).open("a", encoding="utf-8") as f:
             f.write(text)
+    except OSError as e:
+        raise EnvironmentFailed(f"cannot write: {e.strerror}", where=f"${variable} ({name})", remedy="check the runner") from e
 
 
 def _show(output: Output, report: GateReport) -> None:

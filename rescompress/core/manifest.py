@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +183,14 @@ class Manifest(Frozen):
         kept = tuple(d for d in deployments if self.unfinished or here.intersection(d.ancestry[:1]))
         return self.model_copy(update={"stages": (*self.stages, *kept)})
 
+    def with_new_deployments(self, stored: Manifest, before: Manifest) -> Manifest:
+        """Return a manifest that also has what was deployed to `stored` since `before`, in the place of what it replaces."""
+        manifest = self
+        for result in stored.stages:
+            if result.is_deployment and result != before.stage(result.stage):
+                manifest = manifest.with_stage(result)
+        return manifest
+
     def replacing(self, result: StageResult) -> Manifest:
         """Return a manifest in which `result` stands last, without the stage of its name and what was made from that."""
         old = self.stage(result.stage)
@@ -197,6 +207,45 @@ class Manifest(Frozen):
         path = folder / MANIFEST_NAME
         write_text(path, self.model_dump_json(indent=1) + "\n", follow=False)
         return path
+
+
+def update_manifest(folder: Path, change: Callable[[Manifest], Manifest], *, damaged: Manifest | None = None) -> Manifest:
+    """Return what `change` makes of the manifest in `folder`, saved; nobody else who does so comes in between.
+
+    A run and a deployment write into one folder at a time: each keeps what the other wrote since it last looked.
+
+    Args:
+        folder: Of the run; it must be there.
+        change: From the manifest that is there (an empty one where there is none) to the new one.
+        damaged: What `change` is given where the file cannot be read; by default that is an error.
+
+    Raises:
+        BadInput: The file cannot be read.
+    """
+    with _alone(folder):
+        try:
+            stored = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
+        except BadInput:
+            if damaged is None:
+                raise
+            stored = damaged
+        changed = change(stored)
+        changed.save(folder)
+    return changed
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder itself, which leaves no file behind; for a moment only, unlike a run, which holds it while it works."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def runs_below(folder: Path) -> list[Path]:

@@ -87,12 +87,12 @@ def markdown(text: str) -> str:
 
 def code_span(text: str) -> str:
     """Return text as a code span of Markdown, which shows it as it is; backticks in it do not end the span."""
-    text = shown(" ".join(text.splitlines()))
+    text = log_line(" ".join(text.splitlines()))
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def xml_text(text: str) -> str:
-    """Return text that XML can hold: as `shown`, without the two characters that are none."""
-    return shown(text).replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")
+    """Return text that XML can hold: as `log_line`, for logs show such files, without the two characters that are none."""
+    return log_line(text).replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")

@@ -143,8 +143,9 @@ def _limits(manifest: Manifest) -> list[str]:
     if any(m.provenance == "predicted" for s in manifest.stages for m in s.metrics.values()):
         lines.append("- Predicted latencies come from a model of the device; measure on the device before relying on them.")
     for stage in manifest.stages:
-        if stage.details.get("kept") == "ptq":
-            lines.append(f"- Stage {code_span(stage.stage)}: {markdown(str(stage.details['notes'][0]))}.")
+        notes = stage.details.get("notes")
+        if stage.details.get("kept") == "ptq" and isinstance(notes, list) and notes:
+            lines.append(f"- Stage {code_span(stage.stage)}: {markdown(str(notes[0]))}.")
         if stage.status != "done":
             lines.append(f"- Stage {code_span(stage.stage)} was {stage.status}: {markdown(stage.reason or 'no reason given')}.")
     return lines

@@ -18,6 +18,7 @@ from rescompress.report.columns import COLUMNS, Column, columns_of, conditions, 
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
     from rich.table import Table
 
 DENSE = "dense"
@@ -394,10 +395,13 @@ class _TerminalTable:
         from rich.text import Text
 
         rows = [replace(row, note="") for row in self.rows]
+        columns = _grid(rows, wide=self.wide).columns
         for stacked in (False, True):
             head, body = self._cells(rows, stacked=stacked)
-            columns = _grid(rows, wide=self.wide).columns
             widths = [_width(cells) for cells in zip(head, *body, strict=True)]
+            if len(rows) > MANY_ROWS and sum(widths) + GAP * len(widths) <= options.max_width:
+                yield from self._plain(rows, head, body, columns, widths)
+                break
             if stacked:
                 widths = [w if column else min(w, FOLDED) for w, column in zip(widths, columns, strict=True)]
             if sum(widths) + GAP * len(widths) - 1 <= options.max_width:
@@ -409,7 +413,9 @@ class _TerminalTable:
         for row in self.rows:
             if row.note:
                 name = f"{row.run} {row.stage}" if several else row.stage
-                yield Text(f"{name}: {row.note}", style="red" if row.status == "failed" else "dim")
+                style = "red" if row.status == "failed" else "dim"
+                told = f"{name}: {row.note}"
+                yield _Lines(told, style) if len(rows) > MANY_ROWS else Text(told, style=style)
         for note in footnotes(rows):
             yield Text(note, style="dim")
 
@@ -439,6 +445,32 @@ class _TerminalTable:
             ]
             table.add_row(*texts, style="dim" if i in beaten else "red" if rows[i].status == "failed" else "")
         return table
+
+    def _plain(
+        self,
+        rows: Sequence[Row],
+        head: Sequence[str],
+        body: Sequence[Sequence[str]],
+        columns: Sequence[Column | None],
+        widths: Sequence[int],
+    ) -> Iterator[RenderableType]:
+        """Yield the table line by line, best values unmarked: laying out many thousand cells one by one takes a minute."""
+        beaten = dominated(rows)
+
+        def lines(cells: Sequence[str]) -> list[str]:
+            parts = [cell.split("\n") for cell in cells]
+            padded = []
+            for k in range(max(map(len, parts))):
+                row = [part[k] if k < len(part) else "" for part in parts]
+                fit = [cell.rjust(w) if c else cell.ljust(w) for cell, w, c in zip(row, widths, columns, strict=True)]
+                padded.append(" " + (" " * GAP).join(fit))
+            return padded
+
+        yield _Lines("\n".join(lines(head)), "bold")
+        yield _Lines(" " + "─" * (sum(widths) + GAP * (len(widths) - 1)), "")
+        for i, cells in enumerate(body):
+            style = "dim" if i in beaten else "red" if rows[i].status == "failed" else ""
+            yield _Lines("\n".join(lines(cells)), style)
 
     def _transposed(self, rows: Sequence[Row], width: int) -> Iterator[Table]:
         """Yield tables with one column per row and as many columns as fit: for many figures on a narrow line."""
@@ -474,6 +506,23 @@ class _TerminalTable:
 
         return Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
 
+
+@dataclass(frozen=True)
+class _Lines:
+    """Lines that are as wide as they are: nothing in them is laid out."""
+
+    text: str
+    style: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        """Yield them."""
+        from rich.segment import Segment
+
+        yield Segment(self.text + "\n", console.get_style(self.style) if self.style else None)
+
+
+MANY_ROWS = 500
+"""A table with more rows than this is laid out by the widest cell of each column alone."""
 
 GAP = 3
 """Blanks between the columns of a terminal table."""
