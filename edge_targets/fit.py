@@ -383,13 +383,13 @@ def table(found: Report) -> str:
     for g, *errors in zip(found.groups, found.fit_errors, *held.values(), strict=True):
         lines.append(f"{g.name:84s} {g.latency_ms:8.3f} " + " ".join(f"{e:+6.0%}" for e in errors))
     low = reduced(found.groups)
-    for title, errors in held.items():
+    for title, relative in held.items():
         for name, chosen in (
             ("FP16 and INT8", low),
             ("Orin, FP16 and INT8", low & np.array([g.architecture == "ampere" for g in found.groups])),
             ("all", np.ones(len(low), dtype=bool)),
         ):
-            size = np.abs(errors[chosen])
+            size = np.abs(relative[chosen])
             lines.append(
                 f"{title} held out, {name} ({len(size)}): median {np.median(size):.1%}, "
                 f"85 % below {np.quantile(size, 0.85):.1%}, worst {size.max():.1%}"

@@ -418,3 +418,11 @@ def test_a_grouped_convolution_is_priced_by_its_groups():
     assert work[1].macs == 196 * 256 * 9 * 256
     assert work[32].macs == 196 * 256 * 9 * 8
     assert work[1].bytes - work[32].bytes == 256 * 9 * (256 - 8)
+
+
+def test_a_grouped_multiplication_takes_the_time_of_several_dense_ones():
+    grouped = Kernel("c", "conv", pixels=196, in_width=256, width=256, taps=9, groups=32, in_pixels=196)
+    price = rates(ORIN, "fp16")._replace(depth_ms=0.0)
+    macs = work_of(grouped, batch=1, align=8, element_bytes=2, pad_kernels=False).macs
+    assert price_of(grouped, price, batch=1)[0] == pytest.approx(macs * price.mac_ms * fitted_model().grouped)
+    assert fitted_model().grouped > 1

@@ -57,7 +57,7 @@ def test_every_stage_has_its_row(finished: tuple[Path, dict[str, Any]]) -> None:
         "export",
         "target:cpu",
         "target:cpu-ort",
-        "target:jetson-orin-nano-8gb",
+        "target:jetson-orin-nano-8gb-super",
     ]
     assert all(s["status"] == "done" for s in stages.values())
     for name in ("dense", "prune", "finetune", "quantize", "export", "target:cpu", "target:cpu-ort"):
@@ -75,8 +75,8 @@ def test_every_stage_has_its_row(finished: tuple[Path, dict[str, Any]]) -> None:
     assert any("--profile onnxruntime" in note for note in on_ort["notes"])
     assert not {"runtime_options", "fp32_runtime_options", "dense_runtime_options"} & on_ort.keys()
     assert not {"fp32_runtime_options", "dense_runtime_options"} & on_cpu.keys()
-    assert stages["target:jetson-orin-nano-8gb"]["metrics"]["p50_ms"]["provenance"] == "predicted"
-    assert "top1" not in stages["target:jetson-orin-nano-8gb"]["metrics"]
+    assert stages["target:jetson-orin-nano-8gb-super"]["metrics"]["p50_ms"]["provenance"] == "predicted"
+    assert "top1" not in stages["target:jetson-orin-nano-8gb-super"]["metrics"]
     parity = stages["export"]["details"]["parity"]
     assert parity["n"] == 360
     assert parity["top1_agreement"] >= 359 / 360  # one image may stand exactly between two classes
