@@ -134,14 +134,14 @@ class _Runner(OrtRunner):
         self.nodes = nodes
         self.largest: NDArray[np.float64] = np.zeros(len(nodes))
 
-    def _run(self, batch_NCHW: Floats) -> Floats:
+    def _run(self, batch_NCHW: NDArray[Any]) -> list[Floats]:
         try:
             logits, *seen = self._session.run(None, {self.input_name: batch_NCHW})
         except Exception as e:  # onnxruntime has one class per error code and no common base
             raise ModelFileError(f"onnxruntime cannot run it: {e}", remedy="check it with: rescompress lint") from e
         if seen:
             self.largest = np.maximum(self.largest, np.array([float(s) for s in seen]))
-        return np.asarray(logits, np.float32)
+        return [np.asarray(logits, np.float32)]
 
 
 def _widened(model: onnx.ModelProto, *, measure: bool) -> tuple[onnx.ModelProto, list[onnx.NodeProto]]:
