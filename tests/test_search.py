@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import signal
@@ -392,3 +393,38 @@ def test_rungs_stand_in_order() -> None:
     with pytest.raises(ValueError, match="'full' is missing"):
         SearchConfig(rungs=("predict",))
     assert SearchConfig().rungs == RUNGS
+
+
+# --- the page
+
+
+def test_the_page_of_a_search_shows_the_front(tmp_path: Path) -> None:
+    from rescompress.core.manifest import Manifest, StageResult
+    from rescompress.core.metric import accuracy
+    from rescompress.report.html import page
+    from rescompress.search.show import search_document
+
+    trials = begin(tmp_path, 30, sampler="random")
+    work(trials, Synthetic(), tmp_path / "trials", beat_s=1)
+    document = json.loads(json.dumps(search_document(trials)))
+    done = [t for t in trials.all() if t.state == "done"]
+    assert len(document["candidates"]) == len(done)
+    volumes = document["hypervolume"]
+    assert volumes == sorted(volumes)
+    assert 0 < volumes[-1] <= 1
+    stage = StageResult(
+        stage="dense", status="done", metrics={"top1": accuracy(9, 10, runtime="torch")}, details={"search": document}
+    )
+    text = page([("s", Manifest(stages=(stage,)))])
+    assert "The front, and how it was found" in text
+    assert "Accuracy against latency" in text
+    assert "Hypervolume of the front" in text
+
+
+@pytest.mark.parametrize("document", [3, [], {}, {"candidates": 3}, {"candidates": [3, {"accuracy": "x"}], "units": {"a": 1}}])
+def test_a_search_of_another_form_breaks_no_page(document: object) -> None:
+    from rescompress.core.manifest import Manifest, StageResult
+    from rescompress.report.html import page
+
+    stage = StageResult(stage="dense", status="done", details={"search": document})
+    assert "<html" in page([("s", Manifest(stages=(stage,)))])

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.report import charts
+from rescompress.report import search as searches
 from rescompress.report.card import described, stated
 from rescompress.report.charts import Axis, Bar, Point
 from rescompress.report.columns import (
@@ -286,6 +287,7 @@ def _figure(chart: Markup, caption: str, table: Markup) -> Markup:
 def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
     rows = rows_of(manifest, name)
     yield Section("trade-off", "Every stage", _stage_table(manifest, rows))
+    yield _search(manifest)
     yield _trade_off_charts(manifest)
     yield _widths(manifest)
     yield _curves(manifest)
@@ -302,6 +304,19 @@ def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> Markup:
     intro = "Accuracy with its standard error; in the second line of a cell, points or times the dense network's figure. "
     intro += "A star marks the best of values that may be compared."
     return html('<p class="note">{}</p>{}{}', intro, _table(rows, "Every stage of the run"), told)
+
+
+def _search(manifest: Manifest) -> Section | None:
+    """Return the front of a search and how it was found; nothing for a run."""
+    dense = manifest.stage(DENSE)
+    document = dense.details.get(searches.KEY) if dense is not None else None
+    if not isinstance(document, Mapping):
+        return None
+    parts = [
+        _figure(chart, caption, _data_table(head, rows, title))
+        for title, chart, caption, head, rows in searches.figures(document)
+    ]
+    return Section("search", "The front, and how it was found", joined([searches.words(document), _charts(parts)]))
 
 
 def _percent_axis() -> Axis:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import load_manifest
 from rescompress.core.outcomes import Outcomes
 from rescompress.gate.tango import interval
-from rescompress.search.front import Point, front, good_enough
+from rescompress.search.front import Point, front, good_enough, hypervolume, points_of
 from rescompress.search.ladder import CONFIDENCE, paired, rank_correlation
-from rescompress.search.study import Trials
+from rescompress.search.study import Answer, Trials
 
 UNITS = {"latency": "ms", "size": "bytes", "macs": "MACs", "params": "parameters"}
 
@@ -182,3 +184,79 @@ def deliver_best(document: dict[str, Any], output: Path) -> Path:
     with atomic_path(output) as temporary:
         shutil.copy(Path(place) / artifact.path, temporary)
     return output
+
+
+def search_document(trials: Trials) -> dict[str, Any]:
+    """Return what the page shows of a search: candidates, front, rungs, importance of the choices, hypervolume over time."""
+    known = trials.all()
+    objectives = trials.config.objectives
+    on_front = {p.trial.slot for p in front(known, objectives)}
+    points = sorted(points_of(known), key=lambda item: item[0].number)
+    candidates = [
+        {
+            "trial": trial.slot,
+            "choices": _choices(dict(trial.choices)),
+            "accuracy": answer.accuracy,
+            "error": _standard_error(answer.outcomes),
+            "costs": dict(answer.costs),
+            "bands": {k: list(v) for k, v in answer.band.items()},
+            "front": trial.slot in on_front,
+        }
+        for trial, answer in points
+    ]
+    document = status_document(trials)
+    trust = {t["from"]: t["spearman"] for t in document["rank_correlation"]}
+    return {
+        "objectives": list(objectives),
+        "units": {name: UNITS[name] for name in objectives},
+        "candidates": candidates,
+        "rungs": [{**row, "spearman": trust.get(row["rung"])} for row in document["rungs"]],
+        "hypervolume": _volumes([answer for _, answer in points], objectives),
+        "importance": _importance(trials),
+    }
+
+
+def _standard_error(outcomes: Outcomes | None) -> float:
+    if outcomes is None or not outcomes.n:
+        return 0.0
+    p = outcomes.correct / outcomes.n
+    return float((p * (1 - p) / outcomes.n) ** 0.5)
+
+
+def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[float]:
+    """Return the share of the box of all candidates that the first 1, 2, 3, ... of them dominate, costs as logarithms."""
+    if len(answers) < 2:
+        return []
+    rows = [(-float(a.accuracy or 0.0), *(math.log(max(a.costs[name], 1e-30)) for name in objectives)) for a in answers]
+    low = [min(column) for column in zip(*rows, strict=True)]
+    high = [max(column) for column in zip(*rows, strict=True)]
+    scaled = [tuple((v - a) / ((b - a) or 1.0) for v, a, b in zip(row, low, high, strict=True)) for row in rows]
+    reference = (1.05,) * len(low)
+    whole = 1.05 ** len(low)
+    found: list[float] = []
+    best: list[tuple[float, ...]] = []
+    for point in scaled:
+        if not any(all(x <= y for x, y in zip(b, point, strict=True)) for b in best):
+            best = [b for b in best if not all(x <= y for x, y in zip(point, b, strict=True))] + [point]
+            found.append(hypervolume(best, reference) / whole)
+        else:
+            found.append(found[-1])
+    return found
+
+
+def _importance(trials: Trials) -> dict[str, float]:
+    """Return the share of each choice in the variation of the accuracy; nothing where too few candidates tell it."""
+    import optuna
+
+    complete = [t for t in trials.study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+    if len(complete) < 4:
+        return {}
+    try:
+        found = optuna.importance.get_param_importances(
+            trials.study,
+            evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+            target=lambda t: t.values[0],
+        )
+    except (ValueError, RuntimeError):  # too few, or all of one value
+        return {}
+    return {str(k): float(v) for k, v in found.items()}

@@ -432,7 +432,9 @@ def folder_manifest(trials: Trials, folder: Path) -> None:
     points.sort(key=lambda p: good[p.trial.slot])  # stable: among the good ones the cheapest is last
     if any(good.values()):
         points = [p for p in points if not good[p.trial.slot]] + [p for p in points if good[p.trial.slot]]
-    stages = [_row(folder, "dense", final["dense"], {}, {})]
+    from rescompress.search.show import search_document
+
+    stages = [_row(folder, "dense", final["dense"], {}, {"search": search_document(trials)})]
     for point in points:
         entry = final[str(point.trial.slot)]
         details = {"choices": dict(point.trial.choices), "folder": point.trial.folder, "clear": point.clear}
