@@ -255,7 +255,7 @@ def _importance(trials: Trials) -> dict[str, float]:
         found = optuna.importance.get_param_importances(
             trials.study,
             evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            target=lambda t: t.values[0],
+            target=lambda t: -t.values[0],  # the estimator looks at what leads to low values
         )
     except (ValueError, RuntimeError):  # too few, or all of one value
         return {}
