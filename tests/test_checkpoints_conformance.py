@@ -143,7 +143,9 @@ def test_timm(name: str, tmp_path: Path) -> None:
     assert loaded.spec.arch == name
     same_counts(model, loaded)
     torch.save(model, tmp_path / "whole.pt")
-    assert load_checkpoint(tmp_path / "whole.pt", input_shape=(3, 64, 64)).spec == loaded.spec
+    whole = load_checkpoint(tmp_path / "whole.pt", input_shape=(3, 64, 64)).spec
+    assert not whole.preprocessing.assumed, "a network of timm says how its images are prepared"
+    assert whole.replace(preprocessing=loaded.spec.preprocessing) == loaded.spec
 
 
 class CifarBlock(nn.Module):

@@ -395,7 +395,7 @@ DEPLOY = [
             "seconds": deploying("duration_s", 7),
             "workspace": deploying("workspace_mb", 512),
             "sparsity": deploying("sparsity", True),
-            "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy"),
+            "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy/jetson-orin-nano-8gb-super"),
         },
         4,
     ),
@@ -418,7 +418,7 @@ def limit(name: str, wanted: Any) -> tuple[Getter, Any]:
 GATE = [
     Case(
         "candidate -b baseline --max-drop 21 --max-latency 22 --max-size 23 --max-macs 24 --max-params 25 --stage quantize "
-        "--on-inconclusive pass --junit junit.xml --summary gate.md --save-baseline saved.json",
+        "--on-inconclusive pass --on-missing pass --junit junit.xml --summary gate.md --save-baseline saved.json",
         {
             "run": (lambda seen: seen["judge"]["candidate"].name, "candidate"),
             "baseline": (lambda seen: seen["judge"]["baseline"].name, "baseline"),
@@ -432,6 +432,7 @@ GATE = [
                 lambda seen: (seen["judge"]["limits"].on_inconclusive, seen["to_junit"]["inconclusive_fails"]),
                 ("pass", False),
             ),
+            "on_missing": limit("on_missing", "pass"),
             "junit": (lambda seen: "<testsuites" in seen.text("junit.xml"), True),
             "summary": (lambda seen: "accuracy" in seen.text("gate.md"), True),
             "save_baseline": (lambda seen: "stages" in json.loads(seen.text("saved.json")), True),

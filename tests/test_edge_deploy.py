@@ -947,13 +947,14 @@ def test_a_deployment_during_a_run_is_kept(tmp_path, workspace):
 
     class Deploying:
         name, source, after, depends, collective = "prune", "0" * 64, (), {}, False
+        reads, writes = (), ("prune.safetensors",)
 
         def run(self, context):
+            model.write_bytes(b"network")
             update_manifest(tmp_path, lambda m: m.with_stage(board.model_copy(update={"ancestry": (file_sha256(model), "b")})))
             return Outcome({}, [("checkpoint", model)], {})
 
     model = tmp_path / "prune.safetensors"
-    model.write_bytes(b"network")
     report = run_stages([Deploying()], tmp_path, {}, reporter=Silent(), workspace=workspace)
     assert [s.stage for s in report.manifest.stages] == [s.stage for s in load_manifest(tmp_path).stages]
     assert {s.stage for s in load_manifest(tmp_path).stages} == {"prune", "deploy:jetson"}

@@ -14,7 +14,7 @@ from command_line import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescompress.cli.workspace import parse_labels
+from rescompress.labels import parse_labels
 from rescompress.config import load_config
 from rescompress.core.errors import BadInput, ConfigError, shown
 from rescompress.gate import load_limits

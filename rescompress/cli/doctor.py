@@ -20,6 +20,7 @@ PURPOSES = {
     "accelerate": "training, on one or many processes",
     "h5py": "Keras checkpoints",
     "nncf": "calibration of INT8 ranges",
+    "markupsafe": "reports",
     "numpy": "figures and images",
     "onnx": "export",
     "onnx-ir": "writing ONNX files",

@@ -244,16 +244,11 @@ def _work(
             out.hint(f"note: {jobs} jobs on {cores} cores share them: more candidates at once, none of them faster")
     settings = settings_of(trials.document, device=device, threads=threads, batch_size=batch_size)
     agree(trials, Pipeline(trials.document, settings, Store(folder / "store")))
+    another = [sys.executable, "-P", "-m", "rescompress", "search", "worker", address]
     helpers = [
         subprocess.Popen(
             [
-                sys.executable,
-                "-P",
-                "-m",
-                "rescompress",
-                "search",
-                "worker",
-                address,
+                *another,
                 *("-o", str(folder)),
                 *("--name", name),
                 *("--threads", str(threads)),
