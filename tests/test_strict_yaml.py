@@ -14,10 +14,10 @@ from command_line import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescompress.labels import parse_labels
 from rescompress.config import load_config
 from rescompress.core.errors import BadInput, ConfigError, shown
 from rescompress.gate import load_limits
+from rescompress.labels import parse_labels
 from rescompress.strict_yaml import StrictYamlError, load, parse
 
 NUMBERS = st.integers(-(10**12), 10**12) | st.integers(-(10**9), 10**9).map(lambda n: n / 1024)  # written without exponents
