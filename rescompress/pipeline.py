@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import os
 import stat
 import sys
@@ -39,6 +38,7 @@ from rescompress.core.artifact import (
     write_text,
 )
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
+from rescompress.core.locks import lock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest, update_manifest
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
@@ -97,12 +97,10 @@ def _locked(folder: Path) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         handle = _open_lock(path)
         stack.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
+        if not lock(handle):
             raise BadInput(
                 "another process is running here", where=str(folder), remedy="wait for it, or work in another folder"
-            ) from e
+            )
         home = folder.stat()
 
         def still_there() -> None:
@@ -121,7 +119,9 @@ def _locked(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def _open_lock(path: Path) -> int:
-    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):  # Windows has none of them
+        flags |= getattr(os, name, 0)
     handle = None
     try:
         try:

@@ -20,8 +20,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from rescompress.core.artifact import atomic_path, make_folder, write_text
+from rescompress.core.locks import FileLock
 from rescompress.core.manifest import StageResult
-from rescompress.filelock import FileLock
 
 _RESULT = "result.json"
 

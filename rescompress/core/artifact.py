@@ -14,12 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.locks import RENAMES_OPEN_FILES, lock
 from rescompress.core.spec import Frozen
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
 
 PARTIAL_PREFIX = ".partial-rescompress-"
 _PARTIAL = re.compile(re.escape(PARTIAL_PREFIX) + r"[a-z0-9_]{8}(\..*)?", re.DOTALL)
@@ -139,11 +135,11 @@ def atomic_path(path: Path, *, follow: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=path.suffix, dir=path.parent)
-        if fcntl is None:
-            os.close(held)  # Windows renames no open file
-            held = None
+        if RENAMES_OPEN_FILES:
+            lock(held)
         else:
-            _lock(held)
+            os.close(held)
+            held = None
         temporary = Path(name)
         umask = os.umask(0)
         os.umask(umask)
@@ -165,17 +161,6 @@ def atomic_path(path: Path, *, follow: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         if held is not None:
             os.close(held)
-
-
-def _lock(handle: int) -> bool:
-    """Lock an open file for as long as it is open; return whether nobody else had it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _file_at(path: Path) -> Path:
@@ -258,10 +243,8 @@ def sweep_partial(folders: Iterable[Path]) -> None:
 
 def _is_left(partial: Path) -> bool:
     """Whether no process writes this file any more."""
-    if fcntl is None:
-        return True
     try:
         with open_regular(partial) as f:
-            return _lock(f.fileno())
+            return lock(f.fileno())
     except FileNotFoundError:
         return False

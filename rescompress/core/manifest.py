@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from rescompress.core.artifact import Artifact, read_text, write_text
 from rescompress.core.errors import BadInput
+from rescompress.core.locks import folder_held
 from rescompress.core.metric import Metric
 from rescompress.core.spec import Frozen
 
@@ -222,7 +221,7 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest], *, dam
     Raises:
         BadInput: The file cannot be read.
     """
-    with _alone(folder):
+    with folder_held(folder):
         try:
             stored = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
         except BadInput:
@@ -232,20 +231,6 @@ def update_manifest(folder: Path, change: Callable[[Manifest], Manifest], *, dam
         changed = change(stored)
         changed.save(folder)
     return changed
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder itself, which leaves no file behind; for a moment only, unlike a run, which holds it while it works."""
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def runs_below(folder: Path) -> list[Path]:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import Field
 
 from rescompress.core.errors import BadInput, EnvironmentFailed, ToolMissing
+from rescompress.core.locks import FileLock
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.spec import Frozen
-from rescompress.filelock import FileLock
 from rescompress.search.settings import RUNGS, Range, Rung, SearchConfig, dimensions
 
 if TYPE_CHECKING:

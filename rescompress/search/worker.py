@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import Artifact, make_folder, write_text
 from rescompress.core.errors import BadInput, RescompressError
+from rescompress.core.locks import FileLock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
-from rescompress.filelock import FileLock
 from rescompress.fingerprint import environment
 from rescompress.reporter import Reporter, Silent
 from rescompress.search.front import front, good_enough
