@@ -310,7 +310,7 @@ class _Worker:
             raise EnvironmentFailed(
                 f"the measuring process {ended_with(code)}: {_last_line(self._errors)}",
                 where=str(self._path),
-                remedy=_REMEDY_OF_KILL if code in (-signal.SIGKILL, 137) else "measure it alone, and look at what it says",
+                remedy=_REMEDY_OF_KILL if code in (-9, 137) else "measure it alone, and look at what it says",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import errno
 import os
+import shutil
 import stat
 import sys
 import time
@@ -222,6 +223,8 @@ _FULL = 2**16
 
 def _is_full(folder: Path) -> bool:
     try:
+        if not hasattr(os, "statvfs"):  # Windows
+            return shutil.disk_usage(folder).free < _FULL
         room = os.statvfs(folder)
     except OSError:
         return False
