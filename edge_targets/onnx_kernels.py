@@ -130,7 +130,7 @@ def _read(path: Path, input_shape: tuple[int, int, int] | None, *, strict: bool 
 
     model = read_onnx(path)
     image = _image(model, path, input_shape)
-    model, integer = plain(model, str(path))
+    model, integer = plain(model)
     if strict:
         check_known(model.graph, image.input_name, str(path))
     for output in model.graph.output:

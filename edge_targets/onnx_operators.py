@@ -217,26 +217,16 @@ _MICROSOFT: Mapping[str, _Form] = MappingProxyType(
 )
 
 
-def plain(model: onnx.ModelProto, path: str) -> tuple[onnx.ModelProto, frozenset[str]]:
-    """Return the model in plain operators, local functions inlined, and the outputs of those that compute in INT8.
+def plain(model: onnx.ModelProto) -> tuple[onnx.ModelProto, frozenset[str]]:
+    """Return the model in plain operators, and the outputs of those that compute in INT8.
 
     It has the shapes of the model, not its values.
 
     Args:
-        model: Any model; it is changed where it needs to be.
-        path: For errors.
-
-    Raises:
-        ModelFileError: A local function cannot be inlined.
+        model: As `export.load.load_onnx` reads it: sorted, without local functions; it is changed where it needs to be.
     """
     import onnx
-    from onnx import inliner
 
-    if model.functions:
-        try:
-            model = inliner.inline_local_functions(model)
-        except Exception as e:  # the inliner is C++: what it raises has no base of its own
-            raise ModelFileError(f"its local functions cannot be inlined: {e}", where=path, remedy="export it again") from e
     integer: set[str] = set()
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -256,37 +246,11 @@ def plain(model: onnx.ModelProto, path: str) -> tuple[onnx.ModelProto, frozenset
         nodes.append(made)
         if added:
             nodes.append(onnx.helper.make_node("Add", [outputs[0], added], list(node.output[:1]), f"{node.name}__add"))
-    nodes = _sorted(nodes, path)
     if len(nodes) != len(model.graph.node) or any(a is not b for a, b in zip(nodes, model.graph.node, strict=True)):
         kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
         del model.graph.node[:]
         model.graph.node.extend(kept)
     return model, frozenset(integer)
-
-
-def _sorted(nodes: Sequence[onnx.NodeProto], path: str) -> list[onnx.NodeProto]:
-    """Return the nodes so that each stands behind what it reads: converters leave other orders, which runtimes accept.
-
-    Raises:
-        ModelFileError: Nodes wait for each other.
-    """
-    made = {name for node in nodes for name in node.output}
-    ordered: list[onnx.NodeProto] = []
-    waiting = list(nodes)
-    while waiting:
-        late = []
-        for node in waiting:
-            if any(name in made for name in inputs_of(node)):
-                late.append(node)
-            else:
-                ordered.append(node)
-                made.difference_update(node.output)
-        if len(late) == len(waiting):
-            raise ModelFileError(
-                f"its nodes wait for each other: {late[0].name or late[0].op_type}", where=path, remedy="export it again"
-            )
-        waiting = late
-    return ordered
 
 
 def _form(node: onnx.NodeProto) -> _Form | None:
