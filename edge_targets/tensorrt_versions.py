@@ -124,4 +124,6 @@ MAX_OPSETS: tuple[tuple[Version, int], ...] = (
 )
 """Newest first: since which version the parser reads up to which opset."""
 
-DLA_REMEDY = "use TensorRT 10.7 or older (JetPack 6), or 11.4.1 on an AGX Orin (JetPack 7.2.2), or leave the DLA out"
+DLA_REMEDY = (
+    "leave the DLA out; AGX Orin, Orin NX and Xavier have one (TensorRT up to 10.7, JetPack 6; AGX Orin from 11.4.1, too)"
+)

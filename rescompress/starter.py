@@ -43,6 +43,7 @@ def starter_config(
     if target is not None:
         load_target(target)
     targets = target or "cpu, jetson"
+    meant = f"; jetson: {load_target('jetson').name} off a board" if "jetson" in targets.split(", ") else ""
     network = _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
     stated = _stated(opening) if opening else ""
     images = _path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"
@@ -70,7 +71,7 @@ quantize:
   epochs: 1
   profile: auto         # tensorrt, openvino or onnxruntime: where the rounding sits; auto asks the targets
 
-targets: [{targets}]    # rescompress targets lists all
+targets: [{targets}]    # rescompress targets lists all{meant}
 batch: 1                # images per call; dynamic leaves it open
 """
 

@@ -32,7 +32,7 @@ from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.teacher import match_teacher
 from compress.train import TrainSettings, TrainState, train
-from edge_targets.catalog import load_target
+from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
@@ -114,6 +114,8 @@ def pruned(
         sparse = _sparse(context, smaller, config, calibration, common, details)
         return _pruned_row(context, name, common, sparse, plan, details)
     kind, value = config.budget
+    if kind == "latency":
+        notes += alias_notes(modelled(known))
     curves = None
     if context.store is not None and not before:
         curves = shared_curves(context, checkpoint, common, config, calibration)
