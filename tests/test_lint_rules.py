@@ -206,6 +206,11 @@ def int32_bias(file: File) -> None:
 
 def custom(file: File) -> None:
     file.named("a.relu").domain = "somebody"
+    file.named("a.relu").op_type = "Rectify"
+
+
+def called_like_a_standard_operator(file: File) -> None:
+    file.named("a.relu").domain = "somebody"
 
 
 def qoperator(file: File) -> None:
