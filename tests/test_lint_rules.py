@@ -640,6 +640,12 @@ def test_other_faces_of_a_trap_trigger_it_alone(rule: str, case: Case) -> None:
     assert {f.rule for f in found(case)} == {rule}
 
 
+def test_tensorrt_takes_a_standard_name_of_another_domain_for_onnxs_own() -> None:
+    (finding,) = found((File(), called_like_a_standard_operator, BOARD))
+    assert (finding.rule, finding.severity) == ("custom-operators", "error")
+    assert "takes for ONNX's own Relu" in finding.message
+
+
 def test_a_vector_of_equal_scales_is_made_a_scalar() -> None:
     file = File()
     vector_of_equal_scales(file)

@@ -419,7 +419,6 @@ def test_theme_button_overrides_the_system(browser: chromium.Chromium, saved: Pa
     assert seen == [("Theme: light", light), ("Theme: dark", dark), ("Theme: system", dark)]
 
 
-@needs_browser
 def test_a_history_of_twice_the_runs_is_twice_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels look for a free place among everything drawn: their number is bounded, or the work is quadratic."""
     base, work = write_run(tmp_path / "run"), []
@@ -443,6 +442,7 @@ def test_a_history_of_twice_the_runs_is_twice_the_work(tmp_path: Path, monkeypat
     assert 0 < counts[1] < 2.5 * counts[0]
 
 
+@needs_browser
 def test_a_long_history_stays_small_and_opens_quickly(browser: chromium.Chromium, tmp_path: Path) -> None:
     runs = []
     base = write_run(tmp_path / "run")
