@@ -65,7 +65,12 @@ class TorchRunner:
 
 
 def evaluate(
-    runner: Runner, split: Split, *, batch_size: int = 250, progress: Callable[[int, int], None] | None = None
+    runner: Runner,
+    split: Split,
+    *,
+    batch_size: int = 250,
+    outputs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Return top-1 and top-5 of `runner` on `split`.
 
@@ -75,25 +80,27 @@ def evaluate(
         runner: The model.
         split: The samples.
         batch_size: Images per call.
+        outputs: Of the network, where its file or spec says; None takes any number.
         progress: Called with (done, total).
 
     Raises:
-        DataError: The split is empty, or the model's output is not finite.
+        DataError: The split is empty, or the model's output is not finite, or no row of scores for each image.
     """
     if len(split) == 0:
         raise DataError("there is no image to evaluate on", where="--data", remedy="give a split with images")
     predictions, hits5 = [], 0
     done = 0
-    outputs = 0
+    width = 0
     marks: list[bytes] = []
     for x, y in split.batches(batch_size):
         marks += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x.numpy()]
         logits = runner(x.numpy())
+        _check_shape(logits, len(y), outputs, runner.runtime)
         if not np.isfinite(logits).all():
             raise DataError("the network's output is not finite", where=runner.runtime, remedy="check the checkpoint's weights")
-        outputs = logits.shape[1]
-        predictions.append((logits[:, 0] > 0).astype(np.int64) if outputs == 1 else logits.argmax(1))
-        if outputs > 5:
+        width = logits.shape[1]
+        predictions.append((logits[:, 0] > 0).astype(np.int64) if width == 1 else logits.argmax(1))
+        if width > 5:
             best = np.argpartition(-logits, 5, axis=1)[:, :5]
             hits5 += int((best == y.numpy()[:, None]).any(1).sum())
         done += len(y)
@@ -105,10 +112,21 @@ def evaluate(
     copies = [i for i, mark in enumerate(marks) if first.setdefault(mark, i) != i]
     distinct = len(split) - len(copies)
     metrics = {"top1": accuracy(int(correct.sum()), len(split), runtime=runner.runtime, distinct=distinct)}
-    if outputs > 5:
+    if width > 5:
         metrics["top5"] = accuracy(hits5, len(split), runtime=runner.runtime, distinct=distinct)
     outcomes = Outcomes.pack(correct.tolist(), split.samples_sha256, split.classes, copies)
     return Evaluation(metrics, outcomes, predicted, _copy_notes(split, [(i, first[marks[i]]) for i in copies]))
+
+
+def _check_shape(logits: NDArray[np.float32], images: int, outputs: int | None, runtime: str) -> None:
+    """Refuse an output that holds something else than scores: chosen classes, features, or those of other images."""
+    if logits.ndim != 2 or len(logits) != images or logits.shape[1] != (outputs or logits.shape[1]):
+        raise DataError(
+            f"the network's output is {'x'.join(map(str, logits.shape)) or 'a single number'} for {images} images: "
+            f"{images}x{outputs or 'classes'} is expected, a score for each class",
+            where=runtime,
+            remedy="evaluate a classifier whose first output holds its scores, for every image",
+        )
 
 
 def _copy_notes(split: Split, copies: Sequence[tuple[int, int]]) -> tuple[str, ...]:

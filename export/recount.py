@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from export.shapes import infer, shapes
+from export.structure import STANDARD, node_label
 from rescompress.core.errors import ModelFileError
 
 _BITS = {
@@ -67,13 +68,22 @@ def recount(model: onnx.ModelProto) -> Recount:
         model: The model; weights may be initializers or constants, in float or integers behind Q/DQ.
 
     Raises:
-        ModelFileError: The shape of a convolution cannot be inferred.
+        ModelFileError: A shape or a weight that decides cannot be inferred, or an operator may compute what is not counted.
     """
     graph = model.graph
+    for node in graph.node:
+        if node.domain not in STANDARD or node.op_type not in _COUNTED | _MOVES | _TRANSPARENT:
+            called = f"{node.domain}.{node.op_type}" if node.domain not in STANDARD else node.op_type
+            raise ModelFileError(
+                f"what the operator {called} computes is not counted (node '{node_label(node)}')",
+                remedy="count a file of standard operators",
+            )
     producer = {out: node for node in graph.node for out in node.output}
     stored = {i.name: math.prod(i.dims) for i in graph.initializer}
     stored |= {n.output[0]: math.prod(n.attribute[0].t.dims) for n in graph.node if n.op_type == "Constant" and n.attribute}
     shapes = shapes_of(model)
+    held = {i.name for i in graph.initializer}
+    batch = next((shapes[i.name][0] for i in graph.input if i.name not in held and shapes.get(i.name)), 1)
 
     def elements(name: str) -> int:
         """Return the size of a constant, seen through Q, DQ and the like."""
@@ -84,15 +94,23 @@ def recount(model: onnx.ModelProto) -> Recount:
     macs: dict[str, int] = {}
     params = 0
     for i, node in enumerate(graph.node):
-        if node.op_type in ("Conv", "ConvInteger", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "QLinearMatMul"):
+        if node.op_type in _WEIGHED:
             weight = node.input[3] if node.op_type.startswith("QLinear") else node.input[1]
             bias = {"QLinearConv": 8, "Conv": 2, "Gemm": 2}.get(node.op_type)
             count = elements(weight)
+            if not count:
+                raise ModelFileError(
+                    f"the weight of {node_label(node)} is not stored in the file", remedy="count a file that holds its weights"
+                )
             params += count
             if bias is not None and len(node.input) > bias and node.input[bias]:
                 params += elements(node.input[bias])
+            out = shapes.get(node.output[0])
+            if "Conv" not in node.op_type and (out is None or len(out) != 2 or out[0] != batch):
+                raise ModelFileError(
+                    f"{node_label(node)} is no product of one row for each image", remedy="count a classifier of images"
+                )
             if "Conv" in node.op_type:
-                out = shapes.get(node.output[0])
                 if out is None:
                     raise ModelFileError(
                         f"the output shape of {node.name or node.output[0]} cannot be inferred",
@@ -109,4 +127,14 @@ def recount(model: onnx.ModelProto) -> Recount:
     return Recount(sum(macs.values()), params, size, macs)
 
 
+_WEIGHED = frozenset({"Conv", "ConvInteger", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+_COUNTED = _WEIGHED | {"BatchNormalization"}
+_MOVES = frozenset(
+    {
+        *("Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Clip", "Relu", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"),
+        *("Softmax", "LogSoftmax", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean"),
+        *("Constant", "ConstantOfShape", "Shape", "Gather", "Slice", "Concat", "Split", "Pad", "Expand", "Where", "Equal"),
+        *("Flatten", "Squeeze", "Unsqueeze", "Dropout", "DynamicQuantizeLinear", "Round", "Floor", "Sqrt", "ArgMax", "TopK"),
+    }
+)
 _TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Identity", "Cast", "Transpose", "Reshape", "FakeQuantize"})

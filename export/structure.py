@@ -18,6 +18,8 @@ STANDARD = ("", "ai.onnx")
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _AGAIN = "export it again"
+_LARGEST_VERSION = 2**31 - 1
+"""ONNX's own tables take no larger version of operators."""
 _BITS = {
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
@@ -345,7 +347,7 @@ def opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
         domain = _domain(_text(entry.domain, "a domain of operators"))
         if found.setdefault(domain, entry.version) != entry.version:
             refuse(f"the file names two versions of the operators of domain '{domain or 'ai.onnx'}'")
-        if not entry.version >= 1:
+        if not 1 <= entry.version <= _LARGEST_VERSION:
             refuse(f"the file names version {entry.version} of the operators of domain '{domain or 'ai.onnx'}'")
     return found
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from onnx import ModelProto, TensorProto
+
 from compress.data import Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
 from compress.preprocessing import Statement
@@ -50,7 +52,8 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     images = data.train if split == "train" else data.val
     with runner:
-        found = evaluate(runner, images, batch_size=settings.eval_batch(inputs.shape), progress=progress)
+        batch = settings.eval_batch(inputs.shape)
+        found = evaluate(runner, images, batch_size=batch, outputs=inputs.outputs, progress=progress)
     for note in found.notes:
         reporter.note(note)
     return found
@@ -104,7 +107,7 @@ def onnx_inputs(path: Path) -> Inputs:
     """Return how data is read for an ONNX file, from the spec that rescompress stores in it.
 
     Raises:
-        ModelFileError: It is no ONNX file, malformed, or not one of ours.
+        ModelFileError: It is no ONNX file, malformed, not one of ours, or reads something else than the spec says.
     """
     model = load_onnx(path, weights=False)
     found = read_metadata(model)
@@ -112,4 +115,30 @@ def onnx_inputs(path: Path) -> Inputs:
         raise ModelFileError(
             "does not say how its images are preprocessed", where=str(path), remedy="evaluate files that rescompress exported"
         )
+    _check_input(model, found.spec.input_shape, str(path))
     return Inputs.of(found.spec)
+
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+
+
+def _check_input(model: ModelProto, shape: tuple[int, int, int], path: str) -> None:
+    """Refuse a file that was changed since it was exported so that preprocessed images no longer are what it reads."""
+    stored = {i.name for i in model.graph.initializer}
+    read = [i for i in model.graph.input if i.name not in stored]
+    remedy = "evaluate the file as it was exported"
+    if len(read) != 1:
+        names = ", ".join(f"'{i.name}'" for i in read)
+        raise ModelFileError(f"reads {len(read)} inputs{f' ({names})' if read else ''}, not one", where=path, remedy=remedy)
+    tensor = read[0].type.tensor_type
+    if tensor.elem_type not in _FLOATS:
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        raise ModelFileError(f"input '{read[0].name}' is {kind}: preprocessed images are floats", where=path, remedy=remedy)
+    sizes = [d.dim_value for d in tensor.shape.dim]  # 0 where the file leaves it open
+    if len(sizes) != 4 or any(d not in (0, want) for d, want in zip(sizes[1:], shape, strict=True)):
+        raise ModelFileError(
+            f"input '{read[0].name}' is {'x'.join(str(d or '?') for d in sizes)}, "
+            f"its metadata say images of {'x'.join(map(str, shape))}",
+            where=path,
+            remedy=remedy,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -289,7 +290,10 @@ def mutants(count: int, seed: int = 0) -> list[tuple[str, bytes]]:
             found.append((f"{i} bytes", flipped(copy.SerializeToString(), rng)))
             continue
         mutation = STRUCTURAL[(i - i // 4) % len(STRUCTURAL)]
-        for _ in range(1 if rng.random() < 0.7 else 2):
-            mutation(copy, rng)
+        twice = rng.random() >= 0.7
+        mutation(copy, rng)
+        if twice:
+            with contextlib.suppress(IndexError, ValueError):  # the first may have left nothing to change
+                mutation(copy, rng)
         found.append((f"{i} {mutation.__name__}", copy.SerializeToString()))
     return found

@@ -183,7 +183,7 @@ def test_keras_networks_see_what_keras_loads(keras: Any, tmp_path: Path) -> None
     """The default is what image_dataset_from_directory resizes with; the statements give load_img's pixels to the bit."""
     rng = np.random.default_rng(0)
     squash = zoo.preprocessing("keras-caffe", (3, 224, 224), squash=True)
-    for _ in range(100):
+    for _ in range(200):
         size = tuple(int(n) for n in rng.integers(20, 600, 2))
         shape = (3, *(int(n) for n in rng.integers(20, 300, 2)))
         picture(*size, seed=int(rng.integers(0, 99))).save(tmp_path / "picture.png")

@@ -206,6 +206,11 @@ def int32_bias(file: File) -> None:
 
 def custom(file: File) -> None:
     file.named("a.relu").domain = "somebody"
+    file.named("a.relu").op_type = "Rectify"
+
+
+def called_like_a_standard_operator(file: File) -> None:
+    file.named("a.relu").domain = "somebody"
 
 
 def qoperator(file: File) -> None:
@@ -633,6 +638,12 @@ def test_widths_that_no_pruning_can_align_are_left_alone(width: int, told: int) 
 )
 def test_other_faces_of_a_trap_trigger_it_alone(rule: str, case: Case) -> None:
     assert {f.rule for f in found(case)} == {rule}
+
+
+def test_tensorrt_takes_a_standard_name_of_another_domain_for_onnxs_own() -> None:
+    (finding,) = found((File(), called_like_a_standard_operator, BOARD))
+    assert (finding.rule, finding.severity) == ("custom-operators", "error")
+    assert "takes for ONNX's own Relu" in finding.message
 
 
 def test_a_vector_of_equal_scales_is_made_a_scalar() -> None:

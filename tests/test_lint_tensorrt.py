@@ -5,7 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
-from test_lint_rules import TRAPS, Case, File, fp8, per_channel_activation, uint8_input_moved_first
+from test_lint_rules import (
+    TRAPS,
+    Case,
+    File,
+    called_like_a_standard_operator,
+    fp8,
+    per_channel_activation,
+    uint8_input_moved_first,
+)
 
 from edge_targets.backends import tensorrt_rtx
 from edge_targets.trt_build import build_engine
@@ -34,6 +42,10 @@ JUDGED = {
 OTHERS: dict[str, tuple[Case, str]] = {
     "a scale per channel of an activation": ((File(), per_channel_activation, TRAPS["scale-not-scalar"][0][2]), "float"),
     "uint8 input into Transpose": ((File(), uint8_input_moved_first, TRAPS["input-type"][0][2]), "refused"),
+    "a standard name of another domain": (
+        (File(), called_like_a_standard_operator, TRAPS["input-type"][0][2]),
+        "int8",
+    ),
     "FP8 below 8.9": ((File(opset=21), fp8, TRAPS["input-type"][0][2]), "refused"),
 }
 

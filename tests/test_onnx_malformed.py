@@ -188,6 +188,14 @@ def test_a_size_that_no_runtime_takes_is_named() -> None:
         checked(model)
 
 
+@pytest.mark.parametrize("version", [-1, 0, 2**31, 2**40, 2**63 - 1])
+def test_versions_of_operators_that_cannot_be_are_named(version: int) -> None:
+    model = _chain("Relu")
+    model.opset_import[0].version = version
+    with pytest.raises(ModelFileError, match=f"version {version} of the operators"):
+        checked(model)
+
+
 def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(_chain("Relu").SerializeToString().replace(b"middle", b"m\xff\xfedle"))
     with pytest.raises(ModelFileError, match="no text"):

@@ -22,6 +22,7 @@ from report_factory import latency, write_run
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import accuracy, counted
 from rescompress.gate import GateReport, render
+from rescompress.report import charts
 from rescompress.report.card import model_card
 from rescompress.report.charts import Axis, Point, scatter, ticks
 from rescompress.report.html import _step, page
@@ -416,6 +417,29 @@ def test_theme_button_overrides_the_system(browser: chromium.Chromium, saved: Pa
         seen.append((browser.run("document.getElementById('theme').textContent"), browser.run(colour)))
     dark, light = "rgb(15, 19, 24)", "rgb(255, 255, 255)"
     assert seen == [("Theme: light", light), ("Theme: dark", dark), ("Theme: system", dark)]
+
+
+def test_a_history_of_twice_the_runs_is_twice_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels look for a free place among everything drawn: their number is bounded, or the work is quadratic."""
+    base, work = write_run(tmp_path / "run"), []
+    real = charts._overlap
+    monkeypatch.setattr(charts, "_overlap", lambda a, b: work.append(None) or real(a, b))
+
+    def run(i: int) -> Manifest:
+        stages = []
+        for s in base.stages:
+            values = {k: m.value * (1 + 0.001 * ((i * 37) % 101)) for k, m in s.metrics.items()}
+            metrics = {k: m.model_copy(update={"value": values[k]}) for k, m in s.metrics.items()}
+            stages.append(s.model_copy(update={"metrics": metrics}))
+        created = f"2026-01-01T{i // 60:02d}:{i % 60:02d}:00Z"
+        return base.model_copy(update={"stages": tuple(stages), "created": created})
+
+    counts = []
+    for n in (40, 80):
+        work.clear()
+        page([(f"run-{i:03d}", run(i)) for i in range(n)], history=True)
+        counts.append(len(work))
+    assert 0 < counts[1] < 2.5 * counts[0]
 
 
 @needs_browser

@@ -35,4 +35,7 @@ def check(graph: GraphView, facts: TargetFacts) -> Iterator[Issue]:
         remedy = "export with standard operators"
         if "FakeQuantize" in node.op_type or "fake_quant" in node.op_type:
             remedy = "export QuantizeLinear and DequantizeLinear (NNCF: export through rescompress, or convert in OpenVINO)"
-        yield Issue("error", label(node), f"{count} nodes {node.op_type} of {where}, which {facts.title} does not know", remedy)
+        fate = "does not know"
+        if facts.tensorrt and node.domain not in _STANDARD and onnx.defs.has(node.op_type):
+            fate = f"takes for ONNX's own {node.op_type}"  # its parser reads the type alone, as tensorrt_rtx shows
+        yield Issue("error", label(node), f"{count} nodes {node.op_type} of {where}, which {facts.title} {fate}", remedy)

@@ -114,7 +114,8 @@ def evaluate_runner(context: Context, runner: Runner, split: Split, common: Sett
     """Return the accuracy of anything that runs; progress is told."""
     progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
-        return evaluate(runner, split, batch_size=common.eval_batch(spec.input_shape), progress=progress)
+        outputs = spec.head.num_classes if spec.head else None
+        return evaluate(runner, split, batch_size=common.eval_batch(spec.input_shape), outputs=outputs, progress=progress)
 
 
 def evaluate_model(context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec) -> Evaluation:
