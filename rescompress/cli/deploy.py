@@ -48,6 +48,21 @@ def deploy(
     workspace: Annotated[int, typer.Option("--workspace", min=16, help="Scratch memory of the builder in MiB.")] = 1024,
     dla: Annotated[int | None, typer.Option("--dla", min=0, max=1, help="Use this deep-learning accelerator.")] = None,
     sparsity: Annotated[bool, typer.Option("--sparsity", help="Use 2:4 sparse kernels where the weights allow it.")] = False,
+    builds: Annotated[
+        int, typer.Option("--builds", min=1, max=9, help="Engines built and timed per precision; the middle one is kept.")
+    ] = 1,
+    soak: Annotated[
+        str | None, typer.Option("--soak", metavar="TIME", help="Run that long (30m): first minute against last.")
+    ] = None,
+    cold_start: Annotated[
+        bool, typer.Option("--cold-start", help="Also time new processes, and frames after a second of idleness.")
+    ] = False,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, max=16, help="Also time runs while this many streams run at once.")
+    ] = 1,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Also time runs with their copies to and from the GPU.")
+    ] = False,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of ssh.", show_default="ssh's")] = None,
     ssh_config: Annotated[Path | None, typer.Option("--ssh-config", help="Instead of ~/.ssh/config.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands for the board and stop.")] = False,
@@ -61,6 +76,7 @@ def deploy(
     Example: rescompress deploy int8.safetensors --host nvidia@orin-nano --data photos/ --limit 2000 --runs 5
     """
     from edge_targets import remote
+    from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
     from edge_targets.ssh import Board
     from rescompress.core.artifact import file_sha256
@@ -69,7 +85,10 @@ def deploy(
 
     output = output_of(ctx)
     sizes = _batches(batches)
-    options = remote.DeployOptions(sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs)
+    extras = Extras(parse_duration(soak) if soak is not None else 0, cold_start, streams, end_to_end)
+    options = remote.DeployOptions(
+        sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs, builds=builds, extras=extras
+    )
     if limit is not None and data is None:
         raise BadInput("limits the images of --data", where="--limit", remedy="give --data, or leave --limit out")
     if dla is not None and data is not None:
@@ -116,6 +135,8 @@ def deploy(
     _show(output, document)
     if done.unscored is not None:
         raise done.unscored
+    if done.unmeasured is not None:
+        raise done.unmeasured
 
 
 def _folder(out: Path, target: Target) -> Path:
@@ -316,6 +337,7 @@ def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
             "spread": done.best.spread,
             "latency_runs": list(done.best.run_medians_ms),
             "results": {r.precision: {n: m.model_dump(mode="json") for n, m in r.metrics.items()} for r in done.results},
+            **done.best.statistics,
             "engine": done.best.details,
             "notes": list(done.notes),
             "commands": list(done.commands),
