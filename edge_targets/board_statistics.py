@@ -185,8 +185,8 @@ def steps(
     return found, notes
 
 
-def conditions(extras: Extras, *, runs: int) -> dict[str, str]:
-    """Return how each figure comes about, by the name of its metric."""
+def conditions(extras: Extras) -> dict[str, str]:
+    """Return how each figure comes about, by the name of its metric; gates compare figures of equal conditions."""
     told = {
         "end_to_end_ms": "median latency of a run with its copies to and from the GPU, page-locked memory; no decoding, no "
         "preprocessing",
@@ -206,7 +206,7 @@ def conditions(extras: Extras, *, runs: int) -> dict[str, str]:
         "first_frame_ms": extras.cold_start,
         "soak_ratio": bool(extras.soak_s),
     }
-    return {name: f"{told[name]}; processes: {runs}" if name != "soak_ratio" else told[name] for name in told if measured[name]}
+    return {name: text for name, text in told.items() if measured[name]}
 
 
 def jitter(processes: Sequence[Sequence[float]], pooled: dict[str, Metric]) -> tuple[dict[str, Metric], dict[str, list[float]]]:
@@ -296,10 +296,7 @@ def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, r
         )
         metrics[f"{what}_ms"] = value if len(medians) > 1 else value.model_copy(update={"low": None, "high": None})
         kept[f"{what}_ms_runs"] = medians
-    told = conditions(extras, runs=session.options.runs)
-    if "cold_start_ms" in told:
-        told["cold_start_ms"] = conditions(extras, runs=max(session.options.runs, COLD_STARTS))["cold_start_ms"]
-    kept["conditions"] = {name: text for name, text in told.items() if name in metrics}
+    kept["conditions"] = {name: text for name, text in conditions(extras).items() if name in metrics}
     return replace(result, metrics=metrics, statistics=kept, files=(*result.files, *files))
 
 
