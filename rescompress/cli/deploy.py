@@ -97,7 +97,7 @@ def deploy(
     if dry_run:
         assumed = named or load_target("jetson")
         jobs, notes = _jobs(model, baseline, sizes, input_shape, _folder(out, assumed), assumed)
-        notes += _advice(assumed, jobs, dla)
+        notes += _advice(assumed, jobs, dla) + (_sparsity(assumed, jobs) if sparsity else [])
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         output.result({"target": assumed.name, "commands": lines, "notes": notes}, *lines, *notes)
@@ -111,7 +111,7 @@ def deploy(
     on_board = _on_board(named, found, load_target)
     folder = _folder(out, on_board)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
-    notes += _advice(on_board, jobs, dla)
+    notes += _advice(on_board, jobs, dla) + (_sparsity(on_board, jobs) if sparsity else [])
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
@@ -242,6 +242,7 @@ def _jobs(
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
     from compress.checkpoints.options import parse_shape
+    from edge_targets.fp8 import refuse_file
     from edge_targets.onnx_kernels import input_of, precision_of
     from edge_targets.remote import Job
     from edge_targets.trtexec import InputShapes
@@ -255,6 +256,7 @@ def _jobs(
         files, notes = _export(model, input_shape, folder, target, dynamic=len(batches) > 1, batch=batches[0])
     jobs = []
     for file in files:
+        refuse_file(file)
         read = input_of(file, input_shape=input_shape)
         if read.batch is not None and batches != (read.batch,):
             raise ModelFileError(
@@ -285,6 +287,20 @@ def _advice(target: Target, jobs: list[Job], dla: int | None) -> list[str]:
     from edge_targets.catalog import alias_notes
 
     return [*alias_notes(target), *map(str, advice_for(target, [job.precision for job in jobs], dla=dla is not None))]
+
+
+def _sparsity(target: Target, jobs: list[Job]) -> list[str]:
+    """Return what sparse kernels can bring each file at most, and which file has no zeros for them."""
+    from edge_targets.onnx_kernels import kernels_of
+    from edge_targets.sparsity import gain_note, gain_of, weights_note
+
+    notes = []
+    for job in jobs:
+        shape, batch = (job.shapes.shape, job.shapes.opt_batch) if job.shapes else (None, 1)
+        read = kernels_of(job.onnx, input_shape=shape)
+        gain = gain_of(read.kernels, target.device, job.precision, batch=read.batch or batch)
+        notes += [f"{job.precision}: {note}" for note in (gain_note(gain), weights_note(job.onnx)) if note is not None]
+    return notes
 
 
 def _export(
