@@ -10,7 +10,7 @@ from test_gate_verdicts import STEADY, judged, verdicts
 from edge_targets.board_statistics import soak_details
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest, StageResult
-from rescompress.core.metric import Metric
+from rescompress.core.metric import Metric, accuracy
 from rescompress.gate import Limits, Run, judge, load_run
 from rescompress.gate.checks import OF_ITSELF, PER_PROCESS, baseline_of
 from rescompress.report.columns import COLUMNS
@@ -30,7 +30,7 @@ def board(**changes: Any) -> Run:
     if soak:
         metrics["soak_ratio"] = metric(soak[0], "ratio", low=soak[1], high=soak[2])
         metrics["build_ratio"] = metric(changes.get("build_spread", 1.02), "ratio")
-    metrics |= changes.get("metrics", {})
+    metrics |= {"top1": accuracy(9, 10, runtime="tensorrt"), **changes.get("metrics", {})}
     details = {"latency_runs": STEADY, "conditions": changes.get("conditions", {"contention_ms": "2 streams"})}
     runs = changes.get("processes", 5)
     details |= {f"{PER_PROCESS[n]}_runs": [f * s for s in STEADY[:runs]] for n, f in factor.items() if f}
