@@ -132,6 +132,9 @@ def deploy(
         "commands": list(done.commands),
         "manifest": str(out / MANIFEST_NAME),
     }
+    told = done.best.statistics.get("conditions")
+    if told:
+        document["conditions"] = told
     _show(output, document)
     if done.unscored is not None:
         raise done.unscored
@@ -399,6 +402,8 @@ def _show(output: Output, document: dict[str, Any]) -> None:
         steady = f"{r['coefficient_of_variation']:.1%}" + ("" if r["stable"] else " inconclusive")
         table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1)
     lines = [f"{r['precision']}: {r['engine']}" for r in document["results"]]
+    for name, how in document.get("conditions", {}).items():
+        lines.append(f"{name} {document[name]:.3f}: {how}")
     if document["top1_n"]:
         lines.append(f"accuracy of {document['top1_n']} images, computed on the board")
     output.result(document, table, *lines, *document["notes"])
