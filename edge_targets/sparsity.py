@@ -42,8 +42,8 @@ class Gain:
     Attributes:
         layers: Name of each convolution and matrix product, its input and output channels, and whether it can profit.
         reason: Why nothing can profit on this device or in this precision; empty where something can, or no layer is wide.
-        share: Predicted share of the latency that goes at most: half of the arithmetic of the wide layers. None where no
-            latency can be predicted.
+        share: Predicted share of the latency that goes at most: half of the arithmetic and of the traffic of the wide layers,
+            as if their activations shrank with the weights. None where no latency can be predicted.
     """
 
     layers: tuple[tuple[str, int, int, bool], ...]
@@ -79,7 +79,9 @@ def gain_of(kernels: Sequence[Kernel], device: Device, precision: Precision, *, 
         predicted = predict_kernels(kernels, device, precision=precision, batch=batch)
     except TargetError:
         return Gain(layers, reason, None)
-    return Gain(layers, reason, sum(t.compute_ms for t in predicted.kernels if t.name in names) / 2 / predicted.p50_ms)
+    return Gain(
+        layers, reason, sum(t.compute_ms + t.memory_ms for t in predicted.kernels if t.name in names) / 2 / predicted.p50_ms
+    )
 
 
 def gain_note(gain: Gain) -> str:
