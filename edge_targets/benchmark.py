@@ -211,12 +211,14 @@ class Measured:
     Attributes:
         metrics: Of `summarize_processes`, over all processes.
         process_medians_ms: Median latency of each process, in order of time.
+        process_p99_ms: 99th percentile of each.
         runtime_options: Options, other than the runtime's defaults, that decide which kernels ran.
     """
 
     metrics: dict[str, Metric]
     process_medians_ms: tuple[float, ...]
     runtime_options: dict[str, str] = field(default_factory=dict)
+    process_p99_ms: tuple[float, ...] = ()
 
 
 def options_note(runtime: str, options: Mapping[str, str]) -> list[str]:
@@ -276,7 +278,7 @@ def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options:
         precision=candidate.precision,
         threads=cpu_threads(candidate.threads),
     )
-    return Measured(metrics, medians, options)
+    return Measured(metrics, medians, options, tuple(percentile(sorted(process), 0.99) for process in samples))
 
 
 class _Worker:

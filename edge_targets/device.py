@@ -313,6 +313,10 @@ class Target(Frozen):
         for known in self.precisions:
             if known == precision:
                 return known
+        if precision == "fp8":
+            from edge_targets.fp8 import refusal  # which reads devices itself
+
+            raise refusal(self.device)
         raise TargetError(
             f"{self.device.title} does not run {precision}",
             where=f"--precision {precision}",

@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_targets import infer
+from edge_targets import board_statistics, infer
 from edge_targets.benchmark import summarize_processes
+from edge_targets.board_statistics import Extras
 from edge_targets.catalog import identify, load_device
 from edge_targets.device import Precision, Target, mode_name
 from edge_targets.ssh import Board, Completed, WorkFolder
+from edge_targets.tegrastats import AT_WORK, parse_tegrastats
 from edge_targets.tensorrt_versions import Capabilities, capabilities
 from edge_targets.trtexec import (
     LOCATIONS,
@@ -171,6 +173,8 @@ class DeployOptions:
         sparsity: Use sparse kernels where the weights allow it.
         build_timeout_s: Until a build counts as hanging.
         runs: Processes that time the first batch, one after the other; gates compare their medians.
+        builds: Engines built and timed per precision, each without the timings of the one before; the middle one is kept.
+        extras: What else to measure, of the engine that is kept.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -181,6 +185,8 @@ class DeployOptions:
     sparsity: bool = False
     build_timeout_s: float = 3600.0
     runs: int = 1
+    builds: int = 1
+    extras: Extras = field(default_factory=Extras)
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class Measured:
         files: Everything fetched.
         run_medians_ms: Median of each run at the first batch.
         details: Layers, clocks, flags; JSON values only.
+        statistics: What `metrics` cannot hold of the figures beside the latency: each process of them under
+            ``<metric>_runs``, the builds, the soak, the conditions; JSON values only.
     """
 
     precision: Precision
@@ -210,6 +218,7 @@ class Measured:
     files: tuple[Path, ...]
     run_medians_ms: tuple[float, ...]
     details: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,6 +232,7 @@ class Deployment:
         notes: What the user should know.
         commands: Every command that ran on the board.
         unscored: Why an engine could not be evaluated there although that was asked for.
+        unmeasured: Why a figure beside the latency could not be measured although it was asked for.
     """
 
     probe: Probe
@@ -231,10 +241,11 @@ class Deployment:
     notes: tuple[str, ...]
     commands: tuple[str, ...]
     unscored: RescompressError | None = None
+    unmeasured: RescompressError | None = None
 
 
 def commands_of(
-    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str
+    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str, variant: str = ""
 ) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the build command, one timing command per batch, and the profile command of a job.
 
@@ -244,36 +255,45 @@ def commands_of(
         options: How.
         work: Folder on the board.
         trtexec: trtexec on the board.
+        variant: Such as ``.build2``, in the names of one of several engines; it starts from an empty timing cache.
 
     Raises:
         TargetError: That version cannot do what is asked.
     """
-    name = f"{work}/model_{job.precision}"
+    onnx = f"{work}/model_{job.precision}.onnx"
+    name = f"{work}/model_{job.precision}{variant}"
     build = build_command(
         known,
-        f"{name}.onnx",
+        onnx,
         f"{name}.engine",
         BuildOptions(
             job.precision,
             shapes=job.shapes,
             workspace_mb=options.workspace_mb,
-            timing_cache=f"{work}/timing.cache",
+            timing_cache=f"{name}.cache" if variant else f"{work}/timing.cache",
             dla_core=options.dla_core,
             sparsity=options.sparsity,
         ),
         executable=trtexec,
         layer_info=f"{name}.layers.json",
     )
-    timing = [
-        TimingOptions(options.warmup_ms, options.duration_s, shapes=job.shapes, batch=batch, dla_core=options.dla_core)
-        for batch in options.batches
-    ]
+    timing = [timing_of(job, options, batch) for batch in options.batches]
     times = [
         timing_command(known, f"{name}.engine", t, executable=trtexec, times=f"{name}.batch{t.batch}.times.json")
         for t in timing
     ]
     profile = profile_command(known, f"{name}.engine", timing[0], executable=trtexec, profile=f"{name}.profile.json")
     return build, times, profile
+
+
+def timing_of(job: Job, options: DeployOptions, batch: int) -> TimingOptions:
+    """Return how an engine is timed at one batch."""
+    return TimingOptions(options.warmup_ms, options.duration_s, shapes=job.shapes, batch=batch, dla_core=options.dla_core)
+
+
+def variants(options: DeployOptions) -> list[str]:
+    """Return what stands in the names of the engines of one precision."""
+    return [f".build{i}" for i in range(1, options.builds + 1)] if options.builds > 1 else [""]
 
 
 def infer_command(work: str, precision: Precision) -> list[str]:
@@ -301,7 +321,22 @@ def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scor
     for job in jobs:
         build, times, profile = commands_of(known, job, options, work="$WORK", trtexec="trtexec")
         lines.append(f"cat > $WORK/model_{job.precision}.onnx    # {job.onnx.name}, {job.onnx.stat().st_size} bytes")
-        lines += [" ".join(c) for c in (build, *times[:1] * options.runs, *times[1:], profile)]
+        for variant in variants(options) if options.builds > 1 else ():
+            each, timed, _ = commands_of(known, job, options, work="$WORK", trtexec="trtexec", variant=variant)
+            lines += [" ".join(c) for c in (each, *timed[:1] * options.runs)]
+        if options.builds > 1:
+            engine = f"$WORK/model_{job.precision}"
+            lines.append(f"mv {engine}.build?.engine {engine}.engine    # of the build in the middle, with its layers")
+            lines += [" ".join(c) for c in (*times[1:], profile)]
+        else:
+            lines += [" ".join(c) for c in (build, *times[:1] * options.runs, *times[1:], profile)]
+    if options.extras.asked:
+        lines.append("# and of the fastest engine (here as if it were the last):")
+        engine, timing = f"$WORK/model_{jobs[-1].precision}.engine", timing_of(jobs[-1], options, options.batches[0])
+        todo, _ = board_statistics.steps(
+            known, frozenset(), options.extras, engine, timing, runs=options.runs, executable="trtexec"
+        )
+        lines += [" ".join(step.command) for step in todo]
     if scored:
         lines.append("cat > $WORK/infer.py")
     for job in jobs if scored else ():
@@ -355,10 +390,17 @@ def deploy(
     ran: list[str] = []
     results = []
     unscored: RescompressError | None = None
+    unmeasured: RescompressError | None = None
     with WorkFolder(board) as work:
         session = _Session(work.board, found, known, options, out, work.path, device, ran, say)
         for job in jobs:
             results.append(session.measure(job))
+        if options.extras.asked:
+            kept = min(range(len(results)), key=lambda i: results[i].metrics["p50_ms"].value)
+            try:
+                results[kept] = session.extras(jobs[kept], results[kept])
+            except RescompressError as e:
+                unmeasured = e
         if score is not None:
             try:
                 session.score(jobs, score)
@@ -372,7 +414,9 @@ def deploy(
         if not r.stable:
             within = " within or between runs" if len(r.run_medians_ms) > 1 else ""
             notes.append(f"{r.precision}: spread {r.spread:.1%}{within} after a second try, inconclusive")
-    return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored)
+    if unmeasured is not None:
+        notes.append(f"not everything that was asked for was measured: {unmeasured.what}")
+    return Deployment(found, tuple(results), best, tuple(notes), tuple(ran), unscored, unmeasured)
 
 
 def _notes(found: Probe, target: Target | None) -> list[str]:
@@ -408,6 +452,27 @@ class Timed:
         return variation(self.samples_ms)
 
 
+@dataclass(frozen=True)
+class Builds:
+    """Several engines of one file.
+
+    Attributes:
+        kept: Index of the one that is kept.
+        medians_ms: Latency of each: the median over its processes.
+        command: That built the one that is kept.
+        log: Of that.
+        timed: Its timings.
+        files: Logs and samples of all, here.
+    """
+
+    kept: int
+    medians_ms: tuple[float, ...]
+    command: list[str]
+    log: TrtexecLog
+    timed: tuple[Timed, ...]
+    files: tuple[Path, ...]
+
+
 def variation(values_ms: Sequence[float]) -> float:
     """Return the coefficient of variation: standard deviation over mean."""
     return statistics.pstdev(values_ms) / statistics.fmean(values_ms)
@@ -428,18 +493,37 @@ class _Session:
     say: Say
     notes: list[str] = field(default_factory=list)
 
-    def run(self, command: Sequence[str], log: Path, *, timeout_s: float, watch: str | None = None) -> TrtexecLog:
+    def run(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        timeout_s: float,
+        watch: str | None = None,
+        interval_ms: int = 100,
+        clocked: bool = False,
+    ) -> TrtexecLog:
         """Run trtexec; keep its output in `log`, whatever happened; return what it says.
+
+        Args:
+            command: Its command line.
+            log: Here.
+            timeout_s: Until it counts as hanging.
+            watch: Where tegrastats writes meanwhile, on the board.
+            interval_ms: Between two lines of it.
+            clocked: Print when the process started and ended, for `board_statistics.wall_ms`.
 
         Raises:
             EnvironmentFailed: It failed, or the connection did.
         """
         line = quoted(command)
         self.ran.append(line)
+        if clocked:
+            line = f'{{ s=$(date +%s%N); {line}; r=$?; echo "@@wall $s $(date +%s%N)"; exit $r; }}'
         if watch is not None:
             # in braces: `cd ... && tegrastats &` would be one job, and killing that shell would leave tegrastats alive
             line = (
-                f"{{ tegrastats --interval 100 > {shlex.quote(watch)} 2>/dev/null & t=$!; {line}; r=$?; "
+                f"{{ tegrastats --interval {interval_ms} > {shlex.quote(watch)} 2>/dev/null & t=$!; {line}; r=$?; "
                 "kill $t 2>/dev/null; wait $t 2>/dev/null; exit $r; }"
             )
         done: Completed = self.board.run(f"cd {shlex.quote(self.work)} && {line}", timeout_s=timeout_s)
@@ -464,15 +548,24 @@ class _Session:
         build, times, profile = commands_of(self.known, job, self.options, work=self.work, trtexec=self.found.trtexec)
         self.say(f"copy {job.onnx.name} ({job.precision})")
         self.board.put(job.onnx, f"{self.work}/{name}.onnx")
-        self.say(f"build {job.precision}")
-        build_log = self.run(build, self.out / f"{name}.build.log", timeout_s=self.options.build_timeout_s)
+        built = self.builds(job) if self.options.builds > 1 else None
+        if built is None:
+            self.say(f"build {job.precision}")
+            build_log = self.run(build, self.out / f"{name}.build.log", timeout_s=self.options.build_timeout_s)
+        else:
+            build, build_log = built.command, built.log
         metrics: dict[str, Metric] = {}
         spread, stable, log = 0.0, True, build_log
         medians: tuple[float, ...] = ()
-        files = [self.out / f"{name}.build.log"]
+        more: dict[str, Any] = {}
+        files = [self.out / f"{name}.build.log"] if built is None else list(built.files)
         for batch, command in zip(self.options.batches, times, strict=True):
             first = batch == self.options.batches[0]
-            timed = [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
+            timed = (
+                list(built.timed)
+                if built is not None and first
+                else [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
+            )
             log = timed[-1].log
             files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
             summary, found_medians = summarize_processes(
@@ -487,6 +580,8 @@ class _Session:
                 medians = found_medians
                 spread = max(*(t.spread for t in timed), variation(medians))
                 metrics, stable = {**summary, **metrics}, spread <= UNSTABLE
+                tail, more = board_statistics.jitter([t.samples_ms for t in timed], summary)
+                metrics |= tail
                 metrics |= self.power([t.watched for t in timed if t.watched is not None], summary)
             else:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
@@ -509,8 +604,62 @@ class _Session:
             "build_command": quoted(build),
             "timing_command": quoted(times[0]),
         }
+        if built is not None:
+            metrics["build_ratio"] = metrics["p50_ms"].model_copy(
+                update={
+                    "value": max(built.medians_ms) / min(built.medians_ms),
+                    "unit": "ratio",
+                    "n": len(built.medians_ms),
+                    "low": None,
+                    "high": None,
+                }
+            )
+            more["builds_ms"], more["build_kept"] = list(built.medians_ms), built.kept + 1
         engine = self.out / f"{name}.engine"
-        return Measured(job.precision, engine, metrics, spread, stable, log, tuple(files), medians, details)
+        files = list(dict.fromkeys(files))
+        return Measured(job.precision, engine, metrics, spread, stable, log, tuple(files), medians, details, more)
+
+    def builds(self, job: Job) -> Builds:
+        """Build a job several times, time each engine, and make the one in the middle ``model_<precision>.engine``."""
+        name = f"model_{job.precision}"
+        logs, commands, all_timed, files = [], [], [], []
+        for number, variant in enumerate(variants(self.options), 1):
+            command, times, _ = commands_of(
+                self.known, job, self.options, work=self.work, trtexec=self.found.trtexec, variant=variant
+            )
+            self.say(f"build {job.precision}, {number} of {self.options.builds}")
+            log = self.out / f"{name}{variant}.build.log"
+            logs.append(self.run(command, log, timeout_s=self.options.build_timeout_s))
+            commands.append(command)
+            timed = [
+                self.time(f"{name}{variant}", self.options.batches[0], times[0], n) for n in range(1, self.options.runs + 1)
+            ]
+            all_timed.append(timed)
+            files += [log, *(file for t in timed for file in (t.times, t.times.with_suffix(".log")))]
+        medians = [statistics.median(statistics.median(t.samples_ms) for t in timed) for timed in all_timed]
+        kept = board_statistics.median_of_builds(medians)
+        for suffix in ("engine", "layers.json"):
+            chosen = f"{self.work}/{name}{variants(self.options)[kept]}.{suffix}"
+            done = self.board.run(["mv", chosen, f"{self.work}/{name}.{suffix}"])
+            if done.code != 0:
+                raise EnvironmentFailed(
+                    f"cannot keep {chosen}: {done.output.strip()}", where=self.board.host, remedy="run again"
+                )
+        self.board.run(
+            ["rm", "-f", *(f"{self.work}/{name}{v}.{s}" for v in variants(self.options) for s in ("engine", "cache"))]
+        )
+        told = f"{job.precision}: {len(medians)} builds of one file took {min(medians):.3f} to {max(medians):.3f} ms"
+        self.notes.append(f"{told} ({max(medians) / min(medians) - 1:.1%} apart); build {kept + 1}, in the middle, is kept")
+        return Builds(kept, tuple(medians), commands[kept], logs[kept], tuple(all_timed[kept]), tuple(files))
+
+    def extras(self, job: Job, result: Measured) -> Measured:
+        """Return what was measured of a job, with the figures beside the latency."""
+        batch = self.options.batches[0]
+        engine = f"{self.work}/model_{job.precision}.engine"
+        found = board_statistics.measure(self, engine, batch, timing_of(job, self.options, batch), result)
+        if "soak" in found.statistics:
+            self.notes.append(board_statistics.soak_note(found.statistics["soak"], found.metrics["soak_ratio"].value))
+        return found
 
     def note(self, name: str, job: Job, log: TrtexecLog) -> Path:
         """Write beside an engine, here and on the board, what it was built on; who loads it elsewhere is told."""
@@ -647,87 +796,3 @@ class _BoardRunner:
     def __exit__(self, *exc: object) -> None:
         """Remove what was kept here."""
         self._folder.cleanup()
-
-
-AT_WORK, MEDIAN = "GPU at work", "median of all"
-
-WORKS = 0.5
-"""Share of the highest load of the GPU from which on it counts as working: while trtexec starts CUDA, loads the engine and
-ends, its load is next to nothing."""
-
-IDLE_PERCENT = 10
-"""Load of the GPU, in percent, that says nothing: on a DLA its highest load is that of the desktop."""
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What tegrastats saw.
-
-    Attributes:
-        power_w: Power of the module while the GPU works, from the lines that `power_of` names; None where no line tells it.
-        memory_mb: Largest memory in use.
-        samples: Lines.
-        unknown_rails: The power rails of a board of which it is not known whether and how they add up to the module.
-        power_of: ``GPU at work``, or ``median of all`` where no line tells that the GPU works.
-        power_lines: How many lines `power_w` is taken from.
-    """
-
-    power_w: float | None
-    memory_mb: float | None
-    samples: int
-    unknown_rails: tuple[str, ...] = ()
-    power_of: str = AT_WORK
-    power_lines: int = 0
-
-
-TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
-"""Rails that feed the whole module; VIN, of the Thor, is measured on the carrier board and feeds that too."""
-
-SUMMED_RAILS = (
-    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
-    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
-)
-"""Rails that together feed the module, where there is no total: of the AGX Orin (its VDDQ_VDD2_1V8AO is no part of the sum)
-and of the AGX Xavier."""
-
-RAIL = re.compile(r"(?<!\S)([A-Z]\w*) ([0-9]{1,7})(?:mW)?/\d+(?:mW)?(?!\S)")
-"""Name and present power in mW of a rail in a line of tegrastats; no module takes ten kilowatts."""
-
-
-def parse_tegrastats(text: str) -> Watched:
-    """Return power while the GPU works and largest memory of a tegrastats log.
-
-    tegrastats runs as long as trtexec, which is idle at both ends; these lines are left out by ``GR3D_FREQ``, the load of the
-    GPU. Where that is not told, the median of all lines stands in: timing takes most of them.
-
-    A line reads ``RAM 2448/7620MB (...) ... VDD_IN 5017mW/4987mW VDD_CPU_GPU_CV 1234mW/1200mW``: now and average of each
-    rail; older releases write ``POM_5V_IN 2145/2145`` in mW without the unit.
-    """
-    powers: list[tuple[float, int]] = []
-    memories = []
-    unknown: dict[str, None] = {}
-    for line in text.splitlines():
-        ram = re.search(r"\bRAM ([0-9]{1,8})/\d+MB", line)
-        if ram:
-            memories.append(float(ram[1]))
-        rails = {name: float(mw) / 1000.0 for name, mw in RAIL.findall(line)}
-        known = next((r for r in (*((n,) for n in TOTAL_RAILS), *SUMMED_RAILS) if rails.keys() >= set(r)), None)
-        if known is not None:
-            load = re.search(r"\bGR3D_FREQ ([0-9]{1,3})%", line)
-            powers.append((sum(rails[n] for n in known), int(load[1]) if load else 0))
-        else:
-            unknown |= dict.fromkeys(rails)
-    highest = max((load for _, load in powers), default=0)
-    at_work = [w for w, load in powers if load >= WORKS * highest] if highest > IDLE_PERCENT else []
-    if at_work:
-        power: float | None = statistics.fmean(at_work)
-    else:
-        power = statistics.median(w for w, _ in powers) if powers else None
-    return Watched(
-        power,
-        max(memories) if memories else None,
-        max(len(powers), len(memories)),
-        () if powers else tuple(unknown),
-        AT_WORK if at_work else MEDIAN,
-        len(at_work or powers),
-    )

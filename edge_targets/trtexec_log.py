@@ -280,14 +280,14 @@ def _number(path: Path, record: dict[str, Any], key: str, least: float, most: fl
     return float(value)
 
 
-def read_times(path: Path) -> list[float]:
-    """Return the GPU compute time of every run in ms, from an ``--exportTimes`` file.
+def read_times(path: Path, key: str = "computeMs") -> list[float]:
+    """Return the GPU compute time of every run in ms, from an ``--exportTimes`` file; ``latencyMs`` is that with copies.
 
     Raises:
         ModelFileError: It is missing, damaged, has no run in it, or a time that is impossible.
     """
     records = _records(path, _json(path))
-    times = [_number(path, r, "computeMs", 1e-6, LONGEST_MS) for r in records]
+    times = [_number(path, r, key, 1e-6, LONGEST_MS) for r in records]
     if not times:
         raise ModelFileError("holds no run", where=str(path), remedy="measure for longer")
     return times

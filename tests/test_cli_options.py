@@ -378,7 +378,8 @@ def board(name: str, wanted: Any) -> tuple[Getter, Any]:
 DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
-        "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere",
+        "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -396,6 +397,11 @@ DEPLOY = [
             "workspace": deploying("workspace_mb", 512),
             "sparsity": deploying("sparsity", True),
             "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy/jetson-orin-nano-8gb-super"),
+            "builds": deploying("builds", 2),
+            "soak": (lambda seen: seen["deploy"]["options"].extras.soak_s, 300),
+            "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),
+            "streams": (lambda seen: seen["deploy"]["options"].extras.streams, 4),
+            "end_to_end": (lambda seen: seen["deploy"]["options"].extras.end_to_end, True),
         },
         4,
     ),
@@ -437,6 +443,21 @@ GATE = [
             "summary": (lambda seen: "accuracy" in seen.text("gate.md"), True),
             "save_baseline": (lambda seen: "stages" in json.loads(seen.text("saved.json")), True),
         },
+    ),
+    Case(
+        "candidate -b baseline --max-p99 26 --max-jitter 27 --max-cold-start 28 --max-first-frame 29 --max-contention 30 "
+        "--max-end-to-end 31 --max-soak 32 --max-build-spread 33",
+        {
+            "max_p99": limit("max_p99", 26.0),
+            "max_jitter": limit("max_jitter", 27.0),
+            "max_cold_start": limit("max_cold_start", 28.0),
+            "max_first_frame": limit("max_first_frame", 29.0),
+            "max_contention": limit("max_contention", 30.0),
+            "max_end_to_end": limit("max_end_to_end", 31.0),
+            "max_soak": limit("max_soak", 32.0),
+            "max_build_spread": limit("max_build_spread", 33.0),
+        },
+        6,
     ),
     Case(
         "candidate -b baseline --limits limits.yaml --max-drop 21 --on-inconclusive fail --junit junit.xml",

@@ -958,3 +958,58 @@ def test_a_deployment_during_a_run_is_kept(tmp_path, workspace):
     report = run_stages([Deploying()], tmp_path, {}, reporter=Silent(), workspace=workspace)
     assert [s.stage for s in report.manifest.stages] == [s.stage for s in load_manifest(tmp_path).stages]
     assert {s.stage for s in load_manifest(tmp_path).stages} == {"prune", "deploy:jetson"}
+
+
+@needs_sshd
+@pytest.mark.parametrize("version", ["8502", pytest.param("110100", marks=pytest.mark.slow)])
+def test_what_was_asked_for_beside_the_latency_is_measured_and_kept(fresh, tmp_path, version):
+    fresh.install(version, soak_part=60, slower=[1.0, 1.3], tactics=[1.04, 0.96, 1.0])
+    (fresh.tools / "tegrastats").write_text(
+        "#!/bin/sh\nwhile :; do echo 'RAM 4/9MB GR3D_FREQ 99%@[1020,1020] GPU@61.5C VDD_IN 9000mW/9000mW'; sleep 0.01; done\n"
+    )
+    (fresh.tools / "tegrastats").chmod(0o755)
+    model, out = write_onnx(tmp_path / "m.onnx"), tmp_path / "out"
+    more = ("--builds", "3", "--soak", "2m", "--cold-start", "--streams", "2", "--end-to-end", "--runs", "2")
+    done = deploy(fresh, model, "-o", out, *more)
+    assert done.returncode == 0, done.stderr
+    found, expected = json.loads(done.stdout), model.stat().st_size / 1e5
+    (stage,) = json.loads((out / "manifest.json").read_text())["stages"]
+    value = {name: m["value"] for name, m in stage["metrics"].items()}
+    assert value["p50_ms"] == pytest.approx(expected, rel=0.01)
+    assert value["build_ratio"] == pytest.approx(1.04 / 0.96, rel=0.01)
+    assert value["end_to_end_ms"] == pytest.approx(expected + 1, rel=0.01)
+    assert value["contention_ms"] == pytest.approx(2 * expected, rel=0.01)
+    assert value["first_frame_ms"] == pytest.approx(3 * expected, rel=0.01)
+    assert value["soak_ratio"] == pytest.approx(1.3, rel=0.01)
+    assert value["soak_p50_ms"] == pytest.approx(1.3 * expected, rel=0.01)
+    assert value["jitter_ms"] == pytest.approx(value["p99_ms"] - value["p50_ms"])
+    assert 1 < value["cold_start_ms"] < 60_000
+    assert all(m["provenance"] in ("measured", "counted") for m in stage["metrics"].values())
+    details = stage["details"]
+    assert details["build_kept"] == 3
+    assert details["builds_ms"] == pytest.approx([1.04 * expected, 0.96 * expected, expected], rel=0.01)
+    assert len(details["cold_start_ms_runs"]) == 5
+    for name in ("end_to_end", "contention", "first_frame", "p99", "jitter"):
+        assert len(details[f"{name}_ms_runs"]) == 2
+    assert set(details["conditions"]) == {"end_to_end_ms", "contention_ms", "cold_start_ms", "first_frame_ms", "soak_ratio"}
+    assert details["soak"]["clock_mhz"] == [1020, 1020]
+    assert details["soak"]["hottest_c"] == 61.5
+    assert details["soak"]["throttled"] is False
+    assert set(found["conditions"]) == set(details["conditions"])
+    assert any("3 builds of one file" in n for n in found["notes"])
+    assert any(n.startswith("soak of 120 s") for n in found["notes"])
+    assert json.loads(Path(found["engine"]).read_bytes().split(b"\n")[0].removeprefix(b"STAND-IN"))["tactics"] == 1.0
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
+def test_a_figure_that_fails_keeps_the_latency(fresh, tmp_path):
+    fresh.install("100300", "cold")
+    done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out", "--cold-start")
+    assert done.returncode == 7, done.stderr
+    assert "out of memory" in done.stderr
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert stage["metrics"]["p50_ms"]["provenance"] == "measured"
+    assert "cold_start_ms" not in stage["metrics"]
+    assert any("not everything that was asked for" in n for n in stage["details"]["notes"])
+    assert fresh.left_behind() == []

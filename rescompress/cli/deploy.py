@@ -48,6 +48,21 @@ def deploy(
     workspace: Annotated[int, typer.Option("--workspace", min=16, help="Scratch memory of the builder in MiB.")] = 1024,
     dla: Annotated[int | None, typer.Option("--dla", min=0, max=1, help="Use this deep-learning accelerator.")] = None,
     sparsity: Annotated[bool, typer.Option("--sparsity", help="Use 2:4 sparse kernels where the weights allow it.")] = False,
+    builds: Annotated[
+        int, typer.Option("--builds", min=1, max=9, help="Engines built and timed per precision; the middle one is kept.")
+    ] = 1,
+    soak: Annotated[
+        str | None, typer.Option("--soak", metavar="TIME", help="Run that long (30m): first minute against last.")
+    ] = None,
+    cold_start: Annotated[
+        bool, typer.Option("--cold-start", help="Also time new processes, and frames after a second of idleness.")
+    ] = False,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, max=16, help="Also time runs while this many streams run at once.")
+    ] = 1,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Also time runs with their copies to and from the GPU.")
+    ] = False,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of ssh.", show_default="ssh's")] = None,
     ssh_config: Annotated[Path | None, typer.Option("--ssh-config", help="Instead of ~/.ssh/config.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands for the board and stop.")] = False,
@@ -61,6 +76,7 @@ def deploy(
     Example: rescompress deploy int8.safetensors --host nvidia@orin-nano --data photos/ --limit 2000 --runs 5
     """
     from edge_targets import remote
+    from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
     from edge_targets.ssh import Board
     from rescompress.core.artifact import file_sha256
@@ -69,7 +85,10 @@ def deploy(
 
     output = output_of(ctx)
     sizes = _batches(batches)
-    options = remote.DeployOptions(sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs)
+    extras = Extras(parse_duration(soak) if soak is not None else 0, cold_start, streams, end_to_end)
+    options = remote.DeployOptions(
+        sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs, builds=builds, extras=extras
+    )
     if limit is not None and data is None:
         raise BadInput("limits the images of --data", where="--limit", remedy="give --data, or leave --limit out")
     if dla is not None and data is not None:
@@ -78,7 +97,7 @@ def deploy(
     if dry_run:
         assumed = named or load_target("jetson")
         jobs, notes = _jobs(model, baseline, sizes, input_shape, _folder(out, assumed), assumed)
-        notes += _advice(assumed, jobs, dla)
+        notes += _advice(assumed, jobs, dla) + (_sparsity(assumed, jobs) if sparsity else [])
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         output.result({"target": assumed.name, "commands": lines, "notes": notes}, *lines, *notes)
@@ -92,7 +111,7 @@ def deploy(
     on_board = _on_board(named, found, load_target)
     folder = _folder(out, on_board)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
-    notes += _advice(on_board, jobs, dla)
+    notes += _advice(on_board, jobs, dla) + (_sparsity(on_board, jobs) if sparsity else [])
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
@@ -113,9 +132,14 @@ def deploy(
         "commands": list(done.commands),
         "manifest": str(out / MANIFEST_NAME),
     }
+    told = done.best.statistics.get("conditions")
+    if told:
+        document["conditions"] = told
     _show(output, document)
     if done.unscored is not None:
         raise done.unscored
+    if done.unmeasured is not None:
+        raise done.unmeasured
 
 
 def _folder(out: Path, target: Target) -> Path:
@@ -221,6 +245,7 @@ def _jobs(
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
     from compress.checkpoints.options import parse_shape
+    from edge_targets.fp8 import refuse_file
     from edge_targets.onnx_kernels import input_of, precision_of
     from edge_targets.remote import Job
     from edge_targets.trtexec import InputShapes
@@ -234,6 +259,7 @@ def _jobs(
         files, notes = _export(model, input_shape, folder, target, dynamic=len(batches) > 1, batch=batches[0])
     jobs = []
     for file in files:
+        refuse_file(file)
         read = input_of(file, input_shape=input_shape)
         if read.batch is not None and batches != (read.batch,):
             raise ModelFileError(
@@ -264,6 +290,20 @@ def _advice(target: Target, jobs: list[Job], dla: int | None) -> list[str]:
     from edge_targets.catalog import alias_notes
 
     return [*alias_notes(target), *map(str, advice_for(target, [job.precision for job in jobs], dla=dla is not None))]
+
+
+def _sparsity(target: Target, jobs: list[Job]) -> list[str]:
+    """Return what sparse kernels can bring each file at most, and which file has no zeros for them."""
+    from edge_targets.onnx_kernels import kernels_of
+    from edge_targets.sparsity import gain_note, gain_of, weights_note
+
+    notes = []
+    for job in jobs:
+        shape, batch = (job.shapes.shape, job.shapes.opt_batch) if job.shapes else (None, 1)
+        read = kernels_of(job.onnx, input_shape=shape)
+        gain = gain_of(read.kernels, target.device, job.precision, batch=read.batch or batch)
+        notes += [f"{job.precision}: {note}" for note in (gain_note(gain), weights_note(job.onnx)) if note is not None]
+    return notes
 
 
 def _export(
@@ -316,6 +356,7 @@ def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
             "spread": done.best.spread,
             "latency_runs": list(done.best.run_medians_ms),
             "results": {r.precision: {n: m.model_dump(mode="json") for n, m in r.metrics.items()} for r in done.results},
+            **done.best.statistics,
             "engine": done.best.details,
             "notes": list(done.notes),
             "commands": list(done.commands),
@@ -361,6 +402,8 @@ def _show(output: Output, document: dict[str, Any]) -> None:
         steady = f"{r['coefficient_of_variation']:.1%}" + ("" if r["stable"] else " inconclusive")
         table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1)
     lines = [f"{r['precision']}: {r['engine']}" for r in document["results"]]
+    for name, how in document.get("conditions", {}).items():
+        lines.append(f"{name} {document[name]:.3f}: {how}")
     if document["top1_n"]:
         lines.append(f"accuracy of {document['top1_n']} images, computed on the board")
     output.result(document, table, *lines, *document["notes"])

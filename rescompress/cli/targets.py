@@ -175,6 +175,7 @@ def _kernels(
 ) -> tuple[list[Kernel], str | None, int | None]:
     """Return the kernels of a model, the precision it is written in and its batch (None where these are open)."""
     from compress.checkpoints.options import parse_shape
+    from edge_targets.fp8 import refuse_file
     from edge_targets.kernels import fuse
     from edge_targets.onnx_kernels import kernels_of
     from rescompress.core.layers import walk
@@ -187,6 +188,7 @@ def _kernels(
         return fuse(walk(found if shape is None else found.replace(input_shape=shape))), None, None
     path = Path(model)
     if path.suffix == ".onnx":
+        refuse_file(path)
         read = kernels_of(path, input_shape=shape)
         # A float32 file leaves the choice to the builder, which may use FP16; any other file has made it.
         return list(read.kernels), device.best_float if read.precision == "fp32" else read.precision, read.batch

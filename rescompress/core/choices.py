@@ -26,5 +26,5 @@ ProfileOrAuto = Literal["auto", Profile]
 Calibration = Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"]
 """How activation ranges are estimated."""
 
-Precision = Literal["auto", "fp32", "fp16", "int8"]
-"""What an exported file computes in; ``auto``: what suits network and target."""
+Precision = Literal["auto", "fp32", "fp16", "int8", "fp8"]
+"""What an exported file computes in; ``auto``: what suits network and target; ``fp8`` is refused, with the reason."""

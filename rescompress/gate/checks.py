@@ -41,6 +41,25 @@ PRECISION = "precision"
 EXACT = {"size": "size_bytes", "macs": "macs", "params": "params"}
 """Metric by the name of its check, whose limit is ``max_<name>``: figures without noise, of the stage that counts."""
 
+CONDITIONS = "conditions"
+"""The same of how figures beside the latency came about, by metric."""
+
+PER_PROCESS = {
+    "p99": "p99_ms",
+    "jitter": "jitter_ms",
+    "cold_start": "cold_start_ms",
+    "first_frame": "first_frame_ms",
+    "contention": "contention_ms",
+    "end_to_end": "end_to_end_ms",
+}
+"""As `EXACT`, for figures of a target that are compared by processes as latencies are: ``<metric>_runs`` in the details."""
+
+KEPT = frozenset({OWN, BESIDE, VERSION, PRECISION, CONDITIONS, *(f"{metric}_runs" for metric in PER_PROCESS.values())})
+"""What a baseline file keeps of a stage's details."""
+
+OF_ITSELF = {"soak": "soak_ratio", "build_spread": "build_ratio"}
+"""As `EXACT`, for ratios within the candidate, which need no baseline."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,8 +81,8 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: ``accuracy``, ``accuracy:<target>``, ``latency:<target>``, ``size``, ``macs``, ``params``, ``target:<target>``,
-            ``stage:<stage>``.
+        name: ``accuracy``, ``accuracy:<target>``, ``latency:<target>`` (as ``p99:<target>`` and so on),
+            ``size``, ``macs``, ``params``, ``target:<target>``, ``stage:<stage>``.
         verdict: The answer.
         value: The drop in points, or the ratio candidate / baseline; None when it could not be computed.
         limit: What it may be at most.
@@ -163,6 +182,7 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
             else:
                 checks.append(_lacking(name, pair, stages, candidate, baseline, limit))
     checks += _latencies(candidate, baseline, limits, stages[0], notes)
+    checks += _figures_of_targets(candidate, baseline, limits, notes)
     checks += _missing(candidate, baseline, limits, notes)
     for result in candidate.manifest.stages:
         if result.status == "failed":
@@ -494,11 +514,62 @@ def _latencies(candidate: Run, baseline: Run, limits: Limits, judged: StageResul
     return checks
 
 
-def _targets(manifest: Manifest) -> dict[str, list[StageResult]]:
-    """Return the stages with a latency by target; what was measured on a board stands first."""
+def _figures_of_targets(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) -> list[Check]:
+    """Return the checks of what is told of a target beside its latency; a limit without a figure is inconclusive."""
+    checks = []
+    for name, metric in PER_PROCESS.items():
+        limit = getattr(limits, f"max_{name}")
+        if limit is None:
+            continue
+        found = _targets(candidate.manifest, metric), _targets(baseline.manifest, metric)
+        if not any(found):
+            checks.append(_inconclusive(name, limit, f"neither run has {metric}", "", ""))
+        for target in dict.fromkeys([*found[1], *found[0]]):
+            new, old = _of_one_kind(found[0].get(target, ()), found[1].get(target, ()))
+            if new is not None and old is not None:
+                checks.append(
+                    _told_precision(_latency(target, new, old, limit, drift_is_known=False, name=name), new, old, notes)
+                )
+            else:
+                lacking = candidate if new is None else baseline
+                checks.append(_undecided(target, limit, f"{lacking.name} has no {metric} on {target}", old, new, name))
+    for name, metric in OF_ITSELF.items():
+        limit = getattr(limits, f"max_{name}")
+        if limit is None:
+            continue
+        here = _targets(candidate.manifest, metric)
+        if not here:
+            checks.append(_inconclusive(name, limit, f"{candidate.name} has no {metric}", "", ""))
+        for target, stages in here.items():
+            before = _targets(baseline.manifest, metric).get(target, ())
+            checks.append(_of_itself(f"{name}:{target}", stages[0].metrics[metric], [s.metrics[metric] for s in before], limit))
+    return checks
+
+
+def _of_itself(name: str, metric: Metric, before: Sequence[Metric], limit: float) -> Check:
+    """Return the check of a ratio within one run; its band decides where it has one."""
+    if not 0 < metric.value < math.inf:
+        raise BadInput(f"the candidate's {name} is {metric.value:g}", remedy="deploy it again")
+    low, high = (metric.value if end is None else end for end in (metric.low, metric.high))
+    verdict: Verdict = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
+    band = "" if metric.low is None or metric.high is None else f" ({low:.3f} to {high:.3f})"
+    return Check(
+        name=name,
+        verdict=verdict,
+        value=metric.value,
+        limit=limit,
+        interval=None if not band else (low, high),
+        baseline=f"{before[0].value:.3f}" if before else "",
+        candidate=f"{metric.value:.3f}",
+        message=f"{metric.value:.3f}{band} within the candidate itself; the limit is {limit:g}",
+    )
+
+
+def _targets(manifest: Manifest, metric: str = "p50_ms") -> dict[str, list[StageResult]]:
+    """Return the stages with a latency, or another figure, by target; what was measured on a board stands first."""
     found: dict[str, list[StageResult]] = {}
     for stage in sorted(manifest.stages, key=lambda s: not s.is_deployment):
-        if stage.target is not None and "p50_ms" in stage.metrics:
+        if stage.target is not None and metric in stage.metrics:
             found.setdefault(stage.target, []).append(stage)
     return found
 
@@ -523,28 +594,49 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
     return onnx.sha256, version
 
 
-def _latency(target: str, candidate: StageResult, baseline: StageResult, limit: float, *, drift_is_known: bool) -> Check:
-    new, old = candidate.metrics["p50_ms"], baseline.metrics["p50_ms"]
-    _check_positive(f"latency:{target}", new, old)
+def _latency(
+    target: str,
+    candidate: StageResult,
+    baseline: StageResult,
+    limit: float,
+    *,
+    drift_is_known: bool,
+    name: str = "latency",
+) -> Check:
+    metric = PER_PROCESS.get(name, "p50_ms")
+    own = OWN if name == "latency" else f"{metric}_runs"
+    new, old = candidate.metrics[metric], baseline.metrics[metric]
+    _check_positive(f"{name}:{target}", new, old)
+
+    def undecided(why: str) -> Check:
+        return _undecided(target, limit, why, baseline, candidate, name)
+
     for fact in ("provenance", "device", "runtime", "threads", "batch", "power_mode"):
         a, b = getattr(new, fact), getattr(old, fact)
         if a != b:
-            why = f"the candidate's {fact.replace('_', ' ')} is {a}, the baseline's {b}"
-            return _undecided(target, limit, why, baseline, candidate)
+            return undecided(f"the candidate's {fact.replace('_', ' ')} is {a}, the baseline's {b}")
+    told = [_condition(stage, metric) for stage in (candidate, baseline)]
+    if told[0] != told[1]:
+        return undecided(f"the candidate's is the {told[0]}; the baseline's the {told[1]}")
     if new.provenance == "predicted":
         if new.model != old.model:
-            why = f"the candidate was predicted by {new.model}, the baseline by {old.model}"
-            return _undecided(target, limit, why, baseline, candidate)
+            return undecided(f"the candidate was predicted by {new.model}, the baseline by {old.model}")
         return _predicted(target, new, old, limit)
     if new.provenance != "measured":
-        return _undecided(target, limit, f"{new.provenance} figures are not compared", baseline, candidate)
-    runs = processes(candidate, OWN), processes(baseline, OWN)
+        return undecided(f"{new.provenance} figures are not compared")
+    runs = processes(candidate, own), processes(baseline, own)
     short = min(len(r) for r in runs)
     if short < ratios.LEAST_PROCESSES:
-        why = f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed"
-        return _undecided(target, limit, why, baseline, candidate)
+        return undecided(f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed")
     beside = (processes(candidate, BESIDE), processes(baseline, BESIDE)) if drift_is_known else None
-    return _measured(target, runs[0], runs[1], beside, limit)
+    return _measured(target, runs[0], runs[1], beside, limit, name)
+
+
+def _condition(stage: StageResult, metric: str) -> str | None:
+    """Return how a figure of a stage came about, where that is told."""
+    told = stage.details.get(CONDITIONS)
+    text = told.get(metric) if isinstance(told, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def _measured(
@@ -553,6 +645,7 @@ def _measured(
     baseline: Sequence[float],
     beside: tuple[Sequence[float], Sequence[float]] | None,
     limit: float,
+    name: str = "latency",
 ) -> Check:
     """Return the check of two lists of process medians.
 
@@ -586,7 +679,7 @@ def _measured(
     if verdict == "inconclusive":
         message += "; more processes or a quieter machine would decide"
     return Check(
-        name=f"latency:{target}",
+        name=f"{name}:{target}",
         verdict=verdict,
         value=value,
         limit=limit,
@@ -599,12 +692,19 @@ def _measured(
     )
 
 
-def _undecided(target: str, limit: float, why: str, baseline: StageResult | None, candidate: StageResult | None) -> Check:
+def _undecided(
+    target: str,
+    limit: float,
+    why: str,
+    baseline: StageResult | None,
+    candidate: StageResult | None,
+    name: str = "latency",
+) -> Check:
     def text(stage: StageResult | None) -> str:
-        metric = None if stage is None else stage.metrics["p50_ms"]
+        metric = None if stage is None else stage.metrics.get(PER_PROCESS.get(name, "p50_ms"))
         return "" if metric is None else f"{duration(metric.value)}, {provenance(metric)}"
 
-    return _inconclusive(f"latency:{target}", limit, why, text(baseline), text(candidate))
+    return _inconclusive(f"{name}:{target}", limit, why, text(baseline), text(candidate))
 
 
 def _inconclusive(name: str, limit: float, why: str, baseline: str, candidate: str) -> Check:
@@ -623,7 +723,7 @@ def baseline_of(run: Run) -> Manifest:
     """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, precision; no paths."""
     stages = []
     for result in run.manifest.stages:
-        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in (OWN, BESIDE, VERSION, PRECISION)}
+        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in KEPT}
         if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
             details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
         # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.

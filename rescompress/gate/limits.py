@@ -29,6 +29,14 @@ class Limits(Frozen):
         max_size: Ratio of file sizes.
         max_macs: Ratio of multiply-accumulates.
         max_params: Ratio of parameters.
+        max_p99: Ratio of the latencies that one run in a hundred exceeds.
+        max_jitter: Ratio of p99 - p50.
+        max_cold_start: Ratio of the times that a new process takes.
+        max_first_frame: Ratio of the latencies after idleness.
+        max_contention: Ratio of the latencies beside other streams.
+        max_end_to_end: Ratio of the latencies with copies.
+        max_soak: Of the candidate alone: latency of a soak's last minute over its first.
+        max_build_spread: Of the candidate alone: latency of the slowest build over that of the fastest.
         stage: Whose accuracy, size, MACs and parameters count; the last with accuracy by default.
         on_inconclusive: Whether an inconclusive gate ends as such, passes or fails.
         on_missing: Whether a target of the baseline that the candidate lacks or skipped fails, is inconclusive, or is left out.
@@ -39,6 +47,14 @@ class Limits(Frozen):
     max_size: Ratio | None = Field(USUAL_RATIO, description="File size, times the baseline's.")
     max_macs: Ratio | None = Field(None, description="MACs, times the baseline's.")
     max_params: Ratio | None = Field(None, description="Parameters, times the baseline's.")
+    max_p99: Ratio | None = Field(None, description="p99 latency, times the baseline's.")
+    max_jitter: Ratio | None = Field(None, description="p99 - p50, times the baseline's.")
+    max_cold_start: Ratio | None = Field(None, description="Cold start, times the baseline's.")
+    max_first_frame: Ratio | None = Field(None, description="First frame after idleness, times the baseline's.")
+    max_contention: Ratio | None = Field(None, description="Latency beside other streams, times the baseline's.")
+    max_end_to_end: Ratio | None = Field(None, description="Latency with copies, times the baseline's.")
+    max_soak: Ratio | None = Field(None, description="A soak's last minute, times its first.")
+    max_build_spread: Ratio | None = Field(None, description="Slowest build, times the fastest.")
     stage: str | None = Field(None, description="Stage to compare.")
     on_inconclusive: OnInconclusive = Field("inconclusive", description="How an inconclusive gate ends.")
     on_missing: OnMissing = Field("fail", description="What a target that only the baseline has comes to.")

@@ -117,6 +117,11 @@ def rate(metric: Metric) -> str:
     return f"~{text} predicted" if metric.provenance == "predicted" else text
 
 
+def ratio(metric: Metric) -> str:
+    """Return a ratio: ``1.042``."""
+    return f"{metric.value:.3f}"
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("top1", "top-1", "higher", percent, "difference"),
     Column("top5", "top-5", "higher", percent, "difference", brief=False),
@@ -127,6 +132,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("p50_ms", "latency p50", "lower", latency, per_target=True),
     Column("p90_ms", "p90", "lower", latency, per_target=True, brief=False),
     Column("p99_ms", "p99", "lower", latency, per_target=True, brief=False),
+    Column("jitter_ms", "p99 - p50", "lower", latency, per_target=True, brief=False),
+    Column("end_to_end_ms", "p50 with copies", "lower", latency, per_target=True, brief=False),
+    Column("contention_ms", "p50 beside other streams", "lower", latency, per_target=True, brief=False),
+    Column("cold_start_ms", "cold start", "lower", latency, per_target=True, brief=False),
+    Column("first_frame_ms", "first frame after idleness", "lower", latency, per_target=True, brief=False),
+    Column("soak_ratio", "last / first minute of a soak", "lower", ratio, per_target=True, brief=False),
+    Column("build_ratio", "slowest / fastest build", "lower", ratio, per_target=True, brief=False),
     Column("images_per_s", "images/s", "higher", rate, per_target=True, brief=False),
 )
 """Every column, from left to right. What stands beside them (run, stage, where the latency comes from) is of the row."""

@@ -293,6 +293,7 @@ def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
     yield _curves(manifest)
     yield _layers(manifest)
     yield _training(manifest)
+    yield _soaks(manifest)
     yield Section("environment", "Environment and settings", _environment(manifest))
     yield Section("manifest", "Files and manifest", _manifest(manifest))
 
@@ -590,6 +591,54 @@ def _training(manifest: Manifest) -> Section | None:
             table = [[f"{x:g}", f"{y:.4g}"] for x, y, _ in values]
             parts.append(_figure(chart, f"{title}.", _data_table(("epoch", name), table, title)))
     return Section("training", "Training", _charts(parts)) if parts else None
+
+
+SOAK_TITLES = {
+    "clock_mhz": "GPU clock, MHz",
+    "temperature_c": "temperature, °C",
+    "power_w": "power, W",
+    "load_percent": "GPU load, %",
+}
+
+
+def _soaks(manifest: Manifest) -> Section | None:
+    """Return what a soak measured in the course of time: the latency of its parts, clock, temperature, power, load."""
+    parts = []
+    for stage in manifest.stages:
+        soak = stage.details.get("soak")
+        if not isinstance(soak, Mapping):
+            continue
+        told = soak.get("parts")
+        entries = [_numbers(p) for p in told] if isinstance(told, list) else []
+        series = {
+            "latency p50, ms": [(e["from_s"], e["p50_ms"]) for e in entries if "from_s" in e and "p50_ms" in e],
+            **_trace(soak.get("trace")),
+        }
+        for name, values in series.items():
+            if len(values) < 2:
+                continue
+            title = f"{stage.stage}: {name} during the soak"
+            chart = charts.lines(
+                f"soak-{_slug(stage.stage)}-{_slug(name)}",
+                title,
+                f"From {values[0][1]:.4g} to {values[-1][1]:.4g} in {values[-1][0]:.4g} s.",
+                [(s / 60, v, f"{s:.4g} s: {v:.4g}") for s, v in values],
+                Axis("minutes at full load", plain_tick),
+                Axis(name, plain_tick),
+            )
+            table = [[f"{s:g}", f"{v:.4g}"] for s, v in values]
+            parts.append(_figure(chart, f"{title}, measured on the board.", _data_table(("s", name), table, title)))
+    return Section("soak", "Soak", _charts(parts)) if parts else None
+
+
+def _trace(trace: Any) -> dict[str, list[tuple[float, float]]]:
+    """Return the series of a trace, by the title of its axis."""
+    columns, rows = (trace.get("columns"), trace.get("rows")) if isinstance(trace, Mapping) else (None, None)
+    if not isinstance(columns, list) or not isinstance(rows, list) or "s" not in columns:
+        return {}
+    names = [str(c) for c in columns]
+    entries = [_numbers(dict(zip(names, row, strict=False))) for row in rows if isinstance(row, list)]
+    return {title: [(e["s"], e[key]) for e in entries if "s" in e and key in e] for key, title in SOAK_TITLES.items()}
 
 
 def _definitions(values: Mapping[str, Any]) -> Markup:

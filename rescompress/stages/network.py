@@ -35,6 +35,7 @@ from compress.train import TrainSettings, TrainState, train
 from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
+from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import write_text
@@ -211,6 +212,16 @@ def _sparse(
     pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, tell)
     found = sparsify(pruning, checkpoint)
     details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
+    sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
+    wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
+    details["sparsity"]["wide"] = wide
+    if wide:
+        tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
+    else:
+        tell(
+            f"{PATTERN} zeros: no gain is to be expected of TensorRT: none of these layers has more "
+            f"than {CHANNELS} input and output channels ({SOURCE})"
+        )
     details["notes"].append(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
         f"nothing; {len(found.left_dense)} layers cannot have them"

@@ -150,6 +150,8 @@ def _build_and_measure(
     for prefix, measured in zip(names, measure_processes(runs), strict=True):
         metrics |= {prefix + key: value for key, value in measured.metrics.items()}
         details[f"{prefix}latency_runs"] = list(measured.process_medians_ms)
+        if not prefix and measured.process_p99_ms:
+            details["p99_ms_runs"] = list(measured.process_p99_ms)
         if measured.runtime_options:
             details[f"{prefix}runtime_options"] = measured.runtime_options
     details["notes"] += options_note(chosen.runtime, details.get("runtime_options", {}))
