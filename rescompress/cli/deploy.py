@@ -47,6 +47,9 @@ def deploy(
     seconds: Annotated[int, typer.Option("--seconds", min=1, help="Seconds of samples per measurement.")] = 10,
     workspace: Annotated[int, typer.Option("--workspace", min=16, help="Scratch memory of the builder in MiB.")] = 1024,
     dla: Annotated[int | None, typer.Option("--dla", min=0, max=1, help="Use this deep-learning accelerator.")] = None,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Measure engines, too, whose layers do not run as asked; say so.")
+    ] = False,
     sparsity: Annotated[bool, typer.Option("--sparsity", help="Use 2:4 sparse kernels where the weights allow it.")] = False,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of ssh.", show_default="ssh's")] = None,
     ssh_config: Annotated[Path | None, typer.Option("--ssh-config", help="Instead of ~/.ssh/config.")] = None,
@@ -70,10 +73,9 @@ def deploy(
     output = output_of(ctx)
     sizes = _batches(batches)
     options = remote.DeployOptions(sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs)
+    options = dataclasses.replace(options, allow_fallback=allow_fallback)
     if limit is not None and data is None:
         raise BadInput("limits the images of --data", where="--limit", remedy="give --data, or leave --limit out")
-    if dla is not None and data is not None:
-        raise BadInput("accuracy is not measured on a DLA", where="--data", remedy="leave --dla or --data out")
     named = load_target(target) if target else None
     if dry_run:
         assumed = named or load_target("jetson")
@@ -106,6 +108,7 @@ def deploy(
         **_row(done.best),
         "target": on_board.name,
         "tensorrt": found.version,
+        "builder": "trtexec" if found.trtexec else "trt_builder",
         "power_mode": found.power_mode,
         "verdict": "measured" if all(r.stable for r in done.results) else "inconclusive",
         "results": [_row(r) for r in done.results],
@@ -334,6 +337,7 @@ def _row(result: Any) -> dict[str, Any]:
         **_accuracy(result.metrics),
         "coefficient_of_variation": result.spread,
         "stable": result.stable,
+        "layers": result.details["layers"],
         "device": result.metrics["p50_ms"].device,
         "runtime": "tensorrt",
         "provenance": "measured",
