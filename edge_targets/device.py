@@ -19,6 +19,12 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Architecture = Literal["maxwell", "pascal", "volta", "turing", "ampere", "ada", "blackwell", "x86_64", "aarch64", "host"]
 
 
+NO_FP8 = (
+    "FP8 is not offered: no engine has been proven to compute convolutions in it (NVIDIA/TensorRT issues 3987, 4081 and 4590 "
+    "report convolutions that fall back), and where it exists (compute capability 8.9 and later) INT8 has the same peak"
+)
+
+
 def base_precision(written: str) -> str:
     """Return the one of `PRECISIONS` that a file's precision counts as: ``int8`` for ``int8+fp16``, too."""
     return "int8" if "int8" in written else written
@@ -313,6 +319,8 @@ class Target(Frozen):
         for known in self.precisions:
             if known == precision:
                 return known
+        if precision == "fp8":
+            raise TargetError(NO_FP8, where="--precision fp8", remedy=f"choose one of: {', '.join(self.precisions)}")
         raise TargetError(
             f"{self.device.title} does not run {precision}",
             where=f"--precision {precision}",

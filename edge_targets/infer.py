@@ -368,7 +368,7 @@ def main():
     parser.add_argument("--dla", type=int, help="deep-learning accelerator that the engine was built for")
     given = parser.parse_args()
     try:
-        with Engine(given.engine, dla=given.dla) as engine:
+        with Engine(given.engine, **({} if given.dla is None else {"dla": given.dla})) as engine:
             if given.npy:
                 logits = engine(np.load(given.npy, allow_pickle=False))
                 np.save(given.out or "logits.npy", logits)

@@ -222,3 +222,54 @@ def test_build_sh_takes_the_builder_where_there_is_no_trtexec(tmp_path: Path, fi
     assert other.returncode == 5
     assert "here is 8.5" in other.stderr
     assert script("10.3.0", tmp_path / "nothing").returncode == 4
+
+
+SHIM = """
+import ctypes, os, sys
+import tensorrt_rtx
+globals().update({k: v for k, v in vars(tensorrt_rtx).items() if not k.startswith("__")})
+__version__ = "10.13.3"  # the names of TensorRT for RTX 1.x are those of TensorRT 10
+
+
+class Builder:
+    def __init__(self, logger):
+        self.real = tensorrt_rtx.Builder(logger)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def create_builder_config(self):
+        config = self.real.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM86, 0)
+        return config
+
+
+class Cudart:
+    def cudaDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = 8
+        return 0
+
+
+_load = ctypes.CDLL
+ctypes.CDLL = lambda name, *rest, **more: Cudart() if "libcudart" in str(name) else _load(name, *rest, **more)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_building_half_runs_through_a_real_tensorrt(tmp_path: Path, quantized: bool) -> None:
+    """TensorRT for RTX under the name tensorrt: it parses and builds without a GPU; only the GPU's name is a stand-in."""
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "tensorrt.py").write_text(SHIM)
+    model, engine = write_onnx(tmp_path / "m.onnx", quantized=quantized), tmp_path / "m.engine"
+    known = capabilities("10.13.3")
+    command = build_command(known, str(model), str(engine), BuildOptions("int8", SHAPES), executable=["python3", "builder"])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(BUILDER), *command[2:], "--verbose"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert parse_log(done.stdout).status == "passed"
+    assert engine.stat().st_size > 1000
+    assert ("Int8" in done.stdout) == quantized

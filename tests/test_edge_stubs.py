@@ -48,15 +48,15 @@ RTX_ONLY = {
 }
 """Used behind `compute_capability`, which only `edge_targets.backends.tensorrt_rtx` gives."""
 
-GONE_IN_11 = frozenset(
+GONE_IN_11 = {
     # None of these texts is in tensorrt.so of tensorrt_cu13_bindings 11.4.0.106 (PyPI), where every bound name is; that they
-    # were to go is in NVIDIA's guide of the migration from TensorRT 10.x to 11.x (weak typing, calibration) and from 8.x to
-    # 10.x (numbered bindings).
-    "FP16 EXPLICIT_BATCH PREFER_PRECISION_CONSTRAINTS STRICT_TYPES int8_calibrator set_calibration_profile precision "
-    "set_dynamic_range dynamic_range platform_has_fast_fp16 platform_has_fast_int8 execute_async_v2 max_workspace_size "
-    "get_binding_name get_binding_index get_binding_shape get_binding_dtype binding_is_input num_bindings set_binding_shape "
-    "get_profile_shape".split()
-)
+    # were to go is in NVIDIA's guides: weak typing and calibration from 10.x to 11.x, numbered bindings from 8.x to 10.x.
+    *("FP16", "EXPLICIT_BATCH", "PREFER_PRECISION_CONSTRAINTS", "STRICT_TYPES", "precision"),
+    *("int8_calibrator", "set_calibration_profile", "set_dynamic_range", "dynamic_range"),
+    *("platform_has_fast_fp16", "platform_has_fast_int8", "execute_async_v2", "max_workspace_size", "num_bindings"),
+    *("get_binding_name", "get_binding_index", "get_binding_shape", "get_binding_dtype", "binding_is_input"),
+    *("set_binding_shape", "get_profile_shape"),
+}
 BINDINGS = os.environ.get("TENSORRT11_BINDINGS", "")
 """A wheel of tensorrt_cu13_bindings 11, where one is at hand: the list above is then held against it."""
 
