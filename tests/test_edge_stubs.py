@@ -108,7 +108,7 @@ def stubs() -> dict[str, set[str]]:
     for head in re.split(r"^(?=class )", text, flags=re.MULTILINE)[1:]:  # 10.13.0.35.1 does not parse: one def is invalid
         name, bases = re.match(r"class (\w+)(?:\((.*)\))?:", head).groups()  # type: ignore[union-attr]
         names = {"__init__", *re.findall(r"^    (?:def |class )?(\w+)(?=[(:]| ?=|: )", head, re.MULTILINE)}
-        found[name] = names.union(*(found.get(b.strip(), set()) for b in (bases or "").split(",")))
+        found[name] = names.union(*(found.get(b.strip(), set()) for b in (bases or "").split(",") if b))
     return found
 
 

@@ -337,7 +337,7 @@ def _row(result: Any) -> dict[str, Any]:
         **_accuracy(result.metrics),
         "coefficient_of_variation": result.spread,
         "stable": result.stable,
-        "layers": result.details["layers"],
+        "layers": result.details.get("layers", []),
         "device": result.metrics["p50_ms"].device,
         "runtime": "tensorrt",
         "provenance": "measured",
@@ -348,6 +348,15 @@ def _accuracy(metrics: Any) -> dict[str, Any]:
     """Return the standard error of top-1 and its number of images; both keys are there even where it was not measured."""
     top1 = metrics.get("top1")
     return {"top1_std_error": top1.std_error if top1 else None, "top1_n": top1.n if top1 else None}
+
+
+def _ran(layers: list[dict[str, Any]]) -> str:
+    """Return how many layers run in what and where: ``of 21 convolutions and matrix products 20 in int8 (gpu), ...``."""
+    from collections import Counter
+
+    counts = Counter((row["ran"] or "a type not told", row["unit"] or "unit not told") for row in layers)
+    texts = [f"{n} in {ran} ({unit})" for (ran, unit), n in counts.most_common()]
+    return f"of {len(layers)} convolutions and matrix products {', '.join(texts)}"
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:
@@ -365,6 +374,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
         steady = f"{r['coefficient_of_variation']:.1%}" + ("" if r["stable"] else " inconclusive")
         table.add_row(r["precision"] + mark, *numbers, steady, f"{r['images_per_s']:.0f}", *optional, top1)
     lines = [f"{r['precision']}: {r['engine']}" for r in document["results"]]
+    lines += [f"{r['precision']}: {_ran(r['layers'])}" for r in document["results"] if r["layers"]]
     if document["top1_n"]:
         lines.append(f"accuracy of {document['top1_n']} images, computed on the board")
     output.result(document, table, *lines, *document["notes"])
