@@ -124,7 +124,7 @@ def steps(
     timing: TimingOptions,
     *,
     runs: int,
-    executable: str,
+    executable: str | Sequence[str],
 ) -> tuple[list[Step], list[str]]:
     """Return the processes to run, and a note for each figure that this trtexec cannot give.
 
@@ -242,7 +242,7 @@ def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, r
         engine,
         timing,
         runs=session.options.runs,
-        executable=session.found.trtexec,
+        executable=session.tool,
     )
     session.notes += notes
     runs: dict[str, list[list[float]]] = {}

@@ -11,7 +11,7 @@ from rescompress.core.errors import TargetError
 
 
 def build_script(target: Target, precision: Precision, *, onnx: str = "model.onnx", shapes: InputShapes | None = None) -> str:
-    """Return a POSIX shell script that builds the engine with the board's trtexec and times it.
+    """Return a POSIX shell script that builds the engine, with the board's trtexec or trt_builder.py, and times it.
 
     Args:
         target: A board with TensorRT.
@@ -27,10 +27,10 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
     major, minor = parse_version(target.tensorrt_version)
     engine = str(PurePosixPath(onnx).with_suffix(".engine"))
     build = build_command(
-        target.tensorrt_version, onnx, engine, BuildOptions(precision=precision, shapes=shapes), executable="$TRTEXEC"
+        target.tensorrt_version, onnx, engine, BuildOptions(precision=precision, shapes=shapes), executable="tool"
     )
     timing = timing_command(
-        target.tensorrt_version, engine, TimingOptions(shapes=shapes), executable="$TRTEXEC", times="times.json"
+        target.tensorrt_version, engine, TimingOptions(shapes=shapes), executable="tool", times="times.json"
     )
     return "\n".join(
         [
@@ -41,9 +41,17 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
             "set -eu",
             'cd "$(dirname "$0")"',
             "TRTEXEC=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)",
-            '[ -x "$TRTEXEC" ] || { echo "trtexec is not here: install TensorRT of JetPack" >&2; exit 4; }',
+            'if [ -x "$TRTEXEC" ]; then',
+            '  tool() { "$TRTEXEC" "$@"; }',
+            "elif python3 -c 'import tensorrt; tensorrt.Builder' 2> /dev/null; then",
+            '  echo "trtexec is not here; trt_builder.py builds and times through the Python module of TensorRT"',
+            '  tool() { python3 trt_builder.py "$@" --check; }',
+            "else",
+            '  echo "trtexec is not here, nor the Python module of TensorRT: install TensorRT of JetPack" >&2',
+            "  exit 4",
+            "fi",
             f"WANTED={major}.{minor}",
-            'DIGITS=$("$TRTEXEC" --help 2>&1 | sed -n "s/.*\\[TensorRT v\\([0-9]*\\)\\].*/\\1/p" | head -n 1)',
+            'DIGITS=$(tool --help 2>&1 | sed -n "s/.*\\[TensorRT v\\([0-9]*\\)\\].*/\\1/p" | head -n 1)',
             "case $DIGITS in",
             '  ??????) HERE=$(echo "$DIGITS" | sed "s/^\\(..\\)0*\\([0-9][0-9]*\\)..$/\\1.\\2/") ;;',
             '  *) HERE=$(echo "$DIGITS" | sed "s/^\\(.\\)\\(.\\).*/\\1.\\2/") ;;',
@@ -54,7 +62,7 @@ def build_script(target: Target, precision: Precision, *, onnx: str = "model.onn
             "  exit 5",
             "fi",
             f"rm -f {engine} {engine}.json",
-            'echo "building, which takes minutes; what trtexec says goes to build.log"',
+            'echo "building, which takes minutes; what the builder says goes to build.log"',
             f"{_line(build)} > build.log 2>&1 || {{",
             "  tail -n 20 build.log >&2",
             '  echo "the build failed, see build.log" >&2',
@@ -88,4 +96,4 @@ def _gpu_check(target: Target) -> list[str]:
 
 def _line(command: list[str]) -> str:
     executable, *rest = command
-    return f'"{executable}" {quoted(rest)}'
+    return f"{executable} {quoted(rest)}"

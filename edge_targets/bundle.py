@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from edge_targets import infer
+from edge_targets import infer, trt_builder
 from edge_targets.build_script import build_script
 from edge_targets.device import Precision, Target
 from edge_targets.trtexec import InputShapes
@@ -20,6 +20,7 @@ from rescompress.core.spec import ModelSpec
 MODEL = "model.onnx"
 OPTIONAL = ("labels.txt",)
 """Files that a bundle has for some networks only."""
+EXECUTABLE = ("build.sh", "infer.py", "trt_builder.py")
 
 
 def about(spec: ModelSpec, target: Target, precision: Precision, onnx_sha256: str) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def write_bundle(
 ) -> list[Path]:
     """Complete the folder of an exported ``model.onnx`` to a bundle; return the files beside it.
 
-    Written are ``build.sh`` for the board's TensorRT, ``infer.py``, ``model.json``, ``labels.txt`` where the network has
-    labels, ``README.md`` and ``SHA256SUMS``.
+    Written are ``build.sh`` for the board's TensorRT, ``trt_builder.py``, ``infer.py``, ``model.json``, ``labels.txt`` where
+    the network has labels, ``README.md`` and ``SHA256SUMS``.
 
     Args:
         onnx_path: The model; the other files go beside it.
@@ -61,6 +62,7 @@ def write_bundle(
     texts = {
         "build.sh": build_script(target, precision, onnx=onnx_path.name, shapes=shapes),
         "infer.py": Path(infer.__file__).read_text(encoding="utf-8"),
+        "trt_builder.py": Path(trt_builder.__file__).read_text(encoding="utf-8"),
         "model.json": json.dumps(about(spec, target, precision, sha256), indent=1, ensure_ascii=False) + "\n",
         "README.md": _readme(onnx_path.name, spec, target, precision),
     }
@@ -73,7 +75,7 @@ def write_bundle(
     for name, text in texts.items():
         write_text(folder / name, text)
         files.append(folder / name)
-    for name in ("build.sh", "infer.py"):
+    for name in EXECUTABLE:
         (folder / name).chmod(0o755)
     sums = [f"{file_sha256(f)}  {f.name}\n" for f in sorted([onnx_path, *files])]
     write_text(folder / "SHA256SUMS", "".join(sums))
@@ -97,6 +99,7 @@ Made for JetPack {target.jetpack} (TensorRT {target.tensorrt_version}). On the b
 
 - An engine runs only on the GPU and the TensorRT version it was built with; `{onnx}` is what travels.
 - For steady figures first: `sudo nvpmodel -m 0 && sudo jetson_clocks`.
+- Where there is no `trtexec` (pip, containers), `build.sh` uses `trt_builder.py`, which needs the TensorRT Python module alone.
 - `infer.py` needs numpy, the TensorRT Python module of JetPack and Pillow; `model.json` tells it the preprocessing.
 """
 
@@ -112,7 +115,7 @@ def pack(folder: Path, archive: Path) -> None:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != archive):
             info = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
             info.size = path.stat().st_size
-            info.mode = 0o755 if path.name in ("build.sh", "infer.py") else 0o644
+            info.mode = 0o755 if path.name in EXECUTABLE else 0o644
             with path.open("rb") as f:
                 tar.addfile(info, f)
     write_bytes(archive, gzip.compress(raw.getvalue(), mtime=0))

@@ -124,8 +124,8 @@ class Engine:
 
     runtime = "tensorrt"
 
-    def __init__(self, path, trt=None, cuda=None):
-        """Load the engine at `path`; `trt` is the TensorRT module, ``tensorrt`` unless given."""
+    def __init__(self, path, trt=None, cuda=None, dla=None):
+        """Load the engine at `path`; `trt` is the TensorRT module, ``tensorrt`` unless given; `dla` is the core of its DLA."""
         self.trt = trt if trt is not None else importlib.import_module("tensorrt")
         self.cuda = cuda if cuda is not None else Cuda()
         record_path = path + ".json"
@@ -135,6 +135,8 @@ class Engine:
         with open(path, "rb") as f:
             content = f.read()
         self._runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.WARNING))
+        if dla is not None:
+            self._runtime.DLA_core = dla
         self.engine = self._runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise EngineError(
@@ -363,9 +365,10 @@ def main():
     parser.add_argument("--npy", help="preprocessed images (N, C, H, W) instead of image files")
     parser.add_argument("--out", help="write the logits of --npy here")
     parser.add_argument("--about", help="model.json (beside the engine by default)")
+    parser.add_argument("--dla", type=int, help="deep-learning accelerator that the engine was built for")
     given = parser.parse_args()
     try:
-        with Engine(given.engine) as engine:
+        with Engine(given.engine, **({} if given.dla is None else {"dla": given.dla})) as engine:
             if given.npy:
                 logits = engine(np.load(given.npy, allow_pickle=False))
                 np.save(given.out or "logits.npy", logits)

@@ -96,6 +96,36 @@ def precision_of(path: Path, *, input_shape: tuple[int, int, int] | None = None)
     return _read(path, input_shape)[1].precision()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a file asks of its convolutions and matrix products.
+
+    Attributes:
+        precisions: By node, in order.
+        order: Names of all nodes, in order.
+    """
+
+    precisions: dict[str, Precision]
+    order: tuple[str, ...]
+
+
+def asked_of(path: Path, *, input_shape: tuple[int, int, int] | None = None) -> Asked:
+    """Return the precision that a file gives to every convolution and matrix product; nodes are named as TensorRT names them.
+
+    Raises:
+        ModelFileError: As `precision_of`.
+    """
+    reader = _read(path, input_shape)[1]
+    return Asked(
+        {_node_name(n): reader.type_of(n) for n in reader.nodes if reader.multiplies(n)},
+        tuple(_node_name(n) for n in reader.nodes if n.output),
+    )
+
+
+def _node_name(node: onnx.NodeProto) -> str:
+    return node.name or f"node_of_{node.output[0]}"  # the parser of TensorRT names those without a name so
+
+
 def _image(model: onnx.ModelProto, path: Path, input_shape: tuple[int, int, int] | None) -> OnnxInput:
     """Return the image input, and fix its shape in `model`."""
     graph = model.graph
@@ -281,11 +311,15 @@ class _Reader:
         """Return the multiply-accumulates of a convolution or matrix product for one image."""
         return self.kernel(node, skip=False).macs
 
+    def multiplies(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is a convolution or a matrix product of activations."""
+        return node.op_type in CONVS | GEMMS and len(node.input) > 1 and self.is_data(node)
+
     def precision(self) -> Precision:
         """Return what most of the arithmetic computes in."""
         macs: dict[Precision, int] = {"fp32": 0, "fp16": 0, "int8": 0}
         for node in self.nodes:
-            if node.op_type in CONVS | GEMMS and len(node.input) > 1 and self.is_data(node):
+            if self.multiplies(node):
                 macs[self.type_of(node)] += self.macs(node)
         return max(macs, key=lambda p: macs[p])
 

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_targets import board_statistics, infer
+from edge_targets import board_statistics, infer, placement, trt_builder
 from edge_targets.benchmark import summarize_processes
 from edge_targets.board_statistics import Extras
 from edge_targets.catalog import identify, load_device
 from edge_targets.device import Precision, Target, mode_name
+from edge_targets.onnx_kernels import asked_of
 from edge_targets.ssh import Board, Completed, WorkFolder
 from edge_targets.tegrastats import AT_WORK, parse_tegrastats
 from edge_targets.tensorrt_versions import Capabilities, capabilities
@@ -39,7 +40,7 @@ from edge_targets.trtexec import (
     quoted,
     timing_command,
 )
-from edge_targets.trtexec_log import TrtexecLog, parse_log, read_layer_info, read_profile, read_times
+from edge_targets.trtexec_log import TrtexecLog, parse_log, read_profile, read_times
 from rescompress.core.artifact import file_sha256, write_text
 from rescompress.core.errors import EnvironmentFailed, RescompressError, TargetError, ToolMissing
 from rescompress.core.metric import Metric
@@ -66,7 +67,7 @@ class Probe:
     Attributes:
         model: From the device tree; None on other machines.
         device: Its name in the catalogue, or None.
-        trtexec: Path of trtexec.
+        trtexec: Path of trtexec; None where the Python module of TensorRT has to do.
         version: Version of TensorRT, as text.
         power_mode: From nvpmodel, or None where that is not allowed or not there.
         clocks: From jetson_clocks, likewise.
@@ -77,7 +78,7 @@ class Probe:
 
     model: str | None
     device: str | None
-    trtexec: str
+    trtexec: str | None
     version: str
     power_mode: str | None
     clocks: str | None
@@ -96,6 +97,7 @@ echo "@@tegrastats"; command -v tegrastats 2>/dev/null
 echo "@@trtexec"
 for t in LOCATIONS; do p=$(command -v "$t" 2>/dev/null) && { echo "$p"; break; }; done
 echo "@@help"; [ -n "$p" ] && "$p" --help 2>&1
+echo "@@python"; [ -z "$p" ] && python3 -c 'import tensorrt; print("[TensorRT", tensorrt.__version__ + "]")' 2>/dev/null
 echo "@@end"
 """.replace("LOCATIONS", " ".join(shlex.quote(t) for t in LOCATIONS))
 
@@ -105,21 +107,23 @@ def probe(board: Board) -> Probe:
 
     Raises:
         EnvironmentFailed: The connection failed.
-        ToolMissing: There is no ssh here, or no trtexec there.
+        ToolMissing: There is no ssh here, or neither trtexec nor the Python module of TensorRT there.
         TargetError: Its TensorRT is too old, or tells no version.
     """
     output = board.run(f"sh -c {shlex.quote(PROBE)}").output
     parts = {m[1]: m[2].strip() for m in re.finditer(r"^@@(\w+)\n(.*?)(?=^@@)", output, re.MULTILINE | re.DOTALL)}
     # what the shell says on stderr travels apart and may arrive in the middle; the path is what is printed last
     trtexec = parts.get("trtexec", "").rpartition("\n")[2]
-    if not trtexec:
+    module = re.search(r"\[TensorRT ([0-9]+\.[0-9]+\.[0-9]+)", parts.get("python", ""))
+    if not trtexec and module is None:
         raise ToolMissing(
-            f"no trtexec there (looked for {', '.join(LOCATIONS)})",
+            f"no trtexec there (looked for {', '.join(LOCATIONS)}), and no Python module of TensorRT",
             where=board.host,
-            remedy="install TensorRT on the board (JetPack: apt install tensorrt), or put trtexec on the PATH of ssh",
+            remedy="install TensorRT on the board (JetPack: apt install tensorrt; elsewhere: pip install tensorrt), "
+            "or put trtexec on the PATH of ssh",
         )
-    version = re.search(r"\[TensorRT v([0-9]{4,6})\]", parts.get("help", ""))
-    if version is None:
+    version = re.search(r"\[TensorRT v([0-9]{4,6})\]", parts.get("help", "")) if trtexec else None
+    if version is None and trtexec:
         raise TargetError(
             f"{trtexec} does not tell its version", where=board.host, remedy="check that it starts there: trtexec --help"
         )
@@ -129,11 +133,11 @@ def probe(board: Board) -> Probe:
     return Probe(
         model=model,
         device=identify(model) if model else None,
-        trtexec=trtexec,
-        version=_dotted(version[1]),
+        trtexec=trtexec or None,
+        version=_dotted(version[1]) if version else (module[1] if module else ""),
         power_mode=mode_name(mode[1]) if mode else None,
         clocks=parts.get("clocks") or None,
-        flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))),
+        flags=frozenset(re.findall(r"--[A-Za-z]\w*", parts.get("help", ""))) if trtexec else frozenset(trt_builder.TAKES),
         tegrastats=bool(parts.get("tegrastats")),
         free_bytes=int(free) * 1024 if re.fullmatch(r"[0-9]{1,15}", free) else None,
     )
@@ -175,6 +179,7 @@ class DeployOptions:
         runs: Processes that time the first batch, one after the other; gates compare their medians.
         builds: Engines built and timed per precision, each without the timings of the one before; the middle one is kept.
         extras: What else to measure, of the engine that is kept.
+        allow_fallback: Measure an engine, too, that does not compute in what was asked, or not on the DLA; a note says so.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -187,6 +192,7 @@ class DeployOptions:
     runs: int = 1
     builds: int = 1
     extras: Extras = field(default_factory=Extras)
+    allow_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,7 @@ class Deployment:
 
 
 def commands_of(
-    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str, variant: str = ""
+    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str | Sequence[str], variant: str = ""
 ) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the build command, one timing command per batch, and the profile command of a job.
 
@@ -254,7 +260,7 @@ def commands_of(
         job: What to build.
         options: How.
         work: Folder on the board.
-        trtexec: trtexec on the board.
+        trtexec: trtexec on the board, or the words that start what stands in for it.
         variant: Such as ``.build2``, in the names of one of several engines; it starts from an empty timing cache.
 
     Raises:
@@ -296,10 +302,16 @@ def variants(options: DeployOptions) -> list[str]:
     return [f".build{i}" for i in range(1, options.builds + 1)] if options.builds > 1 else [""]
 
 
-def infer_command(work: str, precision: Precision) -> list[str]:
+def builder_words(work: str) -> list[str]:
+    """Return the words that start the builder that travels, in the folder `work`; it takes the flags of trtexec."""
+    return ["python3", f"{work}/trt_builder.py"]
+
+
+def infer_command(work: str, precision: Precision, dla: int | None = None) -> list[str]:
     """Return the command that runs a piece of the images through the engine of `precision` in the folder `work`."""
     images, logits = f"{work}/images.npy", f"{work}/logits.npy"
-    return ["python3", f"{work}/infer.py", f"{work}/model_{precision}.engine", "--npy", images, "--out", logits]
+    command = ["python3", f"{work}/infer.py", f"{work}/model_{precision}.engine", "--npy", images, "--out", logits]
+    return command if dla is None else [*command, f"--dla={dla}"]
 
 
 def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scored: bool = False) -> list[str]:
@@ -341,7 +353,7 @@ def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scor
         lines.append("cat > $WORK/infer.py")
     for job in jobs if scored else ():
         lines.append("cat > $WORK/images.npy    # and the next line: for each piece of the images")
-        lines.append(" ".join(infer_command("$WORK", job.precision)))
+        lines.append(" ".join(infer_command("$WORK", job.precision, options.dla_core)))
     return [*lines, "rm -rf -- $WORK"]
 
 
@@ -372,7 +384,7 @@ def deploy(
 
     Raises:
         EnvironmentFailed: Connection, disk or build failed; logs that exist are kept in `out`.
-        ToolMissing: No ssh here, or no trtexec there.
+        ToolMissing: No ssh here, or no TensorRT there.
         TargetError: The board's TensorRT cannot do what is asked.
     """
     found = found or probe(board)
@@ -393,6 +405,8 @@ def deploy(
     unmeasured: RescompressError | None = None
     with WorkFolder(board) as work:
         session = _Session(work.board, found, known, options, out, work.path, device, ran, say)
+        if found.trtexec is None:
+            board.put(Path(trt_builder.__file__), f"{work.path}/trt_builder.py")
         for job in jobs:
             results.append(session.measure(job))
         if options.extras.asked:
@@ -423,6 +437,8 @@ def _notes(found: Probe, target: Target | None) -> list[str]:
     notes = []
     if target is not None and found.device is not None and found.device != target.name:
         notes.append(f"--target says {target.name}, the board says {found.device} ({found.model})")
+    if found.trtexec is None:
+        notes.append("no trtexec there: trt_builder.py, copied there, built and timed through the Python module of TensorRT")
     if found.power_mode is None:
         notes.append("power mode unknown: nvpmodel is not there or needs sudo without a password")
     if found.clocks is None:
@@ -493,6 +509,11 @@ class _Session:
     say: Say
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def tool(self) -> str | list[str]:
+        """trtexec on the board, or the words that start the builder that travels."""
+        return self.found.trtexec or builder_words(self.work)
+
     def run(
         self,
         command: Sequence[str],
@@ -536,7 +557,7 @@ class _Session:
                 )
             reason = said.errors[0] if said.errors else (done.output.strip().splitlines() or ["no output"])[-1]
             raise EnvironmentFailed(
-                f"trtexec {said.status} with exit code {done.code}: {reason}",
+                f"{said.tool or 'trtexec'} {said.status} with exit code {done.code}: {reason}",
                 where=f"{self.board.host}, log in {log}",
                 remedy="read the log; `rescompress lint` names what a board refuses",
             )
@@ -545,15 +566,20 @@ class _Session:
     def measure(self, job: Job) -> Measured:
         """Build, time and fetch one job."""
         name = f"model_{job.precision}"
-        build, times, profile = commands_of(self.known, job, self.options, work=self.work, trtexec=self.found.trtexec)
+        build, times, profile = commands_of(self.known, job, self.options, work=self.work, trtexec=self.tool)
+        if self.found.trtexec is None:
+            build.append("--check")  # trtexec has no such thing
         self.say(f"copy {job.onnx.name} ({job.precision})")
         self.board.put(job.onnx, f"{self.work}/{name}.onnx")
         built = self.builds(job) if self.options.builds > 1 else None
         if built is None:
             self.say(f"build {job.precision}")
-            build_log = self.run(build, self.out / f"{name}.build.log", timeout_s=self.options.build_timeout_s)
+            log_file = self.out / f"{name}.build.log"
+            build_log = self.run(build, log_file, timeout_s=self.options.build_timeout_s)
         else:
             build, build_log = built.command, built.log
+            log_file = self.out / f"{name}{variants(self.options)[built.kept]}.build.log"
+        placed = self.prove(name, job, log_file)
         metrics: dict[str, Metric] = {}
         spread, stable, log = 0.0, True, build_log
         medians: tuple[float, ...] = ()
@@ -587,19 +613,20 @@ class _Session:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
                 metrics[f"batch{batch}_images_per_s"] = summary["images_per_s"]
         self.run(profile, self.out / f"{name}.profile.log", timeout_s=self.options.duration_s * 4 + 120)
-        for suffix in ("profile.json", "layers.json", "engine"):
+        files += [layers] if (layers := self.out / f"{name}.layers.json").is_file() else []
+        for suffix in ("profile.json", "engine"):
             self.board.get(f"{self.work}/{name}.{suffix}", self.out / f"{name}.{suffix}")
             files.append(self.out / f"{name}.{suffix}")
         files.append(self.note(name, job, build_log))
         profile_rows = read_profile(self.out / f"{name}.profile.json")
-        layers = read_layer_info(self.out / f"{name}.layers.json")
         details = {
             "build_s": build_log.build_s,
             "sm_count": log.sm_count,
             "clock_mhz": log.clock_mhz,
             "throughput_qps": log.throughput_qps,
-            "kernels": len(layers),
-            "int8_kernels": sum(x.weight_type == "Int8" for x in layers),
+            "builder": build_log.tool,
+            "kernels": placed.kernels,
+            "layers": placed.rows(),
             "profile": [{"name": r.name, "ms": r.average_ms, "percent": r.percent} for r in profile_rows],
             "build_command": quoted(build),
             "timing_command": quoted(times[0]),
@@ -624,9 +651,7 @@ class _Session:
         name = f"model_{job.precision}"
         logs, commands, all_timed, files = [], [], [], []
         for number, variant in enumerate(variants(self.options), 1):
-            command, times, _ = commands_of(
-                self.known, job, self.options, work=self.work, trtexec=self.found.trtexec, variant=variant
-            )
+            command, times, _ = commands_of(self.known, job, self.options, work=self.work, trtexec=self.tool, variant=variant)
             self.say(f"build {job.precision}, {number} of {self.options.builds}")
             log = self.out / f"{name}{variant}.build.log"
             logs.append(self.run(command, log, timeout_s=self.options.build_timeout_s))
@@ -659,6 +684,32 @@ class _Session:
         found = board_statistics.measure(self, engine, batch, timing_of(job, self.options, batch), result)
         if "soak" in found.statistics:
             self.notes.append(board_statistics.soak_note(found.statistics["soak"], found.metrics["soak_ratio"].value))
+        return found
+
+    def prove(self, name: str, job: Job, log: Path) -> placement.Placement:
+        """Fetch the layers of a built engine and hold them against its ONNX file.
+
+        Raises:
+            EnvironmentFailed: It does not compute in what the file asks, or not on the DLA, and that is not allowed.
+        """
+        layers = self.out / f"{name}.layers.json"
+        try:
+            self.board.get(f"{self.work}/{name}.layers.json", layers)
+        except EnvironmentFailed:
+            if not self.options.allow_fallback:
+                raise
+            layers.unlink(missing_ok=True)  # that of an earlier deployment proves nothing
+        found = placement.placement(
+            asked_of(job.onnx, input_shape=job.shapes.shape if job.shapes else None),
+            layers,
+            log.read_text(encoding="utf-8", errors="replace"),
+            float_as=None if self.known.strongly_typed or job.precision == "fp32" else "fp16",
+            dla=self.options.dla_core,
+        )
+        if self.options.allow_fallback:
+            found = placement.allowed(found)
+        found.check(f"{self.board.host}, {job.precision} engine, layers in {layers}")
+        self.notes += [f"{job.precision}: {note}" for note in found.notes]
         return found
 
     def note(self, name: str, job: Job, log: TrtexecLog) -> Path:
@@ -753,7 +804,7 @@ class _BoardRunner:
 
     def __init__(self, session: _Session, precision: Precision) -> None:
         self._session = session
-        self._command = infer_command(session.work, precision)
+        self._command = infer_command(session.work, precision, session.options.dla_core)
         self._folder = tempfile.TemporaryDirectory(prefix="rescompress-images-")
         session.ran.append(quoted(self._command))
 

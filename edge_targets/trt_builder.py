@@ -66,7 +66,8 @@ FLAGS = (
     ("--separateProfileRun", False, "accepted: layers are always timed apart"),
     ("--exportProfile", True, "times of the layers as JSON"),
     ("--percentile", True, "percentiles of the summary, separated by commas"),
-    ("--verbose", False, "show TensorRT's own messages"),
+    ("--check", False, "run twice on random values: outputs must be finite and the same"),
+    ("--verbose", False, "show all of TensorRT's own messages"),
     ("--help", False, "this text"),
 )
 TAKES = {flag: takes for flag, takes, _ in FLAGS}
@@ -232,8 +233,10 @@ def logger_of(trt, verbose, kept):
                 kept.append(message)
             if letter is not None:
                 say("[TRT] " + message, letter)
+            elif severity == trt.ILogger.INFO:
+                say("[TRT] " + message)  # which layers a DLA runs is told here alone
             elif verbose:
-                say("[TRT] " + message, "I" if severity == trt.ILogger.INFO else "V")
+                say("[TRT] " + message, "V")
 
     return Printer()
 
@@ -334,7 +337,7 @@ def build(trt, given):
     say("Created engine with size: %.4f MiB" % (len(content) / float(1 << 20)))
     say("Engine built in %.2f sec." % (time.time() - start))
     if "--exportLayerInfo" in given:
-        engine = load(trt, content, logger)
+        engine = load(trt, content, logger, given)
         write(given["--exportLayerInfo"], information(trt, engine).encode("utf-8"))
 
 
@@ -347,9 +350,11 @@ def write(path, content):
     os.replace(path + ".part", path)
 
 
-def load(trt, content, logger):
+def load(trt, content, logger, given):
     """Return the engine, or raise where this board cannot load it."""
     runtime = trt.Runtime(logger)
+    if "--useDLACore" in given:
+        runtime.DLA_core = int(given["--useDLACore"])
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise BuilderError("the engine cannot be loaded: it was built with another TensorRT or for another GPU")
@@ -373,6 +378,8 @@ class Bound:
         """Bind every tensor; inputs get pseudo-random values."""
         self.trt, self.cuda, self.engine = trt, cuda, engine
         self.context = engine.create_execution_context()
+        if self.context is None:
+            raise BuilderError("the engine cannot be prepared to run; mostly memory is what lacks")
         self.stream = cuda.handle("cudaStreamCreate")
         self.named = hasattr(engine, "num_io_tensors")  # since 8.5; before that, bindings are numbered
         self.addresses, self.sizes, self.inputs, self.hosts = {}, {}, [], {}
@@ -448,6 +455,26 @@ class Bound:
             if name not in self.inputs:
                 self.cuda.copy_async(self.hosts[name], self.addresses[name], self.sizes[name], 2, self.stream)
 
+    def outputs(self):
+        """Run once and return the bytes of every output by name."""
+        self.launch()
+        self.copy_out()
+        self.cuda.synchronize(self.stream)
+        return {n: self.hosts[n].raw[: self.sizes[n]] for n in self.names if n not in self.inputs}
+
+    def finite(self, name, content):
+        """Whether an output has no infinity and no NaN, as far as it holds floats of 2 or 4 bytes."""
+        kind = str(self._dtype(name)).upper()
+        if kind.endswith("FLOAT"):
+            values = array.array("f")
+            values.frombytes(content)
+            return all(-3.5e38 < v < 3.5e38 for v in values)
+        if kind.endswith("HALF"):
+            bits = array.array("H")
+            bits.frombytes(content)
+            return all(b & 0x7C00 != 0x7C00 for b in bits)
+        return True
+
 
 def percentile(ordered, percent):
     """Return a percentile of ascending values, as trtexec takes it."""
@@ -463,19 +490,40 @@ def summary(name, values, percents):
     return "%s: %s" % (name, ", ".join(words))
 
 
+def check(bound):
+    """Raise where the engine gives other outputs in a second run on the same values, or infinities and NaNs."""
+    first, second = bound.outputs(), bound.outputs()
+    for name in sorted(first):
+        if not bound.finite(name, first[name]):
+            raise BuilderError("output %s of the engine is not finite for values between -1 and 1" % name)
+        if first[name] != second[name]:
+            raise BuilderError("output %s of the engine differs between two runs on the same values" % name)
+    say("Checked: the engine loads, and its outputs are finite and the same in two runs.")
+
+
+def check_built(trt, given):
+    """Load the engine that was just built, and check it."""
+    logger = logger_of(trt, "--verbose" in given, [])
+    with open(given["--saveEngine"], "rb") as f:
+        engine = load(trt, f.read(), logger, given)
+    check(Bound(trt, Cuda(), engine, shapes_of(given["--optShapes"]) if "--optShapes" in given else {}))
+
+
 def measure(trt, given):
     """Load an engine and time it."""
     errors = []
     logger = logger_of(trt, "--verbose" in given, errors)
     with open(given["--loadEngine"], "rb") as f:
         content = f.read()
-    engine = load(trt, content, logger)
+    engine = load(trt, content, logger, given)
     if "--exportLayerInfo" in given:
         write(given["--exportLayerInfo"], information(trt, engine).encode("utf-8"))
     cuda = Cuda()
     shapes = shapes_of(given["--shapes"]) if "--shapes" in given else {}
     count = int(given.get("--streams") or given.get("--infStreams") or 1)
     bound = [Bound(trt, cuda, engine, shapes) for _ in range(count)]
+    if "--check" in given:
+        check(bound[0])
     if "--dumpProfile" in given or "--exportProfile" in given:
         profile(trt, bound[0], given)
         return
@@ -606,6 +654,8 @@ def main(words):
     """Run the command line and return its exit code; the last line says how it ended, as trtexec's does."""
     try:
         trt = importlib.import_module("tensorrt")
+        if not hasattr(trt, "__version__"):
+            raise ImportError("what is called tensorrt here is a folder without code")
     except ImportError as e:
         print("error: the Python module of TensorRT is not here: %s" % e, file=sys.stderr)
         return EXIT_MISSING
@@ -624,12 +674,14 @@ def main(words):
                 raise BuilderError("--saveEngine is missing")
             build(trt, given)
             if "--skipInference" in given or "--buildOnly" in given:
+                if "--check" in given:
+                    check_built(trt, given)
                 say("Skipped inference phase since --skipInference is added.")
             else:
                 measure(trt, dict(given, **{"--loadEngine": given["--saveEngine"]}))
         else:
             measure(trt, given)
-    except (BuilderError, OSError, ValueError, AttributeError) as e:
+    except (RuntimeError, OSError, ValueError, AttributeError, TypeError, KeyError, MemoryError) as e:
         say(str(e) or type(e).__name__, "E")
         print("&&&& FAILED " + banner, flush=True)
         return EXIT_FAILED

@@ -88,7 +88,7 @@ def build_command(
     engine: str,
     options: BuildOptions,
     *,
-    executable: str = "trtexec",
+    executable: str | Sequence[str] = "trtexec",
     layer_info: str | None = None,
 ) -> list[str]:
     """Return the command that builds `engine` from `onnx` without running it.
@@ -98,14 +98,14 @@ def build_command(
         onnx: Path on the board.
         engine: Path on the board.
         options: How.
-        executable: trtexec on the board.
+        executable: trtexec on the board, or the words that start `edge_targets.trt_builder` there.
         layer_info: Where it writes the layers of the engine as JSON.
 
     Raises:
         TargetError: That version cannot do what is asked.
     """
     known = capabilities(version) if isinstance(version, str) else version
-    command = [executable, f"--onnx={onnx}", f"--saveEngine={engine}"]
+    command = [*_words(executable), f"--onnx={onnx}", f"--saveEngine={engine}"]
     if known.strongly_typed:
         # TensorRT 11 builds every network strongly typed; before it, that has to be asked for.
         command += ["--stronglyTyped"] if known.precision_flags else []
@@ -133,6 +133,10 @@ def build_command(
     return [*command, known.skip_inference]
 
 
+def _words(executable: str | Sequence[str]) -> list[str]:
+    return [executable] if isinstance(executable, str) else list(executable)
+
+
 def _dla(known: Capabilities, core: int | None) -> list[str]:
     if core is None:
         return []
@@ -146,7 +150,7 @@ def timing_command(
     engine: str,
     options: TimingOptions,
     *,
-    executable: str = "trtexec",
+    executable: str | Sequence[str] = "trtexec",
     times: str | None = None,
 ) -> list[str]:
     """Return the command that loads `engine` and times it.
@@ -158,7 +162,7 @@ def timing_command(
         version: Of TensorRT on the board.
         engine: Path on the board.
         options: How.
-        executable: trtexec on the board.
+        executable: trtexec on the board, or the words that start `edge_targets.trt_builder` there.
         times: Where it writes one record per run as JSON.
 
     Raises:
@@ -166,7 +170,7 @@ def timing_command(
     """
     known = capabilities(version) if isinstance(version, str) else version
     command = [
-        executable,
+        *_words(executable),
         f"--loadEngine={engine}",
         f"--warmUp={options.warmup_ms}",
         f"--duration={options.duration_s}",
@@ -183,7 +187,12 @@ def timing_command(
 
 
 def profile_command(
-    version: str | Capabilities, engine: str, options: TimingOptions, *, executable: str = "trtexec", profile: str
+    version: str | Capabilities,
+    engine: str,
+    options: TimingOptions,
+    *,
+    executable: str | Sequence[str] = "trtexec",
+    profile: str,
 ) -> list[str]:
     """Return the command that times every layer of `engine` into the JSON file `profile`.
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_targets.engine_proof import BuiltLayer, built_layers
 from edge_targets.tensorrt_versions import Version, parse_version
 from rescompress.core.errors import ModelFileError
 
@@ -67,6 +68,7 @@ class TrtexecLog:
 
     Attributes:
         status: ``passed``, ``failed``, or ``incomplete`` where trtexec died or the text is an excerpt.
+        tool: ``trtexec``, or ``trt_builder`` (`edge_targets.trt_builder`) where that spoke in its place.
         version: Major and minor of TensorRT, where the log names it.
         command: The command line it echoes.
         throughput_qps: Queries per second (not images).
@@ -87,6 +89,7 @@ class TrtexecLog:
     """
 
     status: Status
+    tool: str | None = None
     version: Version | None = None
     command: str | None = None
     throughput_qps: float | None = None
@@ -109,7 +112,9 @@ class TrtexecLog:
 _N = r"([-+]?[0-9]{1,30}(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,2})?)"
 _PREFIX = re.compile(r"^\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ?")
 _LEVEL = re.compile(r"^\[([VIWE])\] ?(?:\[TRT\] ?)?")
-_BANNER = re.compile(r"^&&&& (RUNNING|PASSED|FAILED) TensorRT\.trtexec \[TensorRT v(\d+)\](?: \[b\d+\])?(?: # (.*))?")
+_BANNER = re.compile(
+    r"^&&&& (RUNNING|PASSED|FAILED) TensorRT\.(trtexec|trt_builder) \[TensorRT v(\d+)\](?: \[b\d+\])?(?: # (.*))?"
+)
 _ONE_LINE = re.compile(rf"^(GPU Compute Time|Latency|Enqueue Time): min ?=? ?{_N} ms")
 _SECTION = re.compile(r"^(GPU Compute|Host Latency|Enqueue Time)$")
 _SECTION_ROW = re.compile(rf"^(min|max|mean|median): {_N} ms")
@@ -156,8 +161,9 @@ def parse_log(text: str) -> TrtexecLog:
             continue
         banner = _BANNER.match(line)
         if banner:
-            found["version"] = parse_version(f"v{banner[2]}")
-            found["command"] = banner[3] or found.get("command")
+            found["tool"] = banner[2]
+            found["version"] = parse_version(f"v{banner[3]}")
+            found["command"] = banner[4] or found.get("command")
             if banner[1] != "RUNNING":
                 found["status"] = banner[1].lower()
             continue
@@ -306,48 +312,13 @@ def read_profile(path: Path) -> list[LayerTime]:
     ]
 
 
-@dataclass(frozen=True)
-class EngineLayerInfo:
-    """One layer of a built engine, from ``--exportLayerInfo``.
-
-    Attributes:
-        name: Of the kernel.
-        kind: Such as ``CaskConvolution``; empty where the engine was not built with detailed profiling verbosity.
-        weight_type: Type of the weights, such as ``Int8``.
-        nodes: Names of the ONNX nodes in it, where they are told.
-    """
-
-    name: str
-    kind: str = ""
-    weight_type: str | None = None
-    nodes: tuple[str, ...] = ()
-
-
-def read_layer_info(path: Path) -> list[EngineLayerInfo]:
-    """Return the layers of an ``--exportLayerInfo`` file, in both of its forms (detailed, or names only).
+def read_layer_info(path: Path) -> list[BuiltLayer]:
+    """Return the layers of an ``--exportLayerInfo`` file, in any of its forms (`edge_targets.engine_proof`).
 
     Raises:
         ModelFileError: It is missing or damaged.
     """
-    document = _json(path)
-    if not isinstance(document, dict) or not isinstance(document.get("Layers"), list):
-        raise ModelFileError("has no list of layers", where=str(path), remedy="build again")
-    layers = []
-    for layer in document["Layers"]:
-        if isinstance(layer, str):
-            layers.append(EngineLayerInfo(layer))
-            continue
-        if not isinstance(layer, dict):
-            raise ModelFileError(f"a layer is {str(layer)[:40]!r}", where=str(path), remedy="build again")
-        weights = layer.get("Weights")
-        nodes = re.findall(r"\[ONNX Layer: (.*?)\](?=\[|$|[\x1e\x1f])", str(layer.get("Metadata", "")))
-        weight_type = weights.get("Type") if isinstance(weights, dict) else None
-        layers.append(
-            EngineLayerInfo(
-                str(layer.get("Name", "")),
-                str(layer.get("LayerType", "")),
-                None if weight_type is None else str(weight_type),
-                tuple(nodes),
-            )
-        )
-    return layers
+    try:
+        return built_layers(_json(path))
+    except ValueError as e:
+        raise ModelFileError(str(e), where=str(path), remedy="build again") from e

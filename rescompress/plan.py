@@ -193,6 +193,7 @@ _TARGET_FILES = (
     "timing.cache",
     "build.sh",
     "infer.py",
+    "trt_builder.py",
     "labels.txt",
     "README.md",
     "SHA256SUMS",

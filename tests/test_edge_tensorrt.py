@@ -330,7 +330,16 @@ def test_every_board_gets_a_complete_bundle(tmp_path, target):
         labelled = network.replace(labels=tuple("abcdefghij"))
         write_bundle(folder / "model.onnx", labelled, target, precision, shapes=shapes)
         names = {p.name for p in folder.iterdir()}
-        assert names == {"model.onnx", "build.sh", "infer.py", "model.json", "labels.txt", "README.md", "SHA256SUMS"}
+        assert names == {
+            "model.onnx",
+            "build.sh",
+            "trt_builder.py",
+            "infer.py",
+            "model.json",
+            "labels.txt",
+            "README.md",
+            "SHA256SUMS",
+        }
         checked = subprocess.run(["shellcheck", "-s", "sh", folder / "build.sh"], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
         assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True).returncode == 0

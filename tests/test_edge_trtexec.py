@@ -194,7 +194,7 @@ def test_the_published_logs(shared):
     assert any(" " in n for n in names)
     info = read_layer_info(folder / "trt10.16.1_exportLayerInfo.json.txt")
     assert info[0].nodes == ("node_conv2d", "node_relu")
-    assert info[0].weight_type == "Float"
+    assert info[0].weights == "fp32"
 
 
 def test_json_files(tmp_path):

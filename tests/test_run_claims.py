@@ -256,7 +256,7 @@ def test_a_run_goes_on_over_its_own_files_whatever_is_recorded(tmp_path: Path) -
         go(tmp_path, writer("one"), writer("two"), writer("three"))
 
 
-FILES = ("README.md", "labels.txt", "infer.py", "build.sh", "model.json", "model.onnx", "SHA256SUMS")
+FILES = ("README.md", "labels.txt", "infer.py", "trt_builder.py", "build.sh", "model.json", "model.onnx", "SHA256SUMS")
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ def _infer() -> Any:
 
 def available() -> Availability:
     """Return whether TensorRT and a GPU with its driver are here."""
-    if importlib.util.find_spec("tensorrt") is None:
+    spec = importlib.util.find_spec("tensorrt")
+    if spec is None or spec.origin is None:  # the package of type stubs leaves a folder of that name, without code
         return Availability(ok=False, reason="the Python module tensorrt is not installed", remedy=REMEDY)
     if ctypes.util.find_library("cuda") is None and ctypes.util.find_library("nvrm_gpu") is None:
         return Availability(ok=False, reason="no NVIDIA driver is here", remedy="run it on the device")

@@ -47,6 +47,9 @@ def deploy(
     seconds: Annotated[int, typer.Option("--seconds", min=1, help="Seconds of samples per measurement.")] = 10,
     workspace: Annotated[int, typer.Option("--workspace", min=16, help="Scratch memory of the builder in MiB.")] = 1024,
     dla: Annotated[int | None, typer.Option("--dla", min=0, max=1, help="Use this deep-learning accelerator.")] = None,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Measure engines, too, whose layers do not run as asked; say so.")
+    ] = False,
     sparsity: Annotated[bool, typer.Option("--sparsity", help="Use 2:4 sparse kernels where the weights allow it.")] = False,
     builds: Annotated[
         int, typer.Option("--builds", min=1, max=9, help="Engines built and timed per precision; the middle one is kept.")
@@ -89,10 +92,9 @@ def deploy(
     options = remote.DeployOptions(
         sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs, builds=builds, extras=extras
     )
+    options = dataclasses.replace(options, allow_fallback=allow_fallback)
     if limit is not None and data is None:
         raise BadInput("limits the images of --data", where="--limit", remedy="give --data, or leave --limit out")
-    if dla is not None and data is not None:
-        raise BadInput("accuracy is not measured on a DLA", where="--data", remedy="leave --dla or --data out")
     named = load_target(target) if target else None
     if dry_run:
         assumed = named or load_target("jetson")
@@ -125,6 +127,7 @@ def deploy(
         **_row(done.best),
         "target": on_board.name,
         "tensorrt": found.version,
+        "builder": "trtexec" if found.trtexec else "trt_builder",
         "power_mode": found.power_mode,
         "verdict": "measured" if all(r.stable for r in done.results) else "inconclusive",
         "results": [_row(r) for r in done.results],
@@ -375,6 +378,7 @@ def _row(result: Any) -> dict[str, Any]:
         **_accuracy(result.metrics),
         "coefficient_of_variation": result.spread,
         "stable": result.stable,
+        "layers": result.details.get("layers", []),
         "device": result.metrics["p50_ms"].device,
         "runtime": "tensorrt",
         "provenance": "measured",
@@ -385,6 +389,15 @@ def _accuracy(metrics: Any) -> dict[str, Any]:
     """Return the standard error of top-1 and its number of images; both keys are there even where it was not measured."""
     top1 = metrics.get("top1")
     return {"top1_std_error": top1.std_error if top1 else None, "top1_n": top1.n if top1 else None}
+
+
+def _ran(layers: list[dict[str, Any]]) -> str:
+    """Return how many layers run in what and where: ``of 21 convolutions and matrix products 20 in int8 (gpu), ...``."""
+    from collections import Counter
+
+    counts = Counter((row["ran"] or "a type not told", row["unit"] or "unit not told") for row in layers)
+    texts = [f"{n} in {ran} ({unit})" for (ran, unit), n in counts.most_common()]
+    return f"of {len(layers)} convolutions and matrix products {', '.join(texts)}"
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:
@@ -404,6 +417,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
     lines = [f"{r['precision']}: {r['engine']}" for r in document["results"]]
     for name, how in document.get("conditions", {}).items():
         lines.append(f"{name} {document[name]:.3f}: {how}")
+    lines += [f"{r['precision']}: {_ran(r['layers'])}" for r in document["results"] if r["layers"]]
     if document["top1_n"]:
         lines.append(f"accuracy of {document['top1_n']} images, computed on the board")
     output.result(document, table, *lines, *document["notes"])

@@ -36,7 +36,9 @@ def export(
         Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
     ] = None,
     target: opt.Targets = None,
-    precision: Annotated[Precision, typer.Option("--precision", help="auto: what suits both.")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="auto: what suits both. No FP8: see docs/targets.md.")
+    ] = "auto",
     batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
     data: opt.Data = None,
