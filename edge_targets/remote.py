@@ -511,7 +511,7 @@ class _Session:
 
     @property
     def tool(self) -> str | list[str]:
-        """trtexec on the board, or the words that start the builder that travels."""
+        """What builds and times on the board: trtexec there, or the words that start the builder that travels."""
         return self.found.trtexec or builder_words(self.work)
 
     def run(
