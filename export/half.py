@@ -132,11 +132,12 @@ class _Runner(OrtRunner):
     def __init__(self, model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
         super().__init__(model, optimize=False)
         self.nodes = nodes
+        self._kind = np.float64 if self._session.get_inputs()[0].type == "tensor(double)" else np.float32
         self.largest: NDArray[np.float64] = np.zeros(len(nodes))
 
     def _run(self, batch_NCHW: NDArray[Any]) -> list[Floats]:
         try:
-            logits, *seen = self._session.run(None, {self.input_name: batch_NCHW})
+            logits, *seen = self._session.run(None, {self.input_name: batch_NCHW.astype(self._kind, copy=False)})
         except Exception as e:  # onnxruntime has one class per error code and no common base
             raise ModelFileError(f"onnxruntime cannot run it: {e}", remedy="check it with: rescompress lint") from e
         if seen:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.data import CachedStore, Dataset, Inputs, Split, _View, load_dataset
+from compress.data import CachedStore, Dataset, Inputs, Split, _View, load_dataset, match_classes
 from compress.evaluate import evaluate
 from rescompress.config import load_config
 from rescompress.core.errors import BadInput, DataError
@@ -600,3 +600,11 @@ def test_labels_are_taken_as_they_are_written(tmp_path: Path) -> None:
             parse_labels(str(tmp_path / "bad.yaml"))
     with pytest.raises(BadInput, match="two labels"):
         parse_labels("cat=0,cat=1")
+
+
+@pytest.mark.parametrize("written", [str, "{:02}".format, "{}.0".format, lambda i: str(i + 1)])
+def test_numbers_of_a_label_file_count_as_numbers(written: Any) -> None:
+    """With more than ten classes, text sorts 10 in front of 2."""
+    names = [written(i) for i in range(12)]
+    outputs, _ = match_classes(sorted(names), inputs(12), None, "labels.csv", listed=True)
+    assert [outputs[name] for name in names] == list(range(12))

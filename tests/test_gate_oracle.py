@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rescompress.core.errors import BadInput
@@ -127,6 +127,12 @@ def check(case: dict[str, Any]) -> None:
     assert report.verdict == next(v for v in ("fail", "inconclusive", "pass") if v in verdicts)
 
 
+NEAR: dict[str, Any] = {"limit": 1.0, "sizes": (1, 1), "edit": {}, "whose": False}
+"""Limits that a bound at 95 % keeps, and one at 97.5 % would not."""
+
+
+@example({"n": 2000, "lost": 12, "won": 0, "both": 1500, **NEAR})
+@example({"n": 1000, "lost": 8, "won": 5, "both": 700, **NEAR})
 @given(cases())
 @settings(max_examples=15, deadline=None)
 def test_the_verdict_is_that_of_an_independent_computation(case: dict[str, Any]) -> None:

@@ -194,9 +194,10 @@ def test_every_ending(ending):
     check_accuracy(PLAIN, "plain", [], ending, "floats", 3, 0)
 
 
+@pytest.mark.parametrize("encoding", ["plain", "half"])
 @pytest.mark.parametrize("front", FRONTS)
-def test_every_front(front):
-    check_accuracy(PLAIN, "plain", [], "scores", front, 3, 0)
+def test_every_front(front, encoding):
+    check_accuracy(PLAIN, encoding, [], "scores", front, 3, 0)
 
 
 def test_the_choice_between_two_classes_is_no_single_output():
