@@ -100,7 +100,7 @@ def stubs() -> dict[str, set[str]]:
     try:
         folder = importlib.metadata.distribution("tensorrt-stubs")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("tensorrt-stubs is not installed (extra dev)")
+        pytest.skip("tensorrt-stubs is not installed: pip install --no-deps tensorrt-stubs (it asks for all of TensorRT)")
     text = Path(str(folder.locate_file("tensorrt_bindings/tensorrt.pyi"))).read_text(encoding="utf-8")
     top = Path(str(folder.locate_file("tensorrt_bindings/__init__.pyi"))).read_text(encoding="utf-8")
     listed = next(n.value for n in ast.parse(top).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
