@@ -379,7 +379,7 @@ DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
         "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
-        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end",
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -397,6 +397,7 @@ DEPLOY = [
             "workspace": deploying("workspace_mb", 512),
             "sparsity": deploying("sparsity", True),
             "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy/jetson-orin-nano-8gb-super"),
+            "allow_fallback": deploying("allow_fallback", True),
             "builds": deploying("builds", 2),
             "soak": (lambda seen: seen["deploy"]["options"].extras.soak_s, 300),
             "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),

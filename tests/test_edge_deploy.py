@@ -648,8 +648,8 @@ def running(pid):
     return True
 
 
-def test_a_work_folder_that_cannot_be_made_is_told(monkeypatch, no_hang):
-    monkeypatch.setenv("TMPDIR", "/nonexistent")
+def test_a_work_folder_that_cannot_be_made_is_told(monkeypatch, no_hang, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
     with pytest.raises(EnvironmentFailed, match="could not make a work folder"), WorkFolder(LocalBoard("local")):
         pass
 
