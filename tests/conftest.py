@@ -30,11 +30,13 @@ def rescompress(
     """Return the command line as a function: the same main, without a process that imports torch anew for every call."""
     from rescompress.cli.app import main
 
-    def run(*args: object, cwd: Path | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, cwd: Path | None = None, code: int | None = 0, **variables: str) -> subprocess.CompletedProcess[str]:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["rescompress", *map(str, args)])
             patch.setenv("COLUMNS", "160")
             patch.setenv("NO_COLOR", "1")
+            for name, value in variables.items():
+                patch.setenv(name, value)
             if cwd is not None:
                 patch.chdir(cwd)
             capsys.readouterr()

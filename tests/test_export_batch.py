@@ -39,7 +39,7 @@ def test_engines_have_the_batch_that_was_asked_for(
 
     def measure(runs):
         candidates.extend(runs)
-        return [SimpleNamespace(metrics={}, process_medians_ms=(1.0,), runtime_options={}) for _ in runs]
+        return [SimpleNamespace(metrics={}, process_medians_ms=(1.0,), process_p99_ms=(1.0,), runtime_options={}) for _ in runs]
 
     monkeypatch.setattr(stage, "measure_processes", measure)
     same = Parity(1, 0.0, 0.0, 1.0, 1.0, 1)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from rescompress import claims
@@ -328,16 +329,28 @@ def test_no_other_command_writes_over_what_belongs_to_a_run(tmp_path: Path) -> N
         "gate {run} -b {run} --junit notes.md",
         "gate {run} -b {run} --limits notes.md --junit notes.md",
         "gate {run} --save-baseline notes.md",
+        "lint net.onnx --fix notes.md",
         "init {run}/one.safetensors -o {run}/one.safetensors --force",
     ],
 )
 def test_commands_keep_manifests_and_files_of_others(rescompress: Any, tmp_path: Path, words: str) -> None:
     run = a_run(tmp_path / "run")
     (tmp_path / "notes.md").write_text("my notes about rescompress")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / "net.onnx")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     done = rescompress(*words.format(run=run).split(), cwd=tmp_path, code=5)
     assert "->" in done.stderr
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_gates_report_for_gitlab_replaces_no_other_file(rescompress: Any, tmp_path: Path) -> None:
+    run, report = a_run(tmp_path / "run"), tmp_path / "gl-code-quality-report.json"
+    job = {"GITLAB_CI": "true", "CI_PROJECT_DIR": str(tmp_path)}
+    for mine, refused in (("[]", False), ('[{"check_name": "another tool"}]', True)):
+        report.write_text(mine)
+        said = rescompress("gate", run, "-b", run, cwd=tmp_path, code=5, **job).stderr  # it has no accuracy
+        assert ("did not write" in said) == refused
+        assert report.read_text() == mine
 
 
 def test_commands_write_again_over_what_they_wrote(rescompress: Any, tmp_path: Path) -> None:
