@@ -117,7 +117,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
         name: What the user wrote.
         known: The names that would have been right.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"'{n}'" for n in close) + "?"
