@@ -150,7 +150,7 @@ def test_half_precision_is_told(resnet18: nn.Module, tmp_path: Path) -> None:
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in resnet18.state_dict().items()}, path)
     loaded = load_checkpoint(path)
     assert all(v.dtype == torch.float32 for k, v in loaded.state_dict.items() if not k.endswith("tracked"))
-    assert any("float16" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
+    assert any("float16" in note for note in loaded.provenance["notes"])
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50d", "resnext50_32x4d", "resnet20_b"])
@@ -231,7 +231,7 @@ def test_which_network_of_several(two, tmp_path: Path) -> None:
         loaded = load_checkpoint(tmp_path / "net.pt", arch_options=options)
         assert torch.equal(loaded.state_dict["conv1.weight"], expected)
         assert (loaded.spec.head is not None) == has_head
-        told = any("other networks" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
+        told = any("other networks" in note for note in loaded.provenance["notes"])
         assert told == (not isinstance(content, tuple))
 
 
@@ -295,7 +295,7 @@ def test_a_classifier_may_have_any_name(name: str, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "net.pt")
     same_logits(tmp_path / "net.pt", model)
     notes = load_checkpoint(tmp_path / "net.pt").provenance["notes"]
-    assert any(name in note for note in notes)  # type: ignore[attr-defined]
+    assert any(name in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["clf", "classifier"])
@@ -313,8 +313,8 @@ def test_a_missing_classifier_is_a_warning(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "net.pt")
     loaded = load_checkpoint(tmp_path / "net.pt")
     assert loaded.spec.head is None or not loaded.spec.head.num_classes
-    assert any("no classifier" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
-    assert any("a.weight" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
+    assert any("no classifier" in text for text in loaded.provenance["warnings"])
+    assert any("a.weight" in text for text in loaded.provenance["warnings"])
 
 
 def test_a_regnet_with_the_keys_of_a_resnet_is_refused(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_names_of_classes_that_do_not_fit_are_told(odd: dict[str, object], resne
     torch.save({"state_dict": resnet18.state_dict(), **odd}, tmp_path / "net.pt")
     loaded = load_checkpoint(tmp_path / "net.pt")
     assert loaded.spec.labels is None
-    assert any(f"its {next(iter(odd))} holds" in text for text in loaded.provenance["warnings"])  # type: ignore[attr-defined]
+    assert any(f"its {next(iter(odd))} holds" in text for text in loaded.provenance["warnings"])
 
 
 def test_a_whole_network_states_the_names_of_its_classes(tmp_path: Path) -> None:
@@ -478,3 +478,23 @@ def test_a_whole_network_states_the_names_of_its_classes(tmp_path: Path) -> None
     model.class_to_idx = {name: i for i, name in enumerate(NAMES)}  # type: ignore[assignment]
     torch.save(model, tmp_path / "whole.pt")
     assert load_checkpoint(tmp_path / "whole.pt").spec.labels == NAMES
+
+
+def test_a_closing_log_softmax_that_is_left_out_is_told(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = torchvision.models.resnet18(num_classes=4).eval()
+    model.fc = torch.nn.Sequential(torch.nn.Linear(512, 4), torch.nn.LogSoftmax(1))
+    torch.save(model, tmp_path / "whole.pt")
+    loaded = load_checkpoint(tmp_path / "whole.pt", input_shape=(3, 64, 64))
+    assert [w for w in loaded.provenance["warnings"] if "LogSoftmax" in w] == [
+        "its closing LogSoftmax is left out: the outputs are logits"
+    ]
+
+
+def test_the_stride_of_an_unusual_stem_is_told(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = torchvision.models.resnet18(num_classes=4)
+    model.conv1 = torch.nn.Conv2d(3, 64, 5, 1, 2, bias=False)
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    notes = load_checkpoint(tmp_path / "net.pt", input_shape=(3, 64, 64)).provenance["notes"]
+    assert any("5x5 stem is taken to have stride 2" in n for n in notes)

@@ -230,6 +230,11 @@ class _Reader:
                 "the 3x3 stem is taken to have stride 1 and no max pool, as in CIFAR networks "
                 "(else: --arch-option stem_stride=2, max_pool=yes)"
             )
+        elif len(shapes) == 1 and shapes[0][2] not in (3, 7) and not {"stem_stride", "max_pool"} & set(self.options.arch):
+            self.note(
+                f"the {shapes[0][2]}x{shapes[0][2]} stem is taken to have stride {stride} and "
+                f"{'a' if pool else 'no'} max pool (else: --arch-option stem_stride=1, max_pool=no)"
+            )
         return Stem(
             convs=tuple(StemConv(width=s[0], kernel=s[2], stride=stride if i == 0 else 1) for i, s in enumerate(shapes)),
             max_pool=pool,

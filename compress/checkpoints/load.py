@@ -90,7 +90,7 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     contents = (opened.content, opened.metadata)
     facts.refuse_variant(contents, options)
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
-    return _with_class_names(_telling(checkpoint, warnings), opened)
+    return _with_class_names(_telling(checkpoint, [*warnings, *stated.ending(parts_of_it)]), opened)
 
 
 def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:

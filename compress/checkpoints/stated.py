@@ -139,6 +139,14 @@ def check_around(modules: Mapping[str, Record]) -> None:
     _check_kinds(there)
 
 
+def ending(modules: Mapping[str, Record]) -> list[str]:
+    """Return what is to be said of an activation behind the last linear layer: the outputs here are what goes into it."""
+    order = list(modules)
+    last_linear = max((i for i, n in enumerate(order) if modules[n].path == _LINEAR), default=len(order))
+    kinds = [modules[n].path.removeprefix(_ACTIVATIONS) for n in order[last_linear + 1 :]]
+    return [f"its closing {kind} is left out: the outputs are logits" for kind in kinds if kind in _AT_THE_END][-1:]
+
+
 def _check_kinds(modules: Mapping[str, Record]) -> None:
     """Make sure that every module without children is of a kind whose work is known; a shortcut's is read off its tensors."""
     for name, module in modules.items():
