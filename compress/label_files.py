@@ -203,6 +203,7 @@ def _table(text: str, path: Path, finder: _Finder) -> LabelFile:
         )
         if score > best:
             best, delimiter = score, candidate
+    text = re.sub(r"\Asep=[^\r\n]?(?=\r?\n)", "", text)  # a hint to spreadsheets
     rows = [r for r in _rows(text, delimiter) if not r[1][0].startswith("#") or any(map(finder.find, r[1]))]
     if not rows:
         return LabelFile(path, ())
@@ -302,9 +303,7 @@ def _columns(
         cells = columns[0] if header else [first[0], *columns[0]]
         if others[0] == 0 and _is_index(cells, words[0] if header else ""):
             others = others[1:]
-    if len(others) > 1 and all(
-        sorted(row[i] for i in others if i < len(row)) == ["0"] * (len(others) - 1) + ["1"] for row in body
-    ):
+    if len(others) > 1 and body and all(_adds_up([row[i] for i in others if i < len(row)]) for row in body):
         raise DataError(
             "has a column for each class", where=shown(path), remedy="write one column called label, with the name of the class"
         )
@@ -320,6 +319,15 @@ def _columns(
         which = f"'{first[label_at]}'" if header and label_at < len(first) else str(label_at + 1)
         notes = (f"{shown(path.name)}: column {which} is taken for the labels",)
     return file_at, label_at, part_at, header, notes
+
+
+def _adds_up(cells: Sequence[str]) -> bool:
+    """Whether the cells of a line share out one whole among classes, as 0,1,0 and 0.0,0.25,0.75 do."""
+    try:
+        shares = [float(cell) for cell in cells]
+    except ValueError:
+        return False
+    return len(shares) > 1 and all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 0.01
 
 
 def _is_header(

@@ -387,6 +387,8 @@ def test_tables_that_can_be_read_in_more_than_one_way_are_refused_or_noted(tmp_p
     root = of_files(tmp_path / "set", [("a.ppm", "cat"), ("b.ppm", "dog"), ("c.ppm", "cat")])
     for text, message in (
         ("filename,cat,dog\na.ppm,1,0\nb.ppm,0,1\nc.ppm,1,0\n", "a column for each class"),
+        ("filename,cat,dog\na.ppm,1.0,0.0\nb.ppm,0.0,1.0\nc.ppm,1.0,0.0\n", "a column for each class"),
+        ("filename,cat,dog\na.ppm,0.25,0.75\nb.ppm,0.5,0.5\nc.ppm,1,0\n", "a column for each class"),
         ("file,label,is_valid\na.ppm,cat,maybe\nb.ppm,dog,True\nc.ppm,cat,False\n", "line 2 says neither"),
         ("file,label,class\na.ppm,cat,dog\nb.ppm,dog,cat\nc.ppm,cat,dog\n", "'label' and 'class' may both"),
     ):
