@@ -39,7 +39,8 @@ from rescompress.core.artifact import (
     write_text,
 )
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
-from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest, update_manifest
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, json_of, load_manifest, update_manifest
+from rescompress.core.text import storable
 from rescompress.fingerprint import environment, key_of
 from rescompress.reporter import Reporter
 from rescompress.stage import Context, Stage
@@ -146,12 +147,15 @@ def folder_of(config_file: Path, below: Path) -> Path:
     """
     folder = below / config_file.stem
     recorded = _stored(folder)[0].config_file
-    other = (folder.resolve() / recorded).resolve()
-    if recorded and other != config_file.resolve():
-        raise BadInput(
-            f"holds the run of {os.path.relpath(other)}", where=str(folder), remedy="name a folder for this one with -o FOLDER"
-        )
+    if recorded and _place_of(folder / recorded, folder) != _place_of(config_file, folder):
+        other = os.path.relpath((folder / recorded).resolve())
+        raise BadInput(f"holds the run of {other}", where=str(folder), remedy="name a folder for this one with -o FOLDER")
     return folder
+
+
+def _place_of(config_file: Path, folder: Path) -> str:
+    """Return where a config is, seen from the folder of a run, as the manifest says it."""
+    return str(storable(os.path.relpath(config_file.resolve(), folder.resolve())))
 
 
 def run_stages(
@@ -273,7 +277,7 @@ def _lead(
             manifest = manifest.with_stage(result) if same else manifest.replacing(result)
         else:
             if stage.collective:
-                peers.share("join " + manifest.model_dump_json())
+                peers.share("join " + json_of(manifest))
             still_there()
             claims.check_places(stage, folder)
             if not workspace:
@@ -345,8 +349,8 @@ def _fresh(old: Manifest, folder: Path, config: Mapping[str, Any], workspace: bo
     return Manifest(
         rescompress_version=version("rescompress"),
         created=created,
-        config={**old.config, **config} if workspace else dict(config),
-        config_file=os.path.relpath(config_file.resolve(), folder.resolve()) if config_file is not None else "",
+        config=storable({**old.config, **config} if workspace else dict(config)),
+        config_file=_place_of(config_file, folder) if config_file is not None else "",
         environment=environment(),
         stages=old.stages if workspace else (),
     )
@@ -402,7 +406,7 @@ def _shared(
         known = store.fetch(key, folder)
         if known is not None:
             result = known.model_copy(update={"ancestry": ancestry})
-            write_text(folder / claims.record_of(stage.name), result.model_dump_json(indent=1) + "\n", follow=False)
+            write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
             return result, False
         result = _run(stage, key, ancestry, folder, manifest, reporter, still_there, store)
         store.put(result, folder)
@@ -435,7 +439,7 @@ def _run(
         environment={**manifest.environment, **_threads()},
         details=dict(outcome.details),
     )
-    write_text(folder / claims.record_of(stage.name), result.model_dump_json(indent=1) + "\n", follow=False)
+    write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
     for path in outcome.transient:
         path.unlink(missing_ok=True)
     return result

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from report_factory import write_run
 
 from rescompress.cli.output import Output, guarded
-from rescompress.core.manifest import Manifest, load_manifest
+from rescompress.cli.workspace import peers
+from rescompress.core.errors import BadInput
+from rescompress.core.manifest import Manifest, StageResult, json_of, load_manifest
 from rescompress.core.text import code_span, log_line, markdown, one_line, shown, spreadsheet_cell, xml_text
 from rescompress.report.html import page
 
@@ -292,3 +294,29 @@ def test_the_command_line_never_prints_past_its_sink() -> None:
     ).stdout  # fmt: skip
     outside = {Path(line.split(":")[0]).relative_to(root).as_posix() for line in found.splitlines()}
     assert outside <= {"cli/output.py", "cli/progress.py", "cli/app.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("name", ["\udcc3\udcbc", "h\udcfcnd", "\ud800", "ü \udcff"])
+def test_names_that_are_no_utf8_are_kept_in_records(name: str, tmp_path: Path) -> None:
+    stage = StageResult(stage="prune", status="done", details={"plan": [name], name: 1})
+    manifest = Manifest(stages=(stage,), config={"data": name}, config_file=name)
+    manifest.save(tmp_path)
+    again = load_manifest(tmp_path)
+    assert again.config["data"] == again.config_file == again.stages[0].details["plan"][0]
+    assert json.loads(json_of(stage))["details"].keys() == again.stages[0].details.keys()
+    if name == "\udcc3\udcbc":  # what an ASCII locale makes of two bytes of UTF-8
+        assert again.config_file == "ü"
+
+
+@pytest.mark.parametrize("variables", [{"COLUMNS": "²"}, {"LINES": "³"}])
+def test_digits_that_are_no_numbers_end_no_command(variables: dict[str, str]) -> None:
+    run_command("targets", code=0, **variables)
+
+
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("abc", "²", "-1", "1.5"):
+        monkeypatch.setenv("WORLD_SIZE", wrong)
+        with pytest.raises(BadInput, match="number of processes"):
+            peers()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert peers() is None

@@ -127,7 +127,7 @@ def _open(source: Path | io.BytesIO, size: int, config: dict[str, Any] | None) -
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _attribute(group: Any, name: str) -> str | None:
@@ -179,7 +179,7 @@ def _key(path: str, ranks: Mapping[str, int], names: Mapping[str, str | None], g
     folder, _, leaf = path.rpartition("/")
     if folder.endswith("/vars") or folder == "vars":
         parts = _BY_RANK.get(ranks.get(folder, 0), ())
-        if not leaf.isdigit() or int(leaf) >= len(parts):
+        if not leaf.isdecimal() or int(leaf) >= len(parts):
             return None
         layer = names.get(path) or given.get(folder.removesuffix("/vars")) or folder.removesuffix("/vars").replace("/", "_")
         return f"{layer}.{parts[int(leaf)]}"

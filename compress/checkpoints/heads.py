@@ -50,7 +50,7 @@ class _Module:
     @property
     def index(self) -> int | None:
         last = self.path.rsplit(".", 1)[-1]
-        return int(last) if last.isdigit() else None
+        return int(last) if last.isdecimal() else None
 
     @property
     def parent(self) -> str:

@@ -201,7 +201,7 @@ def _batches(text: str) -> tuple[int, ...]:
     from rescompress.core.errors import BadInput
 
     parts = [p.strip() for p in text.split(",")]
-    if not all(p.isdigit() and int(p) > 0 for p in parts):
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise BadInput(f"'{text}' names no batches", where="--batches", remedy="write 1 or 1,8,32")
     return tuple(dict.fromkeys(int(p) for p in parts))
 

@@ -186,7 +186,7 @@ def parse_batch(text: str) -> int | str:
 
     if text == "dynamic":
         return text
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise BadInput(f"'{text}' is no batch size", where="--batch", remedy="give a number from 1, or dynamic")
     return int(text)
 
@@ -266,6 +266,7 @@ def evaluate(
         "runtime": top1.runtime,
         "std_error": top1.std_error,
         "split": split,
+        "notes": list(found.notes),
     }
     assert top1.std_error is not None
     words = f"top-1 {100 * top1.value:.2f} ± {100 * top1.std_error:.2f} %  (n = {top1.n}, {top1.runtime})"

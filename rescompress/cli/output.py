@@ -221,4 +221,5 @@ def _width() -> int:
     """Width for redirected output: the COLUMNS variable, or wide enough that no table is cut."""
     import os
 
-    return int(os.environ["COLUMNS"]) if os.environ.get("COLUMNS", "").isdigit() else 160
+    said = os.environ.get("COLUMNS", "")
+    return int(said) if re.fullmatch("[1-9][0-9]{0,4}", said) else 160

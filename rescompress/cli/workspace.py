@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,13 @@ def opening(
 
 def peers() -> Peers | None:
     """Return the processes that ``torchrun`` or ``accelerate launch`` started together with this one, if any."""
-    if int(os.environ.get("WORLD_SIZE") or "1") < 2:
+    wanted = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,5}", wanted):
+        from rescompress.core.errors import BadInput
+
+        remedy = "torchrun and accelerate set it; otherwise unset it"
+        raise BadInput(f"is no number of processes: '{wanted}'", where="WORLD_SIZE", remedy=remedy)
+    if int(wanted) < 2:
         return None
     from compress.processes import TorchPeers
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from rescompress.core.artifact import Artifact, read_text, write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.metric import Metric
 from rescompress.core.spec import Frozen
+from rescompress.core.text import storable
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -21,6 +24,14 @@ TARGET_PREFIX = "target:"
 DEPLOY_PREFIX = "deploy:"
 
 Status = Literal["done", "skipped", "failed"]
+
+
+def json_of(model: Frozen) -> str:
+    """Return a record or a manifest as JSON; names of files may be no UTF-8."""
+    try:
+        return model.model_dump_json(indent=1)
+    except PydanticSerializationError:
+        return json.dumps(storable(model.model_dump(mode="json")), indent=1, ensure_ascii=False)
 
 
 class StageResult(Frozen):
@@ -205,7 +216,7 @@ class Manifest(Frozen):
     def save(self, folder: Path) -> Path:
         """Write ``manifest.json`` into `folder`, atomically, and return its path; a link there is replaced, not followed."""
         path = folder / MANIFEST_NAME
-        write_text(path, self.model_dump_json(indent=1) + "\n", follow=False)
+        write_text(path, json_of(self) + "\n", follow=False)
         return path
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
 
 _KEPT = "\n\t\u200c\u200d"
 """Line ends, and the two joiners that Persian, Indic scripts and emoji are written with."""
 
 _NEVER_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories: control, format (bidirectional overrides, zero width, tags), surrogate, line and paragraph separator."""
+
+_RAW = re.compile("\\A[^\ud800-\udc7f\udd00-\udfff]*\\Z")
+"""Text whose lone surrogates are all bytes of a file's name."""
 
 _PLAIN = re.compile(r"[\n\t\x20-\x7e\xa1-\xac\xae-\u02ff]*")
 """Text that is surely as it should be; a fast answer for nearly all of it."""
@@ -28,6 +32,21 @@ def shown(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return "".join(c if c in _KEPT or unicodedata.category(c) not in _NEVER_SHOWN else _code(c) for c in text)
+
+
+def storable(value: Any) -> Any:
+    r"""Return what may be written as UTF-8: in its texts, bytes of file names that are none stand as ``\xe4``."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # what the file system's own encoding could not read may be UTF-8 all the same
+            raw = value.encode("utf-8", "surrogateescape") if _RAW.search(value) else value.encode("utf-8", "replace")
+            return raw.decode("utf-8", "backslashreplace")
+    elif isinstance(value, dict):
+        return {storable(k): storable(v) for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        return [storable(v) for v in value]
+    return value
 
 
 def one_line(text: str) -> str:
