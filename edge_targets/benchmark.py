@@ -15,11 +15,13 @@ import json
 import math
 import os
 import platform
+import select
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -238,7 +240,7 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     effort = effort or Effort()
     for candidate in candidates:
         load_backend(candidate.runtime)
-        _check_threads(candidate.threads)
+        check_threads(candidate.threads)
     samples: list[list[list[float]]] = [[] for _ in candidates]
     options: list[dict[str, str]] = [{} for _ in candidates]
     for _ in range(effort.rounds):
@@ -252,7 +254,7 @@ def measure_processes(candidates: Sequence[Candidate], *, effort: Effort | None 
     return [_measured(mine, c, used) for mine, c, used in zip(samples, candidates, options, strict=True)]
 
 
-def _check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None) -> None:
     """Refuse more threads than this machine can run at once: what they took would be told as if it had them.
 
     Raises:
@@ -431,10 +433,26 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
         )
 
 
+def _end_with_the_other_side(patience_s: float = 5.0) -> None:
+    """End this process soon after the other side closes its end, also in the middle of a long measurement."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLHUP)
+
+    def watch() -> None:
+        poll.poll()
+        time.sleep(patience_s)  # who was asked to end in peace does so by then
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
     # Runtimes print to stdout; the protocol keeps a copy of it for itself and sends theirs to stderr.
     _protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    _end_with_the_other_side()
     try:
         _serve(sys.stdin, _protocol)
     except BrokenPipeError:  # the other side was killed

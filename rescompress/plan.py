@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress.checkpoints.options import parse_shape
 from edge_targets.backends import load_backend
-from edge_targets.benchmark import cpu_name
+from edge_targets.benchmark import check_threads, cpu_name
 from edge_targets.catalog import load_target
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
 from rescompress.core.errors import BadInput
@@ -179,6 +179,7 @@ class Builder:
         machine: dict[str, Any] = {"cpu": cpu_name(), "threads": self.settings.threads}
         if chosen.builds_here:
             machine["runtime"] = load_backend(chosen.runtime).available().version
+            check_threads(self.settings.threads)  # not only after hours of training, where it measures
         depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
         writes = [f"{chosen.name}/{pattern}" for pattern in _TARGET_FILES]
         writes.append(f"target-{chosen.name}.outcomes.json")

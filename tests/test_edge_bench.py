@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +22,12 @@ from edge_targets.backends import load_backend
 from edge_targets.benchmark import Candidate, Effort, measure_processes, time_runner
 from edge_targets.catalog import load_target
 from edge_targets.latency import Overrides, clocks
+from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError
+from rescompress.plan import run_plan
+from rescompress.settings import Settings
 
+DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 RUNTIMES = ["onnxruntime", "openvino"]
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -150,6 +157,52 @@ def test_more_threads_than_the_machine_has_are_refused(tmp_path, rescompress, ex
     path = typed(tmp_path / "m.onnx", "float32")
     done = rescompress("bench", path, "-t", "cpu-ort", "--threads", most + extra, code=5)
     assert f"1 to {most}" in done.stderr
+
+
+def test_too_many_threads_are_refused_before_a_run_trains():
+    most = max(os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    config = RunConfig(checkpoint=str(DIGITS), data="builtin:digits", targets=["cpu-ort"])
+    with pytest.raises(BadInput, match="threads cannot run at once"):
+        run_plan(config, Settings("builtin:digits", threads=most + 1))
+    here_only = config.model_copy(update={"targets": ["jetson"]})  # nothing is measured on this machine
+    run_plan(here_only, Settings("builtin:digits", threads=most + 1))
+    run_plan(config, Settings("builtin:digits", threads=most))
+
+
+def ends_when_its_input_does(code: str, first: str) -> None:
+    words = [sys.executable, "-P", "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen(words, **pipes) as process:
+        process.stdin.write(first)
+        process.stdin.flush()
+        assert process.stdout.readline()
+        assert process.poll() is None
+        process.stdin.close()
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll")
+def test_a_measuring_process_notices_that_the_other_side_is_gone():
+    ends_when_its_input_does(
+        "import time; from edge_targets import benchmark; benchmark._end_with_the_other_side(0.05); print('on', flush=True);"
+        "time.sleep(600)",
+        "",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll")
+def test_a_measuring_process_ends_in_the_middle_of_a_measurement(tmp_path):
+    asked = {"path": str(typed(tmp_path / "m.onnx", "float32")), "runtime": "onnxruntime", "shape": [3, 8, 8], "batch": 1}
+    lines = [asked | {"threads": 1}, {"seconds": 600, "min_iterations": 1}]
+    ends_when_its_input_does(
+        "import runpy; runpy.run_module('edge_targets.benchmark', run_name='__main__')",
+        "".join(json.dumps(line) + "\n" for line in lines),
+    )
 
 
 DEVICE = load_target("jetson-agx-orin-64gb").device
