@@ -170,6 +170,9 @@ CARD = re.compile(rb"^## How it was made\n\nWith rescompress ", re.MULTILINE)
 SUMMARY = re.compile(rb"\A## [^\n]* rescompress gate: ")
 JUNIT = re.compile(rb'<testsuite name="rescompress gate"')
 BASELINE = re.compile(rb'\A\{\s*("schema_version":\s*\d+,\s*)?"rescompress_version":')
+CODE_QUALITY = re.compile(rb'\A\[\s*(\]|\{\s*"description":[^\n]*\n\s*"check_name": "rescompress gate: )')
+ONNX = re.compile(rb"\A\x08[\x01-\x7f][\x0a\x12\x1a\x22\x28\x32\x3a\x42]")
+"""``ir_version``, and behind it another field of a ModelProto."""
 _HEAD = 2**20
 
 

@@ -45,7 +45,8 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
     for note in data.notes:
         reporter.note(note)
-    for note in _float16_notes(opening.path, runner.runtime, data.val, settings.eval_batch(inputs.shape)):
+    half = _float16_notes(opening.path, runner.runtime, data.val, settings.eval_batch(inputs.shape))
+    for note in half:
         reporter.note(note)
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     images = data.train if split == "train" else data.val
@@ -53,7 +54,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         found = evaluate(runner, images, batch_size=settings.eval_batch(inputs.shape), progress=progress)
     for note in found.notes:
         reporter.note(note)
-    return found
+    return dataclasses.replace(found, notes=(*half, *found.notes))
 
 
 def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter) -> tuple[Runner, Inputs]:

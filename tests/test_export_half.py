@@ -132,7 +132,8 @@ def test_lint_and_evaluate_say_it_too(rescompress, tmp_path, loud_digits):
     found = json.loads(done.stdout)
     done = rescompress("lint", found["onnx"], "-t", BOARD, "--json", cwd=tmp_path, code=3)
     assert "float16-overflow" in {f["rule"] for f in json.loads(done.stdout)}
-    done = rescompress("evaluate", found["onnx"], "--data", "builtin:digits", cwd=tmp_path)
+    done = rescompress("evaluate", found["onnx"], "--data", "builtin:digits", "--json", cwd=tmp_path)
+    assert any("overflows" in note for note in json.loads(done.stdout)["notes"])
     assert "in float32 on a CPU" in done.stderr
     assert "overflows" in done.stderr
 

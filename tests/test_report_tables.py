@@ -65,6 +65,13 @@ def test_latency_is_compared_with_the_dense_network_only_under_equal_conditions(
     assert rows_of(beside)[0].note.endswith("; dense: 4.00 ms fp32")
 
 
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_row_says_that_its_file_overflows_in_float16(fits):
+    half = {"float16": {"fits": fits, "overflows": []}}
+    target = StageResult(stage="target:jetson", status="done", details=half)
+    assert rows_of(Manifest(stages=(target,)))[0].note == ("" if fits else "overflows in float16")
+
+
 def test_a_row_takes_no_figure_of_another_precision() -> None:
     """A float engine of a quantized network has another file and other answers; its MACs and parameters are the same."""
 

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from command_line import run_command
+from report_factory import write_run
 
 from rescompress import claims
 from rescompress.core.artifact import (
@@ -328,16 +331,31 @@ def test_no_other_command_writes_over_what_belongs_to_a_run(tmp_path: Path) -> N
         "gate {run} -b {run} --junit notes.md",
         "gate {run} -b {run} --limits notes.md --junit notes.md",
         "gate {run} --save-baseline notes.md",
+        "lint net.onnx --fix notes.md",
         "init {run}/one.safetensors -o {run}/one.safetensors --force",
     ],
 )
 def test_commands_keep_manifests_and_files_of_others(rescompress: Any, tmp_path: Path, words: str) -> None:
     run = a_run(tmp_path / "run")
     (tmp_path / "notes.md").write_text("my notes about rescompress")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / "net.onnx")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     done = rescompress(*words.format(run=run).split(), cwd=tmp_path, code=5)
     assert "->" in done.stderr
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_gates_report_for_gitlab_replaces_no_other_file(tmp_path: Path) -> None:
+    run, report = tmp_path / "run", tmp_path / "gl-code-quality-report.json"
+    write_run(run)
+    job = {"GITLAB_CI": "true", "CI_PROJECT_DIR": str(tmp_path)}
+    for macs in ("1", "0.1", "1"):  # an empty list, findings, and over them an empty list again
+        run_command("gate", run, "-b", run, "--max-macs", macs, cwd=tmp_path, **job)
+        assert isinstance(json.loads(report.read_text()), list)
+    mine = '[{"check_name": "another tool"}]'
+    report.write_text(mine)
+    assert "did not write" in run_command("gate", run, "-b", run, cwd=tmp_path, code=5, **job).stderr
+    assert report.read_text() == mine
 
 
 def test_commands_write_again_over_what_they_wrote(rescompress: Any, tmp_path: Path) -> None:

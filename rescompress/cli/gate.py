@@ -109,6 +109,8 @@ def gate(
     claims.check_foreign(junit, claims.JUNIT, "--junit", force=force)
     claims.check_foreign(summary, claims.SUMMARY, "--summary", force=force)
     claims.check_foreign(save_baseline, claims.BASELINE, "--save-baseline", force=force)
+    if os.environ.get("GITLAB_CI") == "true":
+        claims.check_foreign(_project() / GITLAB_FILE, claims.CODE_QUALITY, "CI_PROJECT_DIR", force=force)
     given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
     allowed = _limits(limits, given)
     candidate = load_run(run)
@@ -178,9 +180,14 @@ def _write(
         _append("GITHUB_OUTPUT", f"verdict={report.verdict}\n")
     if os.environ.get("GITLAB_CI") == "true":
         path = points_at.resolve()
-        root = Path(os.environ.get("CI_PROJECT_DIR", ".")).resolve()
+        root = _project()
         shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         write_text(root / GITLAB_FILE, render.gitlab_code_quality(report, shown))
+
+
+def _project() -> Path:
+    """Return the root of the repository in a job of GitLab."""
+    return Path(os.environ.get("CI_PROJECT_DIR", ".")).resolve()
 
 
 def _append(variable: str, text: str) -> None:

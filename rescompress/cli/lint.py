@@ -20,6 +20,7 @@ def lint_command(
     fix: Annotated[
         Path | None, typer.Option("--fix", metavar="OUT.onnx", help="Write a repaired copy, proven equal.", show_default=False)
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file of another kind.", show_default=False)] = False,
 ) -> None:
     """Check an ONNX file against a target: traps that are refused, run slowly, or silently run in float.
 
@@ -33,11 +34,12 @@ def lint_command(
     from export.lint import lint
     from export.load import load_onnx, save_onnx
     from export.passes import repair
-    from rescompress.claims import check_outputs
+    from rescompress import claims
     from rescompress.file_check import facts_of
 
     output = output_of(ctx)
-    check_outputs({"--fix": fix})  # over its input it may go: that is a repair in place
+    claims.check_outputs({"--fix": fix})  # over its input it may go: that is a repair in place
+    claims.check_foreign(fix, claims.ONNX, "--fix", force=force)
     chosen = load_target(target)
     facts = facts_of(chosen)
     for note in alias_notes(chosen):

@@ -232,6 +232,9 @@ def _note(result: StageResult) -> str:
     engine = result.details.get("engine_status")
     if isinstance(engine, str) and engine and engine != result.reason:
         parts.append(engine)
+    half = result.details.get("float16")
+    if isinstance(half, dict) and half.get("fits") is False:
+        parts.append("overflows in float16")
     return "; ".join(parts)
 
 
