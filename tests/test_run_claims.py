@@ -15,6 +15,8 @@ from typing import Any
 
 import onnx
 import pytest
+from command_line import run_command
+from report_factory import write_run
 
 from rescompress import claims
 from rescompress.core.artifact import (
@@ -343,14 +345,17 @@ def test_commands_keep_manifests_and_files_of_others(rescompress: Any, tmp_path:
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_gates_report_for_gitlab_replaces_no_other_file(rescompress: Any, tmp_path: Path) -> None:
-    run, report = a_run(tmp_path / "run"), tmp_path / "gl-code-quality-report.json"
+def test_gates_report_for_gitlab_replaces_no_other_file(tmp_path: Path) -> None:
+    run, report = tmp_path / "run", tmp_path / "gl-code-quality-report.json"
+    write_run(run)
     job = {"GITLAB_CI": "true", "CI_PROJECT_DIR": str(tmp_path)}
-    for mine, refused in (("[]", False), ('[{"check_name": "another tool"}]', True)):
-        report.write_text(mine)
-        said = rescompress("gate", run, "-b", run, cwd=tmp_path, code=5, **job).stderr  # it has no accuracy
-        assert ("did not write" in said) == refused
-        assert report.read_text() == mine
+    for macs in ("1", "0.1", "1"):  # an empty list, findings, and over them an empty list again
+        run_command("gate", run, "-b", run, "--max-macs", macs, cwd=tmp_path, **job)
+        assert isinstance(json.loads(report.read_text()), list)
+    mine = '[{"check_name": "another tool"}]'
+    report.write_text(mine)
+    assert "did not write" in run_command("gate", run, "-b", run, cwd=tmp_path, code=5, **job).stderr
+    assert report.read_text() == mine
 
 
 def test_commands_write_again_over_what_they_wrote(rescompress: Any, tmp_path: Path) -> None:
