@@ -119,6 +119,7 @@ def test_a_stranger_s_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_is_away_is_an_error_of_the_environment() -> None:
+    pytest.importorskip("psycopg", reason="the driver of PostgreSQL is not installed")
     with pytest.raises(EnvironmentFailed, match=r"refused|connect"):
         storage_of("postgresql://nobody@127.0.0.1:9/none")
 

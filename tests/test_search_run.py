@@ -145,6 +145,8 @@ def test_an_impossible_budget_ends_a_candidate_not_the_search(tmp_path: Path) ->
     ],
 )
 def test_bad_input_of_a_search_is_named(tmp_path: Path, words: list[str], code: int, text: str) -> None:
+    if "postgresql" in str(words):
+        pytest.importorskip("psycopg", reason="the driver of PostgreSQL is not installed")
     done = run_command("search", EXAMPLES / "search_digits.yaml", "-o", tmp_path / "s", *words, code=code)
     assert text in done.stderr
 
