@@ -338,7 +338,9 @@ def test_no_other_command_writes_over_what_belongs_to_a_run(tmp_path: Path) -> N
 def test_commands_keep_manifests_and_files_of_others(rescompress: Any, tmp_path: Path, words: str) -> None:
     run = a_run(tmp_path / "run")
     (tmp_path / "notes.md").write_text("my notes about rescompress")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / "net.onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "net.onnx")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     done = rescompress(*words.format(run=run).split(), cwd=tmp_path, code=5)
     assert "->" in done.stderr
