@@ -78,6 +78,11 @@ class PruneConfig(_Section):
                 return name, float(value)
         return "macs", 0.5
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether whole blocks may go: as said, else where the budget is latency."""
+        return self.drop_blocks if self.drop_blocks is not None else self.budget[0] == "latency"
+
     def step(self, number: int) -> PruneConfig:
         """Return the settings of one of the iterations: what is left shrinks by the same factor in each.
 

@@ -51,9 +51,14 @@ class Outcomes(Frozen):
         return [bool(data[i // 8] >> (7 - i % 8) & 1) for i in range(self.n)]
 
     @property
+    def mask(self) -> int:
+        """The packed bits as one number, for comparing two sets of outcomes bit by bit."""
+        return int.from_bytes(base64.b64decode(self.bits), "big")
+
+    @property
     def correct(self) -> int:
         """How many samples are right."""
-        return int.from_bytes(base64.b64decode(self.bits), "big").bit_count()
+        return self.mask.bit_count()
 
 
 def samples_digest(parts: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -376,8 +375,7 @@ def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_
             where=where,
             remedy=remedy,
         )
-    c = int.from_bytes(base64.b64decode(candidate.bits), "big")
-    b = int.from_bytes(base64.b64decode(baseline.bits), "big")
+    c, b = candidate.mask, baseline.mask
     once = _first_of_each(candidate, where) & _first_of_each(baseline, where)
     return Paired(once.bit_count(), (b & ~c & once).bit_count(), (c & ~b & once).bit_count())
 

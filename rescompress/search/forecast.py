@@ -21,7 +21,7 @@ from rescompress.plan import opening_of
 from rescompress.reporter import Reporter
 from rescompress.settings import Settings
 from rescompress.stage import Context
-from rescompress.stages.network import latency_cost, shared_curves
+from rescompress.stages.network import align_of, latency_cost, shared_curves
 from rescompress.stages.shared import Source, dataset, network_of
 from rescompress.store import Store
 
@@ -60,17 +60,15 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
         curves = shared_curves(context, checkpoint, settings, config.prune, images)
         known = [load_target(name) for name in config.targets]
         kind, value = config.prune.budget
-        align = config.prune.align if isinstance(config.prune.align, int) else max([t.align() for t in known] or [8])
-        drop = config.prune.drop_blocks if config.prune.drop_blocks is not None else kind == "latency"
         choice = choose(
             spec,
             curves,
             budget=Budget(kind=kind, value=value),
             method=config.prune.method,
             scope=config.prune.scope,
-            align=align,
+            align=align_of(config.prune, known),
             strict_align=isinstance(config.prune.align, int),
-            drop=droppable(spec) if drop and kind != "ratio" else (),
+            drop=droppable(spec) if config.prune.may_drop and kind != "ratio" else (),
             seed=settings.seed,
             cost=latency_cost(known) if kind == "latency" else None,
         )

@@ -29,14 +29,8 @@ def paired(better: Outcomes, worse: Outcomes) -> Paired | None:
     """Return the comparison of two networks on the same images, or None where the images are not the same."""
     if better.samples_sha256 != worse.samples_sha256 or better.n != worse.n:
         return None
-    a, b = _bits(better), _bits(worse)
+    a, b = better.mask, worse.mask
     return Paired(better.n, lost=(a & ~b).bit_count(), won=(b & ~a).bit_count())
-
-
-def _bits(outcomes: Outcomes) -> int:
-    import base64
-
-    return int.from_bytes(base64.b64decode(outcomes.bits), "big")
 
 
 def surely_better(a: Answer, b: Answer) -> bool:

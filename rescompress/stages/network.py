@@ -86,7 +86,7 @@ def pruned(
     checkpoint = source.load(context)
     whole = Source(stage="dense").load(context).spec if before else checkpoint.spec
     known = [load_target(name) for name in targets]
-    align = config.align if isinstance(config.align, int) else max([t.align() for t in known] or [8])
+    align = align_of(config, known)
     calibration, notes = None, []
     if common.data is not None:
         chosen = dataset(common, checkpoint.spec).train.take(config.calib, common.seed)
@@ -128,7 +128,7 @@ def pruned(
         align=align,
         strict_align=isinstance(config.align, int),
         calibration_x=calibration,
-        drop_blocks=config.drop_blocks if config.drop_blocks is not None else kind == "latency",
+        drop_blocks=config.may_drop,
         seed=common.seed,
         cost=latency_cost(known) if kind == "latency" else None,
         reference=whole,
@@ -151,6 +151,11 @@ def pruned(
     }
     sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
     return _pruned_row(context, name, common, sparse, plan, details)
+
+
+def align_of(config: PruneConfig, targets: Sequence[Target]) -> int:
+    """Return the multiple of the widths: as said, else the largest of the targets', 8 without one."""
+    return config.align if isinstance(config.align, int) else max([t.align() for t in targets] or [8])
 
 
 def shared_curves(
