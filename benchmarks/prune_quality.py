@@ -35,10 +35,11 @@ from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, Scope, prune
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
-from compress.train import TrainSettings, train
+from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.spec import ModelSpec
+from rescompress.core.training import TrainSettings
 
 PEER = "torch-pruning"
 NO_REPAIR = "-no-repair"

@@ -18,9 +18,10 @@ from compress.checkpoints.base import Checkpoint
 from compress.data import DIGITS, load_dataset
 from compress.evaluate import TorchRunner, evaluate
 from compress.resnet import build_model, tensors_of
-from compress.train import TrainSettings, train
+from compress.train import train
 from compress.zoo import spec
 from rescompress.core.spec import Preprocessing
+from rescompress.core.training import TrainSettings
 
 
 def main() -> None:

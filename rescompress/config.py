@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from compress.data.sources import is_name
 from rescompress import strict_yaml
-from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
+from rescompress.core.choices import Augment, Calibration, Mode, ProfileOrAuto, Scope
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
 from rescompress.core.spec import Frozen
+from rescompress.core.training import TrainSettings
 from rescompress.search.settings import SearchConfig
 
 Align = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -97,29 +99,8 @@ class PruneConfig(_Section):
         return self.model_copy(update={kind: some, "sparsity": None})
 
 
-class FinetuneConfig(_Section):
-    """Training of the pruned network.
-
-    Attributes:
-        epochs: Passes over the training split.
-        teacher: ``dense`` (the network before pruning), a checkpoint file (relative to the config file), or null for
-            labels alone.
-        lr: Peak learning rate.
-        batch_size: Images per step.
-        distill: Weight of the teacher's loss.
-        temperature: Of the teacher's softmax.
-        features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
-        precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
-    """
-
-    epochs: float = Field(2.0, gt=0.0)
-    teacher: str | None = "dense"
-    lr: float = Field(0.02, gt=0.0)
-    batch_size: int = Field(128, ge=2)
-    distill: float = Field(0.9, ge=0.0, le=1.0)
-    temperature: float = Field(4.0, gt=0.0)
-    features: float = Field(0.0, ge=0.0)
-    precision: TrainPrecision = "fp32"
+FinetuneConfig = TrainSettings
+"""Training of the pruned network."""
 
 
 class QuantizeConfig(_Section):
@@ -146,7 +127,9 @@ class QuantizeConfig(_Section):
             what was trained.
         lr: Peak learning rate of ``qat``.
         batch_size: Images per step of ``qat``.
-        teacher: As in `FinetuneConfig`.
+        augment: Of ``qat``, as in `TrainSettings`; with ``photo+`` nothing is mixed or averaged.
+        workers: Processes that read images, as in `TrainSettings`.
+        teacher: As in `TrainSettings`.
     """
 
     mode: Mode = "qat"
@@ -164,6 +147,8 @@ class QuantizeConfig(_Section):
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
     lr: float = Field(0.002, gt=0.0)
     batch_size: int = Field(128, ge=2)
+    augment: Augment = "auto"
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     teacher: str | None = "dense"
 
     @model_validator(mode="after")
@@ -190,6 +175,7 @@ class RunConfig(_Section):
         preprocess: Preprocessing as with ``--preprocess``, or a mapping with the same keys, where the checkpoint leaves it
             open; kept as a text.
         arch_options: What else it leaves open, as with ``--arch-option``.
+        skip_corrupt: Whether images that cannot be read are left out, with a note; each is decoded once more to know.
         allow_pickle: Whether code stored in the checkpoint may run.
         search: What `search` varies and how; other commands leave it aside.
     """
@@ -206,6 +192,7 @@ class RunConfig(_Section):
     input: str | None = None
     preprocess: str | None = None
     arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    skip_corrupt: bool = False
     allow_pickle: bool = False
     search: SearchConfig | None = None
 
@@ -252,7 +239,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     config = validate(document, str(path))
     base = path.parent
     changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
-    if not config.data.startswith("builtin:"):
+    if not is_name(config.data):
         changed["data"] = _absolute(config.data, base)
     if config.prune is not None and config.prune.plan is not None:
         changed["prune"] = config.prune.model_copy(update={"plan": _absolute(config.prune.plan, base)})

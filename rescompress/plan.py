@@ -117,7 +117,7 @@ class Builder:
     ) -> Stage:
         """Return the fine-tuning stage."""
         sources = {"source": source, "teacher": teacher}
-        depends = {"config": config.model_dump(exclude={"teacher"})}
+        depends = {"config": config.model_dump(exclude={"teacher", "workers", "device"})}
         return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
 
     def prune_and_tune(self, prune: PruneConfig, tune: FinetuneConfig | None, targets: Sequence[str]) -> list[Stage]:
@@ -162,7 +162,7 @@ class Builder:
         """Return the quantization stage; the targets matter for a latency budget only."""
         priced = tuple(targets) if config.max_slowdown is not None else ()
         arguments = {"config": config, "profile": profile, "targets": priced}
-        depends = {"config": config.model_dump(exclude={"teacher"}), "profile": profile, "targets": _facts(priced)}
+        depends = {"config": config.model_dump(exclude={"teacher", "workers"}), "profile": profile, "targets": _facts(priced)}
         sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
         return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Inputs, load_dataset
+from compress.device import computing_on
 from compress.prune import measure
 from compress.prune.method import Curves
 from compress.quantize import ptq
@@ -74,20 +75,28 @@ def measure_sensitivity(
     checkpoint = opening.load(reporter.note)
     images = None
     if settings.data is not None:
-        dataset = load_dataset(settings.data, Inputs.of(checkpoint.spec), seed=settings.seed, labels=settings.labels)
+        dataset = load_dataset(
+            settings.data,
+            Inputs.of(checkpoint.spec),
+            seed=settings.seed,
+            labels=settings.labels,
+            skip_corrupt=settings.skip_corrupt,
+        )
         for text in dataset.notes:
             reporter.note(text)
         images = dataset.train.take(calib, settings.seed).tensor()
-    curves = measure(
-        checkpoint,
-        method=method,
-        scope=scope,
-        calibration_x=images,
-        seed=settings.seed,
-        progress=reporter.progress,
-        note=reporter.note,
-    )
-    layers = _int8(checkpoint, images, reporter) if int8 and images is not None else None
+    with computing_on(settings.torch_device()) as device:
+        here, there = on_device(checkpoint, device), images.to(device) if images is not None else None
+        curves = measure(
+            here,
+            method=method,
+            scope=scope,
+            calibration_x=there,
+            seed=settings.seed,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
+        layers = _int8(here, there, reporter) if int8 and there is not None else None
     return Sensitivity(checkpoint.spec.arch, method, curves, layers)
 
 

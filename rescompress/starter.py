@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from compress.data.sources import is_name
 from edge_targets.catalog import load_target
 from rescompress import strict_yaml
 from rescompress.stage import Opening
@@ -98,7 +99,7 @@ def _stated(opening: Opening) -> str:
 
 def _path(path: str, folder: Path) -> str:
     """Return a path relative to the config, in quotes where YAML would read it as something else."""
-    text = path if path.startswith("builtin:") else os.path.relpath(path, folder)
+    text = path if is_name(path) else os.path.relpath(path, folder)
     try:
         plain = strict_yaml.parse(f"at: {text}") == {"at": text}
     except strict_yaml.StrictYamlError:

@@ -93,9 +93,14 @@ def prepare(common: Settings) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _load_dataset(
-    source: str, identity: str | None, inputs: Inputs, seed: int, labels: tuple[tuple[str, str], ...] | None
+    source: str,
+    identity: str | None,
+    inputs: Inputs,
+    seed: int,
+    labels: tuple[tuple[str, str], ...] | None,
+    skip_corrupt: bool,
 ) -> Dataset:
-    return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None)
+    return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None, skip_corrupt=skip_corrupt)
 
 
 def dataset(common: Settings, spec: ModelSpec) -> Dataset:
@@ -103,7 +108,7 @@ def dataset(common: Settings, spec: ModelSpec) -> Dataset:
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     labels = tuple(sorted((common.labels or {}).items())) or None
-    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
+    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels, common.skip_corrupt)
     if not common.hold_out:
         return data
     seen, held = data.train.part(common.hold_out, common.seed)
