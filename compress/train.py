@@ -347,7 +347,7 @@ class _Loop:
         if device.type == "cuda":
             self._busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._busy.record()
-        if device.type == "cpu" or self.at_end_of_epoch or len(self._unread) == _READ_EVERY:
+        if _reads_each_step(device) or self.at_end_of_epoch or len(self._unread) == _READ_EVERY:
             self._read()
         if self.at_end_of_epoch:
             mean = self._sums / self._sums[2]
@@ -386,6 +386,11 @@ class _Loop:
         """Evaluate the network on images held out, and keep its state if it is the best so far."""
         if self._mean is not None:
             self._mean.swap()
+        if self._share.world > 1:  # every process normalises by the batches that it saw; the first one's statistics are kept
+            from accelerate.utils import broadcast
+
+            for value in self._model.buffers():
+                broadcast(value)
         top1, loss = _score(self._model, held, self._accelerator, self._share)
         self.log.epochs[-1] |= {"held_out_top1": top1, "held_out_loss": loss}
         if self._best is None or (top1, -loss) > self._best[0]:
@@ -451,6 +456,11 @@ class _Loop:
         if note is not None and any(n != now for n in self.log.threads):
             before = " and ".join(map(str, self.log.threads))
             note(f"training goes on with {now} threads after {before}: the sums, and so the bits, are those of neither")
+
+
+def _reads_each_step(device: torch.device) -> bool:
+    """Whether looking at a loss waits for nothing."""
+    return device.type == "cpu"
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

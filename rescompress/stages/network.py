@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Split
 from compress.device import computing_on
+from compress.processes import ALONE, Together, together
 from compress.prune import (
     Budget,
     CostFunction,
@@ -313,8 +314,9 @@ def finetuned(
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, teacher, checkpoint.spec, split)
     trained, resume = train_network(context, name, model, split, settings, mentor)
-    done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    return finish(context, name, done, common, trained, transient=[resume])
+    sharing = together()
+    done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
+    return finish(context, name, done, common, trained, transient=[resume], sharing=sharing)
 
 
 def quantized(
@@ -334,21 +336,23 @@ def quantized(
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
     details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
-    if context.main:
-        details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
+    sharing = together() if config.mode == "qat" else ALONE
+    before = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing)
+    details["float_top1"] = before.top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
     with computing_on(common.torch_device()) as device:
-        int8 = calibrated(on_device(checkpoint, device), [x.to(device) for x in images], config, profile, cost=cost)
-    int8 = on_device(int8, "cpu")
+        int8 = calibrated(
+            on_device(checkpoint, device), [x.to(device) for x in images], config, profile, cost=cost, sharing=sharing
+        )
+    int8 = sharing.lead(on_device(int8, "cpu"))
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
     resume = None
     if config.mode == "qat":
-        if context.main:
-            before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec)
-            details["ptq_top1"] = before.top1
+        before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing)
+        details["ptq_top1"] = before.top1
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
@@ -370,7 +374,7 @@ def quantized(
         log, resume = train_network(context, "quantize", model, seen, settings, network)
         notes = log.pop("notes", [])
         details |= log
-        trained = finish_qat(model, int8)
+        trained = sharing.lead(finish_qat(model, int8))
         int8 = best_of([trained, int8], held.again(250)) if held else trained
         details["kept"] = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
@@ -378,7 +382,8 @@ def quantized(
             context.reporter.note(notes[-1])
         if notes:
             details["notes"] = notes
-    return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
+    kept = [resume] if resume else []
+    return finish(context, "quantize", on_grid(int8), common, details, transient=kept, sharing=sharing)
 
 
 def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
@@ -400,7 +405,13 @@ def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
 
 
 def calibrated(
-    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile, *, cost: Cost | None = None
+    checkpoint: Checkpoint,
+    images: list[Tensor],
+    config: QuantizeConfig,
+    profile: Profile,
+    *,
+    cost: Cost | None = None,
+    sharing: Together = ALONE,
 ) -> Checkpoint:
     """Return the calibrated network, with the layers that the config wants in floating point left there.
 
@@ -410,6 +421,7 @@ def calibrated(
         config: How to quantize.
         profile: The placement.
         cost: What layers in floating point cost, for a latency budget.
+        sharing: The processes that share the statistics.
     """
     names = config.keep_float if isinstance(config.keep_float, tuple) else ()
 
@@ -422,6 +434,7 @@ def calibrated(
             percentile=config.percentile,
             bias_correction=config.bias_correction,
             keep_float=keep_float,
+            sharing=sharing,
         )
 
     int8 = calibrate(frozenset(names))
