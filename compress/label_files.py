@@ -170,16 +170,28 @@ def text_of(path: Path) -> str:
     """Return what a file of text says, in the encodings that spreadsheets write.
 
     Raises:
-        DataError: It is neither UTF-8 nor marked as UTF-16.
+        DataError: It is neither UTF-8 nor UTF-16.
     """
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16")
+    wide = _unmarked_utf16(content)
+    if wide is not None:
+        return content.decode(wide)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[: e.start].count(b"\n") + 1
         raise DataError(f"line {line} is no UTF-8", where=shown(path), remedy="save the file as UTF-8") from e
+
+
+def _unmarked_utf16(content: bytes) -> str | None:
+    """Return which UTF-16 a text without a mark is: its Latin letters have a zero in every second byte, and only there."""
+    start = content[:4096]
+    low, high = start[::2].count(0), start[1::2].count(0)
+    if len(content) % 2 or 4 * max(low, high) < len(start) or min(low, high):
+        return None
+    return "utf-16-le" if high else "utf-16-be"
 
 
 def _plain(word: str) -> str:

@@ -14,7 +14,13 @@ from rescompress.core.errors import BadInput, ConfigError, nearest, shown
 from rescompress.core.spec import Frozen
 from rescompress.search.settings import SearchConfig
 
-Align = Literal["auto"] | Annotated[int, Field(ge=1)]
+Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
+
+# far beyond what anybody runs; a slip such as 1e300 would train, or fill memory, without end
+MOST_EPOCHS = 10_000
+MOST_IMAGES = 2**31
+MOST_RATE = 1e3
+MOST_TARGETS = 100
 
 
 class _Section(Frozen):
@@ -50,7 +56,7 @@ class PruneConfig(_Section):
     latency: float | None = Field(None, gt=0.0, le=1.0)
     scope: Scope = "inner"
     align: Align = "auto"
-    calib: int = Field(512, ge=1)
+    calib: int = Field(512, ge=1, le=MOST_IMAGES)
     drop_blocks: bool | None = None
     iterations: int = Field(1, ge=1, le=100)
     recalibrate: bool | None = None
@@ -112,13 +118,13 @@ class FinetuneConfig(_Section):
         precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
     """
 
-    epochs: float = Field(2.0, gt=0.0)
+    epochs: float = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: str | None = "dense"
-    lr: float = Field(0.02, gt=0.0)
-    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.02, gt=0.0, le=MOST_RATE)
+    batch_size: int = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
-    temperature: float = Field(4.0, gt=0.0)
-    features: float = Field(0.0, ge=0.0)
+    temperature: float = Field(4.0, gt=0.0, le=1e6)
+    features: float = Field(0.0, ge=0.0, le=1e6)
     precision: TrainPrecision = "fp32"
 
 
@@ -150,9 +156,9 @@ class QuantizeConfig(_Section):
     """
 
     mode: Mode = "qat"
-    epochs: float = Field(1.0, gt=0.0)
+    epochs: float = Field(1.0, gt=0.0, le=MOST_EPOCHS)
     profile: ProfileOrAuto = "auto"
-    calib: int = Field(512, ge=2)
+    calib: int = Field(512, ge=2, le=MOST_IMAGES)
     calibration: Calibration = "auto"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     bias_correction: bool = True
@@ -162,8 +168,8 @@ class QuantizeConfig(_Section):
     learnable_scales: bool = False
     freeze_bn_after: float = Field(0.0, ge=0.0, le=1.0)
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
-    lr: float = Field(0.002, gt=0.0)
-    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.002, gt=0.0, le=MOST_RATE)
+    batch_size: int = Field(128, ge=2, le=MOST_IMAGES)
     teacher: str | None = "dense"
 
     @model_validator(mode="after")
@@ -200,8 +206,8 @@ class RunConfig(_Section):
     prune: PruneConfig | None = None
     finetune: FinetuneConfig | None = None
     quantize: QuantizeConfig | None = None
-    targets: tuple[str, ...] = ("cpu",)
-    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = 1
+    targets: tuple[str, ...] = Field(("cpu",), max_length=MOST_TARGETS)
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)] = 1
     labels: dict[str, str] | None = None
     input: str | None = None
     preprocess: str | None = None
