@@ -100,8 +100,8 @@ def read_splits(root: Path, above: Path | None = None) -> Splits:
     splits = [n for n in names if rank_of(n) is not None and not (others and _is_flat(root / n))]
     tables = label_files.candidates(root) or (label_files.candidates(above) if above is not None else [])
     if tables and splits and all(_is_flat(root / n) for n in splits):
-        read = label_files.read(tables[0], root) if above is None else _read_below(tables[0], root, [above, root])
-        return _by_table(read, root, splits, _more_tables(tables))
+        table = label_files.read(tables[0], root) if above is None else _read_below(tables[0], root, [above, root])
+        return _by_table(table, root, splits, _more_tables(tables))
     if not splits and above is None:
         inside = _splits_inside(root, others)
         if inside is not None:
