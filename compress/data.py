@@ -383,7 +383,11 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
                     where=shown(part.root),
                     remedy="convert them to PNG or JPEG",
                 )
+    if free and listed:
+        _refuse_marks(union, where)
     outputs, classes = match_classes(union, inputs, labels, where, listed=listed)
+    if labels is None:
+        _refuse_two_folders(parts, outputs)
     if labels is None and inputs.labels is not None:
         notes += _spelling_notes({name: classes[outputs[name]] for name in union})
     outputs |= {name: outputs[counts] for name, counts in spelled.items()}
@@ -407,12 +411,45 @@ def _refuse_other_names(parts: Sequence[Samples], names: Sequence[set[str]]) -> 
         return
     own = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
     if own[0] and own[1]:
-        only = "; ".join(f"only in {shown(p.root.name)}: {_some(o)}" for p, o in zip(parts, own, strict=True))
+        places = [p.root.name for p in parts] if parts[0].root != parts[1].root else ["training", "evaluation"]
+        only = "; ".join(f"only in {shown(p)}: {_some(o)}" for p, o in zip(places, own, strict=True))
         raise DataError(
             f"the splits name their classes differently ({only})",
             where=shown(parts[0].root.parent),
             remedy="give a class the same name in both, or say with --labels which output each is",
         )
+
+
+_MARKS = frozenset({"nan", "null", "none", "na", "n/a", "inf", "-inf", "undefined", "missing", "unknown", "?", "-"})
+"""What tools write where a number is missing."""
+
+
+def _refuse_marks(names: Sequence[str], where: str) -> None:
+    """Refuse marks of missing labels among numbers: they are no class."""
+    marks = [name for name in names if name.strip().lower() in _MARKS]
+    rest = [name for name in names if name not in marks]
+    if marks and rest and _numbers(rest) is not None:
+        raise DataError(
+            f"labels are numbers and '{shown(marks[0])}', which is none",
+            where=where,
+            remedy="take the lines without a label out, or say with --labels which output each label is",
+        )
+
+
+def _refuse_two_folders(parts: Sequence[Samples], outputs: Mapping[str, int]) -> None:
+    """Refuse two folders of one split that differ in spelling alone and would be one output."""
+    for part in parts:
+        if part.listed:
+            continue
+        first: dict[int, str] = {}
+        for name in sorted({name for name in part.names if name in outputs}):
+            other = first.setdefault(outputs[name], name)
+            if other != name:
+                raise DataError(
+                    f"class folders '{shown(other)}' and '{shown(name)}' differ in spelling alone, and would be one output",
+                    where=shown(part.root),
+                    remedy="put their images into one folder, or say with --labels which output each is",
+                )
 
 
 def _refuse_nested(parts: Sequence[Samples], union: Sequence[str], inputs: Inputs) -> None:
@@ -504,7 +541,7 @@ def _plainly(number: Decimal) -> str:
 
 def folded(name: str) -> str:
     """Return a class name without what spellings of one name differ in: case, composed letters, spaces and underscores."""
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def _one_spelling(names: Sequence[set[str]], classes: int) -> dict[str, str]:

@@ -492,6 +492,45 @@ def test_a_table_without_labels_is_no_split(tmp_path: Path) -> None:
         load_dataset(str(tmp_path), inputs())
 
 
+@pytest.mark.parametrize("header", ["file,label,phase\n", "file,mode_of_use,label\n", ""])
+def test_a_column_that_says_the_splits_counts_under_any_name(tmp_path: Path, header: str) -> None:
+    """Also where the first hundreds of lines are of one split."""
+    rows_of(tmp_path, 300)
+    swapped = header.startswith("file,mode")
+    rows = [(f"{i}.ppm", "ab"[i % 2], "Train" if i < 250 else "test") for i in range(300)]
+    text = header + "".join(f"{f},{p if swapped else c},{c if swapped else p}\n" for f, c, p in rows)
+    (tmp_path / "labels.csv").write_text(text)
+    data = load_dataset(str(tmp_path), inputs())
+    assert (len(data.train), len(data.val)) == (250, 50)
+    assert data.val.labels.tolist() == [0, 1] * 25
+
+
+@pytest.mark.parametrize("mark", ["nan", "NaN", "null", "None", "N/A", "inf"])
+def test_a_mark_among_numbers_is_no_class(tmp_path: Path, mark: str) -> None:
+    rows_of(tmp_path, 4)
+    (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,0\n1.ppm,1\n2.ppm,{mark}\n3.ppm,1\n")
+    with pytest.raises(DataError, match=f"'{mark}', which is none"):
+        load_dataset(str(tmp_path), inputs(3))
+    (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,cat\n1.ppm,dog\n2.ppm,{mark}\n3.ppm,dog\n")
+    assert len(load_dataset(str(tmp_path), inputs(3)).val.classes) == 3
+
+
+def test_a_column_that_numbers_the_classes_in_another_order_is_named(tmp_path: Path) -> None:
+    rows_of(tmp_path, 4)
+    for numbers, noted in (((0, 1), False), ((1, 0), True), ((7, 9), False)):
+        lines = "".join(f"{i}.ppm,{'ab'[i % 2]},{numbers[i % 2]}\n" for i in range(4))
+        (tmp_path / "labels.csv").write_text("file,label,label_id\n" + lines)
+        data = load_dataset(str(tmp_path), inputs())
+        assert any("'label_id' is not read, and numbers" in note for note in data.notes) == noted
+
+
+def test_two_folders_of_one_split_are_no_spellings_of_one_class(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ["Cat", "cat", "dog"])
+    class_folders(tmp_path / "val", ["cat", "dog"])
+    with pytest.raises(DataError, match="'Cat' and 'cat' differ in spelling alone"):
+        load_dataset(str(tmp_path), inputs(2, ("cat", "dog")))
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-8-sig"])
 def test_tables_in_the_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
     text = rows_of(tmp_path, 4).replace(",a", ",Ähre").replace(",b", ",Baum")
