@@ -27,7 +27,7 @@ from rescompress.core.outcomes import Outcomes
 from rescompress.fingerprint import environment
 from rescompress.reporter import Reporter, Silent
 from rescompress.search.front import front, good_enough
-from rescompress.search.ladder import climbs
+from rescompress.search.ladder import climbs, latest
 from rescompress.search.settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
 from rescompress.search.study import DONE, IMPOSSIBLE, STOPPED, Answer, Lease, Trials, beating, patiently
 from rescompress.settings import Settings
@@ -119,7 +119,8 @@ def _own_folder(folder: Path, lease: Lease) -> Iterator[Path]:
 
 def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> tuple[str | None, str]:
     """Let one candidate climb; return how it ended and why, or no state where the worker was asked to stop."""
-    lease.folder = f"{socket.gethostname()}:{folder.resolve()}"  # known with the next sign of life
+    lease.folder = f"{socket.gethostname()}:{folder.resolve()}"
+    patiently(lease.beat)
     for rung in judge.rungs():
         if patiently(lambda: trials.stopping):
             return None, "asked to stop"
@@ -131,12 +132,10 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
         else:
-            others = [a for t in patiently(trials.all) if t.slot != lease.trial.slot and (a := t.answer(rung)) is not None]
+            others = latest(patiently(trials.all), rung, besides=lease.trial.slot)
             up, verdict = climbs(answer, others, trials.config.eta)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
-        if rung == "full":
-            patiently(lease.beat)
         if not up:
             return STOPPED, f"{rung}: {verdict}"
     return DONE, "reached the top"
@@ -232,7 +231,15 @@ class Pipeline:
     def _answer(self, rung: Rung, manifest: Manifest, folder: Path, config: RunConfig) -> Answer:
         last = [s for s in manifest.stages if "top1" in s.metrics and s.checkpoint_sha256][-1]
         costs, band = self._costs(last, manifest, folder, config)
-        return Answer(rung=rung, accuracy=last.metrics["top1"].value, costs=costs, band=band, outcomes=_outcomes(last, folder))
+        artifact = last.output("checkpoint")
+        assert artifact is not None
+        from rescompress.search.forecast import evaluate_file
+
+        with _machine(exclusive=False):
+            outcomes, sureness = evaluate_file(folder / artifact.path, self.settings, self.reporter)
+        return Answer(
+            rung=rung, accuracy=last.metrics["top1"].value, sureness=sureness, costs=costs, band=band, outcomes=outcomes
+        )
 
     def _costs(
         self, last: StageResult, manifest: Manifest, folder: Path, config: RunConfig
@@ -314,11 +321,6 @@ def _spec_of(path: Path) -> Any:
     from compress.checkpoints import load_checkpoint
 
     return load_checkpoint(path).spec
-
-
-def _outcomes(stage: StageResult, folder: Path) -> Outcomes | None:
-    artifact = stage.output("outcomes")
-    return Outcomes.model_validate_json((folder / artifact.path).read_text(encoding="utf-8")) if artifact else None
 
 
 @contextlib.contextmanager
@@ -471,7 +473,7 @@ def _judged(
     assert stage is not None
     artifact = stage.output("checkpoint")
     assert artifact is not None
-    outcomes: Outcomes = evaluate_file(place / artifact.path, settings, pipeline.reporter)
+    outcomes, _ = evaluate_file(place / artifact.path, settings, pipeline.reporter)
     metrics = {k: v.model_dump(mode="json", exclude_defaults=True) for k, v in stage.metrics.items() if not k.startswith("top")}
     metrics |= pipeline.latency_metric(place / artifact.path, place)
     return {"outcomes": outcomes.model_dump(mode="json"), "metrics": metrics}
