@@ -71,6 +71,11 @@ def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Point]:
     return sorted(found, key=lambda p: [p.answer.costs[name] for name in objectives])
 
 
+def unjudged(points: Sequence[Point], final: Mapping[str, object]) -> list[str]:
+    """Return the networks that the evaluation split has not been read for: ``dense``, and slots of the front."""
+    return [name for name in ("dense", *(str(p.trial.slot) for p in points)) if name not in final]
+
+
 def _rivals(answers: Sequence[Answer]) -> list[list[int]]:
     """Return, for each answer, the others that are at least as good in everything: only they can beat it; the best first."""
     import numpy as np

@@ -49,6 +49,8 @@ LOST = "lost"
 DONE, STOPPED, IMPOSSIBLE = "done", "stopped", "impossible"
 _RANK = {DONE: 0, STOPPED: 0, IMPOSSIBLE: 0, "running": 1, "waiting": 2, LOST: 3}
 
+_FINAL = "final:"
+
 AHEAD = 32
 """Slots that are queued at a time: what waits is read again and again, so a long search is not queued whole."""
 
@@ -167,7 +169,7 @@ class Lease:
     def beat(self) -> None:
         """Give a sign of life."""
         self.beats += 1
-        lease = {"worker": self.trials.worker, "pid": os.getpid(), "host": _machine(), "beat": self.beats}
+        lease = {"worker": self.trials.worker, "pid": os.getpid(), "host": _host(), "beat": self.beats}
         lease["folder"] = self.folder
         self.trials.study._storage.set_trial_user_attr(self.trial_id, "lease", lease)
 
@@ -262,6 +264,16 @@ class Trials:
         self._open = [frozen.number for frozen in still]
         self._read = max(self._read, len(everything))
         return still
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """What the evaluation split said at the end: of ``dense``, and of networks of the front by their slot."""
+        attrs = self.study.user_attrs
+        return {k.removeprefix(_FINAL): v for k, v in attrs.items() if k.startswith(_FINAL)}
+
+    def conclude(self, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what the evaluation split said of one network; each has an entry of its own, as several workers may conclude."""
+        patiently(lambda: self.study.set_user_attr(_FINAL + name, found))
 
     @property
     def stopping(self) -> bool:
@@ -368,7 +380,7 @@ def _running(frozen: Any) -> bool:
 
 
 @functools.cache
-def _machine() -> str:
+def _host() -> str:
     """Return what tells this machine, since it started, from all others; a container has process numbers of its own."""
     known = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -380,7 +392,7 @@ def _machine() -> str:
 
 def _dead_here(lease: Mapping[str, Any]) -> bool:
     """Whether a lease is of a process of this machine that is no longer there."""
-    if lease.get("host") != _machine() or not isinstance(lease.get("pid"), int) or os.name == "nt":
+    if lease.get("host") != _host() or not isinstance(lease.get("pid"), int) or os.name == "nt":
         return False
     try:
         os.kill(lease["pid"], 0)
@@ -453,24 +465,62 @@ def storage_of(address: str) -> Any:
     if "://" not in address:
         from rescompress.search.journal import journal_storage
 
-        return journal_storage(Path(address) / JOURNAL)
+        try:
+            return journal_storage(Path(address) / JOURNAL)
+        except OSError as e:
+            raise EnvironmentFailed(
+                f"cannot be opened: {e.strerror or e}",
+                where=str(Path(address) / JOURNAL),
+                remedy="check the folder and its rights",
+            ) from e
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise BadInput(
+                "is damaged, or no journal of a search",
+                where=str(Path(address) / JOURNAL),
+                remedy="restore it, or begin another search in another folder",
+            ) from e
     scheme, _, rest = address.partition("://")
+    if scheme == "grpc":
+        return _proxy(rest)
     if scheme in ("postgresql", "postgres"):
         address = f"postgresql+psycopg://{rest}"
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
         return optuna.storages.RDBStorage(address, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
     except (ModuleNotFoundError, NoSuchModuleError, ImportError) as e:
         raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy="pip install 'rescompress[search]'") from e
-    except ArgumentError as e:
-        raise BadInput("is no address of a storage", where=_hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
-    except OperationalError as e:
-        reason = str(e.orig).strip().splitlines()[0] if e.orig else str(e)
-        raise EnvironmentFailed(f"cannot be reached: {reason}", where=_hidden(address), remedy="check host, port, name") from e
+    except (ArgumentError, ValueError) as e:
+        raise BadInput("is no address of a storage", where=hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
+    except SQLAlchemyError as e:
+        reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0]
+        raise EnvironmentFailed(f"cannot be reached: {reason}", where=hidden(address), remedy="check host, port, name") from e
+    except RuntimeError as e:  # tables of another version of Optuna
+        raise BadInput(str(e).strip().splitlines()[0], where=hidden(address), remedy="use another database") from e
 
 
-def _hidden(address: str) -> str:
+def _proxy(rest: str) -> Any:
+    """Return the storage behind an Optuna server, ``HOST:PORT``.
+
+    Raises:
+        ToolMissing: The package grpcio is not installed.
+        BadInput: It is no host and port.
+    """
+    import importlib.util
+
+    import optuna
+
+    host, colon, port = rest.rstrip("/").rpartition(":")
+    if not (colon and host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise BadInput("is no address of a storage", where=f"grpc://{rest}", remedy="write grpc://HOST:PORT")
+    if importlib.util.find_spec("grpc") is None:
+        raise ToolMissing(
+            "no driver for grpc: grpcio is not installed", where="--storage", remedy="pip install grpcio protobuf"
+        )
+    return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+
+
+def hidden(address: str) -> str:
     """Return an address without its password."""
     scheme, _, rest = address.partition("://")
     user, at, host = rest.rpartition("@")
@@ -509,6 +559,12 @@ def create(
         storage=storage, study_name=name, directions=directions, load_if_exists=True, sampler=_sampler(config, seed)
     )
     if "document" not in study.user_attrs:
+        if (
+            study.directions != directions
+            or study.user_attrs.keys() - {"layout", "version"}
+            or study.get_trials(deepcopy=False)
+        ):
+            raise BadInput("is a study of something else", where=name, remedy="name another with --name")
         study.set_user_attr("layout", LAYOUT)
         study.set_user_attr("version", _version())
         study.set_user_attr("document", json.dumps(document))
@@ -533,6 +589,11 @@ def _comparable(document: Mapping[str, Any]) -> Any:
     return made
 
 
+def names_in(storage: Any) -> list[str]:
+    """Return the names of the studies of a storage."""
+    return [s.study_name for s in storage.get_all_studies()]
+
+
 def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
     """Return the search of a storage, for a worker or a reader.
 
@@ -541,7 +602,7 @@ def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
     """
     import optuna
 
-    names = [s.study_name for s in storage.get_all_studies()]
+    names = names_in(storage)
     if not names:
         raise BadInput("holds no search", where=name, remedy="begin one with `rescompress search CONFIG.yaml`")
     if name is None and len(names) > 1:
