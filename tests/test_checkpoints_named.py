@@ -50,8 +50,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             files = self.repositories.get("/".join(parts[2:4]), {})
-            siblings = [{"rfilename": name} for name in files]
-            self._answer(200, json.dumps({"id": "x", "sha": COMMIT, "siblings": siblings}).encode())
+            tree = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40} for name, body in files.items()]
+            self._answer(200, json.dumps(tree).encode())
             return
         repository, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         if repository in self.gated:

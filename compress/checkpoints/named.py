@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +39,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What the hub's libraries call the weights, the better first."""
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+ -]{1,60}?)[\"']?[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _LARGEST_TEXT = 1 << 20
+_CONNECT_S = 5.0
 _PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 FORMS = "hf:org/name@revision, timm/resnet50.a1_in1k, torchvision/resnet50"
 
@@ -202,15 +207,21 @@ def _hub(repository: str, file: str | None, revision: str | None, *, short: bool
     except ImportError as e:
         raise ToolMissing("huggingface-hub is not installed", remedy="pip install huggingface-hub") from e
     missing: list[str] = []
+
+    @functools.cache
+    def offline() -> bool:
+        return not _reachable(_places().get("endpoint") or hub.constants.ENDPOINT)
+
     for wanted in [file] if file else list(_WEIGHTS):
         try:
-            path = _file(hub, repository, wanted, revision)
+            path = _file(hub, repository, wanted, revision, offline=offline)
         except LocalEntryNotFoundError:
             missing.append(wanted)
+            continue
         except EntryNotFoundError:
             continue
-        else:
-            return _with_card(hub, repository, file, path, short=short)
+        if path is not None:
+            return _with_card(hub, repository, file, path, short=short, offline=offline)
     if missing:
         at = f" --revision {revision}" if revision else ""
         raise EnvironmentFailed(
@@ -220,8 +231,24 @@ def _hub(repository: str, file: str | None, revision: str | None, *, short: bool
     raise _no_weights(hub, repository, file, revision)
 
 
-def _file(hub: Any, repository: str, file: str, revision: str | None) -> Path:
-    """Return a file of a repository from the cache where its commit is named and it is there, else from the hub."""
+def _reachable(endpoint: str) -> bool:
+    """Whether the hub can be reached: asked once, since its library tries for a minute; behind a proxy it is left to that."""
+    if urllib.request.getproxies():
+        return True
+    place = urllib.parse.urlsplit(endpoint)
+    port = place.port or (443 if place.scheme == "https" else 80)
+    try:
+        with socket.create_connection((place.hostname or "", port), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _file(hub: Any, repository: str, file: str, revision: str | None, *, offline: Callable[[], bool]) -> Path | None:
+    """Return a file of a repository from the cache where its commit is named and it is there, else from the hub.
+
+    None where the cache knows that the commit has no such file.
+    """
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -234,11 +261,11 @@ def _file(hub: Any, repository: str, file: str, revision: str | None) -> Path:
     places = _places()
     if revision is not None and _COMMIT.fullmatch(revision):
         cached = hub.try_to_load_from_cache(repository, file, cache_dir=places.get("cache_dir"), revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None
     try:
-        with _quiet(hub):
-            return Path(hub.hf_hub_download(repository, file, revision=revision, **places))
+        with _quiet():
+            return Path(hub.hf_hub_download(repository, file, revision=revision, local_files_only=offline(), **places))
     except EntryNotFoundError:
         raise
     except GatedRepoError as e:
@@ -269,16 +296,18 @@ def _places() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet(hub: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Draw no bars inside: files of a ResNet take seconds."""
-    drawn = not hub.utils.are_progress_bars_disabled()
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    drawn = not are_progress_bars_disabled()
     if drawn:
-        hub.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         yield
     finally:
         if drawn:
-            hub.utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _no_weights(hub: Any, repository: str, file: str | None, revision: str | None) -> CheckpointError:
@@ -291,7 +320,9 @@ def _no_weights(hub: Any, repository: str, file: str | None, revision: str | Non
     return CheckpointError(f"has no file {file or ' or '.join(_WEIGHTS)}", remedy=remedy)
 
 
-def _with_card(hub: Any, repository: str, file: str | None, path: Path, *, short: bool) -> Published:
+def _with_card(
+    hub: Any, repository: str, file: str | None, path: Path, *, short: bool, offline: Callable[[], bool]
+) -> Published:
     """Return a file with what stands beside it at the same commit."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -301,8 +332,8 @@ def _with_card(hub: Any, repository: str, file: str | None, path: Path, *, short
     notes = []
     for beside in ("config.json", "preprocessor_config.json", "README.md"):
         try:
-            at = _file(hub, repository, beside, commit or None)
-            if at.stat().st_size <= _LARGEST_TEXT:
+            at = _file(hub, repository, beside, commit or None, offline=offline)
+            if at is not None and at.stat().st_size <= _LARGEST_TEXT:
                 texts[beside] = at.read_text(encoding="utf-8", errors="replace")
         except LocalEntryNotFoundError:
             if beside == "config.json":
