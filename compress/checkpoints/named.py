@@ -298,7 +298,7 @@ def _places() -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Draw no bars inside: files of a ResNet take seconds."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     drawn = not are_progress_bars_disabled()
     if drawn:
@@ -364,15 +364,17 @@ def _facts(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[dic
     found: dict[str, Any] = {"config": {k: v for k, v in config.items() if k != "pretrained_cfg"}}
     notes: list[str] = []
     for key, names in {"mean": ("mean", "image_mean"), "std": ("std", "image_std")}.items():
-        value = next((source[n] for n in names if n in source), None)
-        if _numbers(value) and source.get("do_normalize", True):
-            found[key] = tuple(float(v) for v in value)
+        value = _triple(next((source[n] for n in names if n in source), None))
+        if source.get("do_normalize") is False:
+            value = (0.0,) * 3 if key == "mean" else (1.0,) * 3
+        if value is not None:
+            found[key] = value
     side = None
-    sizes = timm.get("input_size")
-    if _numbers(sizes) and len(sizes) == 3 and all(type(n) is int and 8 <= n <= 4096 for n in sizes[1:]):
-        found["input_size"] = (int(sizes[0]), int(sizes[1]), int(sizes[2]))
-        side = min(sizes[1:])
-        if timm.get("test_input_size") not in (None, sizes):
+    shape = _triple(timm.get("input_size"))
+    if shape is not None and all(n.is_integer() and 8 <= n <= 4096 for n in shape[1:]):
+        found["input_size"] = tuple(map(int, shape))
+        side = int(min(shape[1:]))
+        if timm.get("test_input_size") not in (None, timm["input_size"]):
             notes.append(f"it is also published for an input of {timm['test_input_size']}: --input")
     size = processor.get("size") if not timm else None
     edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
@@ -396,8 +398,11 @@ def _facts(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[dic
     return found, notes
 
 
-def _numbers(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+def _triple(value: object) -> tuple[float, float, float] | None:
+    """Return three numbers, or None where these are none."""
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
+        return None
+    return float(value[0]), float(value[1]), float(value[2])
 
 
 def _timm_default(name: str) -> str:
