@@ -92,7 +92,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         _override(document, override)
     config = validate(document, str(path))
     base = path.parent
-    changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
+    changed: dict[str, Any] = {"checkpoint": _network(config.checkpoint, base)}
     if not config.data.startswith("builtin:"):
         changed["data"] = _absolute(config.data, base)
     if config.prune is not None and config.prune.plan is not None:
@@ -100,7 +100,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     for name in ("finetune", "quantize"):
         training = getattr(config, name)
         if training is not None and training.teacher not in (None, "none", "dense"):
-            changed[name] = training.model_copy(update={"teacher": _absolute(training.teacher, base)})
+            changed[name] = training.model_copy(update={"teacher": _network(training.teacher, base)})
     return config.model_copy(update=changed)
 
 
@@ -109,6 +109,14 @@ def _absolute(text: str, base: Path) -> str:
         raise ConfigError(f"{shown(text)} is no name of a file: it holds a NUL", where="config", remedy="correct the path")
     path = Path(text).expanduser()
     return str(path if path.is_absolute() else (base / path).resolve())
+
+
+def _network(text: str, base: Path) -> str:
+    """Return the path of a checkpoint, or its name where there is no such file."""
+    from compress.checkpoints.named import is_name
+
+    path = _absolute(text, base)
+    return text if is_name(text) and not Path(path).exists() else path
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:

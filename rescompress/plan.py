@@ -30,6 +30,8 @@ def _identity(opening: Opening) -> dict[str, Any]:
     stated = asdict(opening)
     stated.pop("yields")  # follows from being a teacher
     del stated["path"]
+    if opening.name is None:  # a named network is more than its file: what is published beside it counts
+        del stated["name"]
     return stated | {"sha256": file_identity(str(opening.path))}
 
 
@@ -258,7 +260,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
 def opening_of(config: RunConfig) -> Opening:
     """Return the checkpoint file of a config and what it states about it."""
     shape = parse_shape(config.input) if config.input else None
-    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
+    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle).fetched()
 
 
 def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:

@@ -49,7 +49,7 @@ def starter_config(
         load_target(target)
     targets = target or "cpu, jetson"
     meant = f"; jetson: {load_target('jetson').name} off a board" if "jetson" in targets.split(", ") else ""
-    network = _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
+    network = opening.name or _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
     stated = _stated(opening) if opening else ""
     images = _path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"
     return f"""{about}

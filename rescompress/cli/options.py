@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Checkpoint file or name (timm/resnet50.a1_in1k).", show_default=False)
+]
 Data = Annotated[
     str | None,
     typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),

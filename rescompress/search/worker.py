@@ -43,6 +43,7 @@ from rescompress.search.study import (
     patiently,
 )
 from rescompress.settings import Settings
+from rescompress.stage import Opening
 from rescompress.store import Store
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ class Pipeline:
         """
         from rescompress.fingerprint import file_identity
 
-        return {"checkpoint": file_identity(self.document["checkpoint"]), "data": self.settings.data_identity}
+        opening = Opening(Path(self.document["checkpoint"])).fetched()
+        return {"checkpoint": file_identity(str(opening.path)), "data": self.settings.data_identity}
 
     def rungs(self) -> tuple[Rung, ...]:
         """Return the rungs that mean something for this config: no training, no rung for it; no runtime here, no measuring."""
