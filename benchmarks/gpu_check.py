@@ -34,7 +34,7 @@ from compress.quantize import ptq
 from compress.resnet import build_model, tensors_of
 from compress.train import TrainState, train
 from compress.zoo import spec
-from rescompress.core.training import TrainSettings
+from rescompress.core.settings import TrainSettings
 
 BATCH = 128
 

@@ -41,7 +41,7 @@ from compress.resnet import build_model, tensors_of
 from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.outcomes import Outcomes
-from rescompress.core.training import TrainSettings
+from rescompress.core.settings import TrainSettings
 from rescompress.gate import tango
 
 HELD_OUT = 0.04

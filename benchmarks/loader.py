@@ -30,8 +30,8 @@ from compress.data import Inputs, MemoryStore, Split, load_dataset
 from compress.data.augment import shifted
 from compress.data.loader import Batches
 from compress.pixels import fit, normalise, picture
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Preprocessing
-from rescompress.core.training import TrainSettings
 
 PREPROCESSING = Preprocessing(name="imagenet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize=256, assumed=False)
 

@@ -32,7 +32,7 @@ from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, pr
 from compress.resnet import build_model, tensors_of
 from compress.train import hold_out, train
 from rescompress.core.artifact import write_text
-from rescompress.core.training import TrainSettings
+from rescompress.core.settings import TrainSettings
 
 HELD = 0.1
 

@@ -38,8 +38,8 @@ from compress.resnet import build_model, tensors_of
 from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.layers import total_macs, walk
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import ModelSpec
-from rescompress.core.training import TrainSettings
 
 PEER = "torch-pruning"
 NO_REPAIR = "-no-repair"

@@ -37,8 +37,8 @@ from compress.prune.sparsity import has_pattern
 from compress.teacher import same_arithmetic
 from rescompress.core.artifact import atomic_path, open_regular
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.settings import LR_BATCH, TrainSettings
 from rescompress.core.spec import Preprocessing
-from rescompress.core.training import LR_BATCH, TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from compress.train import train
     from rescompress.api import export_onnx, predict_latency, quantize, run
     from rescompress.core.manifest import load_manifest
+    from rescompress.core.settings import TrainSettings
     from rescompress.core.spec import ModelSpec
-    from rescompress.core.training import TrainSettings
 
 _HOME = {
     "Budget": ("compress.prune", "Budget"),
     "Checkpoint": ("compress.checkpoints.base", "Checkpoint"),
     "ModelSpec": ("rescompress.core.spec", "ModelSpec"),
-    "TrainSettings": ("rescompress.core.training", "TrainSettings"),
+    "TrainSettings": ("rescompress.core.settings", "TrainSettings"),
     "build_model": ("compress.resnet", "build_model"),
     "evaluate": ("compress.evaluate", "evaluate"),
     "export_onnx": ("rescompress.api", "export_onnx"),

@@ -18,7 +18,7 @@ from compress.prune.sparsity import fits, has_pattern, sparsify, two_of_four
 from compress.resnet import build_model
 from compress.train import train
 from rescompress.core.layers import walk
-from rescompress.core.training import TrainSettings
+from rescompress.core.settings import TrainSettings
 
 
 def error_of(h, w, v):

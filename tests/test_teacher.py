@@ -21,8 +21,8 @@ from compress.resnet import build_model, tensors_of
 from compress.teacher import match_teacher, reordered
 from compress.train import train
 from rescompress.core.errors import BadInput
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
-from rescompress.core.training import TrainSettings
 from rescompress.stage import Opening
 
 CLASSES = ("ant", "bee", "cow", "dog")

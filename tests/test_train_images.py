@@ -23,8 +23,8 @@ from compress.pixels import decode, picture
 from compress.resnet import build_model
 from compress.train import TrainState, hold_out, train
 from rescompress.core.errors import BadInput, DataError, EnvironmentFailed
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
-from rescompress.core.training import TrainSettings
 
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=18)
 SPEC = ModelSpec(

@@ -25,8 +25,8 @@ from compress.pixels import normalise
 from compress.resnet import ResNet, build_model
 from compress.train import TrainState, _accelerator, _optimizer, _step, arranged, train
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
-from rescompress.core.training import TrainSettings
 
 ALONE = Share()
 SPEC = ModelSpec(

@@ -19,8 +19,8 @@ from compress.losses import class_weights, label_loss
 from compress.resnet import build_model
 from compress.train import TrainState, _mixers, arranged, train
 from rescompress.core.errors import BadInput
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
-from rescompress.core.training import TrainSettings
 
 SPEC = ModelSpec(
     input_shape=(3, 8, 8),

@@ -28,7 +28,7 @@ from compress.data.cache import PixelCache
 from compress.data.splits import EncodedStore, Split, picture_of, pictures_below, sizes_of
 from compress.pixels import Pixels
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
-from rescompress.core.training import PHOTO_SIDE, TrainSettings
+from rescompress.core.settings import PHOTO_SIDE, TrainSettings
 
 Indices = NDArray[np.int64]
 _PREFETCH = 4
