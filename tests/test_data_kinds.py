@@ -382,3 +382,12 @@ def test_fifty_thousand_files_are_scanned_in_seconds(tmp_path: Path) -> None:
     data = load_dataset(str(tmp_path), ten)
     assert time.perf_counter() - began < 5.0
     assert len(data.train) == 48_000
+
+
+def test_data_is_known_again_without_torch(tmp_path: Path) -> None:
+    import subprocess
+
+    sources = [as_shards(tmp_path / "shards"), as_folder(tmp_path / "folder"), as_table(tmp_path / "table")]
+    code = "import sys; from rescompress.fingerprint import data_identity\n"
+    code += "for source in sys.argv[1:]: data_identity(source)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, *sources], check=True, cwd=Path(__file__).parents[1])

@@ -6,6 +6,7 @@ Its names are looked up when they are used: what a data set is called and holds 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
+    if name.startswith("__") or importlib.util.find_spec(f"compress.data.{name}") is not None:
+        raise AttributeError(name)  # Python imports what is a module of its own
     return getattr(importlib.import_module("compress.data.splits"), name)

@@ -125,30 +125,30 @@ class PruneSettings(Section):
 
 
 class TrainSettings(Section):
-    """Training of a network. Where ``null`` stands for the preset's, `preset` says which value that is.
+    """Training of a network, by SGD with Nesterov momentum.
+
+    The learning rate is warmed up linearly, then a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983); distillation is
+    that of Hinton et al. 2015 (arXiv:1503.02531, section 2); images are mixed as in Zhang et al. 2018 (arXiv:1710.09412) and
+    Yun et al. 2019 (arXiv:1905.04899). Where ``null`` stands for the preset's, `preset` says which value that is.
 
     Attributes:
         epochs: Passes over the training split.
-        teacher: ``dense`` (the network before pruning), a checkpoint file (relative to the config file), or null for
-            labels alone. A stage opens it; `compress.train.train` takes the network itself.
-        lr: Peak learning rate of SGD with Nesterov momentum; warmed up linearly, then a cosine to zero (Loshchilov &
-            Hutter 2017, arXiv:1608.03983). ``auto`` tries a few on training images that are held out.
-        batch_size: Images per step over all processes.
+        teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
+        lr: Peak learning rate; ``auto`` tries a few on training images that are held out.
+        batch_size: Images per training step, over all processes.
         distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
-        temperature: Of the distillation's softmax (Hinton et al. 2015, arXiv:1503.02531, section 2).
+        temperature: Of the distillation's softmax.
         features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
             Only with a teacher.
-        precision: Of convolutions and linear layers; weights and the optimizer stay float32. ``bf16`` and ``fp16`` (with
-            a scaled loss) are autocast, ``tf32`` lets a GPU round float32 operands. Not for quantization-aware training,
-            whose rounding must be the one that runs.
+        precision: Of convolutions and linear layers; ``bf16`` is faster on processors with bfloat16 units (AMX, Ampere),
+            ``fp16`` scales the loss, ``tf32`` rounds operands on a GPU alone.
         augment: ``none``, the images as evaluation sees them; ``cifar``, those shifted by up to an eighth of each side and
             mirrored; ``photo``, a random part of the whole picture, mirrored; ``photo+``, that with TrivialAugment,
             erasing, mixing and averaged weights, for long trainings. ``auto`` is ``cifar`` below 64 pixels, else ``photo``.
             Nothing is mirrored where the data says that a mirrored image means something else.
         min_area: Least part of a picture's area that ``photo`` cuts out.
-        mixup: Alpha of the Beta distribution that two images are mixed by (Zhang et al. 2018, arXiv:1710.09412); 0: not.
-        cutmix: Likewise for a rectangle of one image in another (Yun et al. 2019, arXiv:1905.04899); with `mixup`, each
-            step has one of the two.
+        mixup: Alpha of the Beta distribution that two images are mixed by; 0: not.
+        cutmix: Likewise for a rectangle of one image in another; with `mixup`, each step has one of the two.
         label_smoothing: Part of each label that is spread over all classes.
         ema: Decay per step of a running mean of the weights, which the result has; 0: none. It is shorter at the start.
         momentum: Of SGD.
