@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from compress.averaging import RunningMean
 from compress.data import Split
 from compress.data.augment import shifted
-from compress.data.loader import Batches, Share, cache_for, workers_for
+from compress.data.loader import PHOTOS, Batches, cache_for, workers_for
 from compress.device import torch_device
 from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, shared_features
 from compress.pixels import normalise
+from compress.processes import Together
 from compress.prune.sparsity import has_pattern
 from compress.teacher import same_arithmetic
 from rescompress.core.artifact import atomic_path, open_regular
@@ -147,7 +148,7 @@ def train(
     if len(split) < 2:
         raise DataError(f"{len(split)} image cannot train a network", where="--data", remedy="give more training images")
     accelerator = _accelerator(settings.device or "auto")
-    share = Share(accelerator.process_index, accelerator.num_processes)
+    share = Together(accelerator.process_index, accelerator.num_processes)
     main = share.rank == 0
     settings = settings.preset(min(split.size[:2]))
     seed = settings.seed or 0
@@ -176,13 +177,16 @@ def train(
         workers = workers_for(settings, split, share, batch_size // share.world)
         cache = cache_for(split, settings, workers, folder)
         if cache is not None:
-            if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+            its = resume_file is None or int(os.environ.get("LOCAL_RANK") or 0) == 0  # one of those that share the folder
+            if its:
                 cache.create()
+                cleaning.callback(cache.remove)
             accelerator.wait_for_everyone()
-            cleaning.callback(_forget, cache, accelerator, share)
         said = settings.model_dump(exclude={"workers", "device", "teacher", "cache_gib"}) | {"seed": seed}
         fingerprint = f"{sorted(said.items())} {split.identity} {held.identity if held else ''} {pixels} {share.world} "
-        fingerprint += f"{batch_size} {accelerator.device.type} {cache is not None and settings.augment} {start_from} "
+        fingerprint += (
+            f"{batch_size} {accelerator.device.type} {cache is not None and settings.augment in PHOTOS} {start_from} "
+        )
         if own is not None:
             fingerprint += f"{own.model_dump_json()} "
         fingerprint += hashlib.sha256(trained.encode()).hexdigest()
@@ -226,12 +230,6 @@ def train(
     return log
 
 
-def _forget(cache: Any, accelerator: Accelerator, share: Share) -> None:
-    """Delete the cache; a training that is killed leaves it to the one that goes on."""
-    if int(os.environ.get("LOCAL_RANK") or share.rank) == 0:
-        cache.remove()
-
-
 class _Loop:
     """A training between two steps: everything that changes in it."""
 
@@ -245,7 +243,7 @@ class _Loop:
         batches: Batches,
         steps: int,
         watched: Sequence[str],
-        share: Share,
+        share: Together,
     ) -> None:
         """Move the network to the device and lay out the optimizer."""
         self._settings, self._accelerator, self._share = settings, accelerator, share
@@ -481,7 +479,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, held: Split, accelerator: Accelerator, share: Share) -> tuple[float, float]:
+def _score(model: nn.Module, held: Split, accelerator: Accelerator, share: Together) -> tuple[float, float]:
     """Return top-1 and mean cross-entropy on images, which the processes share out."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
@@ -518,6 +516,12 @@ def _peak(
     factor = batch_size / LR_BATCH if settings.scale_lr else 1.0
     if settings.lr != "auto":
         return settings.lr * factor
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        raise BadInput(
+            "auto finds a learning rate in one process",
+            where="lr",
+            remedy="find it there for a part of the epochs, then give it",
+        )
     usual = float(TrainSettings.model_fields["lr"].default) * (batch_size / LR_BATCH)
     if held is None:
         split, held = hold_out(split, _TRIED_HOLD_OUT, settings.seed or 0)
@@ -536,7 +540,7 @@ def _peak(
             continue
         student = student.to(_accelerator(settings.device or "auto").device)
         accelerator = _accelerator(settings.device or "auto")
-        share = Share(accelerator.process_index, accelerator.num_processes)
+        share = Together(accelerator.process_index, accelerator.num_processes)
         found[rate] = _score(student, held, accelerator, share)[1]
     best = min(found, key=lambda rate: found[rate], default=None)
     if best is None or not math.isfinite(found[best]):
@@ -572,7 +576,7 @@ def _mixers(settings: TrainSettings, classes: int) -> list[Any]:
 
 
 def arranged(
-    x: Tensor, y: Tensor, settings: TrainSettings, step: int, share: Share, *, flips: bool, mix: Sequence[Any] = ()
+    x: Tensor, y: Tensor, settings: TrainSettings, step: int, share: Together, *, flips: bool, mix: Sequence[Any] = ()
 ) -> tuple[Tensor, Tensor]:
     """Return a batch as the networks see it before normalisation: moved, mirrored or mixed, as a function of (seed, step).
 

@@ -20,6 +20,7 @@ from compress.data.augment import PhotoTransform, draw, seed_of
 from compress.data.cache import PixelCache
 from compress.data.loader import Batches, cache_for, epoch_order, workers_for
 from compress.pixels import decode, picture
+from compress.processes import Together
 from compress.resnet import build_model
 from compress.train import TrainState, hold_out, train
 from rescompress.core.errors import BadInput, DataError, EnvironmentFailed
@@ -241,7 +242,7 @@ def test_a_process_that_ends_is_told(split: Split, monkeypatch: pytest.MonkeyPat
 
 def test_more_processes_than_memory_are_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_free_memory", lambda: 4 << 30)
-    assert workers_for(how(workers=8), split, loading.Share(), 8) == 8
+    assert workers_for(how(workers=8), split, Together(), 8) == 8
     with pytest.raises(BadInput, match=r"1000 processes that read images need some .* 4\.0 are free"):
         train(build_model(SPEC), split, how(workers=1000))
 

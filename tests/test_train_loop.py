@@ -19,16 +19,17 @@ from torch.nn import functional as F
 
 from compress.data import Inputs, MemoryStore, Split
 from compress.data.augment import shifted
-from compress.data.loader import Batches, Share
+from compress.data.loader import Batches
 from compress.losses import distillation_loss, feature_loss, label_loss, shared_features
 from compress.pixels import normalise
+from compress.processes import Together
 from compress.resnet import ResNet, build_model
 from compress.train import TrainState, _accelerator, _optimizer, _step, arranged, train
 from rescompress.core.errors import BadInput, DataError
 from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
-ALONE = Share()
+ALONE = Together()
 SPEC = ModelSpec(
     input_shape=(3, 8, 8),
     stem=Stem(convs=(StemConv(width=4, kernel=3, stride=1),), max_pool=False),
@@ -427,7 +428,7 @@ def test_a_teacher_in_training_mode_is_read_in_evaluation(split: Split) -> None:
 
 
 def batch(
-    split: Split, how: TrainSettings, step: int, batch_size: int = 16, share: Share = ALONE, drawn: int | None = None
+    split: Split, how: TrainSettings, step: int, batch_size: int = 16, share: Together = ALONE, drawn: int | None = None
 ) -> torch.Tensor:
     """Return the inputs of a step; `drawn` takes the place of the step in what is drawn for it."""
     how = how.preset(8)
@@ -458,8 +459,8 @@ def test_augmentation_depends_on_the_seed(split: Split) -> None:
     assert len({tuple(image.flatten().tolist()) for image in moved}) > 1
 
 
-@pytest.mark.parametrize("share", [Share(), Share(1, 2)])
-def test_batches_of_small_images_are_what_they_always_were(split: Split, share: Share) -> None:
+@pytest.mark.parametrize("share", [Together(), Together(1, 2)])
+def test_batches_of_small_images_are_what_they_always_were(split: Split, share: Together) -> None:
     """Weights of trainings that are reported stay as they are: the order, the shifts and the mirrors of each step."""
     how = settings(seed=3)
     for step in (0, 5, 11):

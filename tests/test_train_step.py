@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from compress import train as training
 from compress.averaging import RunningMean
 from compress.data import MemoryStore, Split
-from compress.data.loader import Share
 from compress.losses import class_weights, label_loss
+from compress.processes import Together
 from compress.resnet import build_model
 from compress.train import TrainState, _mixers, arranged, train
 from rescompress.core.errors import BadInput
@@ -181,8 +181,8 @@ def test_images_and_labels_are_mixed_alike(mixup: float, cutmix: float) -> None:
     x = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8).mul(255).to(torch.uint8)  # image i has channel i alone
     kinds = set()
     for step in range(12):
-        mixed, labels = arranged(x, torch.arange(3), settings, step, Share(), flips=False, mix=_mixers(settings, 3))
-        again = arranged(x, torch.arange(3), settings, step, Share(), flips=False, mix=_mixers(settings, 3))
+        mixed, labels = arranged(x, torch.arange(3), settings, step, Together(), flips=False, mix=_mixers(settings, 3))
+        again = arranged(x, torch.arange(3), settings, step, Together(), flips=False, mix=_mixers(settings, 3))
         assert torch.equal(mixed, again[0])
         assert torch.allclose(mixed.mean((2, 3)) / 255, labels, atol=1e-5), (
             "a label says how much of each class is in the image"

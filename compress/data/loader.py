@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,13 @@ from compress.data.augment import PhotoTransform, draw, seed_of
 from compress.data.cache import PixelCache
 from compress.data.splits import EncodedStore, Split, picture_of, pictures_below, sizes_of
 from compress.pixels import Pixels
+from compress.processes import ALONE, Together
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
 from rescompress.core.settings import PHOTO_SIDE, TrainSettings
 
 Indices = NDArray[np.int64]
+PHOTOS = ("photo", "photo+")
+"""Presets that change one picture each."""
 _PREFETCH = 4
 """Batches that each reading process prepares ahead."""
 _PROCESS_BYTES = 120 << 20
@@ -63,24 +67,11 @@ def epoch_order(labels: Indices, seed: int, epoch: int, sampling: Literal["shuff
     return rng.permutation(np.concatenate(chosen))
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one process of a distributed training takes of each batch.
-
-    Attributes:
-        rank: Number of the process.
-        world: How many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-
 class Batches:
     """The batches of a training, by step."""
 
     def __init__(
-        self, split: Split, settings: TrainSettings, batch_size: int, share: Share = Share(), cache: PixelCache | None = None
+        self, split: Split, settings: TrainSettings, batch_size: int, share: Together = ALONE, cache: PixelCache | None = None
     ) -> None:
         """Take note of everything that a batch depends on.
 
@@ -192,7 +183,7 @@ class _Reader:
         self._seed = settings.seed or 0
         self._cache = cache
         self._photo: PhotoTransform | None = None
-        if settings.augment in ("photo", "photo+"):
+        if settings.augment in PHOTOS:
             height, width = split.size[:2]
             self._photo = PhotoTransform(settings.augment, (height, width), min_area=settings.min_area, flip=split.flips)
 
@@ -269,7 +260,7 @@ def cache_for(split: Split, settings: TrainSettings, workers: int, folder: Path)
     store, index = pictures_below(split.store)
     if not settings.cache_gib or not isinstance(store, EncodedStore):
         return None
-    photo = settings.augment in ("photo", "photo+")
+    photo = settings.augment in PHOTOS
     if not photo and not workers:
         return None  # the process keeps what it decoded itself
     budget = settings.cache_gib * 2**30
@@ -284,11 +275,13 @@ def cache_for(split: Split, settings: TrainSettings, workers: int, folder: Path)
     else:
         shapes = np.tile(np.array([[height, width, channels]]), (len(split), 1))
     form = "whole" if photo else f"{height}x{width}"
-    cache = PixelCache(folder / f"pixels-{split.identity[:16]}-{form}.u8", shapes)
+    folder.mkdir(parents=True, exist_ok=True)
+    host = re.sub(r"[^\w-]", "", platform.node())[:40]  # machines that share the folder do not share what is mapped
+    cache = PixelCache(folder / f"pixels-{split.identity[:16]}-{form}-{host}.u8", shapes)
     return cache if cache.size_bytes <= budget and cache.fits_disk() else None
 
 
-def workers_for(settings: TrainSettings, split: Split, share: Share, batch_size: int) -> int:
+def workers_for(settings: TrainSettings, split: Split, share: Together, batch_size: int) -> int:
     """Return how many processes read images.
 
     Args:

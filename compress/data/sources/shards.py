@@ -178,7 +178,8 @@ def _samples(path: str) -> Iterator[tuple[str, tuple[int, int], str | None]]:
     try:
         size = os.path.getsize(path)
         with tarfile.open(path, "r:") as shard:
-            key, picture, label = "", None, None
+            key, picture = "", None
+            labels: dict[str, str | None] = {}
             for member in shard:
                 if not member.isfile():
                     continue
@@ -189,19 +190,25 @@ def _samples(path: str) -> Iterator[tuple[str, tuple[int, int], str | None]]:
                 here, suffix = f"{folder}/{stem}", (dot + rest).lower()
                 if here != key:
                     if picture is not None:
-                        yield key, picture, label
-                    key, picture, label = here, None, None
+                        yield key, picture, _first(labels)
+                    key, picture, labels = here, None, {}
                 if suffix_of("x" + suffix) in IMAGE_SUFFIXES:
                     if picture is not None:
                         raise DataError(f"'{shown(key)[:200]}' has two pictures", where=shown(path), remedy="give each a key")
                     picture = member.offset_data, member.size
-                elif suffix in _LABELS and label is None and member.size <= _MOST_LABEL_BYTES:
+                elif suffix in _LABELS and member.size <= _MOST_LABEL_BYTES:
                     content = shard.extractfile(member)
-                    label = _label(content.read() if content else b"", suffix, f"{shown(path)}: {shown(member.name)[:200]}")
+                    where = f"{shown(path)}: {shown(member.name)[:200]}"
+                    labels[suffix] = _label(content.read() if content else b"", suffix, where)
             if picture is not None:
-                yield key, picture, label
+                yield key, picture, _first(labels)
     except (tarfile.TarError, OSError, EOFError) as e:
         raise DataError(f"is no readable shard: {e}", where=shown(path), remedy=remedy) from e
+
+
+def _first(labels: dict[str, str | None]) -> str | None:
+    """Return the label of the form that is the surest: a caption may stand beside a class."""
+    return next((labels[suffix] for suffix in _LABELS if labels.get(suffix) is not None), None)
 
 
 def _label(content: bytes, suffix: str, where: str) -> str | None:
