@@ -195,7 +195,7 @@ def kill_at(step: int) -> object:
     return kill
 
 
-@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, tmp_path: Path, stop: int) -> None:
     settings = how(augment="photo+", ema=0.9, hold_out=0.2, class_weights="balanced", accumulate=2, clip=1.0)
 
