@@ -35,6 +35,8 @@ from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
 from rescompress.config import RunConfig, load_config
+from rescompress.core.described import flag_of
+from rescompress.core.settings import PruneSettings
 from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +106,10 @@ def test_the_choices_of_an_option_are_shown_and_kept_to(helps: dict[str, str], r
 
 
 def test_the_shell_completes_methods_and_targets() -> None:
-    assert options._methods("") == [name for name in method_names() if "." not in name]
-    assert options._methods("rec") == ["reconstruct"]
+    method = flag_of(PruneSettings, "method").completes
+    assert method is not None
+    assert method("") == method_names()
+    assert method("rec") == ["reconstruct"]
     assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
 
 
@@ -374,7 +378,7 @@ def test_doctor_knows_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.keys() == doctor.PURPOSES.keys()
     assert sum(extra is None for extra in found.values()) == len(project["dependencies"])
     narrower = {"tensorrt10", "tensorrt11"}  # one major version of what `tensorrt` asks for
-    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev"} - narrower
+    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev", "docs"} - narrower
     stated = ["SciPy>=1.11; extra == 'fit'", "torch", "ruff; extra == 'dev'"]
     assert doctor.dependencies(stated) == {"torch": None, "scipy": "fit"}
 
