@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/rescompress run examples/quickstart.yaml
-	$(VENV)/bin/rescompress report rescompress-out/quickstart -o rescompress-out/quickstart/report.html
+	$(VENV)/bin/rescompress run examples/demo.yaml
+	$(VENV)/bin/rescompress report rescompress-out/demo -o rescompress-out/demo/report.html --open
 
 test: $(VENV)/.installed
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile

@@ -81,7 +81,7 @@ def deploy(
     from edge_targets import remote
     from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
-    from edge_targets.ssh import Board
+    from edge_targets.ssh import Board, Turn
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
@@ -119,7 +119,8 @@ def deploy(
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
     score = _scorer(*images, scores, output) if images is not None else None
-    done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
+    with Turn(board, output.hint):
+        done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
     result, read = _stage(done, on_board, out), file_sha256(Opening(model).fetched().path)
