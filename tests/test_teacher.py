@@ -19,8 +19,9 @@ from compress.data import MemoryStore, Split, normalise
 from compress.quantize import fake_quant_model, ptq
 from compress.resnet import build_model, tensors_of
 from compress.teacher import _order, match_teacher, reordered
-from compress.train import TrainSettings, train
+from compress.train import train
 from rescompress.core.errors import BadInput
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 from rescompress.stage import Opening
 

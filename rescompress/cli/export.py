@@ -216,6 +216,7 @@ def evaluate(
         typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
     ] = "auto",
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
@@ -241,7 +242,9 @@ def evaluate(
     opening = workspace.opening(
         model, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
     )
-    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    settings = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     with reporting(out) as reporter:
         found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
     top1 = found.metrics["top1"]
