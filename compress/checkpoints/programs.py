@@ -63,6 +63,11 @@ class Operators:
     def __init__(self) -> None:
         """Start with none run."""
         self.calls = 0
+        self.about = ""
+        """What the program calls the tensor that the next operator makes, where it has names."""
+
+    def name_constant(self, value: Tensor, name: str) -> None:
+        """Take note of what a parameter is called; nothing needs it here."""
 
     def call(self, name: str, overload: str | None, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Return what an operator of aten makes of its arguments.
