@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.checkpoints import pickles
 from compress.checkpoints.files import EXPORTED_TABLE, Opened, ZipStorages, read_member, unique_pairs
@@ -131,7 +130,11 @@ class Exported:
         for node in module["graph"]["nodes"]:
             run.about = _made_by(node)
             _run_node(node, values, run)
-        outputs = [values[s["user_output"]["arg"]["as_tensor"]["name"]] for s in module["signature"]["output_specs"] if "user_output" in s]
+        outputs = [
+            values[s["user_output"]["arg"]["as_tensor"]["name"]]
+            for s in module["signature"]["output_specs"]
+            if "user_output" in s
+        ]
         return outputs[0] if len(outputs) == 1 else outputs or None
 
     def _module(self) -> Any:

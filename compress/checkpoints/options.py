@@ -24,6 +24,8 @@ KNOWN: dict[str, str] = {
     "weights": "which weights where several are stored: raw or ema",
     "root": "prefix of the network's keys, such as teacher.backbone",
     "arch": "name to show for the architecture",
+    "code": "FILE:CALLABLE that builds the network of a state_dict (as --code)",
+    "like": "name of the network whose tensors a state_dict holds under other names (as --like)",
 }
 """Every architecture option, and what it means."""
 

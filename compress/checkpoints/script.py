@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from compress.checkpoints.files import read_member
 from compress.checkpoints.pickles import Record
 from compress.checkpoints.programs import Operators, Unknown, in_float

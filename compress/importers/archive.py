@@ -55,7 +55,11 @@ class Tracing(Operators):
             shape = list(args[0].shape)
             return len(shape) if name == "dim" else shape if len(args) < 2 else shape[int(args[1])]
         named = [self._constants[id(v)][1] for v in values if id(v) in self._constants]
-        self.trace.name = named[0].rpartition(".")[0] if named and "." in named[0] else re.sub(r"_+(\d*)$", r"_\1", self.about or name).rstrip("_")
+        self.trace.name = (
+            named[0].rpartition(".")[0]
+            if named and "." in named[0]
+            else re.sub(r"_+(\d*)$", r"_\1", self.about or name).rstrip("_")
+        )
         self.trace.source = self.about or None
         try:
             return aten.call(self.trace, name, overload, args, kwargs)

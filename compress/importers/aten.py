@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value
+from compress.importers.trace import Pads, Refused, Stack, Trace, Value
 
 Symbol = Value | Stack
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -23,9 +23,9 @@ _UNARY: Mapping[str, tuple[str, bool]] = {
     "exp": ("exp", False),
     "mish": ("mish", True),
 }
-_IDENTITY = frozenset(
-    ("contiguous", "detach", "clone", "alias", "lift_fresh_copy", "lift_fresh", "float", "type_as", "_to_copy", "to")
-    + ("_assert_tensor_metadata", "feature_dropout", "alpha_dropout", "native_dropout", "requires_grad")
+_IDENTITY = (
+    *("contiguous", "detach", "clone", "alias", "lift_fresh_copy", "lift_fresh", "float", "type_as", "_to_copy", "to"),
+    *("feature_dropout", "alpha_dropout", "requires_grad"),
 )
 _SHAPES: Mapping[str, Callable[..., Tensor]] = {
     name: getattr(torch.ops.aten, name)
@@ -308,7 +308,9 @@ def select(x: Any, dim: int, index: int) -> Any:
 def _add(trace: Trace, b: _Bound) -> Any:
     alpha = float(b.get("alpha", 1))
     other = b.args[1]
-    return add(trace, b.args[0], other if alpha == 1 else (mul(trace, other, alpha) if is_symbol(other) else _scalar(other) * alpha))
+    return add(
+        trace, b.args[0], other if alpha == 1 else (mul(trace, other, alpha) if is_symbol(other) else _scalar(other) * alpha)
+    )
 
 
 def _sub(trace: Trace, b: _Bound) -> Any:

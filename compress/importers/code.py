@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from compress.checkpoints.base import Checkpoint, LoadOptions, Stored
 from compress.checkpoints.files import Opened
 from compress.checkpoints.layout import read_values
-from compress.checkpoints.roots import AVERAGED, _USELESS, flatten, without_masks
+from compress.checkpoints.roots import _USELESS, AVERAGED, flatten, without_masks
 from compress.importers.finish import Source
 from compress.importers.module import brief, quiet, read_module, run_module
 from compress.importers.proof import random_images
@@ -42,8 +41,8 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
         options: What the user states.
 
     Raises:
-        CheckpointError: The code or its callable is missing, raises or makes no module, the weights do not fit it, or the network
-            cannot be read.
+        CheckpointError: The code or its callable is missing, raises or makes no module, the weights do not fit it, or the
+            network cannot be read.
     """
     with quiet():
         module = build(code)
@@ -237,5 +236,3 @@ def _guessed(module: nn.Module) -> tuple[int, int, int]:
         return shape
     assert error is not None
     raise CheckpointError(f"the network does not run on {', '.join(tried)}: {brief(error)}", remedy="state --input CxHxW")
-
-

@@ -156,7 +156,9 @@ def _exported(module: nn.Module, x_NCHW: Tensor) -> Any:
         with torch.no_grad():
             return torch.export.export(module, (x_NCHW,), strict=False)
     except Exception as e:  # torch.export raises whatever its parts raise
-        dependent = re.search(r"data-dependent|GuardOnDataDependent|control flow|_local_scalar_dense|is_nonzero|\.item\(\)", str(e))
+        dependent = re.search(
+            r"data-dependent|GuardOnDataDependent|control flow|_local_scalar_dense|is_nonzero|\.item\(\)", str(e)
+        )
         what = "its control flow depends on the numbers it computes" if dependent else f"torch.export fails: {brief(e)}"
         raise CheckpointError(
             f"the network cannot be traced: {what}",
@@ -271,7 +273,9 @@ def _name(node: Any, parameter: str | None) -> str:
     if not path:
         return operation
     leaf = path.rpartition(".")[2]
-    return path if re.sub(r"\d+$", "", leaf) in (operation, "act", "drop", "pool", "maxpool", "avgpool") else f"{path}.{operation}"
+    return (
+        path if re.sub(r"\d+$", "", leaf) in (operation, "act", "drop", "pool", "maxpool", "avgpool") else f"{path}.{operation}"
+    )
 
 
 def _observed(program: Any, x_NCHW: Tensor, batch: int) -> Mapping[str, Tensor]:
@@ -285,6 +289,10 @@ def _observed(program: Any, x_NCHW: Tensor, batch: int) -> Mapping[str, Tensor]:
                 seen[n.name] = value[:1]
             return value
 
-    inputs = [held_tensors(program).get(n.name, x_NCHW.expand(batch, -1, -1, -1)) for n in program.graph.nodes if n.op == "placeholder"]
+    inputs = [
+        held_tensors(program).get(n.name, x_NCHW.expand(batch, -1, -1, -1))
+        for n in program.graph.nodes
+        if n.op == "placeholder"
+    ]
     Keeping(program.graph_module).run(*inputs)
     return seen

@@ -26,9 +26,9 @@ from compress.importers.proof import Original
 from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value
 from rescompress.core.errors import CheckpointError
 
-QUANTIZED = frozenset(
-    ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger")
-    + ("MatMulInteger", "QLinearAdd", "QLinearGlobalAveragePool", "QGemm", "QLinearAveragePool", "DynamicQuantizeMatMul")
+QUANTIZED = (
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"),
+    *("MatMulInteger", "QLinearAdd", "QLinearGlobalAveragePool", "QGemm", "QLinearAveragePool", "DynamicQuantizeMatMul"),
 )
 CONTROL = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 _GROWING = frozenset(("ConstantOfShape", "Expand", "Tile", "Range", "Pad", "Resize", "OneHot", "EyeLike", "Upsample"))
@@ -112,7 +112,9 @@ class Reader:
         from onnx.reference import ReferenceEvaluator
 
         if node.op_type in _GROWING:
-            claimed = [int(np.prod(np.abs(v.astype(float)))) for v in inputs if v is not None and v.dtype.kind == "i" and v.size < 9]
+            claimed = [
+                int(np.prod(np.abs(v.astype(float)))) for v in inputs if v is not None and v.dtype.kind == "i" and v.size < 9
+            ]
             if any(n > MAX_CONSTANT for n in claimed):
                 raise Refused("makes a constant beyond measure")
         try:
@@ -207,7 +209,9 @@ def _window(n: _Node, size: Sequence[int], kernel: Sequence[int], stride: Sequen
         return pads[0], pads[1], pads[2], pads[3]
     if auto == "VALID":
         return NONE
-    spans = [max((-(-s // t) - 1) * t + (k - 1) * d + 1 - s, 0) for s, k, t, d in zip(size, kernel, stride, dilation, strict=True)]
+    spans = [
+        max((-(-s // t) - 1) * t + (k - 1) * d + 1 - s, 0) for s, k, t, d in zip(size, kernel, stride, dilation, strict=True)
+    ]
     less, more = [v // 2 for v in spans], [v - v // 2 for v in spans]
     first, last = (less, more) if auto == "SAME_UPPER" else (more, less)
     return first[0], first[1], last[0], last[1]
@@ -257,9 +261,7 @@ def _instance_norm(r: Reader, n: _Node) -> Value:
     c, h, w = x.step.shape
     natural = x.move(lambda p: p.reshape(r.trace.batch, c, h, w))
     made = r.trace.group_norm(natural, groups, None, None, float(n.attributes.get("epsilon", 1e-5)))
-    made = r.trace.affine(
-        made, *(t.repeat_interleave(c // groups).reshape(1, c, 1, 1) for t in (scale, shift))
-    )
+    made = r.trace.affine(made, *(t.repeat_interleave(c // groups).reshape(1, c, 1, 1) for t in (scale, shift)))
     return made.move(lambda p: p.reshape(shape))
 
 
@@ -352,7 +354,9 @@ def _gemm(r: Reader, n: _Node) -> Value:
     bias = n.constant(2)
     alpha, beta = float(n.attributes.get("alpha", 1.0)), float(n.attributes.get("beta", 1.0))
     o = matrix.shape[0]
-    return r.trace.linear(n.x, matrix if alpha == 1 else alpha * matrix, None if bias is None else beta * bias.flatten().expand(o))
+    return r.trace.linear(
+        n.x, matrix if alpha == 1 else alpha * matrix, None if bias is None else beta * bias.flatten().expand(o)
+    )
 
 
 def _matmul(r: Reader, n: _Node) -> Value:
@@ -556,7 +560,7 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         images: Prepared images to compare outputs on, beside random numbers.
 
     Raises:
-        CheckpointError: It has no input of images, computes something that is no operation of a network here (which is named), or
+        CheckpointError: It has no input of images, computes something that is no operation of a network here (it is named), or
             onnxruntime computes something else.
         ModelFileError: It is damaged, or its data are missing.
     """
@@ -598,16 +602,21 @@ def read_onnx(model: onnx.ModelProto, options: LoadOptions, arch: str) -> tuple[
     stored = {i.name for i in model.graph.initializer}
     entries = [i for i in model.graph.input if i.name not in stored]
     if len(entries) != 1:
-        raise CheckpointError(f"has {len(entries)} inputs: {', '.join(i.name for i in entries[:4])}", remedy="supported: one, of images")
+        raise CheckpointError(
+            f"has {len(entries)} inputs: {', '.join(i.name for i in entries[:4])}", remedy="supported: one, of images"
+        )
     (entry,) = entries
     kind = entry.type.tensor_type.elem_type
     if kind != onnx.TensorProto.FLOAT:
         raise CheckpointError(
-            f"its input '{entry.name}' is {onnx.TensorProto.DataType.Name(kind).lower()}, not float", remedy="export it in float32"
+            f"its input '{entry.name}' is {onnx.TensorProto.DataType.Name(kind).lower()}, not float",
+            remedy="export it in float32",
         )
     dims = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
     if len(dims) != 4:
-        raise CheckpointError(f"its input '{entry.name}' has {len(dims)} dimensions", remedy="supported: a batch of images, four")
+        raise CheckpointError(
+            f"its input '{entry.name}' has {len(dims)} dimensions", remedy="supported: a batch of images, four"
+        )
     refusal: Refused | None = None
     for last in (False, True) if _channels_first(dims, options) else (True, False):
         shape = _shape(dims, options, entry.name, last=last)
@@ -694,7 +703,9 @@ class _Runtime:
                 if self._batch is None and size > 1:  # the file says that any number goes, and takes one
                     self._batch = 1
                     return self._outputs(session, x_NCHW)
-                raise CheckpointError(f"onnxruntime cannot run it: {str(e).splitlines()[0][:200]}", remedy="export it again") from e
+                raise CheckpointError(
+                    f"onnxruntime cannot run it: {str(e).splitlines()[0][:200]}", remedy="export it again"
+                ) from e
             found.append([torch.from_numpy(np.array(v)).reshape(size, -1) for v in values])
         return [torch.cat(parts)[: len(x)] for parts in zip(*found, strict=True)]
 

@@ -107,8 +107,10 @@ def _uniform(step: Step) -> tuple[float, float] | None:
 
 
 def _near(found: tuple[float, float] | None, factor: float, summand: float) -> bool:
-    return found is not None and math.isclose(found[0], factor, rel_tol=_CLOSE) and math.isclose(
-        found[1], summand, rel_tol=_CLOSE, abs_tol=_CLOSE
+    return (
+        found is not None
+        and math.isclose(found[0], factor, rel_tol=_CLOSE)
+        and math.isclose(found[1], summand, rel_tol=_CLOSE, abs_tol=_CLOSE)
     )
 
 
@@ -135,9 +137,9 @@ def _activation(graph: _Graph, step: Step) -> Step | None:
     for x, function in (parts, parts[::-1]):
         if factor == 1.0 and function.op == "sigmoid" and function.inputs[0] is x:
             return _made("silu", step, x)
-        if factor == 1.0 and function.op == "hard_sigmoid" and function.inputs[0] is x:
-            if math.isclose(function.attributes["alpha"], 1 / 6, rel_tol=_CLOSE) and function.attributes["beta"] == 0.5:
-                return _made("hard_swish", step, x)
+        hard = factor == 1.0 and function.op == "hard_sigmoid" and function.inputs[0] is x
+        if hard and math.isclose(function.attributes["alpha"], 1 / 6, rel_tol=_CLOSE) and function.attributes["beta"] == 0.5:
+            return _made("hard_swish", step, x)
         if (
             math.isclose(factor, 1 / 6, rel_tol=_CLOSE)
             and function.op == "clip"
@@ -167,7 +169,7 @@ def _factors(step: Step) -> tuple[float, list[Step]]:
 
 
 def _affine(graph: _Graph, step: Step) -> Step | None:
-    """Leave an affine map out that does nothing, and join two that follow each other; one behind a BatchNorm is a part of it."""
+    """Leave an affine map out that does nothing, join two that follow each other, and one behind a BatchNorm with it."""
     if step.op != "affine":
         return None
     if _uniform(step) == (1.0, 0.0):

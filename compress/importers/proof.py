@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
 from compress.importers.network import Read
+from compress.resnet import ResNet, build_model
 from rescompress.core.errors import CheckpointError
 
 TOLERANCE = 1e-4
@@ -58,15 +59,13 @@ def prove(read: Read, original: Original, images: Tensor | None = None) -> float
     Raises:
         CheckpointError: An output differs by more than `TOLERANCE`; the first tensor that does is named.
     """
-    from compress.resnet import build_model
-
     model = build_model(read.network, read.tensors)
     worst = 0.0
     batches = [random_images(read.network.input_shape)] + ([images] if images is not None else [])
     with torch.no_grad():
         for x_NCHW in batches:
             theirs = original.run(x_NCHW)
-            ours = as_list(model(x_NCHW))
+            ours = model.outputs(x_NCHW)
             if len(theirs) != len(ours):
                 raise CheckpointError(f"{original.what} makes {len(theirs)} outputs where {len(ours)} were read")
             for output, end, mine, wanted in zip(read.network.outputs, read.ends, ours, theirs, strict=True):
@@ -77,13 +76,8 @@ def prove(read: Read, original: Original, images: Tensor | None = None) -> float
     return worst
 
 
-def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Return what a network makes as a list."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
 def difference(mine: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference relative to the largest number; infinite where the sizes differ or something is not finite."""
+    """Return the largest difference relative to the largest number; infinite where sizes differ or a number is not finite."""
     if mine.numel() != wanted.numel():
         return float("inf")
     wanted = wanted.detach().float().reshape(mine.shape)
@@ -91,9 +85,7 @@ def difference(mine: Tensor, wanted: Tensor) -> float:
     return off if off == off else float("inf")
 
 
-def _differs(
-    read: Read, original: Original, model: torch.nn.Module, x_NCHW: Tensor, output: str, off: float
-) -> CheckpointError:
+def _differs(read: Read, original: Original, model: ResNet, x_NCHW: Tensor, output: str, off: float) -> CheckpointError:
     """Return the error that names the first tensor that differs."""
     where = f"output '{output}'"
     if original.observe is not None:
@@ -102,7 +94,7 @@ def _differs(
         def keep(name: str, value: Tensor) -> None:
             mine[name] = value
 
-        model(x_NCHW, keep)
+        model.outputs(x_NCHW, keep)
         theirs = original.observe(x_NCHW)
         for name, value in mine.items():
             wanted = theirs.get(read.sources.get(name, ""))
@@ -110,7 +102,8 @@ def _differs(
                 where = f"the first tensor that differs is '{read.sources[name]}' ({name}); output '{output}'"
                 break
     return CheckpointError(
-        f"{original.what} computes something else than the network read from it: {where} is off by {off:.2g} of its largest number",
+        f"{original.what} computes something else than the network read from it: {where} is off by {off:.2g} of its largest "
+        "number",
         remedy="report this with the file: nothing that is not proven is used",
     )
 
@@ -125,5 +118,9 @@ def proven(checkpoint: Checkpoint, read: Read, original: Original, images: Tenso
     notes = cast("list[str]", checkpoint.provenance.get("notes", []))
     seen = "random input" + (" and the images given" if images is not None else "")
     told = [f"proven against {original.what} on {seen}: outputs differ by at most {off:.1g} of their largest number"]
-    told += [f"output '{o.name}' are logits: the {e} at the end is left to the reader" for o, e in zip(read.network.outputs, read.ends, strict=True) if e]
+    told += [
+        f"output '{o.name}' are logits: the {e} at the end is left to the reader"
+        for o, e in zip(read.network.outputs, read.ends, strict=True)
+        if e
+    ]
     return dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, "notes": [*notes, *told]})

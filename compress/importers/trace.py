@@ -513,7 +513,8 @@ class Trace:
             for size, k, s, p, d, f in zip((h, w), kernel, stride, _sums(total), dilation, total[:2], strict=True)
         ]
         made = self.emit(
-            "max_pool", [step], (c, *sizes), kernel=tuple(kernel), stride=tuple(stride), pads=total, dilation=tuple(dilation), ceil=ceil
+            "max_pool", [step], (c, *sizes), kernel=tuple(kernel), stride=tuple(stride), pads=total,
+            dilation=tuple(dilation), ceil=ceil,
         )  # fmt: skip
         return Value(self, made)
 
@@ -568,7 +569,7 @@ class Trace:
         return Value(self, made).move(lambda p: p.reshape(tuple(shape)))
 
     def reduce(self, x: Value | Stack, axes: Sequence[int], op: str, *, keep: bool) -> Value:
-        """Return the mean (``global_avg``), maximum (``global_max``) or ``sum`` over dimensions: pixels, or what was stacked."""
+        """Return the mean (``global_avg``), maximum (``global_max``) or ``sum`` over pixels, or over what was stacked."""
         axes = sorted(a % x.ndim for a in axes)
         if isinstance(x, Stack):
             if op != "sum" or axes != [x.dim]:
@@ -670,7 +671,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _along(axis: Tensor, valid: Tensor, i: int) -> Tensor | None:
-    """Return the coordinate that each index of dimension `i` has wherever it is valid, -1 where it never is; None if it varies."""
+    """Return the coordinate of each index of dimension `i` where it is valid, -1 where it never is; None if it varies."""
     rows = axis.movedim(i, 0).flatten(1)
     kept = valid.movedim(i, 0).flatten(1)
     low = torch.where(kept, rows, rows.max() + 1).amin(1)
@@ -719,6 +720,9 @@ def _not_negative(step: Step) -> bool:
 def _reach(
     shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], before: Pads, pads: Pads, dilation: Sequence[int]
 ) -> bool:
-    """Whether every window of a maximum meets a pixel of the map: zeros around values that are not negative change nothing then."""
+    """Whether every window meets a pixel of the map: zeros around values that are not negative change no maximum then."""
     total = _plus(before, pads)
-    return all(total[i] < (k - 1) * d + 1 and total[i + 2] < (k - 1) * d + 1 for i, (k, d) in enumerate(zip(kernel, dilation, strict=True)))
+    return all(
+        total[i] < (k - 1) * d + 1 and total[i + 2] < (k - 1) * d + 1
+        for i, (k, d) in enumerate(zip(kernel, dilation, strict=True))
+    )
