@@ -32,6 +32,9 @@ def _identity(opening: Opening) -> dict[str, Any]:
     stated = asdict(opening)
     stated.pop("yields")  # follows from being a teacher
     del stated["path"]
+    code = opening.facts.get("code")
+    if code is not None:
+        stated["code_sha256"] = file_identity(code.rpartition(":")[0])
     return stated | {"sha256": file_identity(str(opening.path))}
 
 

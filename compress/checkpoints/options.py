@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -45,11 +46,14 @@ def check(options: Mapping[str, str]) -> None:
     for name, value in options.items():
         if name not in KNOWN:
             raise BadInput(f"unknown architecture option '{name}'", where="--arch-option", remedy=nearest(name, KNOWN))
+        if name == "code" and not _CODE.fullmatch(value):
+            raise BadInput(f"{value!r} is not FILE:CALLABLE", where="--code", remedy="write it like model.py:make_network")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise BadInput(f"{name} is {value!r}", where="--arch-option", remedy=f"choose one of {', '.join(_CHOICES[name])}")
 
 
 _MAX_SIDE = 65_536
+_CODE = re.compile(r".+:[^\W\d]\w*", re.DOTALL)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -65,14 +65,8 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
 
 
 def split(code: str) -> tuple[Path, str]:
-    """Return file and callable of ``FILE:CALLABLE``.
-
-    Raises:
-        CheckpointError: It is none, or there is no such file.
-    """
-    file, colon, name = code.rpartition(":")
-    if not colon or not file or not name.isidentifier():
-        raise CheckpointError(f"{code!r} is not FILE:CALLABLE", where="--code", remedy="write it like model.py:make_network")
+    """Return file and callable of ``FILE:CALLABLE``; raises CheckpointError where there is no such file."""
+    file, _, name = code.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
         raise CheckpointError("no such file", where=f"--code {file}", remedy="name the Python file that builds the network")
@@ -91,8 +85,9 @@ def build(code: str) -> nn.Module:
     if spec is None or spec.loader is None:
         raise CheckpointError("is no Python file", where=where, remedy="give a file that ends in .py")
     namespace = importlib.util.module_from_spec(spec)
+    execute = spec.loader.exec_module
     with _importing(path, namespace):
-        _run(lambda: spec.loader.exec_module(namespace), path, where)  # type: ignore[union-attr]
+        _run(lambda: execute(namespace), path, where)
         found = getattr(namespace, name, None)
         if found is None:
             known = [k for k, v in vars(namespace).items() if callable(v) and getattr(v, "__module__", "") == _MODULE]

@@ -492,8 +492,10 @@ def activation(layer: _Layer, x: Value, value: Any) -> Value:
     match name:
         case "linear" | "None":
             return x
-        case "relu" | "elu" | "tanh":
-            return trace.unary(x, name, **({"alpha": 1.0} if name == "elu" else {}))
+        case "relu" | "tanh":
+            return trace.unary(x, name)
+        case "elu":
+            return trace.unary(x, "elu", alpha=1.0)
         case "relu6":
             return clamp(trace, x, 0.0, 6.0)
         case "sigmoid":

@@ -23,7 +23,7 @@ from compress.importers.aten import add, clamp, mul
 from compress.importers.finish import Source, checkpoint_of
 from compress.importers.network import Read, read_trace
 from compress.importers.proof import Original
-from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value
+from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value, broadcast
 from rescompress.core.errors import CheckpointError
 
 QUANTIZED = (
@@ -413,7 +413,7 @@ def _moved(r: Reader, n: _Node) -> Any:
             perm = n.numbers("perm") or list(range(x.ndim))[::-1]
             return x.move(lambda p: p.permute(perm))
         case "Expand":
-            shape = torch.broadcast_shapes(x.shape, tuple(n.numbers("shape", 1) or ()))
+            shape = broadcast(x.shape, n.numbers("shape", 1) or ())
             return x.move(lambda p: p.expand(shape))
         case "Tile":
             return x.move(lambda p: p.repeat(n.numbers("repeats", 1) or []))

@@ -150,8 +150,8 @@ def _activation(graph: _Graph, step: Step) -> Step | None:
             return _made("hard_swish", step, x)
         if math.isclose(factor, 0.5, rel_tol=_CLOSE) and _near(_uniform(function), 1.0, 1.0):
             erf = function.inputs[0]
-            inner = erf.inputs[0] if erf.op == "erf" else None
-            if inner is not None and _near(_uniform(inner), math.sqrt(0.5), 0.0) and inner.inputs[0] is x:
+            angle = erf.inputs[0] if erf.op == "erf" else None
+            if angle is not None and _near(_uniform(angle), math.sqrt(0.5), 0.0) and angle.inputs[0] is x:
                 return _made("gelu", step, x, tanh=False)
     return None
 

@@ -383,7 +383,7 @@ class Trace:
         """Return each element times a constant plus a constant; they may differ between channels, not between pixels."""
         if x.has_zeros():
             x = Value(self, self.settled(x))
-        shape = torch.broadcast_shapes(x.shape, *(tuple(t.shape) for t in (scale, shift) if t is not None))
+        shape = broadcast(x.shape, *(t.shape for t in (scale, shift) if t is not None))
         if tuple(shape) != x.shape:
             if math.prod(shape) != math.prod(x.shape):
                 raise Refused("spreads a tensor by a constant of another shape")
@@ -421,7 +421,7 @@ class Trace:
         if gated is not None:
             return gated
         if a.shape != b.shape and math.prod(a.shape) == math.prod(b.shape):
-            shape = torch.broadcast_shapes(a.shape, b.shape)
+            shape = broadcast(a.shape, b.shape)
             a, b = a.move(lambda p: p.reshape(shape)), b.move(lambda p: p.reshape(shape))
         if a.shape != b.shape:
             raise Refused(f"{'adds' if op == 'add' else 'multiplies'} tensors of shapes {a.shape} and {b.shape}")
@@ -493,9 +493,9 @@ class Trace:
         elif axis != 1 or any(math.prod(v.shape) != self.batch * v.shape[1] for v in values):
             raise Refused("puts tensors behind each other along another dimension than the channels")
         steps = [self._chosen_vector(v) for v in values]
-        shape = list(values[0].shape)
-        shape[axis] = sum(v.shape[axis] for v in values)
-        return Value(self, self.emit("concat", steps, (sum(s.shape[0] for s in steps),))).move(lambda p: p.reshape(shape))
+        sizes = list(values[0].shape)
+        sizes[axis] = sum(v.shape[axis] for v in values)
+        return Value(self, self.emit("concat", steps, (sum(s.shape[0] for s in steps),))).move(lambda p: p.reshape(sizes))
 
     def max_pool(
         self, x: Value, kernel: Sequence[int], stride: Sequence[int], pads: Pads, dilation: Sequence[int], *, ceil: bool
@@ -662,6 +662,18 @@ class Trace:
             return x
         shape = (c, h + top + bottom, w + left + right)
         return Value(self, self.emit("pad", [step], shape, pads=(top, left, bottom, right), mode=mode))
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that tensors of these shapes have together.
+
+    Raises:
+        Refused: They have none.
+    """
+    try:
+        return tuple(torch.broadcast_tensors(*(torch.empty(tuple(s), device="meta") for s in shapes))[0].shape)
+    except RuntimeError:
+        raise Refused(f"combines tensors of shapes {' and '.join(str(tuple(s)) for s in shapes)}") from None
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -66,6 +66,8 @@ def prune(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -115,7 +117,11 @@ def prune(
     if by_weights:
         out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)
@@ -170,6 +176,8 @@ def finetune(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -193,7 +201,11 @@ def finetune(
         precision=precision,
     )  # fmt: skip
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, settings).finetune(config, opening, opening.of(teacher) if teacher else None)
@@ -249,6 +261,8 @@ def quantize(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -275,7 +289,11 @@ def quantize(
         teacher=str(teacher) if teacher else None,
     )  # fmt: skip
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     builder = Builder(opening, settings)

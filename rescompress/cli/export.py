@@ -53,6 +53,8 @@ def export(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -84,7 +86,11 @@ def export(
             f"{' and '.join(target)}: one target at a time", where="--target", remedy="export for each, or `run` with targets"
         )
     opening = workspace.opening(
-        path, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        path,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     options = {"batch": parse_batch(batch), "opset": opset, "precision": precision}
@@ -237,6 +243,8 @@ def evaluate(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -257,7 +265,11 @@ def evaluate(
         raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))
     out = output_of(ctx)
     opening = workspace.opening(
-        model, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        model,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     with reporting(out) as reporter:

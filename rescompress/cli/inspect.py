@@ -23,6 +23,8 @@ def inspect(
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
     arch_option: options.ArchOption = None,
+    code: options.Code = None,
+    like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
@@ -37,7 +39,7 @@ def inspect(
         checkpoint,
         input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=arch_option or (),
+        arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     ).load()  # the page holds the warnings
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
