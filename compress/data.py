@@ -27,6 +27,7 @@ from compress.files import contents_of, shown
 from compress.folders import FORMS, Samples, rank_of, read_splits, scan, without_repeats
 from compress.pixels import Pixels, decode, fit, normalise
 from rescompress.core.errors import DataError, nearest
+from rescompress.core.graph import Network
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import ModelSpec, Preprocessing
 
@@ -235,9 +236,9 @@ class Inputs:
     labels: tuple[str, ...] | None
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Inputs:
+    def of(cls, spec: ModelSpec | Network) -> Inputs:
         """Return what `spec` says."""
-        return cls(spec.input_shape, spec.head.num_classes if spec.head else 0, spec.preprocessing, spec.labels)
+        return cls(spec.input_shape, spec.num_classes or 0, spec.preprocessing, spec.labels)
 
     @property
     def classes(self) -> int:
@@ -247,7 +248,7 @@ class Inputs:
 
 def load_dataset(
     source: str,
-    spec: ModelSpec | Inputs,
+    spec: ModelSpec | Network | Inputs,
     *,
     seed: int = 0,
     labels: Mapping[str, str] | None = None,
@@ -263,7 +264,7 @@ def load_dataset(
     Raises:
         DataError: Nothing is there, it holds no images, or its classes do not fit the checkpoint.
     """
-    inputs = Inputs.of(spec) if isinstance(spec, ModelSpec) else spec
+    inputs = Inputs.of(spec) if isinstance(spec, ModelSpec | Network) else spec
     if source == DIGITS:
         return _digits(inputs)
     if source.startswith("builtin:"):

@@ -17,6 +17,7 @@ from compress.checkpoints.options import check
 from compress.checkpoints.roots import around, beside, flatten, modules, refuse_fake_quantizers, roots, strangers, without_masks
 from rescompress.core import plugins
 from rescompress.core.errors import CheckpointError
+from rescompress.core.spec import ModelSpec
 
 FORMATS = "compress.checkpoints.formats"
 _SEGMENTER = re.compile(
@@ -134,7 +135,8 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     checkpoint = format_.load(
         dataclasses.replace(raw, notes=tuple(notes)), root, stated.options_of(parts_of_it, options) if parts_of_it else options
     )
-    stated.check(parts_of_it, checkpoint.spec, options)
+    if isinstance(checkpoint.spec, ModelSpec):
+        stated.check(parts_of_it, checkpoint.spec, options)
     stated.check_around(around(opened, root.prefix, [r.prefix for _, _, _, r in claims]))
     if checkpoint.provenance.get("format") == "native":  # says all of it itself
         return checkpoint
@@ -148,10 +150,10 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
 
 def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
     """Return the checkpoint with the names of its classes, where the file holds them and the format has not read them."""
-    head = checkpoint.spec.head
-    if checkpoint.spec.labels is not None or head is None or not head.num_classes:
+    classes = checkpoint.spec.num_classes
+    if checkpoint.spec.labels is not None or not classes:
         return checkpoint
-    names, unused = class_names((opened.content, opened.metadata), head.num_classes)
+    names, unused = class_names((opened.content, opened.metadata), classes)
     if names is not None:
         checkpoint = dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
     return _telling(checkpoint, unused)
@@ -166,7 +168,8 @@ def _telling(checkpoint: Checkpoint, warnings: list[str]) -> Checkpoint:
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
     for name in plugins.names(FORMATS):
         format_ = cast("Format", plugins.load(FORMATS, name, what="format"))
-        for root in roots(tensors, format_.MARKER):
+        places = [Root("", tensors, {})] if name == "native" else roots(tensors, format_.MARKER)
+        for root in places:
             raw = RawState(path, opened.container, root.tensors, opened.metadata, opened.notes)
             if format_.matches(raw):
                 yield name, format_, raw, root

@@ -139,8 +139,8 @@ def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
             ("  " if layer["block"] else "") + layer["name"].removeprefix(f"{layer['block']}."),
             operation,
             _shape(layer["out_shape"]),
-            f"{layer['kernel']}x{layer['kernel']}" if spatial else "",
-            str(layer["stride"]) if spatial or layer["op"] == "pad_shortcut" else "",
+            _pair(layer["kernel"]) if spatial else "",
+            _size(layer["stride"]) if spatial or layer["op"] == "channel_select" else "",
             f"{params:,}" if params else "",
             f"{layer['macs']:,}" if layer["macs"] else "",
         )
@@ -179,6 +179,14 @@ def _group_table(document: dict[str, Any]) -> Table:
     for group in document["groups"]:
         table.add_row(group["name"], group["kind"], str(group["channels"]), str(group["unit"]))
     return table
+
+
+def _pair(sizes: int | list[int]) -> str:
+    return f"{sizes}x{sizes}" if isinstance(sizes, int) else _shape(sizes)
+
+
+def _size(sizes: int | list[int]) -> str:
+    return str(sizes) if isinstance(sizes, int) else _shape(sizes)
 
 
 def _shape(shape: list[int]) -> str:

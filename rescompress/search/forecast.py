@@ -8,11 +8,12 @@ from pathlib import Path
 from compress.checkpoints import load_checkpoint
 from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, choose
-from compress.prune.apply import pruned_spec
+from compress.prune.apply import pruned_network
 from compress.prune.groups import droppable
 from edge_targets.catalog import load_target
 from rescompress.config import RunConfig
 from rescompress.core.artifact import make_folder
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest
 from rescompress.core.outcomes import Outcomes
@@ -37,7 +38,7 @@ class Forecast:
         error: Summed error of the curves at its widths.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec | Network
     macs: int
     params: int
     error: float
@@ -72,7 +73,7 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
             seed=settings.seed,
             cost=latency_cost(known) if kind == "latency" else None,
         )
-        spec, error = pruned_spec(spec, choice.plan), choice.error
+        spec, error = pruned_network(spec, choice.plan), choice.error
     layers = walk(spec)
     return Forecast(spec, total_macs(layers), total_params(layers), error)
 

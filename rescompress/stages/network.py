@@ -19,7 +19,6 @@ from compress.prune import (
     Budget,
     CostFunction,
     PruningPlan,
-    find_groups,
     load_plan,
     measure,
     prune,
@@ -40,13 +39,25 @@ from export.to_onnx import ExportOptions
 from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stages.shared import (
+    Source,
+    dataset,
+    evaluate_model,
+    finish,
+    need_classes,
+    network_of,
+    onnx_of,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
@@ -212,13 +223,12 @@ def _sparse(
     """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
     if config.sparsity is None:
         return checkpoint
-    groups = find_groups(walk(checkpoint.spec))
     tell = details["notes"].append
-    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, tell)
+    pruning = PruneContext(checkpoint, (), (), images, common.seed, context.reporter.progress, tell)
     found = sparsify(pruning, checkpoint)
     details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
-    wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
+    wide = [x.name for x in sparse if is_wide(x.in_shape[0], x.out_shape[0], x.in_shape[0] // x.weight_shape[1])]
     details["sparsity"]["wide"] = wide
     if wide:
         tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
@@ -234,7 +244,7 @@ def _sparse(
     return found.checkpoint
 
 
-def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
+def plan_details(plan: PruningPlan, spec: ModelSpec | Network) -> dict[str, Any]:
     """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
     widths = plan.widths(spec)
     return {
@@ -304,6 +314,7 @@ def finetuned(
         device=common.device,
         precision=config.precision,
     )
+    need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, teacher, checkpoint.spec, split)
@@ -331,7 +342,7 @@ def quantized(
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
     details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
-    if context.main:
+    if context.main and scores_classes(checkpoint.spec):
         details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
@@ -368,7 +379,7 @@ def quantized(
     return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 
-def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
+def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
     """Return what an INT8 network costs with the named layers in floating point: predicted ms on the first modelled target.
 
     Raises:
@@ -428,7 +439,7 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, split: Split) -> Teacher | None:
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | Network, split: Split) -> Teacher | None:
     """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
     if teacher is None:
         return None
