@@ -26,6 +26,10 @@ def inspect(
     code: options.Code = None,
     like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
+    graph: Annotated[
+        Path | None,
+        typer.Option("--graph", help="Write the graph as a picture: .svg (needs graphviz), .html or .dot.", show_default=False),
+    ] = None,
 ) -> None:
     """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
 
@@ -45,6 +49,11 @@ def inspect(
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
+    if graph is not None:
+        from rescompress.report.graph import draw
+
+        draw(loaded.network, graph)
+        document["graph"] = str(graph)
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 
 

@@ -109,7 +109,8 @@ def page_of(network: Network, svg: str | None) -> str:
         picture = html('<p><img alt="" src="data:image/svg+xml;base64,{}"></p>', data)
     outputs = ", ".join(f"{o.name} ({o.tensor})" for o in network.outputs)
     return html(
-        "<!doctype html>\n<html lang=en><meta charset=utf-8><title>{}</title><style>{}</style>\n<h1>{}</h1>\n{}\n<ul>\n{}\n</ul>\n"
+        "<!doctype html>\n<html lang=en><meta charset=utf-8><title>{}</title><style>{}</style>\n<h1>{}</h1>\n{}\n"
+        "<ul>\n{}\n</ul>\n"
         "<p>outputs: {}</p></html>\n",
         network.arch,
         _STYLE,
