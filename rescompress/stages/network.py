@@ -41,7 +41,7 @@ from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.graph import Network
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Profile
+from rescompress.core.quantizers import Profile, float_operations
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
@@ -338,6 +338,8 @@ def quantized(
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
     prepare(common)
     checkpoint = source.load(context)
+    if config.mode == "qat":
+        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
@@ -350,6 +352,10 @@ def quantized(
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
+    if stays := float_operations(int8.spec):
+        details["float_operations"] = stays
+        named = ", ".join(f"{count} {name}" for name, count in stays.items())
+        context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     resume = None
     if config.mode == "qat":
         if context.main:
