@@ -45,6 +45,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.provenance.get("format", "native"),
         "container": checkpoint.provenance.get("container"),
         "origin": checkpoint.provenance.get("origin"),
+        "published": checkpoint.provenance.get("published"),
         "input_shape": list(spec.input_shape),
         "preprocessing": {
             "text": preprocessing_line(spec.preprocessing),
