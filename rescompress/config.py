@@ -3,177 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from rescompress import strict_yaml
-from rescompress.core.choices import Calibration, Mode, ProfileOrAuto, Scope, TrainPrecision
+from rescompress.core.described import sentence
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
-from rescompress.core.spec import Frozen
+from rescompress.core.settings import MOST_TARGETS, Batch, FinetuneSettings, PruneSettings, QuantizeSettings, Section
 from rescompress.search.settings import SearchConfig
 
-Align = Literal["auto"] | Annotated[int, Field(ge=1)]
 
-
-class _Section(Frozen):
-    """What people write: its numbers are finite."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class PruneConfig(_Section):
-    """Structured pruning; at most one budget, half of the MACs by default.
-
-    Attributes:
-        method: See ``rescompress methods``.
-        ratio: Fraction of the channels of every group to remove.
-        macs: Fraction of the dense MACs that may remain.
-        params: Fraction of the dense parameters that may remain.
-        latency: Fraction of the dense predicted latency, on the first target with a prediction, that may remain.
-        scope: ``inner`` (inside blocks) or ``all`` (the residual stream, too).
-        align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one, and less for small groups.
-        calib: Images to calibrate with, from the training split.
-        drop_blocks: Whether whole blocks may go; by default where the budget is latency.
-        iterations: Steps in which the budget is reached, each followed by its share of the fine-tuning.
-        recalibrate: Whether BatchNorm statistics are measured again at the end; by default where nothing was repaired.
-        repair: Whether the method makes up for what it removed; long fine-tuning may end higher without.
-        sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
-        plan: A plan file to follow instead of searching, relative to the config file; what it says is not to be said again.
-    """
-
-    method: str = "reconstruct"
-    ratio: float | None = Field(None, gt=0.0, lt=1.0)
-    macs: float | None = Field(None, gt=0.0, le=1.0)
-    params: float | None = Field(None, gt=0.0, le=1.0)
-    latency: float | None = Field(None, gt=0.0, le=1.0)
-    scope: Scope = "inner"
-    align: Align = "auto"
-    calib: int = Field(512, ge=1)
-    drop_blocks: bool | None = None
-    iterations: int = Field(1, ge=1, le=100)
-    recalibrate: bool | None = None
-    repair: bool = True
-    sparsity: Literal["2:4"] | None = None
-    plan: str | None = None
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Self:
-        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
-        said = ("ratio", "macs", "params", "latency", "method", "scope", "align", "drop_blocks", "iterations")
-        again = sorted(self.model_fields_set.intersection(said), key=said.index)
-        if self.plan is not None and again:
-            raise ValueError(f"a plan says what goes: leave out {' and '.join(again)}")
-        return self
-
-    @property
-    def budget(self) -> tuple[str, float]:
-        """Kind and value of the budget."""
-        for name in ("ratio", "macs", "params", "latency"):
-            value = getattr(self, name)
-            if value is not None:
-                return name, float(value)
-        return "macs", 0.5
-
-    @property
-    def may_drop(self) -> bool:
-        """Whether whole blocks may go: as said, else where the budget is latency."""
-        return self.drop_blocks if self.drop_blocks is not None else self.budget[0] == "latency"
-
-    def step(self, number: int) -> PruneConfig:
-        """Return the settings of one of the iterations: what is left shrinks by the same factor in each.
-
-        Args:
-            number: From 1 to `iterations`.
-        """
-        kind, value = self.budget
-        if number == self.iterations:
-            return self
-        share = number / self.iterations
-        some = 1.0 - (1.0 - value) ** share if kind == "ratio" else value**share
-        return self.model_copy(update={kind: some, "sparsity": None})
-
-
-class FinetuneConfig(_Section):
-    """Training of the pruned network.
-
-    Attributes:
-        epochs: Passes over the training split.
-        teacher: ``dense`` (the network before pruning), a checkpoint file (relative to the config file), or null for
-            labels alone.
-        lr: Peak learning rate.
-        batch_size: Images per step.
-        distill: Weight of the teacher's loss.
-        temperature: Of the teacher's softmax.
-        features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
-        precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
-    """
-
-    epochs: float = Field(2.0, gt=0.0)
-    teacher: str | None = "dense"
-    lr: float = Field(0.02, gt=0.0)
-    batch_size: int = Field(128, ge=2)
-    distill: float = Field(0.9, ge=0.0, le=1.0)
-    temperature: float = Field(4.0, gt=0.0)
-    features: float = Field(0.0, ge=0.0)
-    precision: TrainPrecision = "fp32"
-
-
-class QuantizeConfig(_Section):
-    """INT8 quantization.
-
-    Attributes:
-        mode: ``ptq`` (calibration only) or ``qat`` (calibration, then training).
-        epochs: Passes over the training split for ``qat``.
-        profile: Quantizer placement; ``auto`` takes the first target's, or ``tensorrt`` where any target runs TensorRT.
-        calib: Images to calibrate with, from the training split.
-        calibration: How activation ranges are estimated; ``auto`` takes what is nearest to the float network on training
-            images.
-        percentile: For ``percentile``, in percent.
-        bias_correction: Whether biases make good what rounding does to each channel's mean.
-        keep_float: Layers to leave in floating point: names, how many of the most sensitive, or ``auto``.
-        max_divergence: Accuracy budget of ``keep_float: auto``: how far the predictions may be from the float network's,
-            in nats.
-        max_slowdown: Latency budget of ``keep_float: auto``: the predicted latency on the first target, at most so many
-            times that of the all-INT8 network.
-        learnable_scales: Whether ``qat`` trains the scales too.
-        freeze_bn_after: Part of the steps of ``qat`` after which BatchNorm keeps its statistics. 0 trains the very network
-            that will run; statistics of augmented batches are noise in a short training (decision 36).
-        hold_out: Part of the training images that ``qat`` does not see and that choose between it and ``ptq``; 0 keeps
-            what was trained.
-        lr: Peak learning rate of ``qat``.
-        batch_size: Images per step of ``qat``.
-        teacher: As in `FinetuneConfig`.
-    """
-
-    mode: Mode = "qat"
-    epochs: float = Field(1.0, gt=0.0)
-    profile: ProfileOrAuto = "auto"
-    calib: int = Field(512, ge=2)
-    calibration: Calibration = "auto"
-    percentile: float = Field(99.99, gt=50.0, le=100.0)
-    bias_correction: bool = True
-    keep_float: Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] | tuple[str, ...] = ()
-    max_divergence: float | None = Field(None, gt=0.0)
-    max_slowdown: float | None = Field(None, ge=1.0)
-    learnable_scales: bool = False
-    freeze_bn_after: float = Field(0.0, ge=0.0, le=1.0)
-    hold_out: float = Field(0.02, ge=0.0, le=0.5)
-    lr: float = Field(0.002, gt=0.0)
-    batch_size: int = Field(128, ge=2)
-    teacher: str | None = "dense"
-
-    @model_validator(mode="after")
-    def _budget_of_auto(self) -> Self:
-        if self.keep_float != "auto" and (self.max_divergence is not None or self.max_slowdown is not None):
-            raise ValueError("max_divergence and max_slowdown are budgets of keep_float: auto")
-        return self
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A run: what goes in, the stages, what comes out.
 
     Attributes:
@@ -197,11 +38,11 @@ class RunConfig(_Section):
     checkpoint: str
     data: str
     seed: int = Field(0, ge=0, lt=2**32)
-    prune: PruneConfig | None = None
-    finetune: FinetuneConfig | None = None
-    quantize: QuantizeConfig | None = None
-    targets: tuple[str, ...] = ("cpu",)
-    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = 1
+    prune: PruneSettings | None = None
+    finetune: FinetuneSettings | None = None
+    quantize: QuantizeSettings | None = None
+    targets: tuple[str, ...] = Field(("cpu",), max_length=MOST_TARGETS)
+    batch: Batch = 1
     labels: dict[str, str] | None = None
     input: str | None = None
     preprocess: str | None = None
@@ -251,7 +92,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         _override(document, override)
     config = validate(document, str(path))
     base = path.parent
-    changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
+    changed: dict[str, Any] = {"checkpoint": _network(config.checkpoint, base)}
     if not config.data.startswith("builtin:"):
         changed["data"] = _absolute(config.data, base)
     code = config.arch_options.get("code")
@@ -263,7 +104,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     for name in ("finetune", "quantize"):
         training = getattr(config, name)
         if training is not None and training.teacher not in (None, "none", "dense"):
-            changed[name] = training.model_copy(update={"teacher": _absolute(training.teacher, base)})
+            changed[name] = training.model_copy(update={"teacher": _network(training.teacher, base)})
     return config.model_copy(update=changed)
 
 
@@ -272,6 +113,14 @@ def _absolute(text: str, base: Path) -> str:
         raise ConfigError(f"{shown(text)} is no name of a file: it holds a NUL", where="config", remedy="correct the path")
     path = Path(text).expanduser()
     return str(path if path.is_absolute() else (base / path).resolve())
+
+
+def _network(text: str, base: Path) -> str:
+    """Return the path of a checkpoint, or its name where there is no such file."""
+    from compress.checkpoints.named import is_name
+
+    path = _absolute(text, base)
+    return text if is_name(text) and not Path(path).exists() else path
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:
@@ -317,14 +166,8 @@ def validate(document: dict[str, Any], where: str) -> RunConfig:
             raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(place[-1], known)) from e
         if error["type"] == "missing":
             raise ConfigError(f"'{key}' is missing", where=where, remedy=f"add a line '{key}: ...'") from e
-        message = said(error)
+        message = sentence(error)
         raise ConfigError(f"{key}: {message}" if key else message, where=where, remedy="mend the value") from e
-
-
-def said(error: ErrorDetails) -> str:
-    """Return what is wrong with a setting, and what was given where it is one value."""
-    given = "" if isinstance(error["input"], dict) else f" (given: {shown(error['input'])})"
-    return error["msg"].removeprefix("Value error, ") + given
 
 
 def _keys(place: list[str]) -> list[str]:

@@ -45,6 +45,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": checkpoint.provenance.get("format", "native"),
         "container": checkpoint.provenance.get("container"),
         "origin": checkpoint.provenance.get("origin"),
+        "published": checkpoint.provenance.get("published"),
         "input_shape": list(spec.input_shape),
         "preprocessing": {
             "text": preprocessing_line(spec.preprocessing),
@@ -149,7 +150,7 @@ def _heads(network: Network) -> list[str]:
         paired = isinstance(layer.operation, GlobalPool) and layer.operation.kind == "max_avg"
         name = "" if len(network.outputs) == 1 else f" {output.name}"
         if not chain:
-            size = _text(network.by_name[output.tensor].out_shape, "x")
+            size = _text(network.by_name[output.tensor].out_shape, "x", always=True)
             texts.append(f"no head ({size} features)" if not name else f"output{name} of {size}")
             continue
         if paired:

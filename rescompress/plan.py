@@ -9,22 +9,20 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from compress.checkpoints.options import parse_shape
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import check_threads, cpu_name
 from edge_targets.catalog import load_target
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig
+from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
+from rescompress.core.settings import ExportSettings, FinetuneSettings, PruneSettings, QuantizeSettings
 from rescompress.fingerprint import file_identity
 from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome, Stage
-
-if TYPE_CHECKING:
-    from edge_targets.device import Target
 
 
 def _identity(opening: Opening) -> dict[str, Any]:
@@ -35,6 +33,8 @@ def _identity(opening: Opening) -> dict[str, Any]:
     code = opening.facts.get("code")
     if code is not None:
         stated["code_sha256"] = file_identity(code.rpartition(":")[0])
+    if opening.name is None:  # a named network is more than its file: what is published beside it counts
+        del stated["name"]
     return stated | {"sha256": file_identity(str(opening.path))}
 
 
@@ -89,7 +89,7 @@ class Builder:
 
     def prune(
         self,
-        config: PruneConfig,
+        config: PruneSettings,
         targets: Sequence[str],
         source: str | Opening,
         *,
@@ -116,14 +116,14 @@ class Builder:
         )
 
     def finetune(
-        self, config: FinetuneConfig, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
+        self, config: FinetuneSettings, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
     ) -> Stage:
         """Return the fine-tuning stage."""
         sources = {"source": source, "teacher": teacher}
         depends = {"config": config.model_dump(exclude={"teacher"})}
         return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
 
-    def prune_and_tune(self, prune: PruneConfig, tune: FinetuneConfig | None, targets: Sequence[str]) -> list[Stage]:
+    def prune_and_tune(self, prune: PruneSettings, tune: FinetuneSettings | None, targets: Sequence[str]) -> list[Stage]:
         """Return the stages that prune the network of the stage ``dense``, in iterations with fine-tuning between them.
 
         Args:
@@ -155,7 +155,7 @@ class Builder:
 
     def quantize(
         self,
-        config: QuantizeConfig,
+        config: QuantizeSettings,
         profile: Profile,
         source: str | Opening,
         teacher: str | Opening | None,
@@ -169,21 +169,24 @@ class Builder:
         sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
         return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
 
-    def export(self, source: str | Opening, options: Mapping[str, Any]) -> Stage:
+    def export(self, source: str | Opening, settings: ExportSettings) -> Stage:
         """Return the stage that writes and checks the ONNX file."""
-        chosen = dict(options)
         writes = ("model.onnx", "export.outcomes.json")
-        return self._stage("export", "exported", {"options": chosen}, {"options": chosen}, {"source": source}, writes=writes)
+        depends = {"options": settings.model_dump()}
+        return self._stage("export", "exported", {"settings": settings}, depends, {"source": source}, writes=writes)
 
-    def target(self, name: str, source: str | Opening, options: Mapping[str, Any], *, require_engine: bool = False) -> Stage:
+    def target(self, name: str, source: str | Opening, settings: ExportSettings, *, require_engine: bool = False) -> Stage:
         """Return the stage of one edge target; a measurement belongs to a machine and a runtime, so its key names them."""
         chosen = load_target(name)
-        arguments = {"name": name, "options": target_options(chosen, options), "require_engine": require_engine}
+        if settings.precision != "auto":
+            chosen.check_precision(settings.precision)
+        asked = settings.model_copy(update={"opset": settings.opset or chosen.opset})
+        arguments = {"name": name, "settings": asked, "require_engine": require_engine}
         machine: dict[str, Any] = {"cpu": cpu_name(), "threads": self.settings.threads}
         if chosen.builds_here:
             machine["runtime"] = load_backend(chosen.runtime).available().version
             check_threads(self.settings.threads)  # not only after hours of training, where it measures
-        depends = {"target": _facts([name]), "options": arguments["options"], "machine": machine, "require": require_engine}
+        depends = {"target": _facts([name]), "options": asked.model_dump(), "machine": machine, "require": require_engine}
         writes = [f"{chosen.name}/{pattern}" for pattern in _TARGET_FILES]
         writes.append(f"target-{chosen.name}.outcomes.json")
         return self._stage(
@@ -215,12 +218,7 @@ def _facts(targets: Sequence[str]) -> list[dict[str, Any]]:
     return [load_target(name).model_dump() for name in targets]
 
 
-def target_options(chosen: Target, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return export options as `chosen` wants them: the opset its runtime reads, unless the user named one."""
-    return {**options, "opset": options.get("opset") or chosen.opset}
-
-
-def profile_for(config: QuantizeConfig, targets: Sequence[str]) -> Profile:
+def profile_for(config: QuantizeSettings, targets: Sequence[str]) -> Profile:
     """Return where quantizers go: what the config says, or what the targets run; a TensorRT target decides."""
     if config.profile != "auto":
         return config.profile
@@ -252,9 +250,9 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
             )
         )
         last = "quantize"
-    options = {"batch": config.batch}
-    stages.append(builder.export(last, options))
-    stages += [builder.target(name, last, options) for name in config.targets]
+    file = ExportSettings(batch=config.batch)
+    stages.append(builder.export(last, file))
+    stages += [builder.target(name, last, file) for name in config.targets]
     names = [stage.name for stage in stages]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -265,7 +263,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
 def opening_of(config: RunConfig) -> Opening:
     """Return the checkpoint file of a config and what it states about it."""
     shape = parse_shape(config.input) if config.input else None
-    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
+    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle).fetched()
 
 
 def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:

@@ -14,7 +14,7 @@ from compress.prune import measure
 from compress.prune.method import Curves
 from compress.quantize import ptq
 from compress.quantize.sensitivity import sensitivities
-from rescompress.core.choices import Scope
+from rescompress.core.settings import SensitivitySettings
 from rescompress.reporter import Reporter
 from rescompress.settings import Settings
 from rescompress.stage import Opening
@@ -54,41 +54,38 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    opening: Opening, settings: Settings, *, method: str, scope: Scope, calib: int, int8: bool, reporter: Reporter
+    opening: Opening, common: Settings, settings: SensitivitySettings, *, reporter: Reporter
 ) -> Sensitivity:
     """Return how much a checkpoint minds being pruned and, if wanted, quantized.
 
     Args:
         opening: The checkpoint.
-        settings: Data, or none, and seed.
-        method: See ``rescompress methods``.
-        scope: Which channels are looked at.
-        calib: Images to measure with, from the training split.
-        int8: Whether layers are quantized, too; takes images.
+        common: Data, or none, and seed.
+        settings: What is measured.
         reporter: Where progress goes.
 
     Raises:
         BadInput: The file or the data is wrong, or the method needs images.
     """
-    prepare(settings)
+    prepare(common)
     checkpoint = opening.load(reporter.note)
     images = None
-    if settings.data is not None:
-        dataset = load_dataset(settings.data, Inputs.of(checkpoint.spec), seed=settings.seed, labels=settings.labels)
+    if common.data is not None:
+        dataset = load_dataset(common.data, Inputs.of(checkpoint.spec), seed=common.seed, labels=common.labels)
         for text in dataset.notes:
             reporter.note(text)
-        images = dataset.train.take(calib, settings.seed).tensor()
+        images = dataset.train.take(settings.calib, common.seed).tensor()
     curves = measure(
         checkpoint,
-        method=method,
-        scope=scope,
+        method=settings.method,
+        scope=settings.scope,
         calibration_x=images,
-        seed=settings.seed,
+        seed=common.seed,
         progress=reporter.progress,
         note=reporter.note,
     )
-    layers = _int8(checkpoint, images, reporter) if int8 and images is not None else None
-    return Sensitivity(checkpoint.spec.arch, method, curves, layers)
+    layers = _int8(checkpoint, images, reporter) if settings.int8 and images is not None else None
+    return Sensitivity(checkpoint.spec.arch, settings.method, curves, layers)
 
 
 def _int8(checkpoint: Checkpoint, images: Tensor, reporter: Reporter) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ class Opening:
         arch_options: ``key=value`` each, as the user wrote them.
         allow_pickle: Whether code in the file may run.
         yields: Whether a preprocessing that the file itself states goes before `preprocess`.
+        name: The pinned name that the file was fetched by (`compress.checkpoints.named`), or None.
     """
 
     path: Path
@@ -42,6 +43,22 @@ class Opening:
     arch_options: tuple[str, ...] = ()
     allow_pickle: bool = False
     yields: bool = False
+    name: str | None = None
+
+    def fetched(self) -> Opening:
+        """Return how to open what `path` names: itself where it is a file, else what was fetched by that name.
+
+        Raises:
+            CheckpointError: There is no such network.
+            EnvironmentFailed: It is not in the cache, and there is no connection.
+            ToolMissing: The library that knows the name is not installed.
+        """
+        from compress.checkpoints import named
+
+        if self.name is not None or not named.is_name(self.path):
+            return self
+        found = named.fetch(self.path)
+        return dataclasses.replace(self, path=found.path, name=found.name)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -64,7 +81,7 @@ class Opening:
 
         def load(preprocess: str | None) -> Checkpoint:
             return load_checkpoint(
-                self.path,
+                self.name or self.path,
                 input_shape=self.input_shape,
                 preprocess=preprocess,
                 arch_options=self.facts,
@@ -86,7 +103,7 @@ class Opening:
         What its own file states of preprocessing counts, and what is stated of the network where it states nothing.
         """
         options = tuple(o for o in self.arch_options if o.partition("=")[0].strip() not in _OF_ONE_FILE)
-        return dataclasses.replace(self, path=teacher, arch_options=options, yields=True)
+        return dataclasses.replace(self, path=teacher, arch_options=options, yields=True, name=None).fetched()
 
 
 @dataclass(frozen=True)

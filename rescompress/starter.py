@@ -7,8 +7,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from edge_targets.catalog import load_target
 from rescompress import strict_yaml
+from rescompress.config import RunConfig
+from rescompress.core.described import default_of, help_of, plain
+from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
 from rescompress.stage import Opening
 
 _LARGE_SIDE = 64
@@ -44,7 +49,7 @@ def starter_config(
         load_target(target)
     targets = target or "cpu, jetson"
     meant = f"; jetson: {load_target('jetson').name} off a board" if "jetson" in targets.split(", ") else ""
-    network = _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
+    network = opening.name or _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
     stated = _stated(opening) if opening else ""
     images = _path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"
     return f"""{about}
@@ -52,28 +57,23 @@ checkpoint: {network}
 {stated}data: {images}
 seed: 0
 
-# Structured pruning. One budget: macs, params, latency (fractions that remain) or ratio (fraction of channels removed).
-prune:
-  method: reconstruct   # rescompress methods lists the others
-  macs: 0.5
-  scope: inner          # all: the residual stream, too
-  align: auto           # widths that the targets run fast
-  calib: 512            # images, from the training split
-
-# Training of what is left, distilled from the dense network. null leaves it out.
-finetune:
-  epochs: {epochs}
-  teacher: dense
-
-# INT8. mode ptq only calibrates; qat trains with the rounding in place. null leaves it out.
-quantize:
-  mode: qat
-  epochs: 1
-  profile: auto         # tensorrt, openvino or onnxruntime: where the rounding sits; auto asks the targets
-
+{_section("prune", PruneSettings, macs=0.5, method=..., scope=..., align=..., calib=...)}
+{_section("finetune", FinetuneSettings, epochs=epochs, teacher=...)}
+{_section("quantize", QuantizeSettings, mode=..., epochs=..., profile=...)}
 targets: [{targets}]    # rescompress targets lists all{meant}
-batch: 1                # images per call; dynamic leaves it open
+batch: 1                # {plain(help_of(RunConfig)["batch"])}
 """
+
+
+def _section(name: str, model: type[BaseModel], **values: object) -> str:
+    """Return a section with some of its settings, each with its help; ``...`` stands for the default."""
+    about = (model.__doc__ or "").partition("\n")[0]
+    helps = help_of(model)
+    lines = [f"# {about} null leaves the stage out.", f"{name}:"]
+    for key, value in values.items():
+        shown = json.dumps(default_of(model.model_fields[key]) if value is ... else value).strip('"')
+        lines.append(f"  {key}: {shown}".ljust(24) + f"# {plain(helps[key])}")
+    return "\n".join(lines) + "\n"
 
 
 def _comment(text: str) -> str:

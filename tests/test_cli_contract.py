@@ -35,6 +35,8 @@ from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
 from rescompress.config import RunConfig, load_config
+from rescompress.core.described import flag_of
+from rescompress.core.settings import PruneSettings
 from rescompress.stage import Opening
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +106,10 @@ def test_the_choices_of_an_option_are_shown_and_kept_to(helps: dict[str, str], r
 
 
 def test_the_shell_completes_methods_and_targets() -> None:
-    assert options._methods("") == [name for name in method_names() if "." not in name]
-    assert options._methods("rec") == ["reconstruct"]
+    method = flag_of(PruneSettings, "method").completes
+    assert method is not None
+    assert method("") == method_names()
+    assert method("rec") == ["reconstruct"]
     assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
 
 
@@ -251,12 +255,34 @@ def test_a_command_that_would_eat_its_own_input_is_refused(rescompress: Command,
         (MemoryError(), 7),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 7),
         (torch.OutOfMemoryError("CUDA out of memory"), 7),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 7),
+        (OSError(12, "Cannot allocate memory"), 7),
+        (RuntimeError("can't start new thread"), 7),
+        (ImportError("No module named 'x'"), 1),
         (RuntimeError("shapes do not match"), 1),
     ],
 )
 def test_running_out_of_memory_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert Output().failure(error) == code
     assert ("bug" in capsys.readouterr().err) == (code == 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of address space is one of Linux")
+def test_too_little_address_space_for_torch_is_no_bug() -> None:
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, "-m", "rescompress", "inspect", str(DIGITS)],
+        cwd=ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)),
+    )
+    assert done.returncode == 7, done.stderr
+    assert "ulimit -v" in done.stderr
+    assert "bug" not in done.stderr
 
 
 def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
@@ -352,7 +378,7 @@ def test_doctor_knows_every_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.keys() == doctor.PURPOSES.keys()
     assert sum(extra is None for extra in found.values()) == len(project["dependencies"])
     narrower = {"tensorrt10", "tensorrt11"}  # one major version of what `tensorrt` asks for
-    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev"} - narrower
+    assert {extra for extra in found.values() if extra} == project["optional-dependencies"].keys() - {"dev", "docs"} - narrower
     stated = ["SciPy>=1.11; extra == 'fit'", "torch", "ruff; extra == 'dev'"]
     assert doctor.dependencies(stated) == {"torch": None, "scipy": "fit"}
 

@@ -20,9 +20,9 @@ from export.to_onnx import ExportOptions
 from rescompress.api import quantize
 from rescompress.cli.deploy import _jobs
 from rescompress.cli.workspace import deliver
-from rescompress.config import QuantizeConfig
 from rescompress.core.quantizers import PROFILES
-from rescompress.plan import profile_for, target_options
+from rescompress.core.settings import ExportSettings, QuantizeSettings
+from rescompress.plan import profile_for
 from rescompress.stages.export import export_options
 from rescompress.stages.shared import onnx_of, write_onnx
 from rescompress.stages.target import for_target, profile_notes
@@ -126,7 +126,7 @@ def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
     assert notes == (profile_notes(checkpoint, chosen) if int8 else [])
     variants = [dataclasses.replace(checkpoint, quantization=None), checkpoint]
     for job, variant in zip(jobs, variants, strict=False):
-        options = export_options(target_options(chosen, {"precision": "auto"}))
+        options = export_options(ExportSettings(opset=chosen.opset))
         write_onnx(onnx_of(variant, for_target(options, variant, chosen)), tmp_path / "export.onnx")
         assert job.onnx.read_bytes() == (tmp_path / "export.onnx").read_bytes()
 
@@ -164,8 +164,8 @@ def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithm
     ],
 )
 def test_the_first_target_chooses_the_profile_unless_one_runs_tensorrt(targets, profile):
-    assert profile_for(QuantizeConfig(), targets) == profile
-    assert profile_for(QuantizeConfig(profile="openvino"), targets) == "openvino"
+    assert profile_for(QuantizeSettings(), targets) == profile
+    assert profile_for(QuantizeSettings(profile="openvino"), targets) == "openvino"
 
 
 @pytest.mark.parametrize("trained", PROFILES)

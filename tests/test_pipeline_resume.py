@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
+from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
 from rescompress.fingerprint import data_identity
 from rescompress.pipeline import _key, run_stages
 from rescompress.plan import Builder
@@ -202,12 +202,12 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     stated = {k: facts[k] for k in ("input_shape", "preprocess", "arch_options", "allow_pickle")}
     settings = Settings(str(folder / "data"), facts["labels"], facts["seed"], threads=facts["threads"])
     builder, teacher = Builder(Opening(folder / "net", **stated), settings), Opening(folder / "teacher")
-    prune = PruneConfig(plan=str(folder / "plan"), calib=facts["calib"])
-    quantize = QuantizeConfig(keep_float="auto", max_slowdown=facts["max_slowdown"])
+    prune = PruneSettings(plan=str(folder / "plan"), calib=facts["calib"])
+    quantize = QuantizeSettings(keep_float="auto", max_slowdown=facts["max_slowdown"])
     stages = [
         builder.dense(),
         builder.prune(prune, facts["targets"], "dense"),
-        builder.finetune(FinetuneConfig(epochs=facts["epochs"]), "prune", teacher),
+        builder.finetune(FinetuneSettings(epochs=facts["epochs"]), "prune", teacher),
         builder.quantize(quantize, facts["profile"], "finetune", teacher, targets=facts["targets"]),
         builder.export("quantize", facts["export"]),
         builder.target("cpu", "quantize", facts["target"], require_engine=facts["require_engine"]),

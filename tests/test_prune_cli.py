@@ -11,9 +11,9 @@ from compress.checkpoints import load_checkpoint
 from compress.prune import ErrorCurve, apply, load_plan
 from compress.prune.method import Curves
 from compress.prune.picture import draw
-from rescompress.config import FinetuneConfig, PruneConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, walk
+from rescompress.core.settings import FinetuneSettings, PruneSettings
 from rescompress.plan import Builder
 from rescompress.settings import Settings
 from rescompress.stage import Opening
@@ -71,16 +71,16 @@ def test_iterations_end_in_one_plan_for_the_dense_network(rescompress, tmp_path)
 
 
 def test_iterations_shrink_evenly_and_need_fine_tuning():
-    config = PruneConfig(macs=0.25, iterations=2)
+    config = PruneSettings(macs=0.25, iterations=2)
     assert [config.step(i).budget for i in (1, 2)] == [("macs", 0.5), ("macs", 0.25)]
-    assert PruneConfig(ratio=0.75, iterations=2).step(1).budget == ("ratio", 0.5)
+    assert PruneSettings(ratio=0.75, iterations=2).step(1).budget == ("ratio", 0.5)
     builder = Builder(Opening(DIGITS), Settings())
-    names = [s.name for s in builder.prune_and_tune(config, FinetuneConfig(epochs=4), [])]
+    names = [s.name for s in builder.prune_and_tune(config, FinetuneSettings(epochs=4), [])]
     assert names == ["prune-1", "finetune-1", "prune", "finetune"]
     with pytest.raises(BadInput, match="fine-tuning"):
         builder.prune_and_tune(config, None, [])
     with pytest.raises(ValueError, match="leave out iterations"):
-        PruneConfig(plan="plan.json", iterations=2)
+        PruneSettings(plan="plan.json", iterations=2)
 
 
 def test_images_of_one_class_are_told(rescompress, tmp_path):

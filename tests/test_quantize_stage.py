@@ -21,10 +21,10 @@ from compress.quantize import integer_model, mixed_precision, on_grid, ptq
 from compress.resnet import build_model
 from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function
-from rescompress.config import QuantizeConfig
 from rescompress.core.errors import BudgetError, ConfigError, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.manifest import load_manifest
+from rescompress.core.settings import QuantizeSettings
 from rescompress.report.card import model_card
 from rescompress.stages.network import calibrated, float_cost
 
@@ -33,7 +33,7 @@ DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 
 
 def quantized(**settings):
-    return calibrated(checkpoint_of("pad"), images_for(SPECS["pad"], 4), QuantizeConfig(**settings), "tensorrt")
+    return calibrated(checkpoint_of("pad"), images_for(SPECS["pad"], 4), QuantizeSettings(**settings), "tensorrt")
 
 
 def test_layers_are_kept_in_float_by_name_by_number_or_not_at_all():
@@ -74,7 +74,7 @@ def test_the_price_of_layers_in_float_is_between_that_of_the_two_networks():
 
 def test_a_latency_budget_decides_how_many_layers_stay_in_float():
     spec, images = SPECS["pad"], images_for(SPECS["pad"], 4)
-    config = QuantizeConfig(calibration="max", keep_float="auto", max_slowdown=1.25)
+    config = QuantizeSettings(calibration="max", keep_float="auto", max_slowdown=1.25)
 
     def kept(cost):
         return calibrated(checkpoint_of("pad"), images, config, "tensorrt", cost=cost).quantization.keep_float(spec)
@@ -94,7 +94,7 @@ def test_an_accuracy_budget_decides_how_many_layers_stay_in_float():
     with pytest.raises(BudgetError, match="divergence is"):
         quantized(calibration="max", keep_float="auto", max_divergence=1e-30)
     with pytest.raises(ValidationError, match="budgets of keep_float"):
-        QuantizeConfig(keep_float=2, max_slowdown=1.5)
+        QuantizeSettings(keep_float=2, max_slowdown=1.5)
 
 
 def test_training_that_did_no_good_is_told(rescompress, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 from command_line import run_command
+from manifest_mutants import mutants
 from report_factory import write_run
 
 from rescompress import claims
@@ -103,7 +104,7 @@ def test_a_run_does_not_write_over_what_it_reads(tmp_path: Path, spelling: Calla
 
 
 def test_every_file_that_stages_read_is_known(tmp_path: Path) -> None:
-    from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
+    from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
 
     for name in ("net.pt", "teacher.pt", "plan.json"):
         (tmp_path / name).write_text(name)
@@ -111,9 +112,9 @@ def test_every_file_that_stages_read_is_known(tmp_path: Path) -> None:
     builder = Builder(opening, Settings())
     stages = [
         builder.dense(),
-        builder.prune(PruneConfig(plan=str(tmp_path / "plan.json")), [], "dense"),
-        builder.finetune(FinetuneConfig(), "prune", teacher),
-        builder.quantize(QuantizeConfig(), "tensorrt", "finetune", teacher),
+        builder.prune(PruneSettings(plan=str(tmp_path / "plan.json")), [], "dense"),
+        builder.finetune(FinetuneSettings(), "prune", teacher),
+        builder.quantize(QuantizeSettings(), "tensorrt", "finetune", teacher),
     ]
     assert [[p.name for p in s.reads] for s in stages] == [["net.pt"], ["plan.json"], ["teacher.pt"], ["teacher.pt"]]
 
@@ -394,17 +395,17 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
 @pytest.mark.parametrize("which", ["net.safetensors", "plan.json", "teacher.safetensors"])
 def test_a_stage_does_not_read_another_file_than_its_key_is_about(tmp_path: Path, which: str) -> None:
     """Replaced between the plan of the run and the stage: it fails and records nothing under the old key."""
-    from rescompress.config import FinetuneConfig, PruneConfig
+    from rescompress.core.settings import FinetuneSettings, PruneSettings
 
     for name in ("net.safetensors", "teacher.safetensors"):
         (tmp_path / name).write_bytes(DIGITS.read_bytes())
     (tmp_path / "plan.json").write_text("{}")
     builder = Builder(Opening(tmp_path / "net.safetensors"), Settings(data="builtin:digits"))
-    opening, plan = builder.opening, PruneConfig(plan=str(tmp_path / "plan.json"))
+    opening, plan = builder.opening, PruneSettings(plan=str(tmp_path / "plan.json"))
     stage = {
         "net.safetensors": lambda: builder.dense(),
         "plan.json": lambda: builder.prune(plan, [], opening),
-        "teacher.safetensors": lambda: builder.finetune(FinetuneConfig(epochs=0.1), opening, Opening(tmp_path / which)),
+        "teacher.safetensors": lambda: builder.finetune(FinetuneSettings(epochs=0.1), opening, Opening(tmp_path / which)),
     }[which]()
     (tmp_path / which).write_bytes((tmp_path / which).read_bytes() + b" ")
     with pytest.raises(BadInput, match="was changed") as caught:
@@ -604,34 +605,6 @@ def test_no_process_of_python_is_started_another_way() -> None:
 
 
 # Manifests of any content ------------------------------------------------------------------------------------------------
-
-
-def mutants(text: str, count: int, seed: int = 0) -> list[str]:
-    """Return documents with one value replaced, removed or doubled, or one byte of the text changed."""
-    import random
-
-    rng = random.Random(seed)
-    odd = [None, True, -1, 1e308, "", "x" * 1000, [], {}, [[]], {"a": None}, "../../etc/passwd", "\ud800", 10**30]
-    found = []
-    for _ in range(count):
-        document = json.loads(text)
-        place, key = {"": document}, ""
-        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
-            place = place[key]
-            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        kind = rng.randrange(4)
-        if kind == 0 and not isinstance(place, list) and key:
-            del place[key]
-        elif kind == 1:
-            place[key] = [place[key], place[key]]
-        else:
-            place[key] = rng.choice(odd)
-        mutant = json.dumps(document)
-        if kind == 3:
-            at = rng.randrange(len(mutant))
-            mutant = mutant[:at] + rng.choice('0"{}[]:,\\x') + mutant[at + 1 :]
-        found.append(mutant)
-    return found
 
 
 def try_mutants(tmp_path: Path, count: int) -> None:

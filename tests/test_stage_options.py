@@ -30,10 +30,11 @@ from edge_targets import benchmark, latency
 from edge_targets.backends import onnxruntime
 from export import to_onnx
 from rescompress import api
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig, RunConfig, validate
+from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
+from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
 from rescompress.pipeline import run_stages
 from rescompress.plan import run_plan
 from rescompress.reporter import Silent
@@ -318,10 +319,10 @@ QUANTIZE: dict[str, list[Row]] = {
     ],
 }
 
-SECTIONS: dict[str, tuple[type[PruneConfig | FinetuneConfig | QuantizeConfig], dict[str, list[Row]]]] = {
-    "prune": (PruneConfig, PRUNE),
-    "finetune": (FinetuneConfig, FINETUNE),
-    "quantize": (QuantizeConfig, QUANTIZE),
+SECTIONS: dict[str, tuple[type[PruneSettings | FinetuneSettings | QuantizeSettings], dict[str, list[Row]]]] = {
+    "prune": (PruneSettings, PRUNE),
+    "finetune": (FinetuneSettings, FINETUNE),
+    "quantize": (QuantizeSettings, QUANTIZE),
 }
 
 

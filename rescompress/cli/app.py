@@ -20,7 +20,7 @@ MEASURE = "Measure"
 DECIDE = "Decide"
 KNOW = "Look up"
 
-RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run", "search"})
+RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run", "demo", "search"})
 """Commands that keep what they have done, so that a second call goes on."""
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
     "search": ("search", COMPRESS, "Many configs instead of one: the front of accuracy, latency and size."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
+    "demo": ("demo", COMPRESS, "The run that comes with the package, and its page."),
     "export": ("export", DEPLOY, "Write ONNX for a target, check it, build and measure or predict."),
     "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
     "lint": ("lint", DEPLOY, "Will this ONNX file run well on that target? Traps and repairs."),
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
     "methods": ("sensitivity", KNOW, "Pruning methods known here."),
     "doctor": ("doctor", KNOW, "What is installed, and what each missing piece would enable."),
+    "schema": ("schema", KNOW, "JSON Schemas of what commands print, and of files."),
 }
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
 
@@ -60,6 +62,8 @@ class LazyGroup(TyperGroup):
             return name, stub, rest
         if name != "doctor":  # which tells the whole story
             check_siblings()
+        if COMMANDS[name][1] == COMPRESS or name in ("evaluate", "inspect", "export"):
+            _hint_at_little_memory(ctx.obj)
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)
@@ -75,6 +79,20 @@ class LazyGroup(TyperGroup):
             resumes = ctx.invoked_subcommand in RESUMED
             output.hint("interrupted; the same command goes on where it was" if resumes else "interrupted")
             sys.exit(130)
+
+
+_MEMORY_OF_TORCH = 4 << 30
+
+
+def _hint_at_little_memory(output: Output) -> None:
+    """Say that the address space is small before torch is loaded: where it does not suffice, torch may end the process."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < _MEMORY_OF_TORCH:
+        output.hint(f"the memory of this process is limited to {limit / 2**30:.1f} GiB (ulimit -v), which torch may exceed")
 
 
 def _set_json(ctx: typer.Context, value: bool) -> None:

@@ -81,10 +81,11 @@ def deploy(
     from edge_targets import remote
     from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
-    from edge_targets.ssh import Board
+    from edge_targets.ssh import Board, Turn
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
+    from rescompress.stage import Opening
 
     output = output_of(ctx)
     sizes = _batches(batches)
@@ -117,11 +118,12 @@ def deploy(
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
-    score = _scorer(images, scores, output) if images is not None else None
-    done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
+    score = _scorer(*images, scores, output) if images is not None else None
+    with Turn(board, output.hint):
+        done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
-    result, read = _stage(done, on_board, out), file_sha256(model)
+    result, read = _stage(done, on_board, out), file_sha256(Opening(model).fetched().path)
     update_manifest(out, lambda m: m.with_stage(result.model_copy(update={"ancestry": m.ancestry(read)})))
     document = {
         **_row(done.best),
@@ -150,8 +152,8 @@ def _folder(out: Path, target: Target) -> Path:
     return out / "deploy" / target.name.replace("/", "_")
 
 
-def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> Split:
-    """Return the images to evaluate on, preprocessed as the ONNX files say.
+def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> tuple[Split, int]:
+    """Return the images to evaluate on, preprocessed as the ONNX files say, and how many outputs the network has.
 
     Raises:
         BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
@@ -169,10 +171,11 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
     loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
     for note in loaded.notes:
         output.hint(note)
-    return loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
+    images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
+    return images, inputs[0].outputs
 
 
-def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) -> Any:
+def _scorer(images: Split, outputs: int, scores: dict[Precision, Evaluation], output: Output) -> Any:
     """Return what `remote.deploy` calls per engine; what it finds goes to `scores`."""
     from compress.evaluate import evaluate
     from edge_targets.remote import PIECE_BYTES
@@ -186,6 +189,7 @@ def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) 
                 runner,
                 images,
                 batch_size=piece,
+                outputs=outputs,
                 progress=lambda n, total: reporter.progress(f"accuracy of {precision} on the board", n, total),
             )
 
@@ -322,7 +326,8 @@ def _export(
     from rescompress.stages.target import for_target, profile_notes
 
     notes: list[str] = []
-    checkpoint = Opening(model, shape).load(notes.append)
+    opening = Opening(model, shape).fetched()
+    checkpoint = opening.load(notes.append)
     options = ExportOptions("dynamic" if dynamic else batch, target.opset)
     variants = {"float": dataclasses.replace(checkpoint, quantization=None)}
     if checkpoint.quantization is not None and "int8" in target.precisions:

@@ -9,8 +9,9 @@ import typer
 
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
-from rescompress.core.choices import Precision
+from rescompress.core.settings import ExportSettings
 
 if TYPE_CHECKING:
     from rescompress.core.manifest import StageResult
@@ -30,17 +31,14 @@ def _runtimes(incomplete: str) -> list[str]:
 
 
 @app.command()
+@with_options
 def export(
     ctx: typer.Context,
+    settings: Annotated[ExportSettings, Options()],
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
     ] = None,
     target: opt.Targets = None,
-    precision: Annotated[
-        Precision, typer.Option("--precision", help="auto: what suits both. No FP8: see docs/targets.md.")
-    ] = "auto",
-    batch: Annotated[str, typer.Option("--batch", help="Images per call, or dynamic.")] = "1",
-    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset.", show_default="what the target reads")] = None,
     data: opt.Data = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the result, or FILE.tar.gz.", show_default=False)
@@ -92,9 +90,8 @@ def export(
         arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     )
-    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
-    options = {"batch": parse_batch(batch), "opset": opset, "precision": precision}
-    stage = Builder(opening, settings).target(target[0] if target else "cpu", opening, options, require_engine=require_engine)
+    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    stage = Builder(opening, shared).target(target[0] if target else "cpu", opening, settings, require_engine=require_engine)
     packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
     claims.check_outputs({"--output": packed}, [path])
     report, _ = workspace.run_here([stage], out)
@@ -182,21 +179,6 @@ def newest_checkpoint(folder: Path) -> Path:
     if not stages:
         raise BadInput("the workspace holds no checkpoint", where=str(folder), remedy=remedy)
     return workspace.file_of(max(enumerate(stages), key=lambda item: (item[1].finished, item[0]))[1], "checkpoint", folder)
-
-
-def parse_batch(text: str) -> int | str:
-    """Return the batch size that text stands for.
-
-    Raises:
-        BadInput: It is neither a number nor ``dynamic``.
-    """
-    from rescompress.core.errors import BadInput
-
-    if text == "dynamic":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise BadInput(f"'{text}' is no batch size", where="--batch", remedy="give a number from 1, or dynamic")
-    return int(text)
 
 
 def _latency(metric: Any) -> dict[str, Any] | None:

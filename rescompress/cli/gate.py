@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rescompress.cli import workspace
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import Output, output_of
+from rescompress.gate.limits import Limits
 
 if TYPE_CHECKING:
-    from rescompress.gate import GateReport, Limits, Run
+    from rescompress.gate import GateReport, Run
 
 app = typer.Typer()
 
 GITLAB_FILE = "gl-code-quality-report.json"
 
 
-SHOWN = {
-    # Limit: its metavar and its default in help; any other is a ratio.
-    "max_drop": ("PTS", "1.0"),
-    "stage": ("S", "last with accuracy"),
-    "on_inconclusive": (None, "exit 6"),
-    "on_missing": (None, "fail"),
-}
-
-
-def _one_option_per_limit(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with an option for every field of `Limits`, after ``--limits``, in place of its ``**flags``."""
-    from rescompress.gate.limits import Limits
-
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
-    flags = []
-    for name, field in Limits.model_fields.items():
-        metavar, default = SHOWN.get(name, ("RATIO", str(field.default or "off")))
-        option = typer.Option("--" + name.replace("_", "-"), metavar=metavar, help=field.description, show_default=default)
-        kind: Any = _kind(field.annotation)  # known at run time only
-        flag: Any = Annotated[kind | None, option]
-        flags.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=flag))
-    at = 1 + [p.name for p in own].index("limits")
-    signature = inspect.Signature([*own[:at], *flags, *own[at:]])
-    command.__signature__ = signature  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    return command
-
-
-def _kind(annotation: object) -> Any:
-    """Return what a flag for a field of this type takes: a number, one of some choices, or text."""
-    parts = _parts(annotation)
-    if float in parts:
-        return float
-    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
-    return StrEnum("Choice", [(choice, choice) for choice in choices]) if choices else str
-
-
-def _parts(annotation: object) -> list[object]:
-    """Return the members of a union, bare of what is annotated to them."""
-    if get_origin(annotation) is Annotated:
-        return _parts(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [part for member in get_args(annotation) for part in _parts(member)]
-    return [annotation]
-
-
 @app.command()
-@_one_option_per_limit
+@with_options
 def gate(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="DIR", help="The candidate: the folder of a run.", show_default=False)],
@@ -81,6 +33,8 @@ def gate(
     limits: Annotated[
         Path | None, typer.Option("--limits", metavar="FILE", help="Limits as YAML; flags win over it.", show_default=False)
     ] = None,
+    *,
+    flags: Annotated[Limits, Options()],
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.", show_default=False)] = None,
     summary: Annotated[
         Path | None, typer.Option("--summary", metavar="FILE.md", help="Write a Markdown summary.", show_default=False)
@@ -90,7 +44,6 @@ def gate(
         typer.Option("--save-baseline", metavar="FILE", help="Write DIR as one small baseline file.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
-    **flags: object,
 ) -> None:
     """Compare a run with a baseline and fail when it lost too much accuracy, speed or size.
 
@@ -111,8 +64,7 @@ def gate(
     claims.check_foreign(save_baseline, claims.BASELINE, "--save-baseline", force=force)
     if os.environ.get("GITLAB_CI") == "true":
         claims.check_foreign(_project() / GITLAB_FILE, claims.CODE_QUALITY, "CI_PROJECT_DIR", force=force)
-    given = {name: v.value if isinstance(v, StrEnum) else v for name, v in flags.items() if v is not None}
-    allowed = _limits(limits, given)
+    allowed = _limits(limits, flags.model_dump(exclude_unset=True))
     candidate = load_run(run)
     workspace.tell_workspace(run, output)
     if save_baseline is not None and (

@@ -159,15 +159,34 @@ def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
     return table
 
 
+_WORDS = {
+    "batch_norm": "BN",
+    "group_norm": "GN",
+    "relu": "ReLU",
+    "clip": "clip",
+    "leaky_relu": "leaky ReLU",
+    "elu": "ELU",
+    "prelu": "PReLU",
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "hard_swish": "hard-swish",
+    "hard_sigmoid": "hard-sigmoid",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "dropout": "dropout",
+}
+"""What stands in the line of the layer before, where that is a layer of its own."""
+
+
 def _rows(layers: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, int]]:
-    """Return one row per layer, with BatchNorm and ReLU added to the layer whose output they read."""
+    """Return one row per layer, with norms and activations added to the layer whose output they read."""
     rows: list[tuple[dict[str, Any], list[str], int]] = []
     at: dict[str, int] = {}
     for layer in layers:
         source = at.get(layer["inputs"][0]) if layer["inputs"] else None
-        if layer["op"] in ("batch_norm", "relu", "dropout") and source is not None and source == len(rows) - 1:
+        if layer["op"] in _WORDS and source is not None and source == len(rows) - 1:
             row, operations, params = rows[source]
-            word = {"batch_norm": "BN", "relu": "ReLU", "dropout": "dropout"}[layer["op"]]
+            word = _WORDS[layer["op"]]
             rows[source] = (row, [*operations, word], params + layer["params"])
             at[layer["name"]] = source
             continue

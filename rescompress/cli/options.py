@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Checkpoint file or name (timm/resnet50.a1_in1k).", show_default=False)
+]
 Data = Annotated[
     str | None,
     typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
@@ -21,27 +23,8 @@ def _targets(incomplete: str) -> list[str]:
     return [name for name in target_names() if name.startswith(incomplete)]
 
 
-def _methods(incomplete: str) -> list[str]:
-    """Return the pruning methods of this package that begin so, for the shell; their files are listed, not imported."""
-    folder = Path(__file__).parents[2] / "compress" / "prune" / "methods"
-    return sorted(p.stem for p in folder.glob("[a-z]*.py") if p.stem.startswith(incomplete))
-
-
-Method = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        "-m",
-        help="See `rescompress methods`.",
-        show_default="reconstruct; magnitude without data",
-        autocompletion=_methods,
-    ),
-]
-
-
-def method_or_default(method: str | None, data: str | None) -> str:
-    """Return the pruning method: the one that was named, else what can repair its loss, which takes images."""
-    return method or ("reconstruct" if data is not None else "magnitude")
+WITHOUT_DATA = "magnitude"
+"""The pruning method where none is named and there are no images, which all that repair their loss take."""
 
 
 _TARGET = typer.Option(
@@ -69,9 +52,6 @@ BatchSize = Annotated[
         show_default="by image size",
         rich_help_panel="Computation",
     ),
-]
-TrainBatch = Annotated[
-    int, typer.Option("--train-batch", min=2, help="Images per training step.", rich_help_panel="Computation")
 ]
 InputShape = Annotated[
     str | None,

@@ -101,6 +101,11 @@ def run(
         "rows": to_document(rows),
     }
     out.result(document, to_rich(rows, title=str(folder)))
+    if not report.manifest.unfinished:
+        from rescompress.report.closing import closing_lines
+
+        for line in closing_lines(report.manifest, folder, example=loaded.data.startswith("builtin:")):
+            out.hint(line)
 
 
 @app.command()

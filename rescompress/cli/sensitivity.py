@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rescompress.cli import options, workspace
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
-from rescompress.core.choices import Scope
+from rescompress.core.settings import SensitivitySettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,18 +20,16 @@ app = typer.Typer()
 
 
 @app.command()
+@with_options
 def sensitivity(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
+    settings: Annotated[SensitivitySettings, Options()],
     data: options.Data = None,
-    method: options.Method = None,
-    scope: Annotated[Scope, typer.Option("--scope", help="Channels inside blocks, or residual streams too.")] = "inner",
-    calib: Annotated[int, typer.Option("--calib", min=1, help="Calibration images.")] = 512,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.", show_default=False),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Also: how much each layer minds INT8. Needs --data.")] = False,
     labels: options.Labels = None,
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
@@ -55,7 +54,7 @@ def sensitivity(
     picture = Path(output).expanduser() if output else None
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
         raise BadInput(f"cannot draw a '{picture.suffix}' file", where="-o", remedy="name a .svg or .png file")
-    if int8 and data is None:
+    if settings.int8 and data is None:
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     check_outputs({"--output": picture}, [checkpoint])
     opening = workspace.opening(
@@ -65,15 +64,15 @@ def sensitivity(
         arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     )
-    settings = workspace.settings(data, labels=labels, seed=seed, threads=threads)
+    shared = workspace.settings(data, labels=labels, seed=seed, threads=threads)
     from rescompress.cli.progress import reporting
     from rescompress.sensitivity import measure_sensitivity  # takes seconds to import
 
-    if data is None and method is None:
+    if data is None and "method" not in settings.model_fields_set:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")
-    chosen = options.method_or_default(method, data)
+        settings = settings.model_copy(update={"method": options.WITHOUT_DATA})
     with reporting(sink) as reporter:
-        found = measure_sensitivity(opening, settings, method=chosen, scope=scope, calib=calib, int8=int8, reporter=reporter)
+        found = measure_sensitivity(opening, shared, settings, reporter=reporter)
     if picture is not None:
         from compress.prune.picture import draw
 

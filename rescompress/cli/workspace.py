@@ -67,10 +67,11 @@ def opening(
     arch_options: Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> Opening:
-    """Return the checkpoint file and what the user states about it.
+    """Return the checkpoint file, fetched where `path` is a name, and what the user states about it.
 
     Raises:
         BadInput: The shape, the preprocessing or an option is malformed, unknown or impossible.
+        EnvironmentFailed: A named network is not in the cache, and there is no connection.
     """
     from compress.checkpoints.options import parse, parse_shape
     from compress.preprocessing import Statement
@@ -79,7 +80,7 @@ def opening(
     parse(arch_options)  # what is wrong with them is said before any work
     shape = parse_shape(input_shape) if input_shape else None
     stated = str(Statement.parse(preprocess)) if preprocess is not None else None
-    return Opening(path, shape, stated, tuple(arch_options), allow_pickle)
+    return Opening(path, shape, stated, tuple(arch_options), allow_pickle).fetched()
 
 
 def peers() -> Peers | None:

@@ -33,6 +33,15 @@ def names(package: str) -> list[str]:
     return sorted({*_files(package), *third_party})
 
 
+def listed(package: str) -> list[str]:
+    """Return the same as `names` for a package of ours, without importing what it is in; for the shell, which waits."""
+    top, *below = package.split(".")
+    found = importlib.util.find_spec(top)
+    places = (found.submodule_search_locations if found is not None else None) or ()
+    files = {path.stem for place in places for path in Path(place, *below).glob("[a-z]*.py")}
+    return sorted({*files, *(e.name for e in importlib.metadata.entry_points(group=package))})
+
+
 def known(package: str, name: str) -> bool:
     """Return whether `package` has a plugin called `name`; nothing is imported, and entry points are read only if needed."""
     return name in _files(package) or any(e.name == name for e in importlib.metadata.entry_points(group=package))

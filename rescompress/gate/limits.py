@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from rescompress import strict_yaml
+from rescompress.core.described import Flag
 from rescompress.core.errors import ConfigError, nearest
 from rescompress.core.spec import Frozen
 
 Ratio = Annotated[float, Field(gt=0)]
 USUAL_RATIO = 1.05
+RATIO = Flag(metavar="RATIO")
+OFF = Flag(metavar="RATIO", usual="off")
 OnInconclusive = Literal["inconclusive", "pass", "fail"]
 OnMissing = Literal["fail", "inconclusive", "pass"]
 
@@ -21,11 +24,9 @@ OnMissing = Literal["fail", "inconclusive", "pass"]
 class Limits(Frozen):
     """What a candidate may cost more than its baseline. ``null`` (or ``.inf``) leaves a check out.
 
-    The command line has an option for each field, with its description as help.
-
     Attributes:
         max_drop: Points of top-1 that may be lost.
-        max_latency: Ratio of latencies, for every target or by target; those not named keep the default.
+        max_latency: Ratio of latencies, for every target or, in a file, by target; those not named keep the default.
         max_size: Ratio of file sizes.
         max_macs: Ratio of multiply-accumulates.
         max_params: Ratio of parameters.
@@ -42,22 +43,22 @@ class Limits(Frozen):
         on_missing: Whether a target of the baseline that the candidate lacks or skipped fails, is inconclusive, or is left out.
     """
 
-    max_drop: Annotated[float, Field(ge=0)] | None = Field(1.0, description="Points of top-1 that may be lost.")
-    max_latency: Ratio | dict[str, Ratio | None] | None = Field(USUAL_RATIO, description="Latency, times the baseline's.")
-    max_size: Ratio | None = Field(USUAL_RATIO, description="File size, times the baseline's.")
-    max_macs: Ratio | None = Field(None, description="MACs, times the baseline's.")
-    max_params: Ratio | None = Field(None, description="Parameters, times the baseline's.")
-    max_p99: Ratio | None = Field(None, description="p99 latency, times the baseline's.")
-    max_jitter: Ratio | None = Field(None, description="p99 - p50, times the baseline's.")
-    max_cold_start: Ratio | None = Field(None, description="Cold start, times the baseline's.")
-    max_first_frame: Ratio | None = Field(None, description="First frame after idleness, times the baseline's.")
-    max_contention: Ratio | None = Field(None, description="Latency beside other streams, times the baseline's.")
-    max_end_to_end: Ratio | None = Field(None, description="Latency with copies, times the baseline's.")
-    max_soak: Ratio | None = Field(None, description="A soak's last minute, times its first.")
-    max_build_spread: Ratio | None = Field(None, description="Slowest build, times the fastest.")
-    stage: str | None = Field(None, description="Stage to compare.")
-    on_inconclusive: OnInconclusive = Field("inconclusive", description="How an inconclusive gate ends.")
-    on_missing: OnMissing = Field("fail", description="What a target that only the baseline has comes to.")
+    max_drop: Annotated[Annotated[float, Field(ge=0)] | None, Flag(metavar="PTS")] = 1.0
+    max_latency: Annotated[Ratio | dict[str, Ratio | None] | None, RATIO] = USUAL_RATIO
+    max_size: Annotated[Ratio | None, RATIO] = USUAL_RATIO
+    max_macs: Annotated[Ratio | None, OFF] = None
+    max_params: Annotated[Ratio | None, OFF] = None
+    max_p99: Annotated[Ratio | None, OFF] = None
+    max_jitter: Annotated[Ratio | None, OFF] = None
+    max_cold_start: Annotated[Ratio | None, OFF] = None
+    max_first_frame: Annotated[Ratio | None, OFF] = None
+    max_contention: Annotated[Ratio | None, OFF] = None
+    max_end_to_end: Annotated[Ratio | None, OFF] = None
+    max_soak: Annotated[Ratio | None, OFF] = None
+    max_build_spread: Annotated[Ratio | None, OFF] = None
+    stage: Annotated[str | None, Flag(metavar="S", usual="last with accuracy")] = None
+    on_inconclusive: Annotated[OnInconclusive, Flag(usual="exit 6")] = "inconclusive"
+    on_missing: OnMissing = "fail"
 
     @field_validator("*")
     @classmethod

@@ -44,7 +44,8 @@ def points_of(trials: Sequence[Trial]) -> list[tuple[Trial, Answer]]:
 def _joined(trial: Trial) -> Answer:
     """Return the last answer with the accuracy of the last rung that measured one."""
     known = [a for a in trial.answers if a.accuracy is not None][-1]
-    return trial.answers[-1].model_copy(update={"accuracy": known.accuracy, "outcomes": known.outcomes})
+    kept = {"accuracy": known.accuracy, "sureness": known.sureness, "outcomes": known.outcomes}
+    return trial.answers[-1].model_copy(update=kept)
 
 
 def cheaper(a: Answer, b: Answer, name: str) -> bool:
@@ -63,16 +64,38 @@ def surely_beats(a: Answer, b: Answer) -> bool:
 def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Point]:
     """Return the points that none surely beats, the cheapest in the first objective first."""
     known = points_of(trials)
-    kept = [(t, a) for t, a in known if not any(surely_beats(b, a) for _, b in known if b is not a)]
-    found = [Point(t, a, not any(_seems_to_beat(b, a) for _, b in known if b is not a)) for t, a in kept]
+    answers = [a for _, a in known]
+    rivals = [[answers[i] for i in found] for found in _rivals(answers)]
+    kept = [i for i, b in enumerate(answers) if not any(surely_beats(a, b) for a in rivals[i])]
+    found = [Point(*known[i], not any(_seems_to_beat(a, answers[i]) for a in rivals[i])) for i in kept]
     return sorted(found, key=lambda p: [p.answer.costs[name] for name in objectives])
 
 
+def unjudged(points: Sequence[Point], final: Mapping[str, object]) -> list[str]:
+    """Return the networks that the evaluation split has not been read for: ``dense``, and slots of the front."""
+    return [name for name in ("dense", *(str(p.trial.slot) for p in points)) if name not in final]
+
+
+def _rivals(answers: Sequence[Answer]) -> list[list[int]]:
+    """Return, for each answer, the others that are at least as good in everything: only they can beat it; the best first."""
+    import numpy as np
+
+    if not answers:
+        return []
+    names = sorted(answers[0].costs)
+    losses = np.array([[-a.quality, *(a.costs[n] for n in names)] for a in answers])
+    order = np.argsort(losses[:, 0], kind="stable")
+    ranked = losses[order]
+    found = []
+    for i, mine in enumerate(losses):
+        better = order[(ranked <= mine).all(1)]
+        found.append([int(j) for j in better if j != i])
+    return found
+
+
 def _seems_to_beat(a: Answer, b: Answer) -> bool:
-    assert a.accuracy is not None
-    assert b.accuracy is not None
-    some = a.accuracy > b.accuracy or any(a.costs[n] < v for n, v in b.costs.items())
-    return a.accuracy >= b.accuracy and all(a.costs[n] <= v for n, v in b.costs.items()) and some
+    some = a.quality > b.quality or any(a.costs[n] < v for n, v in b.costs.items())
+    return a.quality >= b.quality and all(a.costs[n] <= v for n, v in b.costs.items()) and some
 
 
 def p_value(pair: Paired, margin: float) -> float:

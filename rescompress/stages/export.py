@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Pari
 from export.recount import recount
 from export.session import has_float16_scales
 from export.to_onnx import ExportOptions
+from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
+from rescompress.core.settings import ExportSettings
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import (
@@ -38,10 +39,10 @@ from rescompress.stages.shared import (
 PARITY_IMAGES = 1000
 
 
-def exported(context: Context, *, source: Source, common: Settings, options: Mapping[str, Any]) -> Outcome:
+def exported(context: Context, *, source: Source, common: Settings, settings: ExportSettings) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
     prepare(common)
-    chosen = export_options(options)
+    chosen = export_options(settings)
     checkpoint = as_exported(source.load(context), chosen)
     path = context.folder / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen, path, common)
@@ -55,9 +56,16 @@ def exported(context: Context, *, source: Source, common: Settings, options: Map
     return Outcome(metrics, files, details)
 
 
-def export_options(options: Mapping[str, Any]) -> ExportOptions:
-    """Return the options with what was left out at its default."""
-    return ExportOptions(**{k: v for k, v in options.items() if v is not None})
+def export_options(settings: ExportSettings) -> ExportOptions:
+    """Return the file that is asked for; its opset is that of most runtimes where none is named.
+
+    Raises:
+        BadInput: No file of ours is in FP8.
+    """
+    if settings.precision == "fp8":
+        raise BadInput("no file is written in FP8", where="--precision fp8", remedy="see docs/targets.md")
+    usual = ExportOptions(settings.batch, precision=settings.precision)
+    return usual if settings.opset is None else dataclasses.replace(usual, opset=settings.opset)
 
 
 def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:

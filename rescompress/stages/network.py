@@ -36,12 +36,12 @@ from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
-from rescompress.config import FinetuneConfig, PruneConfig, QuantizeConfig
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.graph import Network
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Profile
+from rescompress.core.quantizers import Profile, float_operations
+from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
@@ -86,7 +86,7 @@ def pruned(
     *,
     source: Source,
     common: Settings,
-    config: PruneConfig,
+    config: PruneSettings,
     targets: tuple[str, ...],
     name: str = "prune",
     before: str | None = None,
@@ -164,13 +164,13 @@ def pruned(
     return _pruned_row(context, name, common, sparse, plan, details)
 
 
-def align_of(config: PruneConfig, targets: Sequence[Target]) -> int:
+def align_of(config: PruneSettings, targets: Sequence[Target]) -> int:
     """Return the multiple of the widths: as said, else the largest of the targets', 8 without one."""
     return config.align if isinstance(config.align, int) else max([t.align() for t in targets] or [8])
 
 
 def shared_curves(
-    context: Context, checkpoint: Checkpoint, common: Settings, config: PruneConfig, calibration: Tensor | None
+    context: Context, checkpoint: Checkpoint, common: Settings, config: PruneSettings, calibration: Tensor | None
 ) -> Curves:
     """Return the curves of the dense network, measured once by all runs that share a store, for every budget.
 
@@ -215,7 +215,7 @@ def shared_curves(
 def _sparse(
     context: Context,
     checkpoint: Checkpoint,
-    config: PruneConfig,
+    config: PruneSettings,
     images: Tensor | None,
     common: Settings,
     details: dict[str, Any],
@@ -295,7 +295,7 @@ def finetuned(
     source: Source,
     teacher: Source | None,
     common: Settings,
-    config: FinetuneConfig,
+    config: FinetuneSettings,
     name: str = "finetune",
 ) -> Outcome:
     """The network trained on the data, distilled from the teacher."""
@@ -331,13 +331,15 @@ def quantized(
     source: Source,
     teacher: Source | None,
     common: Settings,
-    config: QuantizeConfig,
+    config: QuantizeSettings,
     profile: Profile,
     targets: tuple[str, ...] = (),
 ) -> Outcome:
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
     prepare(common)
     checkpoint = source.load(context)
+    if config.mode == "qat":
+        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
@@ -350,6 +352,10 @@ def quantized(
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
+    if stays := float_operations(int8.spec):
+        details["float_operations"] = stays
+        named = ", ".join(f"{count} {name}" for name, count in stays.items())
+        context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     resume = None
     if config.mode == "qat":
         if context.main:
@@ -398,7 +404,7 @@ def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
 
 
 def calibrated(
-    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeConfig, profile: Profile, *, cost: Cost | None = None
+    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeSettings, profile: Profile, *, cost: Cost | None = None
 ) -> Checkpoint:
     """Return the calibrated network, with the layers that the config wants in floating point left there.
 

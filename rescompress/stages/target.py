@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric, counted
+from rescompress.core.settings import ExportSettings
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
@@ -47,16 +47,16 @@ def target(
     name: str,
     source: Source,
     common: Settings,
-    options: Mapping[str, Any],
+    settings: ExportSettings,
     require_engine: bool = False,
 ) -> Outcome:
     """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
     prepare(common)
     chosen = load_target(name)
     checkpoint = source.load(context)
-    if options.get("precision") == "int8" and checkpoint.quantization is None:
+    if settings.precision == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
-    chosen_options = for_target(export_options(options), checkpoint, chosen)
+    chosen_options = for_target(export_options(settings), checkpoint, chosen)
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen_options, path, common)

@@ -1,0 +1,169 @@
+"""Options of the command line made from the fields of settings objects.
+
+A command asks for a settings object like for anything else, ``settings: Annotated[PruneSettings, Options()]``; `with_options`
+puts in its place one Typer option for each field, and calls the command with the object that the given ones make. What is
+wrong with a value is named as the option that holds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from rescompress.core.described import (
+    Flag,
+    bound,
+    choices_of,
+    default_of,
+    flag_of,
+    help_of,
+    parts_of,
+    plain,
+    range_of,
+    sentence,
+)
+from rescompress.core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which fields of a settings object a command has options for, and where it is of another mind than a config.
+
+    Attributes:
+        instead: Defaults of the command that are not those of the fields.
+        flags: How a field is typed, where it is not as the field itself says.
+        only: The fields, all by default.
+    """
+
+    instead: Mapping[str, object] = field(default_factory=dict)
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+
+    def fields(self, model: type[BaseModel]) -> tuple[str, ...]:
+        """Return the fields that have an option."""
+        return self.only or tuple(model.model_fields)
+
+    def flag(self, model: type[BaseModel], name: str) -> Flag:
+        """Return how a field is typed here."""
+        return self.flags.get(name) or flag_of(model, name)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with an option for every field of the settings objects among its parameters.
+
+    Args:
+        command: Its parameters that are annotated with ``Annotated[SettingsClass, Options(...)]`` are made from options.
+    """
+    parameters: list[inspect.Parameter] = []
+    made: dict[str, tuple[type[BaseModel], Options]] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind, *more = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else (None,)
+        options = next((m for m in more if isinstance(m, Options)), None)
+        if options is None:
+            parameters.append(parameter)
+            continue
+        model = cast(type[BaseModel], kind)
+        made[parameter.name] = model, options
+        parameters += [_parameter(model, name, options) for name in options.fields(model)]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        for name, (model, options) in made.items():
+            typed = {n: given.pop(_word(options.flag(model, n))) for n in options.fields(model)}
+            given[name] = settings_from(model, options, {n: v for n, v in typed.items() if v is not None})
+        command(**given)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]  # one without a default may follow
+    signature = inspect.Signature(parameters)
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, Any]) -> BaseModel:
+    """Return a settings object; ``model_fields_set`` is what was typed.
+
+    Args:
+        model: Its class.
+        options: Of the command.
+        typed: By field, as Typer reads it.
+
+    Raises:
+        BadInput: A value is impossible, or two do not go together; its option is named.
+    """
+    values: dict[str, Any] = {}
+    for name, value in typed.items():
+        parse = options.flag(model, name).parse
+        plain_value = value.value if isinstance(value, StrEnum) else str(value) if isinstance(value, Path) else value
+        values[name] = parse(plain_value) if parse is not None else plain_value
+    try:
+        made = model(**{**options.instead, **values})
+    except ValidationError as e:
+        error = e.errors()[0]
+        place = str(error["loc"][0]) if error["loc"] else ""
+        where = options.flag(model, place).name if place in model.model_fields else "options"
+        raise BadInput(sentence(error), where=where, remedy="see --help") from e
+    return model.model_construct(_fields_set=set(values), **dict(made))
+
+
+def _parameter(model: type[BaseModel], name: str, options: Options) -> inspect.Parameter:
+    """Return the parameter of a command for a field; None stands for what was not typed."""
+    info, flag = model.model_fields[name], options.flag(model, name)
+    kind, limits = _kind(model, name, flag)
+    usual: Any = options.instead.get(name, default_of(info))
+    names = [flag.name]
+    if kind is bool and (usual is not False or flag.off):
+        names = [f"{flag.name}/{flag.off or '--no-' + flag.name.removeprefix('--')}"]
+        usual = flag.name.removeprefix("--") if usual else None
+    shown = flag.usual or ("" if usual in (None, False, [], ()) else str(usual))
+    option: Any = typer.Option(
+        *names,
+        *([flag.short] if flag.short else []),
+        help=_help(model, name, limits),
+        metavar=flag.metavar,
+        show_default=shown or False,
+        rich_help_panel=flag.panel,
+        autocompletion=flag.completes,
+        **limits,
+    )
+    annotation: Any = Annotated[kind | None, option]
+    return inspect.Parameter(_word(flag), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _word(flag: Flag) -> str:
+    """Return the name of the parameter behind an option."""
+    return flag.name.removeprefix("--").replace("-", "_")
+
+
+def _kind(model: type[BaseModel], name: str, flag: Flag) -> tuple[Any, dict[str, Any]]:
+    """Return the type of an option, and what Typer checks of it by itself: the ends of whole numbers."""
+    parts = [(kind, bounds) for kind, bounds in parts_of(model.model_fields[name]) if kind is not type(None)]
+    if flag.file:
+        return Path, {}
+    choices = [choice for kind, _ in parts for choice in choices_of(kind)]
+    if len(choices) and all(choices_of(kind) for kind, _ in parts):
+        return StrEnum(name, [(choice, choice) for choice in choices]), {}
+    kind, bounds = parts[0]
+    if len(parts) > 1 or kind not in (bool, int, float, str):
+        numbers = [kind for kind, _ in parts if kind is float]
+        return (float if numbers and flag.parse is None else str), {}
+    if kind is int:
+        ends = {"min": bound(bounds, "ge"), "max": bound(bounds, "le")}
+        return int, {end: int(value) for end, value in ends.items() if value is not None}
+    return kind, {}
+
+
+def _help(model: type[BaseModel], name: str, limits: Mapping[str, Any]) -> str:
+    """Return the help of a field, with the bounds that Typer does not show."""
+    text = plain(help_of(model)[name])
+    words = dict.fromkeys(range_of(bounds) for kind, bounds in parts_of(model.model_fields[name]) if kind in (int, float))
+    ends = " or ".join(word for word in words if word) if not limits else ""
+    return (f"{text.removesuffix('.')} ({ends})." if ends else text).replace("[", r"\[")

@@ -1,0 +1,227 @@
+"""The settings of the engines: one object each, from the YAML of a run to the function that works.
+
+A field is the one place of a setting. Its name is the key in a config; its type and bounds are what may be given; its line
+under ``Attributes`` is its help. From these come the sections of `rescompress.config.RunConfig`, the options of the command
+line (`rescompress.cli.from_settings`), the tables of docs/run.md and the starter config (`rescompress.core.described`). The
+stages hash all fields into their keys. What was given rather than left at its default stands in ``model_fields_set``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from rescompress.core.choices import Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision
+from rescompress.core.described import Flag, listed_or_counted
+from rescompress.core.plugins import listed
+from rescompress.core.spec import Frozen
+
+# far beyond what anybody runs; a slip such as 1e300 would train, or fill memory, without end
+MOST_EPOCHS = 10_000
+MOST_IMAGES = 2**31
+MOST_RATE = 1e3
+MOST_TARGETS = 100
+
+Batch = Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)]
+Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
+
+
+def _methods(incomplete: str) -> list[str]:
+    """Return the pruning methods that begin so."""
+    return [name for name in listed("compress.prune.methods") if name.startswith(incomplete)]
+
+
+Method = Annotated[str, Flag(short="-m", usual="reconstruct; magnitude without data", completes=_methods, metavar="METHOD")]
+
+
+class Section(Frozen):
+    """What people write: its numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+Teacher = Annotated[str | None, Flag(file=True, usual="none")]
+TrainBatch = Annotated[int, Flag("--train-batch", panel="Computation")]
+
+
+class PruneSettings(Section):
+    """Structured pruning; at most one budget, half of the MACs by default.
+
+    Attributes:
+        method: See ``rescompress methods``.
+        ratio: Fraction of the channels of every group to remove.
+        macs: Fraction of the dense MACs that may remain.
+        params: Fraction of the dense parameters that may remain.
+        latency: Fraction of the dense predicted latency, on the first target with a prediction, that may remain.
+        scope: ``inner`` (inside blocks) or ``all`` (the residual stream, too).
+        align: Widths are multiples of this; ``auto`` takes the targets' multiple, 8 without one, and less for small groups.
+        calib: Images to calibrate with, from the training split.
+        drop_blocks: Whether whole blocks may go; by default where the budget is latency.
+        iterations: Steps in which the budget is reached, each followed by its share of the fine-tuning.
+        recalibrate: Whether BatchNorm statistics are measured again at the end; by default where nothing was repaired.
+        repair: Whether the method makes up for what it removed; long fine-tuning may end higher without.
+        sparsity: ``2:4`` also makes two of every four input channels of a weight zero, for sparse tensor cores.
+        plan: A plan file to follow instead of searching; what it states is not to be given again.
+    """
+
+    method: Method = "reconstruct"
+    ratio: float | None = Field(None, gt=0.0, lt=1.0)
+    macs: float | None = Field(None, gt=0.0, le=1.0)
+    params: float | None = Field(None, gt=0.0, le=1.0)
+    latency: float | None = Field(None, gt=0.0, le=1.0)
+    scope: Scope = "inner"
+    align: Annotated[Align, Flag(metavar="N|auto")] = "auto"
+    calib: int = Field(512, ge=1, le=MOST_IMAGES)
+    drop_blocks: Annotated[bool | None, Flag(off="--keep-blocks", usual="by budget")] = None
+    iterations: int = Field(1, ge=1, le=100)
+    recalibrate: Annotated[bool | None, Flag(usual="if nothing is repaired")] = None
+    repair: bool = True
+    sparsity: Literal["2:4"] | None = None
+    plan: Annotated[str | None, Flag("--plan-in", file=True)] = None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
+        said = ("ratio", "macs", "params", "latency", "method", "scope", "align", "drop_blocks", "iterations")
+        again = sorted(self.model_fields_set.intersection(said), key=said.index)
+        if self.plan is not None and again:
+            raise ValueError(f"a plan says what goes: leave out {' and '.join(again)}")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Kind and value of the budget."""
+        for name in ("ratio", "macs", "params", "latency"):
+            value = getattr(self, name)
+            if value is not None:
+                return name, float(value)
+        return "macs", 0.5
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether whole blocks may go: as said, else where the budget is latency."""
+        return self.drop_blocks if self.drop_blocks is not None else self.budget[0] == "latency"
+
+    def step(self, number: int) -> PruneSettings:
+        """Return the settings of one of the iterations: what is left shrinks by the same factor in each.
+
+        Args:
+            number: From 1 to `iterations`.
+        """
+        kind, value = self.budget
+        if number == self.iterations:
+            return self
+        share = number / self.iterations
+        some = 1.0 - (1.0 - value) ** share if kind == "ratio" else value**share
+        return self.model_copy(update={kind: some, "sparsity": None})
+
+
+class FinetuneSettings(Section):
+    """Training of the pruned network.
+
+    Attributes:
+        epochs: Passes over the training split.
+        teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
+        lr: Peak learning rate.
+        batch_size: Images per training step.
+        distill: Weight of the teacher's loss.
+        temperature: Of the teacher's softmax.
+        features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
+        precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
+    """
+
+    epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
+    teacher: Teacher = "dense"
+    lr: float = Field(0.02, gt=0.0, le=MOST_RATE)
+    batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
+    distill: float = Field(0.9, ge=0.0, le=1.0)
+    temperature: float = Field(4.0, gt=0.0, le=1e6)
+    features: float = Field(0.0, ge=0.0, le=1e6)
+    precision: TrainPrecision = "fp32"
+
+
+class QuantizeSettings(Section):
+    """INT8 quantization.
+
+    Attributes:
+        mode: ``ptq`` (calibration only) or ``qat`` (calibration, then training).
+        epochs: Passes over the training split for ``qat``.
+        profile: Quantizer placement; ``auto`` takes the first target's, or ``tensorrt`` where any target runs TensorRT.
+        calib: Images to calibrate with, from the training split.
+        calibration: How activation ranges are estimated; ``auto`` takes what is nearest to the float network on training
+            images.
+        percentile: For ``percentile``, in percent.
+        bias_correction: Whether biases make good what rounding does to each channel's mean.
+        keep_float: Layers to leave in floating point: names, how many of the most sensitive, or ``auto``.
+        max_divergence: Accuracy budget of ``keep_float: auto``: how far the predictions may be from the float network's,
+            in nats.
+        max_slowdown: Latency budget of ``keep_float: auto``: the predicted latency on the first target, at most so many
+            times that of the all-INT8 network.
+        learnable_scales: Whether ``qat`` trains the scales too.
+        freeze_bn_after: Part of the steps of ``qat`` after which BatchNorm keeps its statistics. 0 trains the very network
+            that will run; statistics of augmented batches are noise in a short training (decision 36).
+        hold_out: Part of the training images that ``qat`` does not see and that choose between it and ``ptq``; 0 keeps
+            what was trained.
+        lr: Peak learning rate of ``qat``.
+        batch_size: Images per step of ``qat``.
+        teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
+    """
+
+    mode: Mode = "qat"
+    epochs: Annotated[float, Flag(short="-e")] = Field(1.0, gt=0.0, le=MOST_EPOCHS)
+    profile: ProfileOrAuto = "auto"
+    calib: int = Field(512, ge=2, le=MOST_IMAGES)
+    calibration: Calibration = "auto"
+    percentile: float = Field(99.99, gt=50.0, le=100.0)
+    bias_correction: bool = True
+    keep_float: Annotated[
+        Annotated[int, Field(ge=0, strict=True)] | Literal["auto"] | tuple[str, ...],
+        Flag(metavar="NAMES|N|auto", parse=listed_or_counted),
+    ] = ()
+    max_divergence: float | None = Field(None, gt=0.0)
+    max_slowdown: float | None = Field(None, ge=1.0)
+    learnable_scales: bool = False
+    freeze_bn_after: float = Field(0.0, ge=0.0, le=1.0)
+    hold_out: float = Field(0.02, ge=0.0, le=0.5)
+    lr: float = Field(0.002, gt=0.0, le=MOST_RATE)
+    batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
+    teacher: Teacher = "dense"
+
+    @model_validator(mode="after")
+    def _budget_of_auto(self) -> Self:
+        if self.keep_float != "auto" and (self.max_divergence is not None or self.max_slowdown is not None):
+            raise ValueError("max_divergence and max_slowdown are budgets of keep_float: auto")
+        return self
+
+
+class SensitivitySettings(Section):
+    """What removing channels, or rounding to INT8, would cost each part of a network.
+
+    Attributes:
+        method: See ``rescompress methods``.
+        scope: ``inner`` (inside blocks) or ``all`` (the residual stream, too).
+        calib: Images to calibrate with, from the training split.
+        int8: Whether to measure what INT8 costs each layer alone, too; takes images.
+    """
+
+    method: Method = "reconstruct"
+    scope: Scope = "inner"
+    calib: int = Field(512, ge=1, le=MOST_IMAGES)
+    int8: bool = False
+
+
+class ExportSettings(Section):
+    """The file that is exported.
+
+    Attributes:
+        batch: Images per call of the exported network; ``dynamic`` leaves it open.
+        opset: ONNX operator set.
+        precision: What the file computes in; ``auto`` is what suits network and target. No FP8: see docs/targets.md.
+    """
+
+    batch: Annotated[Batch, Flag(metavar="N|dynamic")] = 1
+    opset: Annotated[int | None, Flag(usual="what the target reads")] = None
+    precision: Precision = "auto"
