@@ -4,8 +4,8 @@ Random weights, small inputs, `rc.from_module`; what is not read is named with t
 
     python benchmarks/zoo_coverage.py [--names PATTERN] [--side 64] [--all-steps] [--json FILE]
 
-Names that differ in their weights alone (timm's tags behind a dot) count once. Without ``--all-steps`` a network is read and proven;
-with it, it is also pruned to 0.7 of its MACs by magnitude and written as ONNX.
+Names that differ in their weights alone (timm's tags behind a dot) count once. Without ``--all-steps`` a network is read and
+proven; with it, it is also pruned to 0.7 of its MACs by magnitude and written as ONNX.
 """
 
 from __future__ import annotations
@@ -58,10 +58,8 @@ def names() -> Iterator[tuple[str, str]]:
 def network(library: str, name: str) -> torch.nn.Module:
     """Return a network with random weights and statistics, on which nothing is zero or one by chance."""
     torch.manual_seed(0)
-    if library == "timm":
-        made = timm.create_model(name, num_classes=10)
-    else:
-        made = torchvision.models.get_model(name, num_classes=10)
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    made = make(name, num_classes=10)
     for part in made.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             for key, value in part.state_dict().items():
@@ -112,7 +110,7 @@ def main() -> None:
         if not fnmatch.fnmatch(name, args.names):
             continue
         with torch.device("meta"):
-            made = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
+            made = network(library, name)
         if sum(p.numel() for p in made.parameters()) > args.most * 1e6:
             large.append(name)
             continue
