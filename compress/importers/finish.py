@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Source:
         warnings: Those of them that every command tells.
         input_stated: Whether somebody stated the input's size.
         preprocessing: What images go through, where the file says so.
+        labels: Names of the classes, likewise.
     """
 
     format: str
@@ -42,7 +43,7 @@ class Source:
     warnings: tuple[str, ...] = ()
     input_stated: bool = True
     preprocessing: Preprocessing | None = None
-    extra: Mapping[str, object] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
 
 
 def checkpoint_of(
@@ -62,25 +63,27 @@ def checkpoint_of(
     """
     check_values(read.tensors)
     shape = read.network.input_shape
-    notes = list(source.notes)
+    notes, warnings = list(source.notes), list(source.warnings)
     if not source.input_stated:
         notes.append(f"the input is taken to be {'x'.join(map(str, shape))} (else: --input)")
     preprocessing = source.preprocessing or zoo.preprocessing("imagenet", shape)
     if options.preprocess is not None:
         preprocessing = Statement.parse(options.preprocess).over(preprocessing, shape)
     if preprocessing.assumed:
-        notes.append(
+        warnings.append(
             f"preprocessing is taken to be '{preprocessing.name}' (else: --preprocess {'|'.join(zoo.PREPROCESSING_NAMES)})"
         )
-    network = read.network.replace(preprocessing=preprocessing, arch=options.arch.get("arch", read.network.arch))
+    classes = read.network.num_classes
+    labels = source.labels if source.labels is not None and classes in (len(source.labels), 1) else None
+    arch = options.arch.get("arch", read.network.arch)
+    network = read.network.replace(preprocessing=preprocessing, labels=labels, arch=arch)
     read = dataclasses.replace(read, network=network)
     provenance: dict[str, object] = {
         "format": source.format,
         "container": source.container,
         "path": source.path,
-        "notes": [*notes, *source.warnings],
-        "warnings": list(source.warnings),
-        **source.extra,
+        "notes": [*notes, *warnings],
+        "warnings": warnings,
     }
     checkpoint = Checkpoint(network, dict(read.tensors), None, provenance)
     return checkpoint if original is None else proven(checkpoint, read, original, images)

@@ -20,8 +20,7 @@ from compress.checkpoints.roots import flatten
 from compress.importers.aten import add, clamp, mul
 from compress.importers.finish import Source, checkpoint_of
 from compress.importers.network import read_trace
-from compress.importers.passes import simplify
-from compress.importers.trace import NONE, Pads, Refused, Trace, Value
+from compress.importers.trace import NONE, Pads, Refused, Step, Trace, Value
 from rescompress.core.errors import CheckpointError
 from rescompress.core.spec import Preprocessing
 
@@ -40,6 +39,7 @@ _IDLE = (
 )
 _OWN = ("keras", "tensorflow.keras", "tensorflow.python.keras", "tf_keras", "tensorflow_core", "builtins")
 _ORDER = ("gamma", "beta", "moving_mean", "moving_variance")
+_UNPROVEN = "read from its configuration; Keras does not run here, so nothing proves it: compare some predictions"
 REMEDY = "export the model to ONNX (model.export(..., format='onnx') of Keras 3, or tf2onnx), and give that file"
 
 
@@ -67,8 +67,9 @@ def load_keras(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
         images = trace.input().move(lambda p: p.permute(0, 2, 3, 1)) if last else trace.input()
         outputs = model.run(config, [images])
         names = _output_names(config, len(outputs))
-        own = _front(trace, [v for v in outputs])
-        read = read_trace(trace, list(zip(names, outputs, strict=True)), arch=options.arch.get("arch", _name(config)))
+        own: list[Preprocessing] = []
+        arch = options.arch.get("arch", _name(config))
+        read = read_trace(trace, list(zip(names, outputs, strict=True)), arch=arch, front=lambda s: _front(s, own))
     except Refused as e:
         raise CheckpointError(f"holds something that is not known here: {e}", remedy=REMEDY) from e
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
@@ -79,24 +80,17 @@ def load_keras(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     for output, end in zip(read.network.outputs, read.ends, strict=True):
         if end:
             notes.append(f"output '{output.name}' are logits: the {end} at the end is left to the reader")
-    notes.append(
-        "read from the configuration of Keras; Keras does not run here, so nothing proves it: compare some predictions"
-    )
     preprocessing = zoo.preprocessing("rescale", shape, squash=True)
-    if own is not None:
+    if own:
         ways = {key: getattr(preprocessing, key) for key in ("resize", "interpolation", "antialias")}
-        preprocessing = own.model_copy(update=ways)
-    source = Source(
-        "keras", path.name, read.network.arch, opened.container, tuple(notes), input_stated=stated, preprocessing=preprocessing
-    )
+        preprocessing = own[0].model_copy(update=ways)
+    source = Source("keras", path.name, read.network.arch, opened.container, tuple(notes), (_UNPROVEN,), stated, preprocessing)
     return checkpoint_of(read, None, options, source)
 
 
-def _front(trace: Trace, outputs: Sequence[Value]) -> Preprocessing | None:
-    """Take what the model does to each channel of its images out of the trace; return it as preprocessing."""
-    last = [trace.settled(v) for v in outputs]
-    steps, _, _ = simplify(trace.steps, last)
-    entry = trace.steps[0]
+def _front(steps: Sequence[Step], found: list[Preprocessing]) -> None:
+    """Take what a model does to each channel of its images out of its steps; add it to `found` as preprocessing."""
+    entry = steps[0]
     c = entry.shape[0]
     affine, at = Affine(tuple(range(c)), (1.0,) * c, (0.0,) * c), entry
     while True:
@@ -109,15 +103,18 @@ def _front(trace: Trace, outputs: Sequence[Value]) -> Preprocessing | None:
             affine = affine.then(scale, shift)
         elif sorted(step.attributes["channels"]) == list(range(c)) and step.attributes["stride"] == (1, 1):
             order = step.attributes["channels"]
-            affine = Affine(*(tuple(values[i] for i in order) for values in (affine.order, affine.scale, affine.offset)))
+            affine = Affine(
+                tuple(affine.order[i] for i in order),
+                tuple(affine.scale[i] for i in order),
+                tuple(affine.offset[i] for i in order),
+            )
         else:
             break
         at = step
-    if at is entry:
-        return None
-    for step in trace.steps:
-        step.inputs = [entry if s is at else s for s in step.inputs]
-    return preprocessing_of(affine, (entry.shape[0], entry.shape[1], entry.shape[2]))
+    if at is not entry:
+        found.append(preprocessing_of(affine, (entry.shape[0], entry.shape[1], entry.shape[2])))
+        for step in steps:
+            step.inputs = [entry if s is at else s for s in step.inputs]
 
 
 def _layers(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

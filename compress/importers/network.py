@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from compress.importers.passes import has_scores, simplify
+from compress import zoo
+from compress.importers.passes import has_scores, needed, simplify
 from compress.importers.trace import Refused, Step, Trace, Value
 from rescompress.core import operations as ops
 from rescompress.core.graph import INPUT, Network, Node, Output, safe_name
 from rescompress.core.operations import Operation
-from rescompress.core.spec import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Read:
 
 
 def read_trace(
-    trace: Trace, outputs: Sequence[tuple[str, Value]], *, arch: str, preprocessing: Preprocessing | None = None
+    trace: Trace,
+    outputs: Sequence[tuple[str, Value]],
+    *,
+    arch: str,
+    front: Callable[[Sequence[Step]], None] | None = None,
 ) -> Read:
     """Return the network of a trace.
 
@@ -43,13 +47,16 @@ def read_trace(
         trace: What the program did.
         outputs: Its results by name.
         arch: What to call the network.
-        preprocessing: What the images went through.
+        front: Takes steps out that are no part of the network: it changes what others read.
 
     Raises:
         Refused: A step is no operation of a network.
     """
     last = [trace.settled(value) for _, value in outputs]
     steps, last, ends = simplify(trace.steps, last)
+    if front is not None:
+        front(steps)
+        steps = needed(steps, last)
     names: dict[int, str] = {}
     nodes: list[Node] = []
     tensors: dict[str, Tensor] = {}
@@ -68,13 +75,14 @@ def read_trace(
     for (label, _), step in zip(outputs, last, strict=True):
         called = safe_name(label, [o.name for o in found])
         found.append(Output(name=called, tensor=names[id(step)], classes=not step.is_map and has_scores(step)))
+    c, h, w = trace.steps[0].shape
     try:
         network = Network(
             arch=arch,
-            input_shape=trace.steps[0].shape,
+            input_shape=(c, h, w),
             nodes=tuple(nodes),
             outputs=tuple(found),
-            preprocessing=preprocessing or Preprocessing(),
+            preprocessing=zoo.preprocessing("imagenet", (c, h, w)),
         )
     except ValidationError as e:
         raise Refused(e.errors()[0]["msg"].removeprefix("Value error, ")) from e

@@ -413,8 +413,8 @@ def _moved(r: Reader, n: _Node) -> Any:
             perm = n.numbers("perm") or list(range(x.ndim))[::-1]
             return x.move(lambda p: p.permute(perm))
         case "Expand":
-            shape = broadcast(x.shape, n.numbers("shape", 1) or ())
-            return x.move(lambda p: p.expand(shape))
+            spread = broadcast(x.shape, n.numbers("shape", 1) or ())
+            return x.move(lambda p: p.expand(spread))
         case "Tile":
             return x.move(lambda p: p.repeat(n.numbers("repeats", 1) or []))
         case "Gather":
@@ -565,11 +565,13 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         ModelFileError: It is damaged, or its data are missing.
     """
     from export.load import load_onnx
+    from export.to_onnx import read_metadata
 
     model = load_onnx(path)
+    own = read_metadata(model)
     try:
         _check_float(model)
-        read, batch, last = read_onnx(model, options, path.stem)
+        read, batch, last = read_onnx(model, options, own.spec.arch if own is not None else path.stem)
     except Refused as e:
         raise CheckpointError(f"computes something that is not known here: {e}", where=str(path), remedy=REMEDY) from e
     except CheckpointError as e:
@@ -577,7 +579,11 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
     notes = [f"written by {model.producer_name} {model.producer_version}".strip()] if model.producer_name else []
     if last:
         notes.append("the file wants its channels last; here they are first")
-    source = Source("onnx", path.name, path.stem, "onnx", tuple(notes))
+    arch = own.spec.arch if own is not None else path.stem
+    source = Source(
+        "onnx", path.name, arch, "onnx", tuple(notes),
+        preprocessing=own.spec.preprocessing if own is not None else None, labels=own.spec.labels if own is not None else None,
+    )  # fmt: skip
     return checkpoint_of(read, _Runtime(model, batch, last).original(), options, source, images=images)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from compress.importers.trace import Step, Trace
+from compress.importers.trace import Step
 
 ENDS = ("softmax", "log_softmax", "sigmoid")
 """Functions of class scores that keep their order: an output is the logits in front of one."""
@@ -47,6 +47,18 @@ def has_scores(step: Step) -> bool:
     return step.op in ("linear", "conv")
 
 
+def needed(steps: Sequence[Step], outputs: Sequence[Step]) -> list[Step]:
+    """Return the input and the steps that the outputs need, in order."""
+    found: set[int] = set()
+    todo = list(outputs)
+    while todo:
+        step = todo.pop()
+        if id(step) not in found:
+            found.add(id(step))
+            todo += step.inputs
+    return [s for s in steps if id(s) in found or s.op == "input"]
+
+
 class _Graph:
     """Steps, and who reads them."""
 
@@ -54,15 +66,8 @@ class _Graph:
         self.steps, self.outputs = steps, outputs
 
     def needed(self) -> list[Step]:
-        """Return the steps that the outputs and the input need, in order."""
-        found: set[int] = set()
-        todo = list(self.outputs)
-        while todo:
-            step = todo.pop()
-            if id(step) not in found:
-                found.add(id(step))
-                todo += step.inputs
-        return [s for s in self.steps if id(s) in found or s.op == "input"]
+        """Return the steps that the outputs need, in order."""
+        return needed(self.steps, self.outputs)
 
     def each(self, rewrite: Callable[[_Graph, Step], Step | None]) -> None:
         """Replace steps by what `rewrite` returns for them, first to last, until nothing changes."""
@@ -241,10 +246,3 @@ def _selects(graph: _Graph, step: Step) -> Step | None:
     channels = tuple(-1 if c < 0 else inner[c] for c in step.attributes["channels"])
     stride = tuple(a * b for a, b in zip(before.attributes["stride"], step.attributes["stride"], strict=True))
     return Step("select", step.name, before.inputs, step.shape, {"channels": channels, "stride": stride})
-
-
-def trace_outputs(trace: Trace, outputs: Sequence[object]) -> list[Step]:
-    """Return the steps of outputs, as they are."""
-    from compress.importers.trace import Value
-
-    return [trace.settled(v) for v in outputs if isinstance(v, Value)]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -671,8 +672,8 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
         Refused: They have none.
     """
     try:
-        return tuple(torch.broadcast_tensors(*(torch.empty(tuple(s), device="meta") for s in shapes))[0].shape)
-    except RuntimeError:
+        return tuple(np.broadcast_shapes(*(tuple(s) for s in shapes)))
+    except ValueError:
         raise Refused(f"combines tensors of shapes {' and '.join(str(tuple(s)) for s in shapes)}") from None
 
 
