@@ -1,4 +1,4 @@
-"""The few lines of code that build the networks of ../shared/data/real, as their authors' file names and papers describe them."""
+"""The few lines of code that build the networks of ../shared/data/real."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ class Lightning(nn.Module):
         super().__init__()
         conv = lambda a, b, s: nn.Conv2d(a, b, 3, s, 1, bias=False)
         if pre:
-            self.net = nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), conv(i, o, stride), nn.BatchNorm2d(o), nn.ReLU(), conv(o, o, 1))
-            self.downsample = nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), nn.Conv2d(i, o, 1, stride, bias=False)) if stride > 1 else None
+            norm = lambda c: (nn.BatchNorm2d(c), nn.ReLU())
+            self.net = nn.Sequential(*norm(i), conv(i, o, stride), *norm(o), conv(o, o, 1))
+            self.downsample = nn.Sequential(*norm(i), nn.Conv2d(i, o, 1, stride, bias=False)) if stride > 1 else None
         else:
             self.net = nn.Sequential(conv(i, o, stride), nn.BatchNorm2d(o), nn.ReLU(), conv(o, o, 1), nn.BatchNorm2d(o))
             self.downsample = nn.Conv2d(i, o, 1, stride) if stride > 1 else None

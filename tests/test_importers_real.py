@@ -13,6 +13,8 @@ from torch import nn
 
 import rescompress as rc
 from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.files import open_file
+from compress.checkpoints.roots import flatten
 from compress.importers.code import build
 from compress.importers.module import tensors_in
 from compress.importers.proof import difference
@@ -42,9 +44,9 @@ def opened(real: Path, name: str, folder: Path) -> tuple[Checkpoint, nn.Module |
     code = f"{folder}/model.py:{function}"
     checkpoint = rc.load_checkpoint(real / name, arch_options={"code": code}, input_shape=shape)
     module = build(code)
-    content = torch.load(real / name, map_location="cpu", weights_only=False)
-    state = content.get("network", content.get("state_dict", content))
-    module.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+    stored = flatten(open_file(real / name))
+    own = {key: next(k for k in stored if k == key or k.endswith(f".{key}")) for key in module.state_dict()}
+    module.load_state_dict({key: stored[k].read() for key, k in own.items()})
     return checkpoint, module.eval()
 
 
