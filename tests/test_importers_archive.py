@@ -60,12 +60,16 @@ def test_a_scripted_module_is_read(tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_named(tmp_path: Path) -> None:
     class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.conv2d(x, torch.ones(4, 3, 3, 3)).cumsum(1)
+            return self.conv(x).cumsum(1)
 
     for kind in ("exported", "traced"):
         save(Sorted(), (3, 8, 8), kind, tmp_path / kind)
-        with pytest.raises(CheckpointError, match=r"cumsum|no tensors") as caught:
+        with pytest.raises(CheckpointError, match="cumsum") as caught:
             rc.load_checkpoint(tmp_path / kind, input_shape=(3, 8, 8))
         assert caught.value.remedy
 

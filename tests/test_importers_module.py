@@ -247,7 +247,7 @@ def test_code_and_a_state_dict_make_a_network(beside: Path, wrapped: str) -> Non
     ("callable_", "told"),
     [
         ("needs", "'needs' needs arguments: depth"),
-        ("raises", "raises FileNotFoundError: imagenet/train .line 13"),
+        ("raises", "raises FileNotFoundError: imagenet/train .line 12"),
         ("leaves", "raises SystemExit"),
         ("nothing", "returns a int"),
         ("mkae", "has no 'mkae'.*did you mean 'make'"),

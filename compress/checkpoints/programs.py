@@ -8,6 +8,7 @@ tensors and do nothing else; what they do not know is not run, and that is told.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -88,6 +89,10 @@ class Operators:
             return SCALAR[name](*args, **kwargs)
         if name in _SAME and args and isinstance(args[0], Tensor):
             return args[0].clone() if name == "clone" else args[0]
+        if name in ("zeros", "ones") and args and isinstance(args[0], list) and all(isinstance(n, int) for n in args[0]):
+            if math.prod(args[0]) > MAX_VALUES:
+                raise Unknown("makes tensors beyond measure")
+            return torch.zeros(args[0]) if name == "zeros" else torch.ones(args[0])
         if name not in PURE:
             raise Unknown(f"uses {name}")
         packet = getattr(torch.ops.aten, name)

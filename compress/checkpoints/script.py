@@ -150,6 +150,9 @@ class Script:
                 return [self._value(p, scope, depth) for p in parts]
             case ast.Tuple(elts=parts):
                 return tuple(self._value(p, scope, depth) for p in parts)
+            case ast.Dict(keys=keys, values=values):
+                pairs = [(k, v) for k, v in zip(keys, values, strict=True) if k is not None]
+                return {self._value(k, scope, depth): self._value(v, scope, depth) for k, v in pairs}
             case ast.UnaryOp(op=ast.USub(), operand=inner):
                 return -self._value(inner, scope, depth)
             case ast.UnaryOp(op=ast.Not(), operand=inner):
