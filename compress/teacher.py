@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.checkpoints.base import Checkpoint
 from compress.data import Inputs, folded
 from rescompress.core.errors import BadInput
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
 from rescompress.core.spec import ModelSpec, Preprocessing
 
@@ -27,7 +28,9 @@ def same_arithmetic(a: Preprocessing, b: Preprocessing) -> bool:
     return (a.mean, a.std, a.scale, a.channel_order) == (b.mean, b.std, b.scale, b.channel_order)
 
 
-def match_teacher(teacher: Checkpoint, student: ModelSpec, classes: Sequence[str] = ()) -> tuple[Checkpoint, list[str]]:
+def match_teacher(
+    teacher: Checkpoint, student: ModelSpec | Network, classes: Sequence[str] = ()
+) -> tuple[Checkpoint, list[str]]:
     """Return the teacher with its outputs in the student's order, and what is worth telling.
 
     Its preprocessing stays its own, for training to prepare its images by; one that is only assumed gives way to what is
@@ -67,7 +70,7 @@ def match_teacher(teacher: Checkpoint, student: ModelSpec, classes: Sequence[str
     return teacher, notes
 
 
-def _with_preprocessing(teacher: Checkpoint, student: ModelSpec, notes: list[str]) -> Checkpoint:
+def _with_preprocessing(teacher: Checkpoint, student: ModelSpec | Network, notes: list[str]) -> Checkpoint:
     ours, theirs = student.preprocessing, teacher.spec.preprocessing
     if theirs.assumed and not ours.assumed:
         return dataclasses.replace(teacher, spec=teacher.spec.replace(preprocessing=ours))
@@ -117,7 +120,7 @@ def reordered(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint:
     last = [layer.name for layer in walk(checkpoint.spec) if layer.op == "linear"][-1]
     index = torch.tensor(list(order))
     tensors = dict(checkpoint.state_dict)
-    binary = checkpoint.spec.head is not None and checkpoint.spec.head.num_classes == 1
+    binary = checkpoint.spec.num_classes == 1
 
     def moved(value: Tensor) -> Tensor:
         return -value if binary else value[index].contiguous()

@@ -133,9 +133,9 @@ def load(
         options = dataclasses.replace(options, preprocess=stated)
     checkpoint = load_file(published.path, options, allow_pickle=allow_pickle)
     notes = list(published.notes)
-    head = checkpoint.spec.head
-    if checkpoint.spec.labels is None and head is not None and head.num_classes:
-        names, unused = class_names((config,), head.num_classes)
+    classes = checkpoint.spec.num_classes
+    if checkpoint.spec.labels is None and classes:
+        names, unused = class_names((config,), classes)
         notes += unused
         if names is not None:
             checkpoint = dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
