@@ -14,6 +14,7 @@ from torch import nn
 
 from compress.data import Split
 from compress.processes import ALONE, Together
+from compress.resnet import ResNet
 from rescompress.core.errors import DataError
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
@@ -59,6 +60,12 @@ class TorchRunner:
             x = torch.from_numpy(batch_NCHW).to(self.device)
             logits: NDArray[np.float32] = self.model(x).float().cpu().numpy()
         return logits
+
+    def outputs(self, batch_NCHW: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Return every output of one of our networks."""
+        assert isinstance(self.model, ResNet)
+        with torch.inference_mode():
+            return [value.float().cpu().numpy() for value in self.model.outputs(torch.from_numpy(batch_NCHW).to(self.device))]
 
     def __enter__(self) -> TorchRunner:
         """Return itself."""

@@ -98,6 +98,10 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     changed: dict[str, Any] = {"checkpoint": _network(config.checkpoint, base)}
     if not is_name(config.data):
         changed["data"] = _absolute(config.data, base)
+    code = config.arch_options.get("code")
+    if isinstance(code, str) and ":" in code:
+        file, _, name = code.rpartition(":")
+        changed["arch_options"] = {**config.arch_options, "code": f"{_absolute(file, base)}:{name}"}
     if config.prune is not None and config.prune.plan is not None:
         changed["prune"] = config.prune.model_copy(update={"plan": _absolute(config.prune.plan, base)})
     for name in ("finetune", "quantize"):

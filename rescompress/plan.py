@@ -30,6 +30,9 @@ def _identity(opening: Opening) -> dict[str, Any]:
     stated = asdict(opening)
     stated.pop("yields")  # follows from being a teacher
     del stated["path"]
+    code = opening.facts.get("code")
+    if code is not None:
+        stated["code_sha256"] = file_identity(code.rpartition(":")[0])
     if opening.name is None:  # a named network is more than its file: what is published beside it counts
         del stated["name"]
     return stated | {"sha256": file_identity(str(opening.path))}

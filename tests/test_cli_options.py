@@ -144,7 +144,9 @@ def opened(function: str) -> dict[str, tuple[Getter, Any]]:
         "checkpoint": (lambda seen: seen.opening(function).path.name, "net.safetensors"),
         "input_shape": (lambda seen: seen.opening(function).input_shape, (3, 16, 16)),
         "preprocess": (lambda seen: seen.opening(function).preprocess, "cifar"),
-        "arch_option": (lambda seen: seen.opening(function).arch_options, ("stride_at=1",)),
+        "arch_option": (lambda seen: seen.opening(function).arch_options[0], "stride_at=1"),
+        "code": (lambda seen: seen.opening(function).facts["code"].rpartition("/")[2], "model.py:make"),
+        "like": (lambda seen: seen.opening(function).facts["like"], "resnet20"),
         "allow_pickle": (lambda seen: seen.opening(function).allow_pickle, True),
     }
 
@@ -159,19 +161,25 @@ def shared(function: str, *left_out: str) -> dict[str, tuple[Getter, Any]]:
 
 
 STATED = "--input 3x16x16 --preprocess cifar --arch-option stride_at=1 --allow-pickle"
+NAMED = "--code model.py:make --like resnet20"
 SHARED = "--data data.npz --labels a=1,b=2 --seed 5 --device cpu --threads 3 --batch-size 4"
 OPENED = {
     "input_shape": of("load_checkpoint", "input_shape", (3, 16, 16)),
     "preprocess": of("load_checkpoint", "preprocess", "cifar"),
-    "arch_option": of("load_checkpoint", "arch_options", {"stride_at": "1"}),
+    "arch_option": (lambda seen: seen["load_checkpoint"]["arch_options"]["stride_at"], "1"),
     "allow_pickle": of("load_checkpoint", "allow_pickle", True),
+}
+
+CONTRADICTION = {
+    "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
+    "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
 }
 
 PRUNE = [
     Case(
         f"net.safetensors --macs 0.25 -t jetson -m fpgm --scope all --align 4 --calib 7 --drop-blocks --finetune-epochs 3 "
         f"--iterations 2 --recalibrate --no-repair --sparsity 2:4 --plan-out plan-out.json -o half.safetensors "
-        f"--train-batch 6 --skip-corrupt {STATED} {SHARED}",
+        f"--train-batch 6 --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("dense"),
             **shared("pruned"),
@@ -196,7 +204,7 @@ PRUNE = [
 FINETUNE = [
     Case(
         f"net.safetensors -e 3.5 --teacher teacher.safetensors --lr 0.0123 --train-batch 6 --precision bf16 -o ft.safetensors "
-        f"--skip-corrupt {STATED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("finetuned"),
             **shared("finetuned"),
@@ -214,7 +222,7 @@ QUANTIZE = [
     Case(
         f"net.safetensors --mode qat -e 3.5 --teacher teacher.safetensors -t jetson --profile openvino --calib 7 "
         f"--calibration mse --keep-float auto --max-divergence 0.4 --max-slowdown 1.25 --lr 0.0123 --train-batch 6 "
-        f"-o int8.safetensors --skip-corrupt {STATED} {SHARED}",
+        f"-o int8.safetensors --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("quantized"),
             **shared("quantized"),
@@ -238,7 +246,7 @@ QUANTIZE = [
 EXPORT = [
     Case(
         "net.safetensors -t jetson --precision fp16 --batch 4 --opset 18 -o there --archive --require-engine "
-        f"{STATED} {SHARED}",
+        f"{STATED} {NAMED} {SHARED}",
         {
             **opened("target"),
             **shared("target"),
@@ -272,6 +280,7 @@ EVALUATE = [
         },
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
+    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",
@@ -445,6 +454,7 @@ SENSITIVITY = [
         },
     ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
 ]
 TABLE = {
     "prune": PRUNE,
@@ -485,6 +495,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "plan.json").write_text(plan.model_dump_json())
     for name in ("candidate", "baseline"):
         write_run(folder / name)
+    (folder / "model.py").write_text("")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
     written = {"checkpoint": "net.safetensors", "data": "data.npz", "seed": 9, "prune": {}, "finetune": {}, "targets": []}
     (folder / "run.yaml").write_text(json.dumps(written))

@@ -33,6 +33,7 @@ from compress.files import contents_of, shown
 from compress.folders import Samples
 from compress.pixels import Pixels, Reduce, decode, dimensions, normalise, picture
 from rescompress.core.errors import DataError, nearest
+from rescompress.core.graph import Network
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import ModelSpec, Preprocessing
 
@@ -379,9 +380,9 @@ class Inputs:
     labels: tuple[str, ...] | None
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Inputs:
+    def of(cls, spec: ModelSpec | Network) -> Inputs:
         """Return what `spec` says."""
-        return cls(spec.input_shape, spec.head.num_classes if spec.head else 0, spec.preprocessing, spec.labels)
+        return cls(spec.input_shape, spec.num_classes or 0, spec.preprocessing, spec.labels)
 
     @property
     def classes(self) -> int:
@@ -391,7 +392,7 @@ class Inputs:
 
 def load_dataset(
     source: Any,
-    spec: ModelSpec | Inputs,
+    spec: ModelSpec | Network | Inputs,
     *,
     seed: int = 0,
     labels: Mapping[str, str] | None = None,
@@ -409,7 +410,7 @@ def load_dataset(
     Raises:
         DataError: Nothing is there, it holds no images, or its classes do not fit the checkpoint.
     """
-    inputs = Inputs.of(spec) if isinstance(spec, ModelSpec) else spec
+    inputs = Inputs.of(spec) if isinstance(spec, ModelSpec | Network) else spec
     how = Reading(inputs, seed, dict(labels) if labels is not None else None, skip_corrupt)
     plugin = sources.find(source)
     if inputs.shape[0] not in (1, 3) and not plugin.ANY_CHANNELS:

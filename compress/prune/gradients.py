@@ -21,7 +21,8 @@ def sampled_gradients(
     """Yield, batch by batch, the value and the per-image gradient of the named tensors.
 
     The loss is the cross entropy with labels drawn from the network's own predictions: its gradients have the Fisher
-    matrix as their second moment, and no true label is needed. A backbone's loss is a random projection of its features.
+    matrix as their second moment, and no true label is needed. The loss of any other network is a
+    random projection of its outputs.
 
     Args:
         context: For the seed and the progress.
@@ -43,10 +44,11 @@ def sampled_gradients(
             if name in wanted:
                 seen[name] = value
 
-        logits_NK = model(batch, watch)
-        if not all_finite(logits_NK):
+        outputs = model.outputs(batch, watch)
+        if not all(all_finite(output) for output in outputs):
             raise DataError("the dense network's outputs hold NaN or infinity", remedy="check the checkpoint and the data")
-        loss = _sampled_loss(logits_NK, generator, head=model.spec.head is not None)
+        head = model.network.num_classes is not None
+        loss = torch.stack([_sampled_loss(output, generator, head=head) for output in outputs]).sum()
         gradients = torch.autograd.grad(loss, list(seen.values()))
         yield {name: (value.detach(), g) for (name, value), g in zip(seen.items(), gradients, strict=True)}
         context.progress("measuring the loss", min(start + size, len(x_NCHW)), len(x_NCHW))

@@ -17,6 +17,7 @@ from compress.processes import ALONE, Together
 from compress.quantize.fake_quant import SMALLEST_RANGE
 from compress.resnet import ResNet
 from rescompress.core.errors import DataError
+from rescompress.core.operations import ChannelSelect
 from rescompress.core.quantizers import Quantizer
 
 Estimator = Literal["mean-max", "max", "percentile", "mse"]
@@ -104,7 +105,7 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sh
             continue
         if not all_finite(largest_N[layer.name]):
             raise DataError(f"the activation {layer.name} is not finite on calibration data", remedy="check the checkpoint")
-        if layer.channel_map is not None and max(layer.channel_map) < 0:
+        if isinstance(layer.operation, ChannelSelect) and max(layer.operation.channels) < 0:
             largest_N[layer.name].fill_(1.0)  # a shortcut pruned to nothing but zeros, which are zeros on any scale
         if largest_N[layer.name].max() <= SMALLEST_RANGE:
             raise DataError(

@@ -108,6 +108,26 @@ SkipCorrupt = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+Code = Annotated[
+    str | None,
+    typer.Option(
+        "--code",
+        metavar="FILE:CALLABLE",
+        help="Python file, run here, and what in it makes the network of a state_dict.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="NAME",
+        help="Known network whose tensors the file holds under other names (`rescompress formats`).",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
 NeededData = Annotated[
     str,
     typer.Option(

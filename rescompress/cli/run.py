@@ -120,6 +120,8 @@ def init(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
@@ -141,7 +143,7 @@ def init(
             checkpoint,
             input_shape=input_shape,
             preprocess=preprocess,
-            arch_options=arch_option or (),
+            arch_options=workspace.stated(arch_option, code, like),
             allow_pickle=allow_pickle,
         )
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))

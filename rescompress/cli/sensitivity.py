@@ -35,6 +35,8 @@ def sensitivity(
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
     arch_option: options.ArchOption = None,
+    code: options.Code = None,
+    like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -58,7 +60,11 @@ def sensitivity(
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     check_outputs({"--output": picture}, [checkpoint])
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, skip_corrupt=skip_corrupt)
     from rescompress.cli.progress import reporting

@@ -44,6 +44,23 @@ def settings(
     return Settings(data, parse_labels(labels), seed, device, threads, batch_size, skip_corrupt=skip_corrupt)
 
 
+def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None) -> tuple[str, ...]:
+    """Return what the user states about a network as words of ``--arch-option``.
+
+    Args:
+        arch_option: Such words.
+        code: ``FILE:CALLABLE``; the file's path becomes absolute.
+        like: Name of a network.
+    """
+    words = list(arch_option or ())
+    if code is not None:
+        file, colon, name = code.rpartition(":")
+        words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={code}")
+    if like is not None:
+        words.append(f"like={like}")
+    return tuple(words)
+
+
 def opening(
     path: Path,
     *,

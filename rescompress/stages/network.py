@@ -21,7 +21,6 @@ from compress.prune import (
     Budget,
     CostFunction,
     PruningPlan,
-    find_groups,
     load_plan,
     measure,
     prune,
@@ -41,14 +40,26 @@ from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Profile
+from rescompress.core.quantizers import Profile, float_operations
 from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stages.shared import (
+    Source,
+    dataset,
+    evaluate_model,
+    finish,
+    need_classes,
+    network_of,
+    onnx_of,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
@@ -219,15 +230,14 @@ def _sparse(
     """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
     if config.sparsity is None:
         return checkpoint
-    groups = find_groups(walk(checkpoint.spec))
     tell = details["notes"].append
     with computing_on(common.torch_device()) as device:
         here = on_device(checkpoint, device)
         there = images.to(device) if images is not None else None
-        found = sparsify(PruneContext(here, groups, (), there, common.seed, context.reporter.progress, tell), here)
+        found = sparsify(PruneContext(here, (), (), there, common.seed, context.reporter.progress, tell), here)
     details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
-    wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
+    wide = [x.name for x in sparse if is_wide(x.in_shape[0], x.out_shape[0], x.in_shape[0] // x.weight_shape[1])]
     details["sparsity"]["wide"] = wide
     if wide:
         tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
@@ -243,7 +253,7 @@ def _sparse(
     return on_device(found.checkpoint, "cpu")
 
 
-def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
+def plan_details(plan: PruningPlan, spec: ModelSpec | Network) -> dict[str, Any]:
     """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
     widths = plan.widths(spec)
     return {
@@ -309,6 +319,7 @@ def finetuned(
             "features": config.features if teacher else 0.0,
         }
     )
+    need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, teacher, checkpoint.spec, split)
@@ -331,13 +342,16 @@ def quantized(
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
     prepare(common)
     checkpoint = source.load(context)
+    if config.mode == "qat":
+        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
     details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
     sharing = together() if config.mode == "qat" else ALONE
-    before = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing)
-    details["float_top1"] = before.top1
+    if scores_classes(checkpoint.spec):
+        before = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing)
+        details["float_top1"] = before.top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
     with computing_on(common.torch_device()) as device:
@@ -348,6 +362,10 @@ def quantized(
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
+    if stays := float_operations(int8.spec):
+        details["float_operations"] = stays
+        named = ", ".join(f"{count} {name}" for name, count in stays.items())
+        context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     resume = None
     if config.mode == "qat":
         before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing)
@@ -385,7 +403,7 @@ def quantized(
     return finish(context, "quantize", on_grid(int8), common, details, transient=kept, sharing=sharing)
 
 
-def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
+def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
     """Return what an INT8 network costs with the named layers in floating point: predicted ms on the first modelled target.
 
     Raises:
@@ -453,7 +471,7 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, split: Split) -> Teacher | None:
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | Network, split: Split) -> Teacher | None:
     """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
     if teacher is None:
         return None

@@ -23,6 +23,7 @@ from compress.resnet import ResNet, build_model
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.artifact import atomic_path, write_text
 from rescompress.core.errors import BadInput
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
@@ -104,7 +105,7 @@ def _load_dataset(
     return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None, skip_corrupt=skip_corrupt)
 
 
-def dataset(common: Settings, spec: ModelSpec) -> Dataset:
+def dataset(common: Settings, spec: ModelSpec | Network) -> Dataset:
     """Return the data set; the stages of one process share the decoded images."""
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
@@ -116,20 +117,43 @@ def dataset(common: Settings, spec: ModelSpec) -> Dataset:
     return dataclasses.replace(data, train=seen, val=held)
 
 
-def evaluate_runner(
-    context: Context, runner: Runner, split: Split, common: Settings, spec: ModelSpec, sharing: Together = ALONE
-) -> Evaluation:
-    """Return the accuracy of anything that runs; progress is told."""
-    progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
-    with runner:
-        outputs = spec.head.num_classes if spec.head else None
-        return evaluate(
-            runner, split, batch_size=common.eval_batch(spec.input_shape), outputs=outputs, progress=progress, sharing=sharing
+def scores_classes(spec: ModelSpec | Network) -> bool:
+    """Whether a network can be measured against labels; a graph says which of its outputs holds class scores."""
+    return isinstance(spec, ModelSpec) or spec.num_classes is not None
+
+
+def need_classes(spec: ModelSpec | Network) -> None:
+    """Refuse a network without class scores where labels are asked for.
+
+    Raises:
+        BadInput: It has none; the message names what it has.
+    """
+    if isinstance(spec, Network) and not scores_classes(spec):
+        made = ", ".join(f"{o.name} ({'x'.join(map(str, spec.by_name[o.tensor].out_shape))})" for o in spec.outputs)
+        raise BadInput(
+            f"the network has no class scores that labels could be compared with: it makes {made}",
+            remedy="prune, export and inspect work without labels; accuracy and training need a classifier",
         )
 
 
+def evaluate_runner(
+    context: Context,
+    runner: Runner,
+    split: Split,
+    common: Settings,
+    spec: ModelSpec | Network,
+    sharing: Together = ALONE,
+) -> Evaluation:
+    """Return the accuracy of anything that runs; progress is told."""
+    need_classes(spec)
+    progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
+    with runner:
+        size = common.eval_batch(spec.input_shape)
+        return evaluate(runner, split, batch_size=size, outputs=spec.num_classes, progress=progress, sharing=sharing)
+
+
 def evaluate_model(
-    context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec, sharing: Together = ALONE
+    context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec | Network, sharing: Together = ALONE
 ) -> Evaluation:
     """Return the accuracy of a torch network; progress is told."""
     return evaluate_runner(context, TorchRunner(model, common.torch_device()), split, common, spec, sharing)
@@ -181,7 +205,7 @@ def finish(
         "params": counted(total_params(layers), "params"),
         "size_bytes": counted(size, "bytes"),
     }
-    if common.data is not None:
+    if common.data is not None and scores_classes(checkpoint.spec):
         data = dataset(common, checkpoint.spec)
         if found is None:
             found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
