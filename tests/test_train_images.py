@@ -143,11 +143,10 @@ def test_batches_do_not_depend_on_who_reads(split: Split, tmp_path: Path, augmen
     expected = all_of(split, how(augment=augment), 0, None)
     assert len(expected) == 12
     assert len({t.numpy().tobytes() for t in expected[::2]}) == 6
-    for workers in (1, 2):
-        for cached in (None, tmp_path / "cache"):
-            for _ in range(2):  # the second time all is in the cache
-                found = all_of(split, how(augment=augment), workers, cached)
-                assert all(map(torch.equal, found, expected)), (workers, cached)
+    kept = tmp_path / "cache"
+    for workers, cached in ((1, None), (2, kept), (1, kept), (0, kept)):  # the second time all is in the cache
+        found = all_of(split, how(augment=augment), workers, cached)
+        assert all(map(torch.equal, found, expected)), (workers, cached)
     assert any((tmp_path / "cache").iterdir()), "decoded images were kept"
 
 
@@ -205,7 +204,7 @@ def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, 
 
     whole = fresh()
     expected = train(whole, split, settings)
-    for workers, again in ((1, 0), (0, 2)):
+    for workers, again in ((1, 0),) if stop == 1 else ((0, 2),):
         resume = tmp_path / f"{workers}.pt"
         first = settings.model_copy(update={"workers": workers})
         with pytest.raises(Killed):
