@@ -191,7 +191,7 @@ class TrainSettings(Section):
     weight_decay: float = Field(5e-4, ge=0.0, le=1e3)
     warmup: float = Field(0.05, ge=0.0, lt=1.0)
     scale_lr: bool = False
-    accumulate: int = Field(1, ge=1, le=65_536)
+    accumulate: int = Field(1, ge=1, le=64)
     clip: float | None = Field(None, gt=0.0, le=1e6)
     sampling: Literal["shuffle", "balanced"] = Field("shuffle")
     class_weights: Literal["none", "balanced"] = "none"
