@@ -175,7 +175,7 @@ class TrainSettings(Section):
 
     epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto")] = 0.02
+    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto", parse=str)] = 0.02
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0, le=1e6)
