@@ -88,6 +88,15 @@ class _Listening:
         self.runtime = inner.runtime
         self.scores: list[NDArray[np.float32]] = []
 
+    def __enter__(self) -> _Listening:
+        """Take the network as the runner inside does."""
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give it back."""
+        self.inner.__exit__(*exc)
+
     def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits (N, K)."""
         self.scores.append(self.inner(batch_NCHW))
@@ -101,9 +110,8 @@ def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> tuple[O
     """
     checkpoint = load_checkpoint(path)
     split = dataset(settings, checkpoint.spec).val
-    runner = TorchRunner(network_of(checkpoint), settings.torch_device())
-    heard = _Listening(runner)
-    with runner:
+    heard = _Listening(TorchRunner(network_of(checkpoint), settings.torch_device()))
+    with heard:
         found = evaluate(
             heard,
             split,

@@ -317,7 +317,7 @@ class Trials:
             for slot in range(first, min(first + AHEAD, self.config.trials)):
                 self.study.enqueue_trial({}, user_attrs={"slot": slot})
                 waiting += 1
-        return waiting > 0
+        return bool(waiting)
 
     def rescue(self) -> list[int]:
         """Queue again the slots whose worker gives no sign of life; return them."""
