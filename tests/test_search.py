@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.errors import BadInput, BudgetError, EnvironmentFailed
 from rescompress.core.outcomes import Outcomes
 from rescompress.search import study as searches
 from rescompress.search import worker
@@ -309,6 +309,20 @@ def test_a_full_disk_loses_no_trial(tmp_path: Path, room: int) -> None:
     after = join(storage_of(str(tmp_path)), None)
     work(after, Synthetic(), tmp_path / "trials", beat_s=0.2)
     assert_nothing_lost(after, tmp_path)
+
+
+def test_the_sampler_learns_which_budgets_no_network_meets(tmp_path: Path) -> None:
+    class Half(Synthetic):
+        def answer(self, rung, choices, folder):
+            if choices["budget.macs"] < 0.6:
+                raise BudgetError("the smallest reachable is 0.6 of the macs", where="macs")
+            return super().answer(rung, choices, folder)
+
+    trials = begin(tmp_path, 45)
+    work(trials, Half(), tmp_path / "trials", beat_s=1)
+    later = trials.all()[20:]
+    assert sum(t.state == "impossible" for t in later) / len(later) < 0.35, "0.56 by chance"
+    assert all(p.trial.state == "done" for p in front(trials.all(), trials.config.objectives))
 
 
 # --- folders and storages of others
