@@ -342,6 +342,21 @@ def test_a_folder_belongs_to_one_search(tmp_path: Path) -> None:
         own_folder(tmp_path / "run", "a", None)
 
 
+def test_a_worker_with_other_files_is_refused(tmp_path: Path) -> None:
+    class Files:
+        def __init__(self, data: str) -> None:
+            self.data = data
+
+        def identity(self) -> dict[str, str]:
+            return {"checkpoint": "a", "data": self.data}
+
+    trials = begin(tmp_path, 2)
+    worker.agree(trials, Files("one"))  # type: ignore[arg-type]
+    worker.agree(join(storage_of(str(tmp_path)), None), Files("one"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="the data here is not the one"):
+        worker.agree(trials, Files("other"))  # type: ignore[arg-type]
+
+
 def test_a_stranger_s_study_is_not_taken_over(tmp_path: Path) -> None:
     study = optuna.create_study(
         storage=storage_of(str(tmp_path)), study_name="s", directions=["maximize", "minimize", "minimize"]
