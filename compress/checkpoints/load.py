@@ -29,17 +29,70 @@ _SEGMENTER = re.compile(
 def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
     """Return the checkpoint in a file (see `compress.checkpoints.load_checkpoint`)."""
     check(options.arch)
+    if is_onnx(path):
+        from compress.importers.onnx_file import load_onnx_file
+
+        return load_onnx_file(path, options)
     try:
         opened = open_file(path, allow_pickle=allow_pickle)
-        return _load(path, opened, options)
+        return _by_a_way(path, opened, options)
     except CheckpointError as e:
-        raise CheckpointError(e.what, where=str(path), remedy=e.remedy) from e
+        raise CheckpointError(e.what, where=e.where or str(path), remedy=e.remedy) from e
     except PermissionError as e:
         raise CheckpointError("cannot be read", where=str(path), remedy="mend its access rights") from e
     except (MemoryError, RuntimeError, OverflowError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         raise CheckpointError("claims tensors that do not fit into memory", where=str(path)) from e
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is to be read as ONNX: it is called so, and begins as a message of protobuf does."""
+    if path.suffix.lower() != ".onnx":
+        return False
+    with path.open("rb") as f:
+        return not f.read(2).startswith((b"PK", b"\x89H", b"\x80"))
+
+
+def _by_a_way(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
+    """Return the checkpoint as the user says, else by its key layout, else by the graph that the file holds."""
+    if "code" in options.arch and "like" in options.arch:
+        raise CheckpointError("--code and --like are given", remedy="give one of them")
+    if "code" in options.arch:
+        from compress.importers.code import load_with_code
+
+        return load_with_code(path, opened, options.arch["code"], options)
+    if "like" in options.arch:
+        from compress.importers.like import load_like
+
+        return load_like(path, opened, options.arch["like"], options)
+    graph = opened.program is not None or isinstance(opened.metadata.get("keras_config"), dict)
+    try:
+        return _load(path, opened, options)
+    except CheckpointError as by_keys:
+        if not graph:
+            raise
+        try:
+            return _by_its_graph(path, opened, options)
+        except CheckpointError as e:
+            raise (by_keys if _claimed(path, opened) else e) from e
+
+
+def _by_its_graph(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
+    if opened.program is not None:
+        from compress.importers.archive import load_archive
+
+        checkpoint = load_archive(path, opened, options)
+    else:
+        from compress.importers.keras_config import load_keras
+
+        checkpoint = load_keras(path, opened, options)
+    return _with_class_names(checkpoint, opened)
+
+
+def _claimed(path: Path, opened: Opened) -> bool:
+    """Whether a key layout takes the file for its own."""
+    return next(_claims(path, opened, flatten(opened)), None) is not None
 
 
 def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:

@@ -23,7 +23,13 @@ def inspect(
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
     arch_option: options.ArchOption = None,
+    code: options.Code = None,
+    like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
+    graph: Annotated[
+        Path | None,
+        typer.Option("--graph", help="Write the graph as a picture: .svg (needs graphviz), .html or .dot.", show_default=False),
+    ] = None,
 ) -> None:
     """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
 
@@ -37,12 +43,17 @@ def inspect(
         checkpoint,
         input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=arch_option or (),
+        arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     ).load()  # the page holds the warnings
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
+    if graph is not None:
+        from rescompress.report.graph import draw
+
+        draw(loaded.network, graph)
+        document["graph"] = str(graph)
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 
 
