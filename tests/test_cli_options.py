@@ -425,7 +425,10 @@ RUN = [
             **shared("pruned", "data", "labels"),
             "config": (lambda seen: seen.opening("dense").path.name, "net.safetensors"),
             "output": (lambda seen: (seen.folder / "there" / "manifest.json").is_file(), True),
-            "overrides": (lambda seen: (seen.config("pruned").macs, seen.config("finetuned").lr), (0.3, 0.0123)),
+            "overrides": (
+                lambda seen: (seen.config("pruned").macs, seen.config("finetuned").lr, seen.shared("pruned").skip_corrupt),
+                (0.3, 0.0123, True),
+            ),
             "track": (
                 lambda seen: (seen["check"]["destination"], seen["log"]["destination"], str(seen["log"]["folder"])),
                 ("tensorboard:events", "tensorboard:events", "there"),
@@ -497,7 +500,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder / name)
     (folder / "model.py").write_text("")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
-    written = {"checkpoint": "net.safetensors", "data": "data.npz", "seed": 9, "prune": {}, "finetune": {}, "targets": []}
+    written = {
+        "checkpoint": "net.safetensors",
+        "data": "data.npz",
+        "seed": 9,
+        "prune": {},
+        "finetune": {},
+        "targets": [],
+        "skip_corrupt": True,
+    }
     (folder / "run.yaml").write_text(json.dumps(written))
     return folder
 
