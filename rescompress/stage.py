@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
@@ -159,26 +159,101 @@ class Context:
         return self.folder / ".resume" / f"{stage.replace(':', '_')}.pt"
 
 
+class Stage(Protocol):
+    """One step of a run, as the pipeline sees it; `rescompress.steps` has those of the product."""
+
+    @property
+    def name(self) -> str:
+        """Unique; the row's name in every table."""
+        ...
+
+    @property
+    def depends(self) -> Mapping[str, Any]:
+        """Everything the outcome depends on besides the stages before it, JSON values."""
+        ...
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The stages whose files it reads."""
+        ...
+
+    @property
+    def network(self) -> str:
+        """The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file."""
+        ...
+
+    @property
+    def collective(self) -> bool:
+        """Whether all processes take part in it."""
+        ...
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """Files that it reads, besides those of earlier stages."""
+        ...
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Places in the run's folder that it may write, as patterns such as ``cpu/model.*``."""
+        ...
+
+    def run(self, context: Context) -> Outcome:
+        """Do the work."""
+        ...
+
+
 @dataclass(frozen=True)
-class Stage:
-    """One step of a run.
+class Source:
+    """A checkpoint: the file of an earlier stage, or any file.
 
     Attributes:
-        name: Unique; the row's name in every table.
-        depends: Everything the outcome depends on besides the stages before it, JSON values.
-        after: The stages whose files it reads.
-        run: The work.
-        collective: Whether all processes take part in it.
-        source: The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file.
-        reads: Files that it reads, besides those of earlier stages.
-        writes: Places in the run's folder that it may write, as patterns such as ``cpu/model.*``.
+        stage: The stage that wrote it, or None.
+        opening: The file and what is stated about it, where no stage wrote it.
+        sha256: Of that file when the stage's key was made.
     """
 
-    name: str
-    depends: Mapping[str, Any]
-    after: tuple[str, ...]
-    run: Callable[[Context], Outcome]
-    collective: bool = False
-    source: str = ""
-    reads: tuple[Path, ...] = ()
-    writes: tuple[str, ...] = ()
+    stage: str | None = None
+    opening: Opening | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, what: str | Opening) -> Source:
+        """Return the checkpoint of a stage, by its name, or of a file, which is read here for its hash.
+
+        Raises:
+            BadInput: There is no such file.
+        """
+        from rescompress.fingerprint import file_identity
+
+        return cls(stage=what) if isinstance(what, str) else cls(opening=what, sha256=file_identity(str(what.path)))
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where no stage wrote it."""
+        return self.opening.path if self.opening else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it contributes to a content key: of a file its content, not its place."""
+        if self.opening is None:
+            return {"stage": self.stage}
+        stated = dataclasses.asdict(self.opening)
+        stated.pop("yields")  # follows from being a teacher
+        del stated["path"]
+        return stated | {"sha256": self.sha256}
+
+    def load(self, context: Context) -> Checkpoint:
+        """Return the checkpoint.
+
+        Raises:
+            BadInput: The file is no longer the one that the stage's key is about.
+        """
+        from compress.checkpoints import load_checkpoint
+        from rescompress.fingerprint import held_to
+
+        if self.stage is not None:
+            with context.held(self.stage, "checkpoint") as path:
+                return load_checkpoint(path)
+        assert self.opening is not None
+        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
+            return self.opening.load(context.reporter.note if context.main else None)

@@ -25,7 +25,6 @@ from rescompress.core.settings import ExportSettings
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import (
-    Source,
     dataset,
     evaluate_runner,
     network_of,
@@ -34,15 +33,17 @@ from rescompress.stages.shared import (
     prepare,
     write_onnx,
 )
+from rescompress.steps import Export
 
 PARITY_IMAGES = 1000
 
 
-def exported(context: Context, *, source: Source, common: Settings, settings: ExportSettings) -> Outcome:
+def exported(context: Context, step: Export) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
+    common = step.common
     prepare(common)
-    chosen = export_options(settings)
-    checkpoint = as_exported(source.load(context), chosen)
+    chosen = export_options(step.settings)
+    checkpoint = as_exported(step.source.load(context), chosen)
     path = context.folder / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen, path, common)
     for note in details["notes"]:

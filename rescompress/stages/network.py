@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import time
@@ -32,7 +31,7 @@ from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.teacher import match_teacher
 from compress.train import TrainSettings, TrainState, train
-from edge_targets.catalog import alias_notes, load_target
+from edge_targets.catalog import alias_notes
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
@@ -41,12 +40,13 @@ from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import PruneSettings, QuantizeSettings
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
-from rescompress.stage import Context, Outcome
-from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stage import Context, Outcome, Source
+from rescompress.stages.shared import dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.steps import Dense, Finetune, Prune, Quantize
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
@@ -60,32 +60,24 @@ class Teacher:
     preprocessing: Preprocessing
 
 
-def dense(context: Context, *, source: Source, common: Settings) -> Outcome:
+def dense(context: Context, step: Dense) -> Outcome:
     """The network as it came: its accuracy, its counts, its float32 ONNX file."""
+    common = step.common
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     path = context.folder / "dense.onnx"
     write_onnx(onnx_of(checkpoint, ExportOptions()), path)
     details: dict[str, Any] = {"provenance": dict(checkpoint.provenance), "arch": checkpoint.spec.arch}
     return finish(context, "dense", checkpoint, common, details, files=[("onnx", path)])
 
 
-def pruned(
-    context: Context,
-    *,
-    source: Source,
-    common: Settings,
-    config: PruneSettings,
-    targets: tuple[str, ...],
-    name: str = "prune",
-    before: str | None = None,
-    plan_sha256: str | None = None,
-) -> Outcome:
-    """The network with channels removed and the rest compensated; `before` names the stage of the last iteration."""
+def pruned(context: Context, step: Prune) -> Outcome:
+    """The network with channels removed and the rest compensated."""
+    common, config = step.common, step.settings
     prepare(common)
-    checkpoint = source.load(context)
-    whole = Source(stage="dense").load(context).spec if before else checkpoint.spec
-    known = [load_target(name) for name in targets]
+    checkpoint = step.source.load(context)
+    whole = step.whole.load(context).spec if step.whole is not None else checkpoint.spec
+    known = step.targets
     align = align_of(config, known)
     calibration, notes = None, []
     if common.data is not None:
@@ -95,7 +87,7 @@ def pruned(
             notes.append("all calibration images are of one class: what tells the others apart may go")
     if config.plan is not None:
         path = Path(config.plan)
-        with held_to(path, plan_sha256) if plan_sha256 is not None else contextlib.nullcontext():
+        with held_to(path, step.files[config.plan]):
             plan = load_plan(path)
         start = time.perf_counter()
         told: list[str] = []
@@ -113,12 +105,12 @@ def pruned(
         details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": notes}
         details["seconds"] = time.perf_counter() - start
         sparse = _sparse(context, smaller, config, calibration, common, details)
-        return _pruned_row(context, name, common, sparse, plan, details)
+        return _pruned_row(context, step, sparse, plan, details)
     kind, value = config.budget
     if kind == "latency":
         notes += alias_notes(modelled(known))
     curves = None
-    if context.store is not None and not before:
+    if context.store is not None and step.before is None:
         curves = shared_curves(context, checkpoint, common, config, calibration)
     result = prune(
         checkpoint,
@@ -137,7 +129,10 @@ def pruned(
         curves=curves,
         progress=context.reporter.progress,
     )
-    plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
+    plan = result.plan
+    if step.before is not None:
+        assert step.before.stage is not None
+        plan = plan.after(load_plan(context.file(step.before.stage, "plan")), whole)
     details = plan_details(plan, whole) | {
         "budget": {kind: value},
         "align": align,
@@ -150,7 +145,7 @@ def pruned(
         "notes": [*result.notes, *notes],
     }
     sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
-    return _pruned_row(context, name, common, sparse, plan, details)
+    return _pruned_row(context, step, sparse, plan, details)
 
 
 def align_of(config: PruneSettings, targets: Sequence[Target]) -> int:
@@ -269,44 +264,35 @@ def modelled(targets: Sequence[Target]) -> Target:
     return known[0]
 
 
-def _pruned_row(
-    context: Context, name: str, common: Settings, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
-) -> Outcome:
+def _pruned_row(context: Context, step: Prune, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]) -> Outcome:
     for note in details["notes"]:
         context.reporter.note(note)
-    path = context.folder / f"plan{name.removeprefix('prune')}.json"
+    path = context.folder / step.plan_name
     write_text(path, plan.model_dump_json(indent=1) + "\n")
-    return finish(context, name, checkpoint, common, details, files=[("plan", path)])
+    return finish(context, step.name, checkpoint, step.common, details, files=[("plan", path)])
 
 
-def finetuned(
-    context: Context,
-    *,
-    source: Source,
-    teacher: Source | None,
-    common: Settings,
-    config: FinetuneSettings,
-    name: str = "finetune",
-) -> Outcome:
+def finetuned(context: Context, step: Finetune) -> Outcome:
     """The network trained on the data, distilled from the teacher."""
+    common, config, name = step.common, step.settings, step.name
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     if checkpoint.quantization is not None:
-        raise BadInput("is quantized", where=str(source.path), remedy="use `quantize --mode qat` on the float checkpoint")
+        raise BadInput("is quantized", where=str(step.source.path), remedy="use `quantize --mode qat` on the float checkpoint")
     settings = TrainSettings(
         epochs=config.epochs,
         lr=config.lr,
         batch_size=config.batch_size,
         distill=config.distill,
         temperature=config.temperature,
-        features=config.features if teacher else 0.0,
+        features=config.features if step.teacher else 0.0,
         seed=common.seed,
         device=common.device,
         precision=config.precision,
     )
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
-    mentor = teacher_network(context, teacher, checkpoint.spec, split)
+    mentor = teacher_network(context, step.teacher, checkpoint.spec, split)
     log, resume, notes = train_network(context, name, model, split, settings, mentor)
     done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
     return finish(
@@ -314,19 +300,11 @@ def finetuned(
     )
 
 
-def quantized(
-    context: Context,
-    *,
-    source: Source,
-    teacher: Source | None,
-    common: Settings,
-    config: QuantizeSettings,
-    profile: Profile,
-    targets: tuple[str, ...] = (),
-) -> Outcome:
+def quantized(context: Context, step: Quantize) -> Outcome:
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
+    common, config, profile = step.common, step.settings, step.profile
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
@@ -334,7 +312,7 @@ def quantized(
     if context.main:
         details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
     images = [x for x, _ in calibration.batches(64)]
-    cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
+    cost = float_cost(step.targets, checkpoint.spec) if config.max_slowdown is not None else None
     int8 = calibrated(checkpoint, images, config, profile, cost=cost)
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
@@ -349,13 +327,13 @@ def quantized(
             lr=config.lr,
             batch_size=config.batch_size,
             freeze_bn_after=config.freeze_bn_after,
-            distill=1.0 if teacher else 0.0,
+            distill=1.0 if step.teacher else 0.0,
             seed=common.seed,
             device=common.device,
         )
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
-        network = teacher_network(context, teacher, checkpoint.spec, seen)
+        network = teacher_network(context, step.teacher, checkpoint.spec, seen)
         details["epochs"], resume, notes = train_network(context, "quantize", model, seen, settings, network)
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 
-from compress.checkpoints import load_checkpoint, save_checkpoint
+from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
@@ -26,42 +24,8 @@ from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
-from rescompress.fingerprint import held_to
 from rescompress.settings import Settings
-from rescompress.stage import Context, Opening, Outcome
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint: the file of an earlier stage, or any file.
-
-    Attributes:
-        stage: The stage that wrote it, or None.
-        opening: The file and what is stated about it, where no stage wrote it.
-        sha256: Of that file when the stage's key was made.
-    """
-
-    stage: str | None = None
-    opening: Opening | None = None
-    sha256: str | None = None
-
-    @property
-    def path(self) -> Path | None:
-        """The file, where no stage wrote it."""
-        return self.opening.path if self.opening else None
-
-    def load(self, context: Context) -> Checkpoint:
-        """Return the checkpoint.
-
-        Raises:
-            BadInput: The file is no longer the one that the stage's key is about.
-        """
-        if self.stage is not None:
-            with context.held(self.stage, "checkpoint") as path:
-                return load_checkpoint(path)
-        assert self.opening is not None
-        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
-            return self.opening.load(context.reporter.note if context.main else None)
+from rescompress.stage import Context, Outcome
 
 
 def network_of(checkpoint: Checkpoint) -> ResNet:

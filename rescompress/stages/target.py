@@ -12,7 +12,7 @@ from edge_targets.advice import advice_for
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
-from edge_targets.catalog import alias_notes, load_target
+from edge_targets.catalog import alias_notes
 from edge_targets.device import Target, base_precision
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
@@ -22,32 +22,24 @@ from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric, counted
-from rescompress.core.settings import ExportSettings
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import as_exported, export_options, write_export
-from rescompress.stages.shared import Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+from rescompress.stages.shared import dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+from rescompress.steps import ForTarget
 
 _NEUTRAL_COST = "it may be slower here, or less exact"
 
 
-def target(
-    context: Context,
-    *,
-    name: str,
-    source: Source,
-    common: Settings,
-    settings: ExportSettings,
-    require_engine: bool = False,
-) -> Outcome:
+def target(context: Context, step: ForTarget) -> Outcome:
     """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
+    common, chosen = step.common, step.target
     prepare(common)
-    chosen = load_target(name)
-    checkpoint = source.load(context)
-    if settings.precision == "int8" and checkpoint.quantization is None:
-        raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
-    chosen_options = for_target(export_options(settings), checkpoint, chosen)
+    checkpoint = step.source.load(context)
+    if step.settings.precision == "int8" and checkpoint.quantization is None:
+        raise BadInput("is not quantized", where=str(step.source.path), remedy="run `rescompress quantize` first")
+    chosen_options = for_target(export_options(step.settings), checkpoint, chosen)
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen_options, path, common)
@@ -65,8 +57,9 @@ def target(
         _build_and_measure(context, chosen, checkpoint, common, chosen_options, path, metrics, files, details)
     else:
         _prepare_and_predict(context, chosen, checkpoint, chosen_options, path, metrics, files, details)
-    if require_engine and details.get("engine") is None:
-        raise ToolMissing(str(details["engine_status"]), where=f"--target {name}", remedy="build it on the device: `deploy`")
+    if step.require_engine and details.get("engine") is None:
+        where = f"--target {chosen.alias or chosen.name}"
+        raise ToolMissing(str(details["engine_status"]), where=where, remedy="build it on the device: `deploy`")
     for note in details["notes"]:
         context.reporter.note(note)
     return Outcome(metrics, files, details)
