@@ -85,8 +85,12 @@ def rank_of(name: str) -> int | None:
     return None
 
 
-def read_splits(root: Path) -> Splits:
+def read_splits(root: Path, above: Path | None = None) -> Splits:
     """Return the splits of a folder.
+
+    Args:
+        root: The folder.
+        above: The one that holds it alone, and may hold its label files.
 
     Raises:
         DataError: There are no pictures with labels, or it is open which folders are splits or classes.
@@ -94,9 +98,18 @@ def read_splits(root: Path) -> Splits:
     names = folders_in(root)
     others = [n for n in names if rank_of(n) is None and _has_images(root / n)]
     splits = [n for n in names if rank_of(n) is not None and not (others and _is_flat(root / n))]
-    tables = label_files.candidates(root)
+    tables = label_files.candidates(root) or (label_files.candidates(above) if above is not None else [])
     if tables and splits and all(_is_flat(root / n) for n in splits):
-        return _by_table(label_files.read(tables[0], root), root, splits, _more_tables(tables))
+        table = label_files.read(tables[0], root) if above is None else _read_below(tables[0], root, [above, root])
+        return _by_table(table, root, splits, _more_tables(tables))
+    if not splits and above is None:
+        inside = _splits_inside(root, others)
+        if inside is not None:
+            return read_splits(inside, root)
+    if not splits and not tables:
+        parted = _by_two_tables(root)
+        if parted is not None:
+            return parted
     if not splits:
         others = names
     train = [n for n in splits if rank_of(n) == 0]
@@ -113,12 +126,12 @@ def read_splits(root: Path) -> Splits:
             notes.append(f"{shown(root)}: {_list([held[0]], '/')} is evaluated on; not read: {_list(left, '/')}")
         if tables:
             notes.append(f"not read beside {_list([train[0]], '/')}: {_list([t.name for t in tables])}")
-        return Splits(
-            scan(root / held[0], _table_for(held[0], root)), scan(root / train[0], _table_for(train[0], root)), tuple(notes)
-        )
+        places = [root] if above is None else [root, above]
+        found = [scan(root / n, _table_for(n, root, places), places) for n in (held[0], train[0])]
+        return Splits(found[0], found[1], tuple(notes))
     if not train and not held:
-        found, read = _scanned(root)
-        return _parted(read, found) if read is not None and any(row.part for row in read.labels) else Splits(found)
+        whole, read = _scanned(root)
+        return _parted(read, whole) if read is not None and any(row.part for row in read.labels) else Splits(whole)
     only = (train or held)[0]
     if others:
         known = "train" if held else "val"
@@ -127,15 +140,71 @@ def read_splits(root: Path) -> Splits:
             where=shown(root),
             remedy=f"rename it to {known}, or give --data {shown(root / only)} to split that folder",
         )
-    return Splits(scan(root / only, _table_for(only, root)))
+    return Splits(scan(root / only, _table_for(only, root, [root]), [root]))
 
 
-def _table_for(split: str, root: Path) -> Path | None:
-    """Return the label file of a flat folder train/ that stands beside it, such as train.csv or train_labels.csv."""
+def _table_for(split: str, root: Path, places: Sequence[Path]) -> Path | None:
+    """Return the label file of a flat folder train/, such as train.csv, train_labels.csv or labels/train.csv.
+
+    Args:
+        split: The folder's name.
+        root: Where it stands.
+        places: Where label files of its splits may stand.
+    """
     if not _is_flat(root / split):
         return None
-    found = [t for t in label_files.other_tables(root) if rank_of(_LABELS.sub("", t.stem)) == rank_of(split)]
+    found = [t for place in places for t in _tables_of_splits(place) if _rank_of_table(t) == rank_of(split)]
     return found[0] if len(found) == 1 else None
+
+
+def _tables_of_splits(place: Path) -> list[Path]:
+    """Return the tables that are named after a split, in a folder and in its folders called labels or annotations."""
+    folders = [place, *(place / n for n in folders_in(place) if _LABELS.fullmatch(n))]
+    return [t for folder in folders for t in label_files.other_tables(folder) if _rank_of_table(t) is not None]
+
+
+def _rank_of_table(table: Path) -> int | None:
+    return rank_of(_LABELS.sub("", table.stem))
+
+
+def _by_two_tables(root: Path) -> Splits | None:
+    """Return the splits that tables such as train.csv and val.csv name, or None where there are no two that name pictures."""
+    tables = _tables_of_splits(root)
+    read: dict[int, list[LabelFile]] = {}
+    for table in tables if {0} < {_rank_of_table(t) for t in tables} else ():
+        if not table.is_file() or _names_none(table, root):
+            continue
+        try:
+            found = label_files.read(table, root)
+        except DataError as e:
+            if "columns" not in e.what and "no label" not in e.what:  # as the test.csv of a competition
+                raise
+        else:
+            read.setdefault(_rank_of_table(table) or 0, []).append(found)
+    held = sorted(rank for rank in read if rank)
+    if 0 not in read or not held or len(read[0]) > 1 or len(read[held[0]]) > 1:
+        return None
+    train, val = read[0][0], read[held[0]][0]
+    notes = [f"splits are read from {_list([train.path.name, val.path.name])}", *train.notes, *val.notes]
+    unused = [t.name for t in tables if t not in (train.path, val.path)]
+    if unused:
+        notes.append(f"not read: {_list(unused)}")
+    both = {os.path.normpath(row.path) for row in train.labels} & {os.path.normpath(row.path) for row in val.labels}
+    if both:
+        notes.append(f"{len(both)} pictures stand in both, such as {shown(os.path.basename(min(both)))}")
+    named = {os.path.normpath(row.path) for found in (train, val) for row in found.labels}
+    left = sum(e.is_image and os.path.normpath(e.path) not in named for e in walk(root))
+    if left:
+        notes.append(f"{left} images that neither names are left out")
+    return Splits(_of_rows(val.labels, root), _of_rows(train.labels, root), tuple(notes))
+
+
+def _splits_inside(root: Path, holding: Sequence[str]) -> Path | None:
+    """Return the only folder with pictures, such as images/, where it holds both splits and nothing else does."""
+    if len(holding) != 1 or any(suffix_of(e.name) in IMAGE_SUFFIXES for e in list_folder(root)):
+        return None
+    ranks = {rank_of(n) for n in folders_in(root / holding[0]) if _has_images(root / holding[0] / n)}
+    return root / holding[0] if 0 in ranks and any(ranks - {None}) else None
 
 
 def files_elsewhere(root: Path) -> list[str]:
@@ -149,21 +218,46 @@ def files_elsewhere(root: Path) -> list[str]:
     return sorted({p for p in paths if ".." in p or not p.startswith(start)})
 
 
-def scan(root: Path, table: Path | None = None) -> Samples:
+def scan(root: Path, table: Path | None = None, bases: Sequence[Path] = ()) -> Samples:
     """Return the pictures of one split and their classes.
 
     Args:
         root: Its folder.
         table: A label file for it that stands elsewhere.
+        bases: What the names in that table may be relative to, if not to `root`.
 
     Raises:
         DataError: There are none, or it is open which folders are the classes.
     """
     if table is not None:
-        return _listed(
-            label_files.read(table, root), root, False, (f"{shown(root)}: labels are read from {shown(table.name)}",)
-        )
+        read = _read_below(table, root, [root, *bases])
+        return _listed(read, root, False, (f"{shown(root)}: labels are read from {shown(table.name)}",))
     return _scanned(root)[0]
+
+
+def _read_below(table: Path, inside: Path, bases: Sequence[Path]) -> LabelFile:
+    """Return a label file whose names are relative to the first of some folders that fits.
+
+    Args:
+        table: The file.
+        inside: Where all of its pictures are.
+        bases: The folders.
+
+    Raises:
+        DataError: None fits; what is wrong with the first.
+    """
+    first: DataError | None = None
+    for base in bases:
+        try:
+            found = label_files.read(table, base)
+        except DataError as e:
+            first = first or e
+            continue
+        if all(Path(row.path).is_relative_to(inside) for row in found.labels):
+            return found
+    raise first or DataError(
+        f"names pictures outside of {shown(inside.name)}/", where=shown(table), remedy="take these lines out"
+    )
 
 
 def _scanned(root: Path) -> tuple[Samples, LabelFile | None]:

@@ -32,6 +32,10 @@ _LABEL_WORDS = frozenset(
     {"label", "labels", "class", "classes", "classname", "classid", "category", "categories", "target", "targets", "y", "tag"}
 )
 _SPLIT_WORDS = frozenset({"isvalid", "split", "splits", "subset", "set", "partition"})
+_PART = re.compile(
+    r"(train|trn|training|val|valid|validation|dev|eval|test|tst|testing)([ _-]?(set|split|data))?", re.IGNORECASE
+)
+_NUMBER_WORDS = re.compile(r"(label|class|category|target)(id|idx|index|num|number|nr|code)")
 _SAMPLE = 200
 """Rows that decide which column is which."""
 _WRITE = "write lines of the form file.jpg,label"
@@ -170,16 +174,28 @@ def text_of(path: Path) -> str:
     """Return what a file of text says, in the encodings that spreadsheets write.
 
     Raises:
-        DataError: It is neither UTF-8 nor marked as UTF-16.
+        DataError: It is neither UTF-8 nor UTF-16.
     """
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16")
+    wide = _unmarked_utf16(content)
+    if wide is not None:
+        return content.decode(wide)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[: e.start].count(b"\n") + 1
         raise DataError(f"line {line} is no UTF-8", where=shown(path), remedy="save the file as UTF-8") from e
+
+
+def _unmarked_utf16(content: bytes) -> str | None:
+    """Return which UTF-16 a text without a mark is: its Latin letters have a zero in every second byte, and only there."""
+    start = content[:4096]
+    low, high = start[::2].count(0), start[1::2].count(0)
+    if len(content) % 2 or 4 * max(low, high) < len(start) or min(low, high):
+        return None
+    return "utf-16-le" if high else "utf-16-be"
 
 
 def _plain(word: str) -> str:
@@ -207,7 +223,7 @@ def _table(text: str, path: Path, finder: _Finder) -> LabelFile:
     rows = [r for r in _rows(text, delimiter) if not r[1][0].startswith("#") or any(map(finder.find, r[1]))]
     if not rows:
         return LabelFile(path, ())
-    file_at, label_at, part_at, header, notes = _columns(rows[:_SAMPLE], path, finder)
+    file_at, label_at, part_at, header, notes = _columns(rows, path, finder)
     found: list[Label] = []
     missing: list[tuple[int, str]] = []
     unread: list[str] = []
@@ -265,6 +281,7 @@ def _columns(
     Raises:
         DataError: More than one column may hold the labels.
     """
+    every, rows = rows, rows[:_SAMPLE]
     first = rows[0][1]
     width = max(len(cells) for _, cells in rows)
     body = [cells for _, cells in rows[1:]]
@@ -285,11 +302,18 @@ def _columns(
     notes: tuple[str, ...] = ()
     if header:
         part_at = next((i for i in others if i < len(words) and words[i] in _SPLIT_WORDS), None)
-        others = [i for i in others if i != part_at]
+    if part_at is None and len(others) > 1:
+        whole = [cells for _, cells in every[header:]]
+        part_at = next((i for i in others if _says_parts([cells[i] for cells in whole if i < len(cells)])), None)
+    others = [i for i in others if i != part_at]
+    if header:
         by_name = [i for i in others if i < len(words) and words[i] in _LABEL_WORDS]
         unnamed = [i for i in others if i >= len(words)]
         if len(by_name) == 1:
             notes = (f"{shown(path.name)}: column {unnamed[0] + 1} has no name and is not read",) if unnamed else ()
+            for i in others:
+                if i < len(words) and _NUMBER_WORDS.fullmatch(words[i]) and i != by_name[0]:
+                    notes += _other_order(columns[by_name[0]], columns[i], f"{shown(path.name)}: column '{shown(first[i])}'")
             return file_at, by_name[0], part_at, header, notes
         if len(by_name) > 1:
             same = all(columns[i] == columns[by_name[0]] for i in by_name)
@@ -319,6 +343,26 @@ def _columns(
         which = f"'{first[label_at]}'" if header and label_at < len(first) else str(label_at + 1)
         notes = (f"{shown(path.name)}: column {which} is taken for the labels",)
     return file_at, label_at, part_at, header, notes
+
+
+def _says_parts(cells: Sequence[str]) -> bool:
+    """Whether a column of any name tells training from evaluation: every cell does, and both are there."""
+    words = {cell.strip().casefold() for cell in cells}
+    trains = {word for word in words if word.startswith("tr")}
+    return all(map(_PART.fullmatch, words)) and bool(trains) and trains != words
+
+
+def _other_order(labels: Sequence[str], numbers: Sequence[str], column: str) -> tuple[str, ...]:
+    """Return a note where a column numbers the classes, and not in the order of their names."""
+    pairs = sorted(set(zip(labels, numbers, strict=False)))
+    try:
+        values = [float(number) for _, number in pairs]
+    except ValueError:
+        return ()
+    if len(pairs) != len({label for label, _ in pairs}) or values == sorted(values):
+        return ()
+    said = ", ".join(f"{label} {number}" for label, number in pairs[:4])
+    return (f"{column} is not read, and numbers the classes in another order than their names have: {said}",)
 
 
 def _adds_up(cells: Sequence[str]) -> bool:

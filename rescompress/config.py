@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from rescompress import strict_yaml
 from rescompress.core.described import sentence
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
-from rescompress.core.settings import Batch, FinetuneSettings, PruneSettings, QuantizeSettings, Section
+from rescompress.core.settings import MOST_TARGETS, Batch, FinetuneSettings, PruneSettings, QuantizeSettings, Section
 from rescompress.search.settings import SearchConfig
 
 
@@ -41,7 +41,7 @@ class RunConfig(Section):
     prune: PruneSettings | None = None
     finetune: FinetuneSettings | None = None
     quantize: QuantizeSettings | None = None
-    targets: tuple[str, ...] = ("cpu",)
+    targets: tuple[str, ...] = Field(("cpu",), max_length=MOST_TARGETS)
     batch: Batch = 1
     labels: dict[str, str] | None = None
     input: str | None = None

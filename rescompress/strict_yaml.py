@@ -23,6 +23,8 @@ MOST_VALUES = 10_000
 """How many values aliases may stand for, beyond those that are written out."""
 LONGEST = 2 * 2**20
 """Characters of a document."""
+MOST_WRITTEN = 50_000
+"""Lines and commas of a document: reading takes a second for ten thousand of them."""
 _LONGEST_NUMBER = 100
 _STANDARD = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -76,6 +78,8 @@ def parse(text: str, *, texts: Collection[str] | None = ()) -> Any:
 
     if len(text) > LONGEST:
         raise StrictYamlError(f"longer than {LONGEST >> 20} MiB")
+    if text.count("\n") + text.count(",") > MOST_WRITTEN:
+        raise StrictYamlError(f"more than {MOST_WRITTEN} lines or values")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as e:

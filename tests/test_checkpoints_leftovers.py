@@ -287,6 +287,14 @@ def test_stated_sizes_and_normalisation_count(tmp_path: Path) -> None:
         ({"hyper_parameters": {"backbone": "deeplabv3_resnet50"}}, "deeplabv3"),
         ({"config": {"model": {"output_stride": 8}}}, "output_stride"),
         ({"args": {"act_layer": "silu"}}, "act_layer"),
+        ({"args": argparse.Namespace(output_stride="16")}, "output_stride"),
+        ({"args": {"replace_stride_with_dilation": (False, False, True)}}, "replace_stride_with_dilation"),
+        ({"hyper_parameters": {"replace-stride-with-dilation": "[False, False, True]"}}, "dilation"),
+        ({"cfg": {"MODEL": {"BACKBONE": {"LAST_STRIDE": 1}}}}, "LAST_STRIDE"),
+        ({"meta": {"config": "model = dict(\n  backbone=dict(depth=50, dilations=(1, 1, 2, 4)))"}}, "dilations"),
+        ({"config": "backbone:\n  depth: 50\n  strides: [1, 2, 1]\n"}, "strides"),
+        ({"args": {"strides": [1, 2, 1]}}, "strides"),
+        ({"args": {"dilated": True}}, "dilated"),
     ],
 )
 def test_a_variant_that_no_tensor_shows_is_refused_by_name(stated: dict[str, object], words: str, tmp_path: Path) -> None:
@@ -294,6 +302,47 @@ def test_a_variant_that_no_tensor_shows_is_refused_by_name(stated: dict[str, obj
         read({"state_dict": net().state_dict(), **stated}, tmp_path)
     for plain in ("resnet50", "tv_resnet50", "resnet50.a1_in1k", "resnext50_32x4d", "wide_resnet50_2", "resnet50d"):
         read({"state_dict": net().state_dict(), "arch": plain}, tmp_path)
+    usual = {"dilation": 1, "strides": [1, 2, 2], "output_stride": 32, "dilated": False, "last_stride": 2, "multi_grid": None}
+    text = "model = dict(backbone=dict(dilations=(1, 1, 1), strides=(1, 2, 2)), dilation=1)"
+    read({"state_dict": net().state_dict(), "args": usual, "meta": {"config": text}}, tmp_path)
+
+
+@pytest.mark.parametrize("last", ["2", "1", "dilated"])
+def test_strides_that_no_tensor_shows_are_noted(last: str, tmp_path: Path) -> None:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    dilated = [False, False, last == "dilated"]
+    model = net(
+        lambda: ResNet(Bottleneck, [1, 1, 1, 2], num_classes=5, width_per_group=4, replace_stride_with_dilation=dilated)
+    )
+    if last == "1":
+        for name in ("conv2", "downsample.0"):
+            model.layer4[0].get_submodule(name).stride = (1, 1)  # type: ignore[union-attr,index]
+
+    def equal(loaded: Checkpoint) -> bool:
+        return torch.allclose(logits(build_model(loaded.spec, loaded.state_dict)), logits(model), rtol=0, atol=1e-5)
+
+    loaded = read(model.state_dict(), tmp_path)
+    assert any("strides 1,2,2,2" in note and "dilation" in note for note in loaded.provenance["notes"])  # type: ignore[attr-defined]
+    assert torch.allclose(logits(build_model(loaded.spec, loaded.state_dict)), logits(model), rtol=0, atol=1e-5) == (
+        last == "2"
+    )
+    with pytest.raises(CheckpointError, match="last_stride is '1'"):
+        read({"state_dict": model.state_dict(), "args": {"last_stride": 1}}, tmp_path)
+    said = {"strides": "1,2,2,1"}
+    stated = read({"state_dict": model.state_dict(), "args": {"last_stride": 1}}, tmp_path, arch_options=said)
+    assert torch.allclose(logits(build_model(stated.spec, stated.state_dict)), logits(model), rtol=0, atol=1e-5) == (
+        last == "1"
+    )
+    assert not any("dilation" in note for note in stated.provenance["notes"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50_coco", "resnet50-os8", "fcn_resnet101", "resnet50_dilated", "reid_r50"])
+def test_a_file_named_after_a_variant_is_read_with_a_warning(name: str, tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / f"{name}.pth")
+    assert any("file's name" in w for w in load_checkpoint(tmp_path / f"{name}.pth").provenance["warnings"])  # type: ignore[attr-defined]
+    torch.save(net().state_dict(), tmp_path / "resnet50-0676ba61.pth")
+    assert load_checkpoint(tmp_path / "resnet50-0676ba61.pth").provenance["warnings"] == []
 
 
 # --- property -------------------------------------------------------------------------------------------------------------

@@ -255,12 +255,34 @@ def test_a_command_that_would_eat_its_own_input_is_refused(rescompress: Command,
         (MemoryError(), 7),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 7),
         (torch.OutOfMemoryError("CUDA out of memory"), 7),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 7),
+        (OSError(12, "Cannot allocate memory"), 7),
+        (RuntimeError("can't start new thread"), 7),
+        (ImportError("No module named 'x'"), 1),
         (RuntimeError("shapes do not match"), 1),
     ],
 )
 def test_running_out_of_memory_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert Output().failure(error) == code
     assert ("bug" in capsys.readouterr().err) == (code == 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of address space is one of Linux")
+def test_too_little_address_space_for_torch_is_no_bug() -> None:
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, "-m", "rescompress", "inspect", str(DIGITS)],
+        cwd=ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)),
+    )
+    assert done.returncode == 7, done.stderr
+    assert "ulimit -v" in done.stderr
+    assert "bug" not in done.stderr
 
 
 def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(

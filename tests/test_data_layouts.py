@@ -152,6 +152,8 @@ def check_layout(layout: dict[str, Any]) -> None:
         root = Path(folder).resolve() / "set"
         build(root, layout)
         names = tuple(sorted(layout["classes"]))
+        other = {layout["changed"]: layout["changed"].swapcase()} if layout["change"] == "case" else {}
+        spelled = tuple(other.get(n, n) for n in names)  # in the evaluation split
         given = inputs(len(names), names if layout["known"] else None)
         changed = layout["change"] != "none" and (layout["change"], layout["changed"]) != ("case", layout["changed"].swapcase())
         plain = not changed and layout["sibling"] != "holdout"
@@ -162,17 +164,19 @@ def check_layout(layout: dict[str, Any]) -> None:
         splits = layout["splits"]
         if splits:
             found = {s: answers(part) for s, part in zip(splits, (data.train, data.val), strict=True)}
-            right = {s: of_torchvision(root / s, names) for s in splits}
+            right = {s: of_torchvision(root / s, n) for s, n in zip(splits, (names, spelled), strict=True)}
             assert found == right, layout
         else:
             here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.rglob("*.ppm")))
             here = list(names) if layout["change"] == "empty" else here  # an empty folder is a class all the same
+            here = list(spelled) if other and layout["known"] else here
             assert answers(data.train, data.val) == of_torchvision(root, here), layout
             return
         notes = " ".join(data.notes)
         if layout["change"] in ("missing", "empty"):
             assert "no images of" in notes or layout["link"] == "inside", layout
-        noted = layout["change"] in ("missing", "empty") or (layout["change"] == "only gif" and "gif" in notes)
+        assert not (other and changed) or "regard to their spelling" in notes, layout
+        noted = layout["change"] in ("missing", "empty", "case") or (layout["change"] == "only gif" and "gif" in notes)
         assert not changed or noted, f"{layout} is taken"
         if not layout["known"] and [int(n) if n.isdecimal() else None for n in names] != list(range(len(names))):
             assert "alphabet" in notes
@@ -426,6 +430,140 @@ def test_one_label_file_beside_flat_splits(tmp_path: Path) -> None:
     assert (len(data.train), data.val.labels.tolist()) == (6, [0, 1, 0, 1])
 
 
+def rows_of(root: Path, count: int) -> str:
+    """Paint pictures and return the lines of a label file: a, b, a, b."""
+    for i in range(count):
+        paint(root / f"{i}.ppm", i)
+    return "file,label\n" + "".join(f"{i}.ppm,{'ab'[i % 2]}\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "table", "named"),
+    [
+        ("images/{s}{i}.ppm", "{s}.csv", "{s}{i}.ppm"),
+        ("images/{s}{i}.ppm", "{s}.csv", "images/{s}{i}.ppm"),
+        ("{s}{i}.ppm", "{s}.csv", "{s}{i}.ppm"),
+        ("images/{s}{i}.ppm", "labels/{s}.csv", "{s}{i}.ppm"),
+        ("images/{s}/{i}.ppm", "labels/{s}.csv", "{i}.ppm"),
+        ("images/{s}/{i}.ppm", "labels/{s}.csv", "{s}/{i}.ppm"),
+        ("images/{s}/{i}.ppm", "{s}_labels.csv", "images/{s}/{i}.ppm"),
+        ("images/{s}/{i}.ppm", "images/{s}.csv", "{i}.ppm"),
+        ("images/{s}/{i}.ppm", "labels.csv", "images/{s}/{i}.ppm"),
+        ("images/{s}/{i}.ppm", "labels.csv", "{s}/{i}.ppm"),
+        ("images/{s}/{i}.ppm", "images/labels.csv", "{s}/{i}.ppm"),
+        ("{s}/{i}.ppm", "annotations/{s}.csv", "{i}.ppm"),
+        ("{s}/{i}.ppm", "annotations/{s}.csv", "{s}/{i}.ppm"),
+        ("{s}/{i}.ppm", "{s}.csv", "{s}/{i}.ppm"),
+    ],
+)
+def test_two_tables_or_splits_in_one_folder_are_read(tmp_path: Path, pictures: str, table: str, named: str) -> None:
+    right = {}
+    lines: dict[Path, list[str]] = {}
+    for number, (split, count) in enumerate((("train", 6), ("val", 4))):
+        for i in range(count):
+            picture = paint(tmp_path / pictures.format(s=split, i=i), 100 * number + i)
+            right[str(picture)] = (i + number) % 2
+            lines.setdefault(tmp_path / table.format(s=split), ["file,label"]).append(
+                f"{named.format(s=split, i=i)},{'ab'[(i + number) % 2]}"
+            )
+    for path, rows in lines.items():
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("\n".join(rows) + "\n")
+    data, error = attempt(tmp_path, inputs())
+    assert data is not None, error
+    assert (len(data.train), len(data.val)) == (6, 4)
+    assert answers(data.train, data.val) == right
+
+
+def test_class_folders_below_images_are_read(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        class_folders(tmp_path / "images" / split, ["cat", "dog"], count)
+    (tmp_path / "docs").mkdir()
+    data = load_dataset(str(tmp_path), inputs())
+    assert (len(data.train), data.val.labels.tolist()) == (6, [0, 0, 1, 1])
+
+
+def test_a_table_without_labels_is_no_split(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(rows_of(tmp_path, 6))
+    (tmp_path / "test.csv").write_text("file\n0.ppm\n1.ppm\n")
+    assert len(load_dataset(str(tmp_path), inputs()).val) == 3, "half of the training pictures"
+    (tmp_path / "test.csv").write_text("file,label\n0.ppm,a\nmissing.ppm,b\n")
+    with pytest.raises(DataError, match=r"missing\.ppm"):
+        load_dataset(str(tmp_path), inputs())
+
+
+@pytest.mark.parametrize("header", ["file,label,phase\n", "file,mode_of_use,label\n", ""])
+def test_a_column_that_says_the_splits_counts_under_any_name(tmp_path: Path, header: str) -> None:
+    """Also where the first hundreds of lines are of one split."""
+    rows_of(tmp_path, 300)
+    swapped = header.startswith("file,mode")
+    rows = [(f"{i}.ppm", "ab"[i % 2], "Train" if i < 250 else "test") for i in range(300)]
+    text = header + "".join(f"{f},{p if swapped else c},{c if swapped else p}\n" for f, c, p in rows)
+    (tmp_path / "labels.csv").write_text(text)
+    data = load_dataset(str(tmp_path), inputs())
+    assert (len(data.train), len(data.val)) == (250, 50)
+    assert data.val.labels.tolist() == [0, 1] * 25
+
+
+@pytest.mark.parametrize("mark", ["nan", "NaN", "null", "None", "N/A", "inf"])
+def test_a_mark_among_numbers_is_no_class(tmp_path: Path, mark: str) -> None:
+    rows_of(tmp_path, 4)
+    (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,0\n1.ppm,1\n2.ppm,{mark}\n3.ppm,1\n")
+    with pytest.raises(DataError, match=f"'{mark}', which is none"):
+        load_dataset(str(tmp_path), inputs(3))
+    (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,cat\n1.ppm,dog\n2.ppm,{mark}\n3.ppm,dog\n")
+    assert len(load_dataset(str(tmp_path), inputs(3)).val.classes) == 3
+
+
+def test_a_column_that_numbers_the_classes_in_another_order_is_named(tmp_path: Path) -> None:
+    rows_of(tmp_path, 4)
+    for numbers, noted in (((0, 1), False), ((1, 0), True), ((7, 9), False)):
+        lines = "".join(f"{i}.ppm,{'ab'[i % 2]},{numbers[i % 2]}\n" for i in range(4))
+        (tmp_path / "labels.csv").write_text("file,label,label_id\n" + lines)
+        data = load_dataset(str(tmp_path), inputs())
+        assert any("'label_id' is not read, and numbers" in note for note in data.notes) == noted
+
+
+def test_two_folders_of_one_split_are_no_spellings_of_one_class(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ["Cat", "cat", "dog"])
+    class_folders(tmp_path / "val", ["cat", "dog"])
+    with pytest.raises(DataError, match="'Cat' and 'cat' differ in spelling alone"):
+        load_dataset(str(tmp_path), inputs(2, ("cat", "dog")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-8-sig"])
+def test_tables_in_the_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
+    text = rows_of(tmp_path, 4).replace(",a", ",Ähre").replace(",b", ",Baum")
+    (tmp_path / "labels.csv").write_bytes(text.encode(encoding))
+    data = load_dataset(str(tmp_path), inputs(2, ("Baum", "Ähre")))
+    assert sorted([*data.train.labels.tolist(), *data.val.labels.tolist()]) == [0, 0, 1, 1]
+
+
+def test_spellings_of_one_class_count_once_where_that_is_open_in_no_way(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ["Golden Retriever", "Truck", "cat"])
+    class_folders(tmp_path / "val", ["golden_retriever", "truck", "cat"])
+    right = [0, 0, 1, 1, 2, 2]
+    for labels in (None, ("Golden Retriever", "Truck", "cat"), ("golden-retriever", "TRUCK", "Cat")):
+        data = load_dataset(str(tmp_path), inputs(3, labels))
+        assert data.train.labels.tolist() == right
+        assert sorted(data.val.labels.tolist()) == right
+        assert {p: y for p, y in answers(data.val).items() if "retriever" in p and y != 0} == {}
+        assert any("regard to their spelling" in note for note in data.notes)
+    with pytest.raises(DataError, match="is no label of the checkpoint"):
+        load_dataset(str(tmp_path), inputs(4, ("golden-retriever", "TRUCK", "Truck_", "Cat")))
+    rows = "0.ppm,Cat\n1.ppm,cat\n2.ppm,Dog\n3.ppm,Dog\n"
+    (tmp_path / "flat").mkdir()
+    rows_of(tmp_path / "flat", 4)
+    (tmp_path / "flat" / "labels.csv").write_text(rows)
+    assert len(load_dataset(str(tmp_path / "flat"), inputs(3)).val.classes) == 3, "three outputs: Cat and cat are two classes"
+    with pytest.raises(DataError, match="place in the alphabet"):
+        load_dataset(str(tmp_path / "flat"), inputs(2))
+    (tmp_path / "flat" / "labels.csv").write_text(rows.replace("Dog", "Zebra").replace("Zebra", "zebra", 1))
+    data = load_dataset(str(tmp_path / "flat"), inputs(2))
+    assert {Path(p).name: y for p, y in answers(data.train, data.val).items()} == {
+        "0.ppm": 0, "1.ppm": 0, "2.ppm": 1, "3.ppm": 1}  # fmt: skip
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_class_that_a_split_lacks_is_named(tmp_path: Path, known: bool) -> None:
     names = ["ant", "bird", "cat"]
@@ -604,9 +742,43 @@ def test_labels_are_taken_as_they_are_written(tmp_path: Path) -> None:
         parse_labels("cat=0,cat=1")
 
 
-@pytest.mark.parametrize("written", [str, "{:02}".format, "{}.0".format, lambda i: str(i + 1)])
+WRITTEN: list[Any] = [
+    *(str, "{:02}".format, "{}.0".format, "{}.".format, "{},0".format, "{:.1e}".format, "{:+}".format, "{}E0".format),
+    *(lambda i: str(i + 1), lambda i: str(i - 20), lambda i: str(i + 0.5), lambda i: f"{i / 4:.2f}"),
+]
+
+
+@pytest.mark.parametrize("written", WRITTEN)
 def test_numbers_of_a_label_file_count_as_numbers(written: Any) -> None:
     """With more than ten classes, text sorts 10 in front of 2."""
     names = [written(i) for i in range(12)]
-    outputs, _ = match_classes(sorted(names), inputs(12), None, "labels.csv", listed=True)
+    outputs, classes = match_classes(sorted(names), inputs(12), None, "labels.csv", listed=True)
     assert [outputs[name] for name in names] == list(range(12))
+    assert [float(c) for c in classes] == sorted(float(c) for c in classes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 14), st.sampled_from(WRITTEN)), min_size=1, max_size=14), st.integers(2, 14))
+def test_generated_numbers_against_numpy(cells: list[tuple[int, Any]], outputs: int) -> None:
+    """Either every number is the output that numpy's unique or the number itself gives, or it is refused."""
+    names = sorted({written(i) for i, written in cells})
+    values = np.array([float(n.replace(",", ".")) for n in names])
+    order, places = np.unique(values, return_inverse=True)
+    own = bool((values >= 0).all() and (values < outputs).all() and (values == np.floor(values)).all())
+    try:
+        found, _ = match_classes(names, inputs(outputs), None, "labels.csv", listed=True)
+    except DataError:
+        assert not own
+        assert len(order) != outputs or order[:2].tolist() == [-1, 0]
+        return
+    assert [found[name] for name in names] == (values.astype(int) if own else places).tolist()
+
+
+def test_numbers_are_the_checkpoint_s_labels_of_the_same_value() -> None:
+    known = tuple(str(i) for i in range(12))
+    outputs, _ = match_classes(["1.0", "10.0", "2.0"], inputs(12, known), None, "labels.csv", listed=True)
+    assert outputs == {"1.0": 1, "10.0": 10, "2.0": 2}
+    outputs, _ = match_classes(["03", "11"], inputs(12, known), None, "set")
+    assert outputs == {"03": 3, "11": 11}
+    with pytest.raises(DataError, match=r"'12\.0' is no label"):
+        match_classes(["12.0"], inputs(12, known), None, "labels.csv", listed=True)

@@ -1015,3 +1015,31 @@ def test_a_figure_that_fails_keeps_the_latency(fresh, tmp_path):
     assert "cold_start_ms" not in stage["metrics"]
     assert any("not everything that was asked for" in n for n in stage["details"]["notes"])
     assert fresh.left_behind() == []
+
+
+@pytest.mark.parametrize("width", [4, 10, 12])
+def test_scores_of_another_width_than_the_file_says_are_no_accuracy(tmp_path, width):
+    from compress.data import Inputs, load_dataset
+    from rescompress.cli.deploy import _scorer
+    from rescompress.cli.output import Output
+    from rescompress.core.errors import DataError
+    from rescompress.core.spec import Preprocessing
+
+    pixels, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6)
+    np.savez(tmp_path / "data.npz", x_train=pixels, y_train=labels, x_val=pixels, y_val=labels)
+    plain = Preprocessing(name="raw", mean=(0.0,) * 3, std=(1.0,) * 3, resize=None)
+    images = load_dataset(str(tmp_path / "data.npz"), Inputs((3, 4, 4), 10, plain, None)).val
+
+    class Board:
+        runtime = "tensorrt"
+
+        def __call__(self, x):
+            return np.eye(len(x), width, dtype=np.float32)
+
+    scores = {}
+    if width == 10:
+        _scorer(images, 10, scores, Output())("fp16", Board())
+        assert scores["fp16"].metrics["top1"].value == 1.0
+        return
+    with pytest.raises(DataError, match="6x10 is expected"):
+        _scorer(images, 10, scores, Output())("fp16", Board())

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from command_line import run_command
 from made_stages import Made
+from manifest_mutants import mutants
 from report_factory import write_run
 
 from rescompress import claims
@@ -605,34 +606,6 @@ def test_no_process_of_python_is_started_another_way() -> None:
 
 
 # Manifests of any content ------------------------------------------------------------------------------------------------
-
-
-def mutants(text: str, count: int, seed: int = 0) -> list[str]:
-    """Return documents with one value replaced, removed or doubled, or one byte of the text changed."""
-    import random
-
-    rng = random.Random(seed)
-    odd = [None, True, -1, 1e308, "", "x" * 1000, [], {}, [[]], {"a": None}, "../../etc/passwd", "\ud800", 10**30]
-    found = []
-    for _ in range(count):
-        document = json.loads(text)
-        place, key = {"": document}, ""
-        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
-            place = place[key]
-            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        kind = rng.randrange(4)
-        if kind == 0 and not isinstance(place, list) and key:
-            del place[key]
-        elif kind == 1:
-            place[key] = [place[key], place[key]]
-        else:
-            place[key] = rng.choice(odd)
-        mutant = json.dumps(document)
-        if kind == 3:
-            at = rng.randrange(len(mutant))
-            mutant = mutant[:at] + rng.choice('0"{}[]:,\\x') + mutant[at + 1 :]
-        found.append(mutant)
-    return found
 
 
 def try_mutants(tmp_path: Path, count: int) -> None:

@@ -145,6 +145,94 @@ def test_every_command_that_prints_a_name_prints_it_harmless(hostile: Path, way:
         assert harmless((hostile / "card.md").read_text())
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, ONNX files, pictures and a config whose every free name is hostile."""
+    import onnx
+    import torch
+    from onnx_mutants import originals
+    from PIL import Image
+
+    from compress.checkpoints import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("models")
+    name = HOSTILE.replace("/", "-")[:100]  # a file's name has no slash, and at most 255 bytes
+    checkpoint = load_checkpoint(Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors")
+    labels = tuple(f"{i}{name}" for i in range(10))
+    state = {**checkpoint.state_dict, f"fc_{HOSTILE}.weight": torch.zeros(3, 64), f"criterion.{HOSTILE}": torch.zeros(3)}
+    torch.save({"state_dict": state, "classes": list(labels), HOSTILE: HOSTILE}, folder / "net.pt")
+    torch.save({"state_dict": checkpoint.state_dict, "arch": f"resnetblur{HOSTILE}"}, folder / "variant.pt")
+    own, _, foreign = originals()
+    for model, file in ((own, "own.onnx"), (foreign, "foreign.onnx")):
+        renamed = {}
+        for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
+            renamed[value.name] = value.name = value.name + HOSTILE
+        for node in model.graph.node:
+            node.name += HOSTILE
+            for ends in (node.input, node.output):
+                for i, end in enumerate(ends):
+                    ends[i] = renamed.setdefault(end, end + HOSTILE) if end else end
+        model.producer_name += HOSTILE
+        onnx.save(model, folder / file)
+    for split in ("train", "val"):
+        for label in labels:
+            place = folder / "set" / split / label
+            place.mkdir(parents=True)
+            for i in range(2):
+                Image.new("L", (8, 8), i).save(place / f"{i}{name}.png")
+    (folder / "set" / "val" / labels[0] / f"odd{name}.gif").write_bytes(b"GIF89a")
+    (folder / "flat").mkdir()
+    Image.new("L", (8, 8)).save(folder / "flat" / f"{name}.png")
+    (folder / "flat" / "labels.csv").write_text(json.dumps(name) + "," + json.dumps(HOSTILE) + "\n")
+    (folder / "run.yaml").write_text(json.dumps({"checkpoint": HOSTILE, "data": HOSTILE, HOSTILE: HOSTILE}))
+    (folder / "values.yaml").write_text(json.dumps({"checkpoint": "net.pt", "data": HOSTILE, "targets": [HOSTILE]}))
+    (folder / f"{name}.onnx").write_bytes(b"no")
+    return folder
+
+
+MODELS: dict[str, list[str]] = {
+    "inspect": ["inspect", "net.pt", "--input", "1x8x8"],
+    "inspect layers": ["inspect", "net.pt", "-v", "--json"],
+    "variant": ["inspect", "variant.pt"],
+    "init": ["init", "net.pt", "-o", "made.yaml"],
+    "evaluate": ["evaluate", "net.pt", "--data", "set"],
+    "labels": ["evaluate", "net.pt", "--data", "set", "--labels", f"{HOSTILE}=0"],
+    "label file": ["evaluate", "net.pt", "--data", "flat"],
+    "evaluate onnx": ["evaluate", "own.onnx", "--data", "set"],
+    "lint": ["lint", "foreign.onnx", "-t", "jetson"],
+    "lint own": ["lint", "own.onnx", "-t", "jetson", "--json"],
+    "fix": ["lint", "own.onnx", "-t", "jetson", "--fix", "fixed.onnx"],
+    "predict": ["predict", "own.onnx", "-t", "jetson", "-v"],
+    "predict foreign": ["predict", "foreign.onnx", "-t", "jetson"],
+    "bench": ["bench", "own.onnx", "-t", "cpu-ort", "--seconds", "0.2"],
+    "run": ["run", "run.yaml"],
+    "run values": ["run", "values.yaml", "-o", "made"],
+    "set": ["run", "values.yaml", "--set", f"prune.{HOSTILE}={HOSTILE}"],
+    "prune": ["prune", "net.pt", "--ratio", "0.3", "--method", "magnitude", "-w", "made2"],
+    "sensitivity": ["sensitivity", "net.pt", "--method", "magnitude"],
+    "export": ["export", "net.pt", "--target", "jetson-nano", "-o", "bundle"],
+    "search": ["search", "values.yaml", "-o", "made3"],
+    "deploy": ["deploy", "own.onnx", "--host", HOSTILE, "-t", "jetson"],
+    "files": ["lint", "*.onnx", "-t", "jetson"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", MODELS)
+def test_names_in_models_and_data_are_printed_harmless(rescompress: Callable[..., Any], models: Path, way: str) -> None:
+    words = MODELS[way]
+    if way == "files":
+        words = [w for word in words for w in (sorted(p.name for p in models.glob(word)) if word == "*.onnx" else [word])]
+    done = rescompress(*words, cwd=models, code=None)
+    assert done.returncode in (0, 2, 3, 4, 5, 7), done.stderr
+    assert harmless(done.stdout), done.stdout
+    assert harmless(done.stderr), done.stderr
+    assert "bug of" not in done.stderr
+    for made in ("made.yaml", "bundle/README.md", "bundle/labels.txt"):
+        if (models / made).exists():
+            assert harmless((models / made).read_text()), made
+
+
 @pytest.mark.slow
 def test_only_the_annotations_of_the_gate_are_commands(hostile: Path) -> None:
     written = {name: hostile / name for name in ("s.md", "j.xml", "step", "out")}

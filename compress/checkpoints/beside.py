@@ -21,7 +21,7 @@ _PLACES = re.compile(
     r"(info|config(uration)?|cfg|conf|args|arguments|kwargs|opts?|options|params|parameters|settings|specs?|card)"
     r"|h(yper)?_?param(eter)?s|(datamodule|init)_(hyper_parameters|args)|init_args|namespace|extra(s)?|data|dataset|datamodule|"
     r"model|net(work)?|(label|target|class)_?(encoder|binarizer)|le|preprocess(ing|or)?(_config)?|transforms?|pretrained_cfg|"
-    r"default_cfg|input|image|img|custom|user|attrs?|attributes|normali[sz]e|normali[sz]ation|(img_)?norm_cfg|(image_)?stats)$",
+    r"default_cfg|backbone|encoder|resnet|input|image|img|custom|user|attrs?|attributes|normali[sz]e|normali[sz]ation|(img_)?norm_cfg|(image_)?stats)$",
     re.IGNORECASE,
 )
 """Names of dictionaries in which training scripts keep such facts."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from compress.checkpoints.base import Checkpoint, LoadOptions
 from compress.checkpoints.beside import places, plain
 from rescompress.core.errors import CheckpointError
-from rescompress.core.spec import Preprocessing
+from rescompress.core.spec import ModelSpec, Preprocessing
 
 _SIZE = (
     ("val_crop_size", "eval_crop_size", "test_crop_size", "test_input_size", "val_input_size"),
@@ -57,24 +57,126 @@ def refuse_variant(contents: tuple[object, ...], options: LoadOptions) -> None:
                 f"its {key} is {value[:100]!r}, a variant that its tensors do not show, and that is not supported",
                 remedy="supported: plain ResNets; if it is one, name it: --arch-option arch=resnet50",
             )
-    for path, held in places(*contents):
-        for name, differs in _SETTINGS.items():
-            value = plain(held.get(name))
-            if value is not None and differs(value):
-                raise CheckpointError(
-                    f"its {path}{name} is {str(value)[:60]!r}, which its tensors do not show, and that is not supported",
-                    remedy="supported: ReLU, strides, and average pooling; see `rescompress formats`",
-                )
+    for path, key, name, raw in _stated_settings(contents):
+        if name in _ABOUT_STRIDES and "strides" in options.arch:
+            continue
+        differs, remedy = _SETTINGS[name]
+        value = _literal(plain(raw))
+        if value is not None and differs(value):
+            raise CheckpointError(
+                f"its {path}{key} is {str(value)[:60]!r}, which its tensors do not show, and that is not supported",
+                remedy=remedy,
+            )
 
 
-_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    "output_stride": lambda v: type(v) is int and 0 < v < 32,
-    "replace_stride_with_dilation": lambda v: isinstance(v, list) and any(v),
-    "act_layer": lambda v: isinstance(v, str) and v.lower() not in ("relu", "none", ""),
-    "aa_layer": lambda v: isinstance(v, str) and v.lower() not in ("none", ""),
-    "global_pool": lambda v: isinstance(v, str) and v.lower() in ("max", "avgmax", "gem"),
-    "gp": lambda v: isinstance(v, str) and v.lower() in ("max", "avgmax", "gem"),
+def variant_in_name(stem: str, options: LoadOptions) -> list[str]:
+    """Return a warning where the name of a file says a variant that its tensors do not show.
+
+    Args:
+        stem: Of the file's name; whoever gave it may have meant something else, so it is no reason to refuse.
+        options: What the user states.
+    """
+    said = _VARIANT.search(stem) or _VARIANT_OF_A_FILE.search(stem)
+    if said is None or {"strides", "arch"} & set(options.arch):
+        return []
+    return [
+        f"the file's name says '{said[0].strip('_-. ')[:40]}', which no tensor shows: the network is read as a plain ResNet "
+        "(strides and dilation are no part of a state_dict; --arch-option strides=... states them)"
+    ]
+
+
+def open_strides(spec: ModelSpec, options: LoadOptions) -> list[str]:
+    """Return a note on the strides of a network whose tensors are all that its file holds.
+
+    Args:
+        spec: As read.
+        options: What the user states.
+    """
+    if "strides" in options.arch or all(block.stride == 1 for block in spec.blocks):
+        return []
+    strides = ",".join(str(stage[0].stride) for stage in spec.stages)
+    return [f"no tensor shows strides or dilation: read as strides {strides} (else: --arch-option strides=...)"]
+
+
+_VARIANT_OF_A_FILE = re.compile(
+    r"output_?stride_?(8|16)|last_?stride_?1|(^|[_-])(reid|market1501|msmt17|bag_?of_?tricks)", re.I
+)
+_SUPPORTED = "supported: ReLU, strides, and average pooling; see `rescompress formats`"
+_STATE_STRIDES = "supported: strides without dilation; say the strides: --arch-option strides=1,2,2,1"
+
+
+def _in(*words: str) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, str) and v.lower() in words
+
+
+def _not_in(*words: str) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, str) and v.lower() not in words
+
+
+def _any_above_one(value: Any) -> bool:
+    return any(type(v) is int and v > 1 for v in (value if isinstance(value, list) else [value]))
+
+
+def _on(value: Any) -> bool:
+    return any(map(_on, value)) if isinstance(value, list) else value is True or (type(value) is int and value > 0)
+
+
+_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "output_stride": (lambda v: type(v) is int and 0 < v < 32, _STATE_STRIDES),
+    "replace_stride_with_dilation": (_on, _STATE_STRIDES),
+    "dilation": (_any_above_one, _STATE_STRIDES),
+    "dilations": (_any_above_one, _STATE_STRIDES),
+    "dilated": (_on, _STATE_STRIDES),
+    "dilate_scale": (lambda v: type(v) is int and 0 < v < 32, _STATE_STRIDES),
+    "multi_grid": (_on, _STATE_STRIDES),
+    "last_stride": (lambda v: type(v) is int and v == 1, _STATE_STRIDES),
+    "last_conv_stride": (lambda v: type(v) is int and v == 1, _STATE_STRIDES),
+    "strides": (lambda v: isinstance(v, list) and len(v) > 1 and v != [1] + [2] * (len(v) - 1), _STATE_STRIDES),
+    "act_layer": (_not_in("relu", "none", ""), _SUPPORTED),
+    "aa_layer": (_not_in("none", ""), _SUPPORTED),
+    "global_pool": (_in("max", "avgmax", "gem"), _SUPPORTED),
+    "gp": (_in("max", "avgmax", "gem"), _SUPPORTED),
 }
+_ABOUT_STRIDES = frozenset(name for name, (_, remedy) in _SETTINGS.items() if remedy is _STATE_STRIDES)
+_IN_TEXT = re.compile(
+    rf"(?<![\w.])(?P<key>{'|'.join(sorted(_ABOUT_STRIDES, key=len, reverse=True))})['\"]?\s*[:=]\s*"
+    r"(?P<value>[(\[][\w\s,]{0,80}[)\]]|\w{1,20})",
+    re.IGNORECASE,
+)
+"""Such a setting in the text of a config, of Python or YAML, as some frameworks store it."""
+_LONGEST_TEXT = 1_000_000
+
+
+def _stated_settings(contents: tuple[object, ...]) -> Iterator[tuple[str, str, str, object]]:
+    """Yield the settings of `_SETTINGS` that a file states: where, as written, by the name known here, and the value."""
+    for path, held in places(*contents):
+        for key, value in held.items():
+            if not isinstance(key, str):
+                continue
+            name = key.lower().replace("-", "_")
+            if name in _SETTINGS:
+                yield path, key, name, value
+            elif isinstance(value, str) and len(value) <= _LONGEST_TEXT:
+                for found in _IN_TEXT.finditer(value):
+                    yield f"{path}{key}: ", found["key"], found["key"].lower(), found["value"]
+
+
+def _literal(value: object) -> object:
+    """Return what a text such as ``16`` or ``[False, True]`` stands for, tuples as lists; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().strip("()[]")
+    parts = [_word(part) for part in text.split(",") if part.strip()]
+    if text != value.strip() or len(parts) > 1:
+        return parts
+    return parts[0] if parts else value
+
+
+def _word(text: str) -> object:
+    text = text.strip().strip("'\"")
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
 
 
 def with_facts(checkpoint: Checkpoint, contents: tuple[object, ...], options: LoadOptions) -> tuple[Checkpoint, list[str]]:

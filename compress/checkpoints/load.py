@@ -90,6 +90,10 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     contents = (opened.content, opened.metadata)
     facts.refuse_variant(contents, options)
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
+    if not parts_of_it and opened.program is None:  # tensors alone
+        warnings = [*warnings, *facts.variant_in_name(path.stem, options)]
+        if "keras_config" not in opened.metadata:
+            checkpoint = _noting(checkpoint, facts.open_strides(checkpoint.spec, options))
     return _with_class_names(_telling(checkpoint, [*warnings, *stated.ending(parts_of_it)]), opened)
 
 
@@ -106,8 +110,12 @@ def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
 
 def _telling(checkpoint: Checkpoint, warnings: list[str]) -> Checkpoint:
     """Return the checkpoint with more warnings."""
-    told = {k: [*cast("list[str]", checkpoint.provenance.get(k, [])), *warnings] for k in ("notes", "warnings") if warnings}
-    return dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **told})
+    return _noting(checkpoint, warnings, ("notes", "warnings"))
+
+
+def _noting(checkpoint: Checkpoint, lines: list[str], kinds: tuple[str, ...] = ("notes",)) -> Checkpoint:
+    more = {kind: [*cast("list[str]", checkpoint.provenance.get(kind, [])), *lines] for kind in kinds if lines}
+    return dataclasses.replace(checkpoint, provenance={**checkpoint.provenance, **more})
 
 
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:

@@ -60,6 +60,8 @@ class LazyGroup(TyperGroup):
             return name, stub, rest
         if name != "doctor":  # which tells the whole story
             check_siblings()
+        if COMMANDS[name][1] == COMPRESS or name in ("evaluate", "inspect", "export"):
+            _hint_at_little_memory(ctx.obj)
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)
@@ -75,6 +77,20 @@ class LazyGroup(TyperGroup):
             resumes = ctx.invoked_subcommand in RESUMED
             output.hint("interrupted; the same command goes on where it was" if resumes else "interrupted")
             sys.exit(130)
+
+
+_MEMORY_OF_TORCH = 4 << 30
+
+
+def _hint_at_little_memory(output: Output) -> None:
+    """Say that the address space is small before torch is loaded: where it does not suffice, torch may end the process."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < _MEMORY_OF_TORCH:
+        output.hint(f"the memory of this process is limited to {limit / 2**30:.1f} GiB (ulimit -v), which torch may exceed")
 
 
 def _set_json(ctx: typer.Context, value: bool) -> None:

@@ -117,7 +117,7 @@ def deploy(
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
-    score = _scorer(images, scores, output) if images is not None else None
+    score = _scorer(*images, scores, output) if images is not None else None
     done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
@@ -150,8 +150,8 @@ def _folder(out: Path, target: Target) -> Path:
     return out / "deploy" / target.name.replace("/", "_")
 
 
-def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> Split:
-    """Return the images to evaluate on, preprocessed as the ONNX files say.
+def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, seed: int, output: Output) -> tuple[Split, int]:
+    """Return the images to evaluate on, preprocessed as the ONNX files say, and how many outputs the network has.
 
     Raises:
         BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
@@ -169,10 +169,11 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
     loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
     for note in loaded.notes:
         output.hint(note)
-    return loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
+    images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
+    return images, inputs[0].outputs
 
 
-def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) -> Any:
+def _scorer(images: Split, outputs: int, scores: dict[Precision, Evaluation], output: Output) -> Any:
     """Return what `remote.deploy` calls per engine; what it finds goes to `scores`."""
     from compress.evaluate import evaluate
     from edge_targets.remote import PIECE_BYTES
@@ -186,6 +187,7 @@ def _scorer(images: Split, scores: dict[Precision, Evaluation], output: Output) 
                 runner,
                 images,
                 batch_size=piece,
+                outputs=outputs,
                 progress=lambda n, total: reporter.progress(f"accuracy of {precision} on the board", n, total),
             )
 

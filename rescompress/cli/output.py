@@ -107,6 +107,9 @@ class Output:
             code = 7
             remedy = "use a smaller --batch-size (or --train-batch), or fewer --calib images"
             _say(f"error: out of memory\n  -> {remedy}")
+        elif _is_out_of_address_space(error):
+            code = 7
+            _say(f"error: out of memory while libraries were loaded: {error}\n  -> allow the process more memory (ulimit -v)")
         elif isinstance(error, OSError) and error.errno == 28:
             code = 7
             _say(f"error: the disk is full: {error.filename or ''}\n  -> free some space and run again")
@@ -199,6 +202,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def _is_out_of_address_space(error: Exception) -> bool:
+    """Whether a library or a thread of one found no memory; the loader of shared objects says so in words alone."""
+    if isinstance(error, OSError) and error.errno == 12:
+        return True
+    words = ("failed to map segment", "cannot allocate memory", "can't start new thread", "cannot map zero-fill")
+    return isinstance(error, ImportError | OSError | RuntimeError) and any(w in str(error).lower() for w in words)
 
 
 def output_of(ctx: typer.Context) -> Output:

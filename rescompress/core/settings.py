@@ -17,8 +17,14 @@ from rescompress.core.described import Flag, listed_or_counted
 from rescompress.core.plugins import listed
 from rescompress.core.spec import Frozen
 
-Batch = Literal["dynamic"] | Annotated[int, Field(ge=1)]
-Align = Literal["auto"] | Annotated[int, Field(ge=1)]
+# far beyond what anybody runs; a slip such as 1e300 would train, or fill memory, without end
+MOST_EPOCHS = 10_000
+MOST_IMAGES = 2**31
+MOST_RATE = 1e3
+MOST_TARGETS = 100
+
+Batch = Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)]
+Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
 
 
 def _methods(incomplete: str) -> list[str]:
@@ -66,7 +72,7 @@ class PruneSettings(Section):
     latency: float | None = Field(None, gt=0.0, le=1.0)
     scope: Scope = "inner"
     align: Annotated[Align, Flag(metavar="N|auto")] = "auto"
-    calib: int = Field(512, ge=1)
+    calib: int = Field(512, ge=1, le=MOST_IMAGES)
     drop_blocks: Annotated[bool | None, Flag(off="--keep-blocks", usual="by budget")] = None
     iterations: int = Field(1, ge=1, le=100)
     recalibrate: Annotated[bool | None, Flag(usual="if nothing is repaired")] = None
@@ -127,13 +133,13 @@ class FinetuneSettings(Section):
         precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
     """
 
-    epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0)
+    epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: float = Field(0.02, gt=0.0)
-    batch_size: TrainBatch = Field(128, ge=2)
+    lr: float = Field(0.02, gt=0.0, le=MOST_RATE)
+    batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
-    temperature: float = Field(4.0, gt=0.0)
-    features: float = Field(0.0, ge=0.0)
+    temperature: float = Field(4.0, gt=0.0, le=1e6)
+    features: float = Field(0.0, ge=0.0, le=1e6)
     precision: TrainPrecision = "fp32"
 
 
@@ -165,9 +171,9 @@ class QuantizeSettings(Section):
     """
 
     mode: Mode = "qat"
-    epochs: Annotated[float, Flag(short="-e")] = Field(1.0, gt=0.0)
+    epochs: Annotated[float, Flag(short="-e")] = Field(1.0, gt=0.0, le=MOST_EPOCHS)
     profile: ProfileOrAuto = "auto"
-    calib: int = Field(512, ge=2)
+    calib: int = Field(512, ge=2, le=MOST_IMAGES)
     calibration: Calibration = "auto"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     bias_correction: bool = True
@@ -180,8 +186,8 @@ class QuantizeSettings(Section):
     learnable_scales: bool = False
     freeze_bn_after: float = Field(0.0, ge=0.0, le=1.0)
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
-    lr: float = Field(0.002, gt=0.0)
-    batch_size: TrainBatch = Field(128, ge=2)
+    lr: float = Field(0.002, gt=0.0, le=MOST_RATE)
+    batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     teacher: Teacher = "dense"
 
     @model_validator(mode="after")
@@ -203,7 +209,7 @@ class SensitivitySettings(Section):
 
     method: Method = "reconstruct"
     scope: Scope = "inner"
-    calib: int = Field(512, ge=1)
+    calib: int = Field(512, ge=1, le=MOST_IMAGES)
     int8: bool = False
 
 

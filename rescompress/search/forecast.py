@@ -87,6 +87,7 @@ def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> Outcome
             runner,
             split,
             batch_size=settings.eval_batch(checkpoint.spec.input_shape),
+            outputs=checkpoint.spec.head.num_classes if checkpoint.spec.head else None,
             progress=lambda done, total: reporter.progress("evaluate", done, total),
         )
     return found.outcomes

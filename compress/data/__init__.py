@@ -12,8 +12,11 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Protocol
 
@@ -362,7 +365,12 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
     if labels is None:
         _refuse_nested(parts, union, inputs)
     notes: list[str] = []
+    spelled: dict[str, str] = {}
     if by_alphabet:
+        spelled = _one_spelling(names, inputs.classes)
+        names = [{spelled.get(name, name) for name in part} for part in names]
+        union = sorted(set().union(*names))
+        notes += _spelling_notes(spelled)
         _refuse_other_names(parts, names)
         bare = sorted({name for part in parts for name, _ in part.without} - set(union))
         if bare and len(union) < inputs.classes == len(union) + len(bare):
@@ -375,7 +383,14 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
                     where=shown(part.root),
                     remedy="convert them to PNG or JPEG",
                 )
+    if free and listed:
+        _refuse_marks(union, where)
     outputs, classes = match_classes(union, inputs, labels, where, listed=listed)
+    if labels is None:
+        _refuse_two_folders(parts, outputs)
+    if labels is None and inputs.labels is not None:
+        notes += _spelling_notes({name: classes[outputs[name]] for name in union})
+    outputs |= {name: outputs[counts] for name, counts in spelled.items()}
     if by_alphabet:
         notes += _order_notes(union, outputs, listed=listed)
     elif free and listed:
@@ -384,18 +399,57 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
     return Numbering(outputs, classes, frozenset(expected), tuple(notes))
 
 
+def _spelling_notes(spelled: Mapping[str, str]) -> list[str]:
+    """Return a note on names that were taken for others of another spelling."""
+    other = sorted(f"'{shown(name)}' is {shown(counts)}" for name, counts in spelled.items() if name != counts)
+    return [f"class names are matched without regard to their spelling: {', '.join(other[:5])}"] if other else []
+
+
 def _refuse_other_names(parts: Sequence[Samples], names: Sequence[set[str]]) -> None:
     """Refuse splits that each have a class of their own: where only the alphabet counts, every class behind it would shift."""
     if len(parts) < 2:
         return
     own = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
     if own[0] and own[1]:
-        only = "; ".join(f"only in {shown(p.root.name)}: {_some(o)}" for p, o in zip(parts, own, strict=True))
+        places = [p.root.name for p in parts] if parts[0].root != parts[1].root else ["training", "evaluation"]
+        only = "; ".join(f"only in {shown(p)}: {_some(o)}" for p, o in zip(places, own, strict=True))
         raise DataError(
             f"the splits name their classes differently ({only})",
             where=shown(parts[0].root.parent),
             remedy="give a class the same name in both, or say with --labels which output each is",
         )
+
+
+_MARKS = frozenset({"nan", "null", "none", "na", "n/a", "inf", "-inf", "undefined", "missing", "unknown", "?", "-"})
+"""What tools write where a number is missing."""
+
+
+def _refuse_marks(names: Sequence[str], where: str) -> None:
+    """Refuse marks of missing labels among numbers: they are no class."""
+    marks = [name for name in names if name.strip().lower() in _MARKS]
+    rest = [name for name in names if name not in marks]
+    if marks and rest and _numbers(rest) is not None:
+        raise DataError(
+            f"labels are numbers and '{shown(marks[0])}', which is none",
+            where=where,
+            remedy="take the lines without a label out, or say with --labels which output each label is",
+        )
+
+
+def _refuse_two_folders(parts: Sequence[Samples], outputs: Mapping[str, int]) -> None:
+    """Refuse two folders of one split that differ in spelling alone and would be one output."""
+    for part in parts:
+        if part.listed:
+            continue
+        first: dict[int, str] = {}
+        for name in sorted({name for name in part.names if name in outputs}):
+            other = first.setdefault(outputs[name], name)
+            if other != name:
+                raise DataError(
+                    f"class folders '{shown(other)}' and '{shown(name)}' differ in spelling alone, and would be one output",
+                    where=shown(part.root),
+                    remedy="put their images into one folder, or say with --labels which output each is",
+                )
 
 
 def _refuse_nested(parts: Sequence[Samples], union: Sequence[str], inputs: Inputs) -> None:
@@ -443,7 +497,7 @@ def _number_notes(names: Sequence[str], outputs: Mapping[str, int]) -> list[str]
     moved = next((n for n in sorted(names, key=numbers.__getitem__) if numbers[n] != outputs[n]), None)
     if moved is None:
         return []
-    return [f"the label file's numbers count in their order: {moved} is output {outputs[moved]}; --labels says it otherwise"]
+    return [f"the label file's numbers count in their order: '{moved}' is output {outputs[moved]}; --labels says it otherwise"]
 
 
 def _absent_notes(splits: Mapping[str, Split], numbering: Numbering) -> list[str]:
@@ -464,15 +518,61 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _numbers(names: Sequence[str]) -> dict[str, int] | None:
-    """Return the whole number that each name is, such as 3 for 3, 03 and 3.0, or None where one is something else."""
+_NUMBER = re.compile(r"[-+]?(?P<whole>\d+)(?P<rest>[.,]\d*)?([eE][-+]?\d{1,2})?")
+
+
+def _numbers(names: Sequence[str]) -> dict[str, Decimal] | None:
+    """Return the number that each name is, such as 3 for 3, 03, 3.0, 3,0 and 3e0, or None where one is something else."""
     found = {}
     for name in names:
-        whole, _, rest = name.partition(".")
-        if not whole.isdecimal() or len(whole) > 18 or rest.strip("0") or name.endswith("."):
+        match = _NUMBER.fullmatch(name)
+        if match is None or len(match["whole"]) > 18:
             return None
-        found[name] = int(whole)
+        rest = match["rest"] or ""
+        if rest.startswith(",") and len(rest) in (1, 4):  # 1,000 may be a thousand
+            return None
+        found[name] = Decimal(name.replace(",", "."))
     return found
+
+
+def _plainly(number: Decimal) -> str:
+    return str(int(number)) if number == int(number) else f"{number:f}"
+
+
+def folded(name: str) -> str:
+    """Return a class name without what spellings of one name differ in: case, composed letters, spaces and underscores."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
+
+
+def _one_spelling(names: Sequence[set[str]], classes: int) -> dict[str, str]:
+    """Return, for class names that differ in their spelling alone, the one that counts: the training split's.
+
+    Args:
+        names: Of each split, the training split's first.
+        classes: Of the network; only where that many are left, spellings within one split are taken for one class.
+
+    Raises:
+        DataError: The place in the alphabet depends on the spelling.
+    """
+    spellings: dict[str, list[str]] = {}
+    for part in names:
+        for name in sorted(part):
+            known = spellings.setdefault(folded(name), [])
+            known += [name] if name not in known else []
+    several = {key: found for key, found in spellings.items() if len(found) > 1}
+    if not several:
+        return {}
+    if any(len({folded(name) for name in part}) < len(part) for part in names):
+        if len(set().union(*names)) == classes or len(spellings) != classes:
+            return {}
+        if sorted(spellings, key=lambda k: min(spellings[k])) != sorted(spellings, key=lambda k: max(spellings[k])):
+            words = next(iter(several.values()))
+            raise DataError(
+                f"a class is spelled {_some(words)}, and its place in the alphabet depends on that",
+                where="--data",
+                remedy="write it in one way, or say with --labels which output each is",
+            )
+    return {name: found[0] for found in several.values() for name in found}
 
 
 def match_classes(
@@ -507,26 +607,18 @@ def match_classes(
             raise DataError(f"no {what} is called '{shown(absent[0])}'", where=where, remedy=nearest(absent[0], folders))
         return {k: names.index(v) for k, v in labels.items()}, names
     if known is not None:
-        strangers = [f for f in folders if f not in known]
+        found = _known_as(folders, known)
+        strangers = [f for f in folders if f not in found]
         if strangers:
             raise DataError(
                 f"{what} '{shown(strangers[0])}' is no label of the checkpoint",
                 where=where,
                 remedy=nearest(strangers[0], known) + " map other names with --labels",
             )
-        return {f: known.index(f) for f in folders}, known
+        return found, known
     numbers = _numbers(folders) if listed else None
     if numbers is not None:
-        if max(numbers.values()) < wanted:
-            return numbers, tuple(str(i) for i in range(wanted))
-        order = sorted(set(numbers.values()))
-        if len(order) == wanted:
-            return {f: order.index(numbers[f]) for f in folders}, tuple(str(i) for i in order)
-        raise DataError(
-            f"labels run from {order[0]} to {order[-1]}, the network has {wanted} classes",
-            where=where,
-            remedy="give labels from 0",
-        )
+        return _count(numbers, wanted, where)
     if len(folders) != wanted:
         raise DataError(
             f"has {len(folders)} classes, the network has {wanted}",
@@ -534,6 +626,44 @@ def match_classes(
             remedy=f"use the data the network was trained for, or map a subset with --labels; found: {_some(folders)}",
         )
     return {f: i for i, f in enumerate(folders)}, tuple(shown(f) for f in folders)
+
+
+def _known_as(names: Sequence[str], known: Sequence[str]) -> dict[str, int]:
+    """Return the output of each name that is a label of the checkpoint, as it stands there, or else in one way only.
+
+    A number is the label of the same value, such as 3.0 for 3; a text is the only label that differs in spelling alone.
+    """
+    found = {name: known.index(name) for name in names if name in known}
+    values = _numbers([*names, *known])
+    key: Callable[[str], Hashable] = folded if values is None else values.__getitem__
+    same: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(known):
+        same.setdefault(key(label), []).append(i)
+    return found | {n: same[key(n)][0] for n in names if n not in found and len(same.get(key(n), [])) == 1}
+
+
+def _count(numbers: Mapping[str, Decimal], wanted: int, where: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the output of each number in a label file: itself, or its place among them where they are as many as outputs.
+
+    Raises:
+        DataError: They do not fit the outputs, or it is open what -1 means.
+    """
+    order = sorted(set(numbers.values()))
+    if order[0] >= 0 and order[-1] < wanted and all(n == int(n) for n in order):
+        return {name: int(n) for name, n in numbers.items()}, tuple(str(i) for i in range(wanted))
+    if order[:2] == [-1, 0]:
+        raise DataError(
+            "labels are -1 and 0 and more: -1 may be a class, or mark pictures without one",
+            where=where,
+            remedy="take these lines out, or give labels from 0",
+        )
+    if len(order) == wanted:
+        return {name: order.index(n) for name, n in numbers.items()}, tuple(map(_plainly, order))
+    raise DataError(
+        f"labels run from {_plainly(order[0])} to {_plainly(order[-1])}, the network has {wanted} classes",
+        where=where,
+        remedy="give labels from 0",
+    )
 
 
 def _npz(path: Path, inputs: Inputs, seed: int) -> Dataset:
