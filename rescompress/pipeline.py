@@ -300,7 +300,7 @@ def _lead(
             except Exception as e:
                 still_there()
                 if not workspace:
-                    failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
+                    failed = StageResult(**_identity(stage), status="failed", reason=str(e), key=key)
                     with contextlib.suppress(EnvironmentFailed):  # the disk may be what failed
                         save(manifest.with_stage(failed))
                 raise
@@ -441,7 +441,7 @@ def _run(
     outcome = stage.run(Context(folder, manifest, reporter, store=store))
     still_there()
     result = StageResult(
-        stage=stage.name,
+        **_identity(stage),
         status="skipped" if outcome.skipped else "done",
         reason=outcome.skipped,
         key=key,
@@ -451,12 +451,17 @@ def _run(
         ancestry=ancestry,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         environment={**manifest.environment, **_threads()},
-        details=dict(outcome.details),
+        details=outcome.details,
     )
     write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
     for path in outcome.transient:
         path.unlink(missing_ok=True)
     return result
+
+
+def _identity(stage: Stage) -> dict[str, Any]:
+    """Return what a result says of its stage."""
+    return {"stage": stage.name, "kind": stage.kind, "of": stage.of, "target": stage.about}
 
 
 def _threads() -> dict[str, int]:

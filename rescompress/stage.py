@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rescompress.core.details import Details
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
@@ -96,14 +97,14 @@ class Outcome:
     Attributes:
         metrics: By name.
         files: Kind and path of each file written, below the run's folder.
-        details: JSON values.
+        details: What readers may want beside the metrics.
         skipped: Why the stage could not do its work here, or None.
         transient: Files that are no longer needed once the outcome is recorded.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     files: Sequence[tuple[str, Path]] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     skipped: str | None = None
     transient: Sequence[Path] = ()
 
@@ -165,6 +166,21 @@ class Stage(Protocol):
     @property
     def name(self) -> str:
         """Unique; the row's name in every table."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What it does: ``dense``, ``prune`` and so on."""
+        ...
+
+    @property
+    def of(self) -> str:
+        """Name of the stage whose network its figures are of; its own where it makes one."""
+        ...
+
+    @property
+    def about(self) -> str | None:
+        """Name of the edge target that it is about, or None."""
         ...
 
     @property

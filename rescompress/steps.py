@@ -63,6 +63,16 @@ class Step(abc.ABC):
         return self.kind
 
     @property
+    def of(self) -> str:
+        """Name of the stage whose network its figures are of; its own where it makes one."""
+        return self.name
+
+    @property
+    def about(self) -> str | None:
+        """Name of the edge target that it is about, or None."""
+        return None
+
+    @property
     def plugins(self) -> tuple[tuple[str, str], ...]:
         """Package and name of the plugins that it uses; all of a package where the file decides which."""
         return code.FORMATS if any(s.opening is not None for s in self._sources) else ()
@@ -254,6 +264,11 @@ class Export(Step):
     settings: ExportSettings
 
     @property
+    def of(self) -> str:
+        """Its source."""
+        return self.source.stage or ""
+
+    @property
     def writes(self) -> tuple[str, ...]:
         """The file, and its answers."""
         return ("model.onnx", "export.outcomes.json")
@@ -304,6 +319,16 @@ class ForTarget(Step):
     def name(self) -> str:
         """With that of the target."""
         return TARGET_PREFIX + self.target.name
+
+    @property
+    def of(self) -> str:
+        """Its source."""
+        return self.source.stage or ""
+
+    @property
+    def about(self) -> str | None:
+        """The target."""
+        return self.target.name
 
     @property
     def plugins(self) -> tuple[tuple[str, str], ...]:

@@ -23,6 +23,9 @@ class Made:
         network: What it is about.
         reads: Files.
         writes: Places.
+        kind: What it does; read off the name by default.
+        of: Whose network it is of.
+        about: A target.
     """
 
     name: str
@@ -33,6 +36,9 @@ class Made:
     network: str = ""
     reads: tuple[Path, ...] = ()
     writes: tuple[str, ...] = ()
+    kind: str = ""
+    of: str = ""
+    about: str | None = None
 
     def run(self, context: Context) -> Outcome:
         return self.work(context)

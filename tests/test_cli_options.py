@@ -29,6 +29,7 @@ from edge_targets import benchmark, latency, onnx_kernels, remote
 from edge_targets.backends import onnxruntime
 from rescompress import api, gate, track
 from rescompress.cli.app import COMMANDS
+from rescompress.core.details import KINDS
 from rescompress.core.errors import ToolMissing
 from rescompress.core.metric import accuracy, counted
 from rescompress.gate import render
@@ -89,7 +90,7 @@ class Seen:
                 "achieved_ratio": 0.5, "notes": [], "epochs": [], "target": name, "engine": None, "engine_status": "none",
                 "precision": "fp32", "opset": 17, "parity": {"images": "none", "top1_agreement": 1.0, "max_abs": 0.0},
             }  # fmt: skip
-            return Outcome(metrics | {"top1": accuracy(9, 10, runtime="torch")}, written, details)
+            return Outcome(metrics | {"top1": accuracy(9, 10, runtime="torch")}, written, KINDS[step.kind](**details))
 
         return run
 

@@ -17,7 +17,6 @@ from compress.data import Split
 from compress.prune import (
     Budget,
     CostFunction,
-    PruningPlan,
     find_groups,
     load_plan,
     measure,
@@ -37,6 +36,7 @@ from edge_targets.latency import cost_function
 from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.core.artifact import write_text
+from rescompress.core.details import Curve, DenseDetails, FinetuneDetails, PruneDetails, QuantizeDetails, Sparsity
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.quantizers import Profile
@@ -67,7 +67,7 @@ def dense(context: Context, step: Dense) -> Outcome:
     checkpoint = step.source.load(context)
     path = context.folder / "dense.onnx"
     write_onnx(onnx_of(checkpoint, ExportOptions()), path)
-    details: dict[str, Any] = {"provenance": dict(checkpoint.provenance), "arch": checkpoint.spec.arch}
+    details = DenseDetails(provenance=dict(checkpoint.provenance), arch=checkpoint.spec.arch)
     return finish(context, "dense", checkpoint, common, details, files=[("onnx", path)])
 
 
@@ -85,6 +85,8 @@ def pruned(context: Context, step: Prune) -> Outcome:
         calibration = chosen.tensor()
         if len(set(chosen.labels.tolist())) == 1 and len(chosen.classes) > 1:
             notes.append("all calibration images are of one class: what tells the others apart may go")
+    start = time.perf_counter()
+    found = None
     if config.plan is not None:
         path = Path(config.plan)
         with held_to(path, step.files[config.plan]):
@@ -102,50 +104,60 @@ def pruned(context: Context, step: Prune) -> Outcome:
             note=told.append,
         )
         notes = [f"follows the plan {config.plan}", *told, *notes]
-        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": notes}
-        details["seconds"] = time.perf_counter() - start
-        sparse = _sparse(context, smaller, config, calibration, common, details)
-        return _pruned_row(context, step, sparse, plan, details)
-    kind, value = config.budget
-    if kind == "latency":
-        notes += alias_notes(modelled(known))
-    curves = None
-    if context.store is not None and step.before is None:
-        curves = shared_curves(context, checkpoint, common, config, calibration)
-    result = prune(
-        checkpoint,
-        method=config.method,
-        budget=Budget(kind=kind, value=value),
-        scope=config.scope,
-        align=align,
-        strict_align=isinstance(config.align, int),
-        calibration_x=calibration,
-        drop_blocks=config.may_drop,
-        seed=common.seed,
-        cost=latency_cost(known) if kind == "latency" else None,
-        reference=whole,
-        bn_recalibration=config.recalibrate,
-        repair=config.repair,
-        curves=curves,
-        progress=context.reporter.progress,
+    else:
+        kind, value = config.budget
+        if kind == "latency":
+            notes += alias_notes(modelled(known))
+        curves = None
+        if context.store is not None and step.before is None:
+            curves = shared_curves(context, checkpoint, common, config, calibration)
+        found = prune(
+            checkpoint,
+            method=config.method,
+            budget=Budget(kind=kind, value=value),
+            scope=config.scope,
+            align=align,
+            strict_align=isinstance(config.align, int),
+            calibration_x=calibration,
+            drop_blocks=config.may_drop,
+            seed=common.seed,
+            cost=latency_cost(known) if kind == "latency" else None,
+            reference=whole,
+            bn_recalibration=config.recalibrate,
+            repair=config.repair,
+            curves=curves,
+            progress=context.reporter.progress,
+        )
+        smaller, plan, notes = found.checkpoint, found.plan, [*found.notes, *notes]
+        if step.before is not None:
+            assert step.before.stage is not None
+            plan = plan.after(load_plan(context.file(step.before.stage, "plan")), whole)
+    seconds = found.seconds if found is not None else time.perf_counter() - start
+    sparse, zeros = _sparse(context, smaller, config, calibration, common, notes)
+    for note in notes:
+        context.reporter.note(note)
+    path = context.folder / step.plan_name
+    write_text(path, plan.model_dump_json(indent=1) + "\n")
+    widths = plan.widths(whole)
+    details = PruneDetails(
+        method=plan.method,
+        scope=plan.scope,
+        widths_before={name: before for name, (before, _) in widths.items()},
+        widths_after={name: after for name, (_, after) in widths.items()},
+        dropped_blocks=list(plan.dropped_blocks),
+        achieved_ratio=plan.fraction_gone(whole),
+        budget={kind: value} if found is not None else {},
+        align=align if found is not None else None,
+        curves={n: Curve(order=list(c.order), error=list(c.error)) for n, c in found.curves.groups.items()} if found else {},
+        curves_unit=found.curves.unit if found else "error",
+        error=found.error if found else None,
+        cost_before=found.cost_before if found else None,
+        cost_after=found.cost_after if found else None,
+        seconds=seconds,
+        sparsity=zeros,
+        notes=notes,
     )
-    plan = result.plan
-    if step.before is not None:
-        assert step.before.stage is not None
-        plan = plan.after(load_plan(context.file(step.before.stage, "plan")), whole)
-    details = plan_details(plan, whole) | {
-        "budget": {kind: value},
-        "align": align,
-        "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
-        "curves_unit": result.curves.unit,
-        "error": result.error,
-        "cost_before": result.cost_before,
-        "cost_after": result.cost_after,
-        "seconds": result.seconds,
-        "notes": [*result.notes, *notes],
-    }
-    sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
-    return _pruned_row(context, step, sparse, plan, details)
+    return finish(context, step.name, sparse, common, details, files=[("plan", path)])
 
 
 def align_of(config: PruneSettings, targets: Sequence[Target]) -> int:
@@ -202,44 +214,30 @@ def _sparse(
     config: PruneSettings,
     images: Tensor | None,
     common: Settings,
-    details: dict[str, Any],
-) -> Checkpoint:
-    """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
+    notes: list[str],
+) -> tuple[Checkpoint, Sparsity | None]:
+    """Return the checkpoint with 2:4 zeros where the config wants them, and which layers have them."""
     if config.sparsity is None:
-        return checkpoint
+        return checkpoint, None
     groups = find_groups(walk(checkpoint.spec))
-    tell = details["notes"].append
-    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, tell)
+    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, notes.append)
     found = sparsify(pruning, checkpoint)
-    details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
     wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
-    details["sparsity"]["wide"] = wide
     if wide:
-        tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
+        notes.append(
+            f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}"
+        )
     else:
-        tell(
+        notes.append(
             f"{PATTERN} zeros: no gain is to be expected of TensorRT: none of these layers has more "
             f"than {CHANNELS} input and output channels ({SOURCE})"
         )
-    details["notes"].append(
+    notes.append(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
         f"nothing; {len(found.left_dense)} layers cannot have them"
     )
-    return found.checkpoint
-
-
-def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
-    """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
-    widths = plan.widths(spec)
-    return {
-        "method": plan.method,
-        "scope": plan.scope,
-        "widths_before": {name: before for name, (before, _) in widths.items()},
-        "widths_after": {name: after for name, (_, after) in widths.items()},
-        "dropped_blocks": list(plan.dropped_blocks),
-        "achieved_ratio": plan.fraction_gone(spec),
-    }
+    return found.checkpoint, Sparsity(pattern=PATTERN, layers=list(found.layers), dense=list(found.left_dense), wide=wide)
 
 
 def latency_cost(targets: Sequence[Target]) -> CostFunction:
@@ -262,14 +260,6 @@ def modelled(targets: Sequence[Target]) -> Target:
     if not known:
         raise TargetError("a latency budget needs a device", where="--target", remedy="name a target, such as jetson")
     return known[0]
-
-
-def _pruned_row(context: Context, step: Prune, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]) -> Outcome:
-    for note in details["notes"]:
-        context.reporter.note(note)
-    path = context.folder / step.plan_name
-    write_text(path, plan.model_dump_json(indent=1) + "\n")
-    return finish(context, step.name, checkpoint, step.common, details, files=[("plan", path)])
 
 
 def finetuned(context: Context, step: Finetune) -> Outcome:
@@ -295,9 +285,8 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
     mentor = teacher_network(context, step.teacher, checkpoint.spec, split)
     log, resume, notes = train_network(context, name, model, split, settings, mentor)
     done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    return finish(
-        context, name, done, common, {"epochs": log, "lr": config.lr} | ({"notes": notes} if notes else {}), transient=[resume]
-    )
+    details = FinetuneDetails(epochs=log, lr=config.lr, notes=notes)
+    return finish(context, name, done, common, details, transient=[resume])
 
 
 def quantized(context: Context, step: Quantize) -> Outcome:
@@ -308,20 +297,20 @@ def quantized(context: Context, step: Quantize) -> Outcome:
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
-    details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
+    float_top1 = ptq_top1 = kept = resume = None
+    log: list[dict[str, float]] = []
+    notes: list[str] = []
     if context.main:
-        details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
+        float_top1 = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost(step.targets, checkpoint.spec) if config.max_slowdown is not None else None
     int8 = calibrated(checkpoint, images, config, profile, cost=cost)
     assert int8.quantization is not None
-    details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
-    details["chosen"] = int8.provenance["calibration"]
-    resume = None
+    keep_float = sorted(int8.quantization.keep_float(int8.spec))
+    chosen = int8.provenance["calibration"]
     if config.mode == "qat":
         if context.main:
-            before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec)
-            details["ptq_top1"] = before.top1
+            ptq_top1 = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec).top1
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
@@ -334,15 +323,25 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
         network = teacher_network(context, step.teacher, checkpoint.spec, seen)
-        details["epochs"], resume, notes = train_network(context, "quantize", model, seen, settings, network)
+        log, resume, notes = train_network(context, "quantize", model, seen, settings, network)
         trained = finish_qat(model, int8)
         int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
-        details["kept"] = "qat" if int8 is trained else "ptq"
+        kept = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
             notes.append("training did no good on the held-out images: the network that was only calibrated is kept")
             context.reporter.note(notes[-1])
-        if notes:
-            details["notes"] = notes
+    details = QuantizeDetails(
+        profile=profile,
+        mode=config.mode,
+        calibration=config.calibration,
+        chosen=chosen,
+        float_top1=float_top1,
+        ptq_top1=ptq_top1,
+        keep_float=keep_float,
+        kept=kept,
+        epochs=log,
+        notes=notes,
+    )
     return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -19,6 +18,7 @@ from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.artifact import atomic_path, write_text
+from rescompress.core.details import Details
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
@@ -99,7 +99,7 @@ def finish(
     stage: str,
     checkpoint: Checkpoint,
     common: Settings,
-    details: dict[str, Any],
+    details: Details,
     *,
     files: Sequence[tuple[str, Path]] = (),
     transient: Sequence[Path] = (),
@@ -123,7 +123,7 @@ def finish(
         metrics |= found.metrics
         written.append(("outcomes", outcomes_file(context, stage, found)))
         notes = (*data.notes, *found.notes)
-        details = details | {"data_notes": list(notes)}
+        details = details.with_data_notes(list(notes))
         for note in notes if stage == "dense" else ():
             context.reporter.note(note)
     return Outcome(metrics, written, details, transient=transient)
