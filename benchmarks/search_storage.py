@@ -8,15 +8,18 @@ Candidates answer from a formula at once, so that what is timed is the storage, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.outcomes import Outcomes
+from rescompress.report.html import page
 from rescompress.search.settings import Rung, SearchConfig, anchors
-from rescompress.search.show import front_document, status_document
+from rescompress.search.show import front_document, search_document, status_document
 from rescompress.search.study import Answer, create, join, storage_of
 from rescompress.search.worker import work
 
@@ -56,20 +59,35 @@ def main() -> None:
     address = chosen.storage or str(folder)
     section = SearchConfig(trials=chosen.trials, space=SPACE, sampler=chosen.sampler)
     document = {"checkpoint": "", "data": "", "search": section.model_dump(mode="json")}
-    begin = time.perf_counter()
-    trials = create(storage_of(address), "benchmark", document, 0, anchors(document, SPACE))
-    queued = time.perf_counter()
-    work(trials, Formula(), folder / "trials")
-    done = time.perf_counter()
-    status_document(join(storage_of(address), "benchmark"))
-    status = time.perf_counter()
-    found = front_document(join(storage_of(address), "benchmark"))
-    front = time.perf_counter()
-    print("| trials | queueing ms each | working ms each | status s | front s | points |\n|---:|---:|---:|---:|---:|---:|")
-    print(
-        f"| {chosen.trials} | {1000 * (queued - begin) / chosen.trials:.1f} | {1000 * (done - queued) / chosen.trials:.1f} | "
-        f"{status - done:.2f} | {front - status:.2f} | {len(found['front'])} |"
-    )
+    table = Table()
+    with table.row("begin"):
+        trials = create(storage_of(address), "benchmark", document, 0, anchors(document, SPACE))
+    with table.row("work, a candidate", chosen.trials):
+        work(trials, Formula(), folder / "trials")
+    with table.row("status"):
+        status_document(join(storage_of(address), "benchmark"))
+    with table.row("front"):
+        found = front_document(join(storage_of(address), "benchmark"))
+    with table.row("report"):
+        details = {"search": search_document(join(storage_of(address), "benchmark"))}
+        stages = (StageResult(stage="dense", status="done", details=details),)
+        size = len(page([("benchmark", Manifest(stages=stages))]).encode())
+    print(f"\n{chosen.trials} candidates, {len(found['front'])} on the front; the report has {size / 1e6:.2f} MB")
+
+
+class Table:
+    """Rows of wall-clock and CPU time; on a machine that does other work, too, the CPU time is what counts."""
+
+    def __init__(self) -> None:
+        print("| | wall ms | CPU ms |\n|---|---:|---:|")
+
+    @contextlib.contextmanager
+    def row(self, name: str, share: int = 1) -> Iterator[None]:
+        """Print what the block took, a `share` of it."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(f"| {name} | {1000 * wall / share:.1f} | {1000 * cpu / share:.1f} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -259,6 +259,83 @@ _REASONS: tuple[tuple[str, tuple[str, str]], ...] = (
     ("Permission denied", ("it refuses your key", "set up a key or an agent (ssh-copy-id); passwords are never asked for")),
     ("Could not resolve hostname", ("no such host", "check the name")),
 )
+
+
+class Turn:
+    """A board for oneself, as long as one ssh session lives, whatever ends it: two that measure at a time disturb each other.
+
+    The session locks the board's folder for temporary files, which leaves no file behind, and waits for the end of its
+    input. Boards without ``flock`` have no turns; everybody is let in.
+    """
+
+    def __init__(self, board: Board, waits: Callable[[str], None] = lambda text: None) -> None:
+        """Take the board.
+
+        Args:
+            board: Where.
+            waits: Told once, where somebody else has the board.
+        """
+        self.board = board
+        self.waits = waits
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Turn:
+        """Wait for the board.
+
+        Raises:
+            ToolMissing: There is no ssh here.
+            EnvironmentFailed: The connection failed or was lost, or the board's shell does not come to it.
+        """
+        script = (
+            f'{PRINT_BEGIN}; d="${{TMPDIR:-/tmp}}"; '
+            'if [ -r "$d" ] && command -v flock > /dev/null; then exec 8< "$d"; '
+            "flock -n 8 || { echo busy; flock 8; }; fi; echo yours; cat > /dev/null"
+        )
+        process = subprocess.Popen(
+            self.board.command(f"sh -c {shlex.quote(script)}"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        self._process = process
+        timer = threading.Timer(self.board.connect_timeout_s + START_TIMEOUT_S, process.kill)
+        timer.start()
+        try:
+            started, begun = _until_begin(process.stdout)
+            said = process.stdout.readline().strip()
+            if said == b"busy":
+                timer.cancel()
+                self.waits(f"{self.board.host} measures for somebody else: waiting for it")
+                said = process.stdout.readline().strip()
+            if said != b"yours":
+                error = process.communicate()[1].decode(errors="replace")
+                if begun or process.returncode == CONNECTION_FAILED:
+                    raise self.board.connection_error(error)
+                raise self.board.shell_error(started + error)
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            timer.cancel()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let the next one in."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            assert process.stdin is not None
+            process.stdin.close()
+        try:
+            process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 class WorkFolder:

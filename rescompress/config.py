@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from compress.data.sources import is_name
 from rescompress import strict_yaml
 from rescompress.core.described import sentence
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
-from rescompress.core.settings import MOST_TARGETS, Batch, FinetuneSettings, PruneSettings, QuantizeSettings, Section
+from rescompress.core.settings import MOST_TARGETS, Batch, PruneSettings, QuantizeSettings, Section, TrainSettings
 from rescompress.search.settings import SearchConfig
 
 
@@ -31,6 +32,7 @@ class RunConfig(Section):
         preprocess: Preprocessing as with ``--preprocess``, or a mapping with the same keys, where the checkpoint leaves it
             open; kept as a text.
         arch_options: What else it leaves open, as with ``--arch-option``.
+        skip_corrupt: Whether images that cannot be read are left out, with a note; each is decoded once more to know.
         allow_pickle: Whether code stored in the checkpoint may run.
         search: What `search` varies and how; other commands leave it aside.
     """
@@ -39,7 +41,7 @@ class RunConfig(Section):
     data: str
     seed: int = Field(0, ge=0, lt=2**32)
     prune: PruneSettings | None = None
-    finetune: FinetuneSettings | None = None
+    finetune: TrainSettings | None = None
     quantize: QuantizeSettings | None = None
     targets: tuple[str, ...] = Field(("cpu",), max_length=MOST_TARGETS)
     batch: Batch = 1
@@ -47,6 +49,7 @@ class RunConfig(Section):
     input: str | None = None
     preprocess: str | None = None
     arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    skip_corrupt: bool = False
     allow_pickle: bool = False
     search: SearchConfig | None = None
 
@@ -92,15 +95,19 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         _override(document, override)
     config = validate(document, str(path))
     base = path.parent
-    changed: dict[str, Any] = {"checkpoint": _absolute(config.checkpoint, base)}
-    if not config.data.startswith("builtin:"):
+    changed: dict[str, Any] = {"checkpoint": _network(config.checkpoint, base)}
+    if not is_name(config.data):
         changed["data"] = _absolute(config.data, base)
+    code = config.arch_options.get("code")
+    if isinstance(code, str) and ":" in code:
+        file, _, name = code.rpartition(":")
+        changed["arch_options"] = {**config.arch_options, "code": f"{_absolute(file, base)}:{name}"}
     if config.prune is not None and config.prune.plan is not None:
         changed["prune"] = config.prune.model_copy(update={"plan": _absolute(config.prune.plan, base)})
     for name in ("finetune", "quantize"):
         training = getattr(config, name)
         if training is not None and training.teacher not in (None, "none", "dense"):
-            changed[name] = training.model_copy(update={"teacher": _absolute(training.teacher, base)})
+            changed[name] = training.model_copy(update={"teacher": _network(training.teacher, base)})
     return config.model_copy(update=changed)
 
 
@@ -109,6 +116,14 @@ def _absolute(text: str, base: Path) -> str:
         raise ConfigError(f"{shown(text)} is no name of a file: it holds a NUL", where="config", remedy="correct the path")
     path = Path(text).expanduser()
     return str(path if path.is_absolute() else (base / path).resolve())
+
+
+def _network(text: str, base: Path) -> str:
+    """Return the path of a checkpoint, or its name where there is no such file."""
+    from compress.checkpoints.named import is_name
+
+    path = _absolute(text, base)
+    return text if is_name(text) and not Path(path).exists() else path
 
 
 def _override(document: dict[str, Any], assignment: str) -> None:

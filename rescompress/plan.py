@@ -13,7 +13,7 @@ from edge_targets.catalog import load_target
 from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import ExportSettings, FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.settings import Settings
 from rescompress.stage import Opening, Source, Stage
 from rescompress.steps import Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize
@@ -66,7 +66,7 @@ class Builder:
 
     def finetune(
         self,
-        config: FinetuneSettings,
+        config: TrainSettings,
         source: str | Opening,
         teacher: str | Opening | None,
         *,
@@ -81,7 +81,7 @@ class Builder:
             iteration=iteration,
         )
 
-    def prune_and_tune(self, prune: PruneSettings, tune: FinetuneSettings | None, targets: Sequence[str]) -> list[Stage]:
+    def prune_and_tune(self, prune: PruneSettings, tune: TrainSettings | None, targets: Sequence[str]) -> list[Stage]:
         """Return the stages that prune the network of the stage ``dense``, in iterations with fine-tuning between them.
 
         Args:
@@ -198,7 +198,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
 def opening_of(config: RunConfig) -> Opening:
     """Return the checkpoint file of a config and what it states about it."""
     shape = parse_shape(config.input) if config.input else None
-    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle)
+    return Opening(Path(config.checkpoint), shape, config.preprocess, config.arch_words, config.allow_pickle).fetched()
 
 
 def teacher_of(text: str | None, opening: Opening) -> str | Opening | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
 
 
-_OF_ONE_FILE = ("root", "weights", "arch")
+_OF_ONE_FILE = ("root", "weights", "arch", "code", "like")
 """Architecture options that say where a network stands in its file, or its name, rather than what it is."""
 
 
@@ -35,6 +35,7 @@ class Opening:
         arch_options: ``key=value`` each, as the user wrote them.
         allow_pickle: Whether code in the file may run.
         yields: Whether a preprocessing that the file itself states goes before `preprocess`.
+        name: The pinned name that the file was fetched by (`compress.checkpoints.named`), or None.
     """
 
     path: Path
@@ -43,6 +44,22 @@ class Opening:
     arch_options: tuple[str, ...] = ()
     allow_pickle: bool = False
     yields: bool = False
+    name: str | None = None
+
+    def fetched(self) -> Opening:
+        """Return how to open what `path` names: itself where it is a file, else what was fetched by that name.
+
+        Raises:
+            CheckpointError: There is no such network.
+            EnvironmentFailed: It is not in the cache, and there is no connection.
+            ToolMissing: The library that knows the name is not installed.
+        """
+        from compress.checkpoints import named
+
+        if self.name is not None or not named.is_name(self.path):
+            return self
+        found = named.fetch(self.path)
+        return dataclasses.replace(self, path=found.path, name=found.name)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -65,7 +82,7 @@ class Opening:
 
         def load(preprocess: str | None) -> Checkpoint:
             return load_checkpoint(
-                self.path,
+                self.name or self.path,
                 input_shape=self.input_shape,
                 preprocess=preprocess,
                 arch_options=self.facts,
@@ -87,7 +104,7 @@ class Opening:
         What its own file states of preprocessing counts, and what is stated of the network where it states nothing.
         """
         options = tuple(o for o in self.arch_options if o.partition("=")[0].strip() not in _OF_ONE_FILE)
-        return dataclasses.replace(self, path=teacher, arch_options=options, yields=True)
+        return dataclasses.replace(self, path=teacher, arch_options=options, yields=True, name=None).fetched()
 
 
 @dataclass(frozen=True)
@@ -256,6 +273,13 @@ class Source:
         stated = dataclasses.asdict(self.opening)
         stated.pop("yields")  # follows from being a teacher
         del stated["path"]
+        source = self.opening.facts.get("code")
+        if source is not None:
+            from rescompress.fingerprint import file_identity
+
+            stated["code_sha256"] = file_identity(source.rpartition(":")[0])
+        if self.opening.name is None:  # a named network is more than its file: what is published beside it counts
+            del stated["name"]
         return stated | {"sha256": self.sha256}
 
     def load(self, context: Context) -> Checkpoint:

@@ -21,13 +21,14 @@ from rescompress import code
 from rescompress.core.described import flag_of
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import ExportSettings, FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.fingerprint import file_identity
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome, Source
 
-RESOLVED = frozenset({"teacher"})
-"""Settings that name another stage or a file, which a step holds as a `Source` of its own."""
+RESOLVED = frozenset({"teacher", "workers", "device"})
+"""Settings that are not part of a key as they are: another network is a `Source` of the step; where and with how many
+processes it is computed is no part of what is asked for."""
 
 
 DENSE = Source(stage="dense")
@@ -205,7 +206,7 @@ class Finetune(Step):
     kind = "finetune"
     collective = True
 
-    settings: FinetuneSettings
+    settings: TrainSettings
     teacher: Source | None = None
     iteration: int | None = None
 

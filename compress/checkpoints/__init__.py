@@ -24,7 +24,7 @@ def load_checkpoint(
     ``provenance["notes"]``. No code of the file runs, unless `allow_pickle` says so.
 
     Args:
-        path: A file of any format of ``compress.checkpoints.formats``.
+        path: A file of any format of ``compress.checkpoints.formats``, or a name (`compress.checkpoints.named`).
         input_shape: Channels, height, width, where the assumed ones are wrong.
         preprocess: A name of `compress.zoo.PREPROCESSING_NAMES`, or a statement such as ``mean=0.5,std=0.25,resize=256``
             (`compress.preprocessing.Statement`), likewise.
@@ -34,10 +34,20 @@ def load_checkpoint(
     Raises:
         CheckpointError: The file is missing, damaged, unsafe, or holds no ResNet that is known here.
         BadInput: An option is unknown or impossible.
-        ToolMissing: The format needs a package that is not installed.
+        ToolMissing: The format or the name needs a package that is not installed.
+        EnvironmentFailed: A named network is not in the cache, and there is no connection.
     """
+    from compress.checkpoints import named
     from compress.checkpoints.path import check_path
 
+    if named.is_name(path):
+        return named.load(
+            path,
+            input_shape=input_shape,
+            preprocess=preprocess,
+            arch_options=arch_options or {},
+            allow_pickle=allow_pickle,
+        )
     check_path(Path(path))
 
     from compress.checkpoints.base import LoadOptions

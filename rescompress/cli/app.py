@@ -20,7 +20,7 @@ MEASURE = "Measure"
 DECIDE = "Decide"
 KNOW = "Look up"
 
-RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run", "search"})
+RESUMED = frozenset({"prune", "finetune", "quantize", "export", "run", "demo", "search"})
 """Commands that keep what they have done, so that a second call goes on."""
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
     "search": ("search", COMPRESS, "Many configs instead of one: the front of accuracy, latency and size."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
+    "demo": ("demo", COMPRESS, "The run that comes with the package, and its page."),
     "export": ("export", DEPLOY, "Write ONNX for a target, check it, build and measure or predict."),
     "deploy": ("deploy", DEPLOY, "Build and measure on the board over SSH; bring engine and timings back."),
     "lint": ("lint", DEPLOY, "Will this ONNX file run well on that target? Traps and repairs."),
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "targets": ("targets", KNOW, "Edge targets known here: devices, runtimes, precisions, power modes."),
     "methods": ("sensitivity", KNOW, "Pruning methods known here."),
     "doctor": ("doctor", KNOW, "What is installed, and what each missing piece would enable."),
+    "schema": ("schema", KNOW, "JSON Schemas of what commands print, and of files."),
 }
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
 

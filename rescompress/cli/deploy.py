@@ -81,10 +81,11 @@ def deploy(
     from edge_targets import remote
     from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
-    from edge_targets.ssh import Board
+    from edge_targets.ssh import Board, Turn
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
+    from rescompress.stage import Opening
 
     output = output_of(ctx)
     sizes = _batches(batches)
@@ -118,10 +119,11 @@ def deploy(
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
     score = _scorer(*images, scores, output) if images is not None else None
-    done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
+    with Turn(board, output.hint):
+        done = remote.deploy(board, jobs, options, folder, target=named, found=found, score=score, say=output.hint)
     done = _with_scores(_with_sizes(done, jobs), scores, folder)
     done = dataclasses.replace(done, notes=(*notes, *done.notes))
-    result, read = _stage(done, on_board, out), file_sha256(model)
+    result, read = _stage(done, on_board, out), file_sha256(Opening(model).fetched().path)
     update_manifest(out, lambda m: m.with_stage(result.model_copy(update={"ancestry": m.ancestry(read)})))
     document = {
         **_row(done.best),
@@ -166,7 +168,7 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
         raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
     settings = workspace.settings(data, labels=labels, seed=seed)
     assert settings.data is not None
-    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
+    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in loaded.notes:
         output.hint(note)
     images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
@@ -324,7 +326,8 @@ def _export(
     from rescompress.stages.target import for_target, profile_notes
 
     notes: list[str] = []
-    checkpoint = Opening(model, shape).load(notes.append)
+    opening = Opening(model, shape).fetched()
+    checkpoint = opening.load(notes.append)
     options = ExportOptions("dynamic" if dynamic else batch, target.opset)
     variants = {"float": dataclasses.replace(checkpoint, quantization=None)}
     if checkpoint.quantization is not None and "int8" in target.precisions:

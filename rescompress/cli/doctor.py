@@ -19,6 +19,7 @@ PURPOSES = {
     # Distribution: what it is for. Which of them are required, and by which extra the others come, is read from our metadata.
     "accelerate": "training, on one or many processes",
     "h5py": "Keras checkpoints",
+    "huggingface-hub": "networks by name: hf:NAME, timm/NAME",
     "nncf": "calibration of INT8 ranges",
     "markupsafe": "reports",
     "numpy": "figures and images",
@@ -39,6 +40,8 @@ PURPOSES = {
     "tensorrt": "engines on a machine with an NVIDIA GPU",
     "tensorrt-rtx": "targets rtx-*, and a parser and builder check of Jetson exports",
     "mlflow": "--track mlflow:URI",
+    "timm": "timm/NAME without a tag: which weights it means",
+    "torchvision": "networks by name: torchvision/NAME",
     "scipy": "fitting the latency model again: python -m edge_targets.fit",
 }
 REMEDIES = {"tensorrt": "; on a Jetson: JetPack's own"}
@@ -126,7 +129,7 @@ def dependencies(stated: Iterable[str]) -> dict[str, str | None]:
         extra = re.search(r"extra == ['\"](.+?)['\"]", requirement)
         if extra is None:
             found[name] = None
-        elif extra[1] != "dev":
+        elif extra[1] not in ("dev", "docs"):
             found.setdefault(name, extra[1])
     return dict(sorted(found.items(), key=lambda item: item[1] is not None))  # what is required comes first
 

@@ -32,6 +32,9 @@ def report(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
+    show: Annotated[
+        bool, typer.Option("--open", help="Open the page in a browser, where there is a display.", show_default=False)
+    ] = False,
 ) -> None:
     """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
 
@@ -70,3 +73,19 @@ def report(
         for text in document["tracked"]:
             output.hint(f"recorded: {text}")
     output.result(document, *[str(document[k]) for k in ("report", "model_card") if k in document])
+    if show and not opened(out):
+        output.hint(f"no display here: open {out} in a browser")
+
+
+def opened(page: Path) -> bool:
+    """Open a page in the browser of the desktop; return whether there was one."""
+    import os
+    import sys
+    import webbrowser
+
+    if sys.platform not in ("win32", "darwin") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False  # a text browser would take the terminal
+    try:
+        return webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        return False

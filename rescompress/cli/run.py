@@ -50,6 +50,7 @@ def run(
 
     Example: rescompress run examples/quickstart.yaml --set prune.macs=0.3
     """
+    from compress.data.sources import is_name
     from rescompress.cli.progress import reporting
     from rescompress.config import load_config
     from rescompress.pipeline import folder_of, run_stages
@@ -62,7 +63,7 @@ def run(
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
     folder = output or folder_of(config, workspace.WORKSPACE)
-    settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size)
+    settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size, skip_corrupt=loaded.skip_corrupt)
     if track is not None:
         from rescompress.track import check
 
@@ -79,7 +80,7 @@ def run(
             reporter=reporter,
             peers=together,
             config_file=config,
-            reads=[] if loaded.data.startswith("builtin:") else [Path(loaded.data)],
+            reads=[] if is_name(loaded.data) else [Path(loaded.data)],
             force=force,
             again=again or (),
         )
@@ -106,6 +107,11 @@ def run(
         "rows": to_document(rows),
     }
     out.result(document, to_rich(rows, title=str(folder)))
+    if not report.manifest.unfinished:
+        from rescompress.report.closing import closing_lines
+
+        for line in closing_lines(report.manifest, folder, example=loaded.data.startswith("builtin:")):
+            out.hint(line)
 
 
 @app.command()
@@ -119,6 +125,8 @@ def init(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
@@ -140,7 +148,7 @@ def init(
             checkpoint,
             input_shape=input_shape,
             preprocess=preprocess,
-            arch_options=arch_option or (),
+            arch_options=workspace.stated(arch_option, code, like),
             allow_pickle=allow_pickle,
         )
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rescompress.search.study import Trials
 
 START = "start"
+STORAGE = "RESCOMPRESS_STORAGE"
+"""Environment variable with the address of a storage: a command line, with a password in it, is for all to read."""
 
 
 class SearchGroup(TyperGroup):
@@ -43,7 +45,10 @@ class SearchGroup(TyperGroup):
 app = typer.Typer(cls=SearchGroup, no_args_is_help=True, add_completion=False)
 
 Where = Annotated[
-    str, typer.Argument(metavar="DIR|URL", help="Folder of the search, or the URL of its storage.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="DIR|URL", envvar=STORAGE, help="Folder of the search, or the URL of its storage.", show_default=False
+    ),
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Of the search, where a storage holds several.", show_default=False)]
 
@@ -67,7 +72,13 @@ def start(
     ] = None,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", metavar="URL", help="A database instead of a file, for many machines.", show_default=False),
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            envvar=STORAGE,
+            help="A database instead of a file, for many machines.",
+            show_default=False,
+        ),
     ] = None,
     name: Name = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workers on this machine.")] = 1,
@@ -88,7 +99,7 @@ def start(
     from rescompress.config import load_config
     from rescompress.core.artifact import make_folder
     from rescompress.core.errors import ConfigError
-    from rescompress.search.settings import SearchConfig, anchors, default_space
+    from rescompress.search.settings import SearchConfig, default_space, planned
     from rescompress.search.study import create, storage_of
 
     out = output_of(ctx)
@@ -99,15 +110,22 @@ def start(
     document = loaded.model_dump(mode="json")
     space = section.space or default_space(document)
     document["search"] = section.model_copy(update={"space": space}).model_dump(mode="json")
-    queue = anchors(document, space)[: section.trials]
-    from rescompress.search.worker import check
+    try:
+        queue, anchored, total = planned(document, space, section.trials)
+    except ValueError as e:
+        raise ConfigError(str(e), where="search.space", remedy="give one a second choice, or use `rescompress run`") from e
+    if total < section.trials:
+        out.hint(f"note: the space holds {total} candidates: each is tried once, in the place of {section.trials}")
+        document["search"]["trials"] = total
+    from rescompress.search.worker import check, own_folder
 
     check(document, queue)
     folder = (output or Path("rescompress-out") / f"{config.stem}-search").resolve()
     make_folder(folder)
     address = storage or str(folder)
+    own_folder(folder, name or config.stem, storage)
     try:
-        begun = create(storage_of(address), name or config.stem, document, loaded.seed, queue)
+        begun = create(storage_of(address), name or config.stem, document, loaded.seed, queue, anchored=anchored)
     except ValueError as e:
         raise ConfigError(str(e), where="search.space", remedy="compare with docs/search.md") from e
     begun.stop(False)
@@ -139,6 +157,9 @@ def worker(
     out = output_of(ctx)
     joined = _join(where, name)
     folder = (output or _folder_of(where, joined)).resolve()
+    from rescompress.search.worker import own_folder
+
+    own_folder(folder, joined.study.study_name, where if "://" in where else None)
     tally = _work(out, joined, folder, jobs, minutes, device, threads, batch_size, where, joined.study.study_name)
     out.result({"finished": tally}, ", ".join(f"{n} {state}" for state, n in tally.items()) or "nothing left to do")
 
@@ -244,29 +265,14 @@ def _work(
             out.hint(f"note: {jobs} jobs on {cores} cores share them: more candidates at once, none of them faster")
     settings = settings_of(trials.document, device=device, threads=threads, batch_size=batch_size)
     agree(trials, Pipeline(trials.document, settings, Store(folder / "store")))
-    another = [sys.executable, "-P", "-m", "rescompress", "search", "worker", address]
-    helpers = [
-        subprocess.Popen(
-            [
-                *another,
-                *("-o", str(folder)),
-                *("--name", name),
-                *("--threads", str(threads)),
-                *("--device", device),
-                *(("--minutes", str(minutes)) if minutes is not None else ()),
-                *(("--batch-size", str(batch_size)) if batch_size is not None else ()),
-                "-q",
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        for _ in range(jobs - 1)
-    ]
+    words, variables = helper_of(address, folder, name, threads, device, minutes, batch_size)
+    helpers = [subprocess.Popen(words, stdout=subprocess.DEVNULL, env=variables) for _ in range(jobs - 1)]
     try:
         with reporting(out) as reporter:
             pipeline = Pipeline(trials.document, settings, Store(folder / "store"), reporter)
             tally = work(trials, pipeline, folder / "trials", told=reporter.note, until=until)
-            for helper in helpers:
-                helper.wait()
+            if failed := sum(helper.wait() != 0 for helper in helpers):
+                reporter.note(f"{failed} of {jobs} workers ended with an error; the others did their candidates")
             if all(t.finished for t in trials.all()):
                 conclude(trials, pipeline, folder / "trials", told=reporter.note)
     finally:
@@ -274,6 +280,22 @@ def _work(
             if helper.poll() is None:
                 helper.terminate()
     return tally.finished
+
+
+def helper_of(
+    address: str,
+    folder: Path,
+    name: str,
+    threads: int | None,
+    device: str,
+    minutes: float | None,
+    batch_size: int | None,
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command of one more worker, and its environment, which holds the address: others can read a command."""
+    words = [sys.executable, "-P", "-m", "rescompress", "search", "worker", "-o", str(folder), "--name", name, "-q"]
+    given = {"--threads": threads, "--device": device, "--minutes": minutes, "--batch-size": batch_size}
+    words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    return words, {**os.environ, STORAGE: address}
 
 
 def _show_front(out: Output, trials: Trials, folder: Path | None) -> None:

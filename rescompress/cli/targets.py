@@ -194,7 +194,7 @@ def _kernels(
         return list(read.kernels), device.best_float if read.precision == "fp32" else read.precision, read.batch
     from rescompress.stage import Opening
 
-    checkpoint = Opening(path, shape).load(lambda text: output.hint(f"note: {text}"))
+    checkpoint = Opening(path, shape).fetched().load(lambda text: output.hint(f"note: {text}"))
     return fuse(walk(checkpoint.spec)), "int8" if checkpoint.quantization else None, None
 
 

@@ -158,21 +158,27 @@ class TrainedDetails(Details):
 
     Attributes:
         epochs: The log.
+        lr: Peak learning rate.
+        waiting: Part of the time in which the device waited for images.
+        workers: Processes that read images.
+        best_epoch: That was kept, where the last one was not.
     """
 
     epochs: list[Epoch] = Field(default_factory=list)
+    lr: float | None = None
+    waiting: float | None = None
+    workers: int | None = None
+    best_epoch: int | None = None
+
+    def noting(self, text: str) -> Self:
+        """Return them with one more note."""
+        return self.model_copy(update={"notes": [*self.notes, text]})
 
 
 class FinetuneDetails(TrainedDetails):
-    """Of fine-tuning.
-
-    Attributes:
-        lr: Peak learning rate.
-    """
+    """Of fine-tuning."""
 
     kind = "finetune"
-
-    lr: float | None = None
 
 
 class QuantizeDetails(TrainedDetails):
@@ -186,6 +192,7 @@ class QuantizeDetails(TrainedDetails):
         float_top1: Accuracy before.
         ptq_top1: Accuracy before training.
         keep_float: Layers in floating point.
+        float_operations: How many of which operations no INT8 runtime computes in integers.
         kept: Which network is kept, ``qat`` or ``ptq``.
     """
 
@@ -198,6 +205,7 @@ class QuantizeDetails(TrainedDetails):
     float_top1: float | None = None
     ptq_top1: float | None = None
     keep_float: list[str] = Field(default_factory=list)
+    float_operations: dict[str, int] = Field(default_factory=dict)
     kept: str | None = None
 
 

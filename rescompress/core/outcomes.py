@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Literal
@@ -50,7 +51,7 @@ class Outcomes(Frozen):
         data = base64.b64decode(self.bits)
         return [bool(data[i // 8] >> (7 - i % 8) & 1) for i in range(self.n)]
 
-    @property
+    @functools.cached_property
     def mask(self) -> int:
         """The packed bits as one number, for comparing two sets of outcomes bit by bit."""
         return int.from_bytes(base64.b64decode(self.bits), "big")

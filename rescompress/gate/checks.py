@@ -17,7 +17,7 @@ from rescompress.core.outcomes import Outcomes
 from rescompress.gate import evidence, ratios, tango
 from rescompress.gate.evidence import outcomes_of, processes
 from rescompress.gate.limits import Limits
-from rescompress.gate.tango import Paired
+from rescompress.gate.pairing import pair
 from rescompress.report.columns import count, duration, provenance, size
 from rescompress.report.tables import DENSE, figure, mixed, precision_of
 
@@ -277,7 +277,7 @@ def _missing(candidate: Run, baseline: Run, limits: Limits, notes: list[str]) ->
 
 def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageResult], max_drop: float) -> Check:
     outcomes = _outcomes(candidate, stages[0]), _outcomes(baseline, stages[1])
-    paired = _pair(*outcomes, candidate, baseline)
+    paired = pair(*outcomes, (candidate.name, baseline.name))
     margin = max_drop / 100
     lower, upper = tango.lower_bound(paired, CONFIDENCE), tango.upper_bound(paired, CONFIDENCE)
     verdict: Verdict = "pass" if upper < margin else "fail" if lower > margin else "inconclusive"
@@ -329,59 +329,6 @@ def _share(stage: StageResult) -> str:
 def _outcomes(run: Run, stage: StageResult) -> Outcomes:
     """Return the per-sample outcomes of a stage."""
     return outcomes_of(stage, run.folder, run.name)
-
-
-def _pair(candidate: Outcomes, baseline: Outcomes, candidate_run: Run, baseline_run: Run) -> Paired:
-    """Return the counts of disagreement.
-
-    Raises:
-        BadInput: The outcomes are not of the same samples and classes in the same order.
-    """
-    where = f"{candidate_run.name} and {baseline_run.name}"
-    remedy = "evaluate both on the same data, then compare"
-    if candidate.n != baseline.n:
-        raise BadInput(
-            f"were evaluated on {candidate.n} and {baseline.n} samples, which cannot be paired", where=where, remedy=remedy
-        )
-    if candidate.classes is not None and baseline.classes is not None and candidate.classes != baseline.classes:
-        raise BadInput(f"have other classes: {_difference(candidate.classes, baseline.classes)}", where=where, remedy=remedy)
-    older = [run.name for run, known in ((candidate_run, candidate), (baseline_run, baseline)) if known.scheme is None]
-    if len(older) == 2 or (older and candidate.samples_sha256 != baseline.samples_sha256):
-        raise BadInput(
-            "outcomes of an older version, which knew files by name and size alone: they may be of other pictures",
-            where=" and ".join(older),
-            remedy="record the outcomes again: repeat the run, or save the baseline again from a repeated one",
-        )
-    if candidate.samples_sha256 != baseline.samples_sha256:
-        raise BadInput(
-            f"were evaluated on {candidate.n} samples each, but not on the same in the same order, or with other labels",
-            where=where,
-            remedy=remedy,
-        )
-    c, b = candidate.mask, baseline.mask
-    once = _first_of_each(candidate, where) & _first_of_each(baseline, where)
-    return Paired(once.bit_count(), (b & ~c & once).bit_count(), (c & ~b & once).bit_count())
-
-
-def _first_of_each(outcomes: Outcomes, where: str) -> int:
-    """Return the bits of all samples but copies of others: a sample that is asked again is no further evidence.
-
-    Raises:
-        BadInput: There are no such samples.
-    """
-    bits = bytearray(b"\1" * outcomes.n)
-    for i in outcomes.copies:
-        if not 0 < i < outcomes.n:
-            raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again")
-        bits[i] = 0
-    return int("".join(map(str, bits)), 2) << (-outcomes.n % 8)
-
-
-def _difference(a: Sequence[str], b: Sequence[str]) -> str:
-    if len(a) != len(b):
-        return f"{len(a)} and {len(b)} of them"
-    i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-    return f"class {i} is '{a[i]}' and '{b[i]}'"
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:

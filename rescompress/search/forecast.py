@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from compress.checkpoints import load_checkpoint
 from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, choose
-from compress.prune.apply import pruned_spec
+from compress.prune.apply import pruned_network
 from compress.prune.groups import droppable
 from edge_targets.catalog import load_target
 from rescompress.config import RunConfig
 from rescompress.core.artifact import make_folder
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest
 from rescompress.core.outcomes import Outcomes
@@ -37,7 +41,7 @@ class Forecast:
         error: Summed error of the curves at its widths.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec | Network
     macs: int
     params: int
     error: float
@@ -72,22 +76,63 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
             seed=settings.seed,
             cost=latency_cost(known) if kind == "latency" else None,
         )
-        spec, error = pruned_spec(spec, choice.plan), choice.error
+        spec, error = pruned_network(spec, choice.plan), choice.error
     layers = walk(spec)
     return Forecast(spec, total_macs(layers), total_params(layers), error)
 
 
-def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> Outcomes:
-    """Return which images of the evaluation split a checkpoint of ours gets right."""
+class _Listening:
+    """A runner that keeps the scores it hands on."""
+
+    def __init__(self, inner: TorchRunner) -> None:
+        self.inner = inner
+        self.runtime = inner.runtime
+        self.scores: list[NDArray[np.float32]] = []
+
+    def __enter__(self) -> _Listening:
+        """Take the network as the runner inside does."""
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give it back."""
+        self.inner.__exit__(*exc)
+
+    def __call__(self, batch_NCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits (N, K)."""
+        self.scores.append(self.inner(batch_NCHW))
+        return self.scores[-1]
+
+
+def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> tuple[Outcomes, float]:
+    """Return which images of the evaluation split a checkpoint of ours gets right, and how sure it is of the right class.
+
+    How sure: the geometric mean of the probability that it gives the right class, which is exp(-log loss); from 0 to 1.
+    """
     checkpoint = load_checkpoint(path)
     split = dataset(settings, checkpoint.spec).val
-    runner = TorchRunner(network_of(checkpoint), settings.torch_device())
-    with runner:
+    heard = _Listening(TorchRunner(network_of(checkpoint), settings.torch_device()))
+    with heard:
         found = evaluate(
-            runner,
+            heard,
             split,
             batch_size=settings.eval_batch(checkpoint.spec.input_shape),
-            outputs=checkpoint.spec.head.num_classes if checkpoint.spec.head else None,
+            outputs=checkpoint.spec.num_classes,
             progress=lambda done, total: reporter.progress("evaluate", done, total),
         )
-    return found.outcomes
+    return found.outcomes, sureness(np.concatenate(heard.scores), split.labels)
+
+
+def sureness(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """Return the geometric mean of the probability of the right class.
+
+    Args:
+        logits: One row an image; of one column, where class 1 is a positive score.
+        labels: The right class of each.
+    """
+    scores = logits.astype(np.float64)
+    if scores.shape[1] == 1:
+        scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
+    top = scores.max(1, keepdims=True)
+    total = top[:, 0] + np.log(np.exp(scores - top).sum(1))
+    return float(np.exp((scores[np.arange(len(labels)), labels] - total).mean()))

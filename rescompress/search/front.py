@@ -7,6 +7,7 @@ beat stay, marked as within the error.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ def points_of(trials: Sequence[Trial]) -> list[tuple[Trial, Answer]]:
 def _joined(trial: Trial) -> Answer:
     """Return the last answer with the accuracy of the last rung that measured one."""
     known = [a for a in trial.answers if a.accuracy is not None][-1]
-    return trial.answers[-1].model_copy(update={"accuracy": known.accuracy, "outcomes": known.outcomes})
+    kept = {"accuracy": known.accuracy, "sureness": known.sureness, "outcomes": known.outcomes}
+    return trial.answers[-1].model_copy(update=kept)
 
 
 def cheaper(a: Answer, b: Answer, name: str) -> bool:
@@ -63,16 +65,38 @@ def surely_beats(a: Answer, b: Answer) -> bool:
 def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Point]:
     """Return the points that none surely beats, the cheapest in the first objective first."""
     known = points_of(trials)
-    kept = [(t, a) for t, a in known if not any(surely_beats(b, a) for _, b in known if b is not a)]
-    found = [Point(t, a, not any(_seems_to_beat(b, a) for _, b in known if b is not a)) for t, a in kept]
+    answers = [a for _, a in known]
+    rivals = [[answers[i] for i in found] for found in _rivals(answers)]
+    kept = [i for i, b in enumerate(answers) if not any(surely_beats(a, b) for a in rivals[i])]
+    found = [Point(*known[i], not any(_seems_to_beat(a, answers[i]) for a in rivals[i])) for i in kept]
     return sorted(found, key=lambda p: [p.answer.costs[name] for name in objectives])
 
 
+def unjudged(points: Sequence[Point], final: Mapping[str, object]) -> list[str]:
+    """Return the networks that the evaluation split has not been read for: ``dense``, and slots of the front."""
+    return [name for name in ("dense", *(str(p.trial.slot) for p in points)) if name not in final]
+
+
+def _rivals(answers: Sequence[Answer]) -> list[list[int]]:
+    """Return, for each answer, the others that are at least as good in everything: only they can beat it; the best first."""
+    import numpy as np
+
+    if not answers:
+        return []
+    names = sorted(answers[0].costs)
+    losses = np.array([[-a.quality, *(a.costs[n] for n in names)] for a in answers])
+    order = np.argsort(losses[:, 0], kind="stable")
+    ranked = losses[order]
+    found = []
+    for i, mine in enumerate(losses):
+        better = order[(ranked <= mine).all(1)]
+        found.append([int(j) for j in better if j != i])
+    return found
+
+
 def _seems_to_beat(a: Answer, b: Answer) -> bool:
-    assert a.accuracy is not None
-    assert b.accuracy is not None
-    some = a.accuracy > b.accuracy or any(a.costs[n] < v for n, v in b.costs.items())
-    return a.accuracy >= b.accuracy and all(a.costs[n] <= v for n, v in b.costs.items()) and some
+    some = a.quality > b.quality or any(a.costs[n] < v for n, v in b.costs.items())
+    return a.quality >= b.quality and all(a.costs[n] <= v for n, v in b.costs.items()) and some
 
 
 def p_value(pair: Paired, margin: float) -> float:
@@ -108,15 +132,45 @@ def good_enough(
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Return the volume that points dominate below a reference point; every coordinate is to be small.
 
-    By slices along the last coordinate; fine for fronts of some hundred points and up to four objectives.
+    Three coordinates are swept along the last one, over the staircase of the others; more are cut into slices.
     """
-    inside = [tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    inside = sorted((tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))), key=lambda p: p[-1])
     if not inside:
         return 0.0
     if len(reference) == 1:
-        return reference[0] - min(p[0] for p in inside)
-    total, levels = 0.0, sorted({p[-1] for p in inside})
-    for level, above in zip(levels, [*levels[1:], reference[-1]], strict=True):
-        slab = [p[:-1] for p in inside if p[-1] <= level]
-        total += (above - level) * hypervolume(slab, reference[:-1])
+        return reference[0] - inside[0][0]
+    total, levels = 0.0, [*(p[-1] for p in inside[1:]), reference[-1]]
+    if len(reference) > 3:
+        for i, (point, above) in enumerate(zip(inside, levels, strict=True)):
+            if above > point[-1]:
+                total += (above - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+        return total
+    stairs = _Stairs((reference[0], reference[1]) if len(reference) == 3 else (reference[0], 1.0))
+    for point, above in zip(inside, levels, strict=True):
+        stairs.add(point[0], point[1] if len(reference) == 3 else 0.0)
+        total += (above - point[-1]) * stairs.area
     return total
+
+
+class _Stairs:
+    """The area that points of a plane dominate below a corner, kept while points are added."""
+
+    def __init__(self, corner: tuple[float, float]) -> None:
+        self.corner = corner
+        self.xs: list[float] = []
+        self.ys: list[float] = []
+        self.area = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        first = bisect.bisect_left(self.xs, x)
+        height = self.ys[first - 1] if first else self.corner[1]
+        if height <= y or (first < len(self.xs) and self.xs[first] == x and self.ys[first] <= y):
+            return
+        last, at = first, x
+        while last < len(self.xs) and self.ys[last] >= y:  # what the new point dominates is no step any more
+            self.area += (self.xs[last] - at) * (height - y)
+            at, height = self.xs[last], self.ys[last]
+            last += 1
+        self.area += ((self.xs[last] if last < len(self.xs) else self.corner[0]) - at) * (height - y)
+        self.xs[first:last] = [x]
+        self.ys[first:last] = [y]

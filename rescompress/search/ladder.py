@@ -12,38 +12,42 @@ with domination in the place of one objective; a candidate is judged when it arr
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
+from statistics import NormalDist
 
+from rescompress.core.errors import BadInput
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate.tango import Paired, lower_bound
+from rescompress.gate.pairing import pair
+from rescompress.gate.tango import Paired, score
 from rescompress.search.study import Answer, Trial
 
 CONFIDENCE = 0.95
+_SURE = NormalDist().inv_cdf(CONFIDENCE)
+"""Score above which a difference is no chance: the one-sided lower bound of it lies above zero then."""
 COMPARED = 64
 """Of the candidates at a rung, a newcomer meets the last so many."""
 
 
 def paired(better: Outcomes, worse: Outcomes) -> Paired | None:
-    """Return the comparison of two networks on the same images, or None where the images are not the same."""
-    if better.samples_sha256 != worse.samples_sha256 or better.n != worse.n:
+    """Return the gate's comparison of two networks, or None where it refuses: the images are not the same.
+
+    `lost` are the images that only `better` has right.
+    """
+    try:
+        return pair(worse, better, ("a candidate", "another"))
+    except BadInput:
         return None
-    a, b = better.mask, worse.mask
-    return Paired(better.n, lost=(a & ~b).bit_count(), won=(b & ~a).bit_count())
 
 
 def surely_better(a: Answer, b: Answer) -> bool:
     """Whether `a` is more accurate than `b` beyond the interval of their paired difference."""
     if a.outcomes is None or b.outcomes is None:
         return False
-    pair = paired(a.outcomes, b.outcomes)
-    return pair is not None and lower_bound(pair, CONFIDENCE) > 0
-
-
-def quality(answer: Answer) -> float:
-    """Return what the rung has for accuracy: the accuracy, or less the summed error of the curves."""
-    return answer.accuracy if answer.accuracy is not None else -(answer.error or 0.0)
+    counts = paired(a.outcomes, b.outcomes)
+    return counts is not None and score(counts, 0.0) > _SURE
 
 
 def no_dearer(a: Answer, b: Answer) -> bool:
@@ -58,11 +62,23 @@ def beats(a: Answer, b: Answer) -> bool:
 
 def _losses(answer: Answer) -> tuple[float, ...]:
     """Return everything that is to be small, in a fixed order."""
-    return (-quality(answer), *(answer.costs[name] for name in sorted(answer.costs)))
+    return (-answer.quality, *(answer.costs[name] for name in sorted(answer.costs)))
 
 
 def _below(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a != b and all(map(operator.le, a, b))
+
+
+def latest(trials: Sequence[Trial], rung: str, *, besides: int) -> list[Answer]:
+    """Return what a rung said of the last candidates that were there, in their order.
+
+    Args:
+        trials: By slot.
+        rung: Which.
+        besides: Slot that is left out.
+    """
+    found = (a for t in reversed(trials) if t.slot != besides and (a := t.answer(rung)) is not None)
+    return list(itertools.islice(found, COMPARED))[::-1]
 
 
 def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]:
@@ -73,7 +89,6 @@ def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]
         others: Of those that were at this rung before.
         eta: One in so many climbs.
     """
-    others = others[-COMPARED:]
     above = [o for o in others if beats(o, mine)]
     if not above:
         return True, "climbs: nothing known here is as cheap and as good"
@@ -92,7 +107,7 @@ def rank_correlation(trials: Sequence[Trial], lower: str, upper: str) -> tuple[f
 
     It tells whether the cheaper rung was worth trusting. Ties have their mean rank.
     """
-    pairs = [(quality(a), quality(b)) for t in trials if (a := t.answer(lower)) and (b := t.answer(upper))]
+    pairs = [(a.quality, b.quality) for t in trials if (a := t.answer(lower)) and (b := t.answer(upper))]
     if len(pairs) < 3:
         return None
     xs, ys = _ranks([p[0] for p in pairs]), _ranks([p[1] for p in pairs])

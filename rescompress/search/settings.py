@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -66,6 +68,7 @@ class SearchConfig(Frozen):
         eta: One in so many candidates climbs from a rung, beside those that nothing known there beats.
         short: Part of the epochs that the rung ``short`` trains.
         hold_out: Part of the training images that candidates are judged by; the evaluation split is read once, at the end.
+        boards: Boards that the rung ``measure`` builds and times on, as ssh knows them; each measures one candidate at a time.
         lease_s: Seconds without a sign of life after which a worker's trial is taken up by another.
         sampler: ``tpe`` learns from what was tried, ``random`` does not.
     """
@@ -77,6 +80,7 @@ class SearchConfig(Frozen):
     eta: int = Field(3, ge=2)
     short: float = Field(0.25, gt=0.0, lt=1.0, allow_inf_nan=False)
     hold_out: float = Field(0.1, gt=0.0, le=0.5, allow_inf_nan=False)
+    boards: tuple[str, ...] = ()
     lease_s: float = Field(120.0, gt=0.0, allow_inf_nan=False)
     sampler: Literal["tpe", "random"] = "tpe"
 
@@ -86,6 +90,12 @@ class SearchConfig(Frozen):
             raise ValueError("an objective stands twice")
         if sorted(set(self.rungs), key=RUNGS.index) != list(self.rungs):
             raise ValueError(f"rungs stand in the order {', '.join(RUNGS)}, each once")
+        if len(set(self.boards)) < len(self.boards):
+            raise ValueError("a board stands twice")
+        if self.boards and "measure" not in self.rungs:
+            raise ValueError("boards are for the rung 'measure', which is missing")
+        if self.boards and "latency" not in self.objectives:
+            raise ValueError("boards measure the latency, which is no objective")
         if "full" not in self.rungs:
             raise ValueError("the rung 'full' is missing: no network could reach the front")
         dimensions(self.space)
@@ -177,6 +187,55 @@ def anchors(document: Mapping[str, Any], space: Mapping[str, Any]) -> list[dict[
     own = _own(document, known)
     chosen = {"budget.kind": kind} if "budget.kind" in known else {}
     return [{**own, **chosen, f"{BUDGET}.{kind}": v} for v in values]
+
+
+def grid(space: Mapping[str, Any], at_most: int) -> list[dict[str, Any]] | None:
+    """Return every candidate of a space that has at most so many, or None where there are more."""
+    known = dimensions(space)
+    values = {name: _values(dimension, at_most) for name, dimension in known.items()}
+    kinds = known.get("budget.kind", ())
+    found: list[dict[str, Any]] = []
+    for kind in kinds if isinstance(kinds, tuple) and kinds else (None,):
+        own = [n for n in known if kind is None or not n.startswith(f"{BUDGET}.") or n == f"{BUDGET}.{kind}"]
+        columns = [values[name] for name in own]
+        if any(column is None for column in columns) or len(found) + math.prod(len(c or ()) for c in columns) > at_most:
+            return None
+        chosen = {} if kind is None else {"budget.kind": kind}
+        found += [chosen | dict(zip(own, row, strict=True)) for row in itertools.product(*(c or () for c in columns))]
+    return found
+
+
+def _values(dimension: Dimension, at_most: int) -> tuple[Any, ...] | None:
+    """Return the values of a dimension, or None where it has more than so many."""
+    if not isinstance(dimension, Range):
+        return dimension
+    if dimension.low == dimension.high:
+        return (dimension.low,)
+    if dimension.step is None or (steps := (dimension.high - dimension.low) / dimension.step + 1e-9) >= at_most:
+        return None
+    return tuple(dimension.low + i * dimension.step for i in range(int(steps) + 1))
+
+
+def planned(document: Mapping[str, Any], space: Mapping[str, Any], trials: int) -> tuple[list[dict[str, Any]], int, int]:
+    """Return the candidates to try first, how many of them climb every rung, and how many candidates there are to try.
+
+    A space that holds no more candidates than are asked for is tried whole, each once.
+
+    Raises:
+        ValueError: The space holds a single candidate.
+    """
+    first = anchors(document, space)
+    every = grid(space, max(trials, 1))
+    if every is None:
+        return first[:trials], min(len(first), trials), trials
+    if len(every) == 1:
+        raise ValueError("the space holds a single candidate: no dimension has a second choice")
+    ordered: list[dict[str, Any]] = []
+    for anchor in first:
+        match = next((c for c in every if c not in ordered and all(_same(c.get(k), v) for k, v in anchor.items())), None)
+        if match is not None:
+            ordered.append(match)
+    return [*ordered, *(c for c in every if c not in ordered)], len(ordered), len(every)
 
 
 def _own(document: Mapping[str, Any], known: Mapping[str, Dimension]) -> dict[str, Any]:

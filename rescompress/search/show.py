@@ -14,16 +14,19 @@ from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import load_manifest
 from rescompress.core.outcomes import Outcomes
 from rescompress.gate.tango import interval
-from rescompress.search.front import Point, front, good_enough, hypervolume, points_of
+from rescompress.search.front import Point, front, good_enough, hypervolume, points_of, unjudged
 from rescompress.search.ladder import CONFIDENCE, paired, rank_correlation
 from rescompress.search.study import Answer, Trials
+
+MOST_LOOKS = 60
+"""Points of the history of the hypervolume."""
 
 UNITS = {"latency": "ms", "size": "bytes", "macs": "MACs", "params": "parameters"}
 
 
 def status_document(trials: Trials) -> dict[str, Any]:
     """Return how many candidates are in which state, who works, and the rank correlation of neighbouring rungs."""
-    known = trials.all()
+    known, final = trials.all(), trials.final
     states = {s: sum(t.state == s for t in known) for s in ("waiting", "running", "done", "stopped", "impossible", "lost")}
     rungs = [r for r in trials.config.rungs if any(t.answer(r) for t in known)]
     reached = {r: sum(t.answer(r) is not None for t in known) for r in rungs}
@@ -39,7 +42,7 @@ def status_document(trials: Trials) -> dict[str, Any]:
         "rungs": [{"rung": r, "candidates": reached[r], "seconds": round(seconds[r], 1)} for r in rungs],
         "rank_correlation": trust,
         "running": [{"trial": t.slot, "worker": t.worker, "choices": dict(t.choices)} for t in known if t.state == "running"],
-        "concluded": "dense" in trials.study.user_attrs.get("final", {}),
+        "concluded": bool(final) and not unjudged(front(known, trials.config.objectives), final),
         "stopping": trials.stopping,
     }
 
@@ -63,15 +66,16 @@ def status_table(document: dict[str, Any]) -> list[Any]:
 
 def front_document(trials: Trials) -> dict[str, Any]:
     """Return the front: with the evaluation split where the search is concluded, else by held-out training images."""
-    final = trials.study.user_attrs.get("final", {})
+    final = trials.final
     dense = Outcomes.model_validate(final["dense"]["outcomes"]) if "dense" in final else None
-    rows = [_row(p, final.get(str(p.trial.slot)), dense) for p in front(trials.all(), trials.config.objectives)]
+    points = front(trials.all(), trials.config.objectives)
+    rows = [_row(p, final.get(str(p.trial.slot)), dense) for p in points]
     document: dict[str, Any] = {
         "name": trials.study.study_name,
         "objectives": list(trials.config.objectives),
         "units": {name: UNITS[name] for name in trials.config.objectives},
         "front": rows,
-        "concluded": dense is not None,
+        "concluded": not unjudged(points, final),
     }
     if dense is not None:
         metrics = final["dense"]["metrics"]
@@ -108,7 +112,7 @@ def front_table(document: dict[str, Any]) -> Any:
     for column in table.columns:
         column.header = _plain(str(column.header))
     for row in document["front"]:
-        accuracy = row.get("top1", row["held_out_top1"])
+        accuracy = row["top1"] if document["concluded"] else row["held_out_top1"]
         drop = f"{100 * row['drop_low']:.2f} to {100 * row['drop_high']:.2f}" if "drop" in row else ""
         costs = [f"{row['costs'][n]:.4g}" for n in document["objectives"]]
         mark = "" if row["clear"] else " (within the error)"
@@ -141,14 +145,15 @@ def best_document(trials: Trials, margin: float, by: str | None) -> dict[str, An
     by = by or objectives[0]
     if by not in objectives:
         raise BadInput(f"'{by}' is not an objective of this search", where="by", remedy=nearest(by, objectives))
-    final = trials.study.user_attrs.get("final", {})
+    final = trials.final
     if "dense" not in final:
         raise BadInput(
             "the search is not concluded: its front has not been evaluated",
             where=trials.study.study_name,
             remedy="let a worker finish it: `rescompress search worker DIR`",
         )
-    points = {p.trial.slot: p for p in front(trials.all(), objectives) if str(p.trial.slot) in final}
+    everyone = front(trials.all(), objectives)
+    points = {p.trial.slot: p for p in everyone if str(p.trial.slot) in final}
     dense = Outcomes.model_validate(final["dense"]["outcomes"])
     known = {slot: Outcomes.model_validate(final[str(slot)]["outcomes"]) for slot in points}
     passed = [slot for slot, good in good_enough(dense, known, margin).items() if good]
@@ -164,7 +169,9 @@ def best_document(trials: Trials, margin: float, by: str | None) -> dict[str, An
         f"trial {slot}: {100 * row['top1']:.2f} % on {row['n']} images (dense {100 * dense.correct / dense.n:.2f} %), "
         f"{by} {row['costs'][by]:.4g} {UNITS[by]}; {_choices(row['choices'])}\n{row['folder']}"
     )
-    return row | {"max_drop": margin, "by": by, "words": words, "passed": sorted(passed)}
+    if missing := unjudged(everyone, final):
+        words += f"\nnote: {len(missing)} networks of the front lie on other machines and are not evaluated yet"
+    return row | {"max_drop": margin, "by": by, "words": words, "passed": sorted(passed), "unjudged": len(missing)}
 
 
 def deliver_best(document: dict[str, Any], output: Path) -> Path:
@@ -223,8 +230,11 @@ def _standard_error(outcomes: Outcomes | None) -> float:
     return float((p * (1 - p) / outcomes.n) ** 0.5)
 
 
-def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[float]:
-    """Return the share of the box of all candidates that the first 1, 2, 3, ... of them dominate, costs as logarithms."""
+def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[tuple[int, float]]:
+    """Return after how many candidates which share of the box of all of them was dominated, costs as logarithms.
+
+    At some of the counts: the more points and objectives, the fewer, for the volume of many is long work.
+    """
     if len(answers) < 2:
         return []
     rows = [(-float(a.accuracy or 0.0), *(math.log(max(a.costs[name], 1e-30)) for name in objectives)) for a in answers]
@@ -232,16 +242,10 @@ def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[float
     high = [max(column) for column in zip(*rows, strict=True)]
     scaled = [tuple((v - a) / ((b - a) or 1.0) for v, a, b in zip(row, low, high, strict=True)) for row in rows]
     reference = (1.05,) * len(low)
-    whole = 1.05 ** len(low)
-    found: list[float] = []
-    best: list[tuple[float, ...]] = []
-    for point in scaled:
-        if not any(all(x <= y for x, y in zip(b, point, strict=True)) for b in best):
-            best = [b for b in best if not all(x <= y for x, y in zip(point, b, strict=True))] + [point]
-            found.append(hypervolume(best, reference) / whole)
-        else:
-            found.append(found[-1])
-    return found
+    work = len(rows) ** max(1, len(low) - 2)
+    looks = min(len(rows), max(2, min(MOST_LOOKS, 1_000_000 // work)))
+    counts = sorted({1 + round(i * (len(rows) - 1) / (looks - 1)) for i in range(looks)})
+    return [(n, hypervolume(scaled[:n], reference) / 1.05 ** len(low)) for n in counts]
 
 
 def _importance(trials: Trials) -> dict[str, float]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import random
 import socket
@@ -28,7 +30,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import Field
 
 from rescompress.core.errors import BadInput, EnvironmentFailed, ToolMissing
-from rescompress.core.locks import FileLock
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.spec import Frozen
 from rescompress.search.settings import RUNGS, Range, Rung, SearchConfig, dimensions
@@ -47,6 +48,12 @@ _T = TypeVar("_T")
 
 LOST = "lost"
 DONE, STOPPED, IMPOSSIBLE = "done", "stopped", "impossible"
+_RANK = {DONE: 0, STOPPED: 0, IMPOSSIBLE: 0, "running": 1, "waiting": 2, LOST: 3}
+
+_FINAL = "final:"
+
+AHEAD = 32
+"""Slots that are queued at a time: what waits is read again and again, so a long search is not queued whole."""
 
 
 class Answer(Frozen):
@@ -55,6 +62,7 @@ class Answer(Frozen):
     Attributes:
         rung: Which.
         accuracy: On the held-out training images (a fraction), None where the rung measures none.
+        sureness: Geometric mean of the probability of the right class there; it decides among equal accuracies.
         costs: By objective, in its unit.
         band: Lower and upper end of a cost that was measured or predicted.
         error: Summed error of the pruning curves, where the rung knows no accuracy.
@@ -65,12 +73,26 @@ class Answer(Frozen):
 
     rung: Rung
     accuracy: float | None = None
+    sureness: float | None = None
     costs: dict[str, float]
     band: dict[str, tuple[float, float]] = Field(default_factory=dict)
     error: float | None = None
     outcomes: Outcomes | None = None
     seconds: float = 0.0
     verdict: str = ""
+
+    @property
+    def quality(self) -> float:
+        """What the rung has for accuracy: the accuracy, or less the summed error of the curves.
+
+        Images that candidates are judged by may be too easy to tell them apart. So the sureness counts, too, as less than
+        one image: it never outweighs an accuracy, and orders those that are equal.
+        """
+        if self.accuracy is None:
+            return -(self.error or 0.0)
+        if self.sureness is None or self.outcomes is None:
+            return self.accuracy
+        return self.accuracy + self.sureness / (self.outcomes.n + 1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ class Lease:
     def beat(self) -> None:
         """Give a sign of life."""
         self.beats += 1
-        lease = {"worker": self.trials.worker, "pid": os.getpid(), "host": socket.gethostname(), "beat": self.beats}
+        lease = {"worker": self.trials.worker, "pid": os.getpid(), "host": _host(), "beat": self.beats}
         lease["folder"] = self.folder
         self.trials.study._storage.set_trial_user_attr(self.trial_id, "lease", lease)
 
@@ -175,10 +197,14 @@ class Lease:
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
-            if state == IMPOSSIBLE or best is None or best.accuracy is None:
+            if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
+                seen = [c for t in patiently(self.trials.all) for a in t.answers[:1] for c in a.costs.values()]
+                worst = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
+                patiently(lambda: self.trials.study.tell(self.trial.number, worst))
+            elif best is None or best.accuracy is None:
                 patiently(lambda: self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL))
             else:
-                values = [best.accuracy, *(best.costs[c] for c in self.trials.config.objectives)]
+                values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
                 patiently(lambda: self.trials.study.tell(self.trial.number, values))
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # somebody took us for dead: what they do counts
@@ -201,30 +227,60 @@ class Trials:
     document: dict[str, Any]
     worker: str
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
-    _finished: dict[int, Trial | None] = field(default_factory=dict)
-    _waits: dict[int, Trial | None] = field(default_factory=dict)
+    _settled: dict[int, Trial] = field(default_factory=dict)
+    _waits: dict[int, Trial] = field(default_factory=dict)
+    _numbers: dict[int, list[int]] = field(default_factory=dict)
+    _open: list[int] = field(default_factory=list)
+    _read: int = 0
+    _plenty: bool = False
+    _rescue_at: float = -math.inf
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
-        rank = {DONE: 0, STOPPED: 0, IMPOSSIBLE: 0, "running": 1, "waiting": 2, LOST: 3}
-        best: dict[int, Trial] = {}
-        for frozen in self.study.get_trials(deepcopy=False):
-            if frozen.state.name == "WAITING":
-                trial = self._waits.get(frozen.number)
-                if trial is None:
-                    trial = self._waits[frozen.number] = _trial_of(frozen)
-            elif frozen.number not in self._finished:
-                trial = _trial_of(frozen)
-                if frozen.state.is_finished():
-                    self._finished[frozen.number] = trial  # it never changes again
-            else:
-                trial = self._finished[frozen.number]
-            if trial is None:
+        unsettled = self._unsettled(self.everything())
+        found = {**self._settled}
+        for frozen in unsettled:
+            trial = self._waits.get(frozen.number) if frozen.state.name == "WAITING" else _trial_of(frozen)
+            if trial is None and (trial := _trial_of(frozen)) is None:
                 continue
-            known = best.get(trial.slot)
-            if known is None or rank[trial.state] < rank[known.state]:
-                best[trial.slot] = trial
-        return [best[slot] for slot in sorted(best)]
+            if trial.state == "waiting":
+                self._waits[frozen.number] = trial
+            known = found.get(trial.slot)
+            if known is None or _RANK[trial.state] < _RANK[known.state]:
+                found[trial.slot] = trial
+        slots = max(self.config.trials, 1 + max(found, default=-1))
+        return [found.get(slot) or Trial(slot, -1, {}, False, "waiting") for slot in range(slots)]
+
+    def everything(self) -> list[Any]:
+        """Return Optuna's trials, by number."""
+        return self.study.get_trials(deepcopy=False)
+
+    def _unsettled(self, everything: Sequence[Any]) -> list[Any]:
+        """Return the trials that have not ended; those that have are taken in once, as they never change again."""
+        still = []
+        for number in [*self._open, *range(self._read, len(everything))]:
+            frozen = everything[number]
+            if number >= self._read and "slot" in frozen.user_attrs:
+                self._numbers.setdefault(int(frozen.user_attrs["slot"]), []).append(number)
+            if not frozen.state.is_finished():
+                still.append(frozen)
+            elif (trial := _trial_of(frozen)) is not None:
+                known = self._settled.get(trial.slot)
+                if known is None or _RANK[trial.state] < _RANK[known.state]:
+                    self._settled[trial.slot] = trial
+        self._open = [frozen.number for frozen in still]
+        self._read = max(self._read, len(everything))
+        return still
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """What the evaluation split said at the end: of ``dense``, and of networks of the front by their slot."""
+        attrs = self.study.user_attrs
+        return {k.removeprefix(_FINAL): v for k, v in attrs.items() if k.startswith(_FINAL)}
+
+    def conclude(self, name: str, found: Mapping[str, Any]) -> None:
+        """Keep what the evaluation split said of one network; each has an entry of its own, as several workers may conclude."""
+        patiently(lambda: self.study.set_user_attr(_FINAL + name, found))
 
     @property
     def stopping(self) -> bool:
@@ -237,38 +293,52 @@ class Trials:
 
     def claim(self) -> Lease | None:
         """Return a trial for this worker, or None when no slot waits and none is lost."""
-        self.rescue()
+        if time.monotonic() >= self._rescue_at or not self._plenty:
+            self.rescue()
         space = dimensions(self.document["search"]["space"])
-        while any("slot" in t.user_attrs for t in self._waiting()):
+        while self._plenty or self._ahead():  # reading all trials is the dear part of a database: no oftener than need be
             asked = self.study.ask()
             attrs = asked.user_attrs
+            self._plenty = False
             if "slot" not in attrs:  # the last waiting one went to somebody else in between
                 self._drop(asked.number)
                 continue
-            elder = [
-                t
-                for t in self.study.get_trials(deepcopy=False)
-                if t.user_attrs.get("slot") == attrs["slot"] and t.number != asked.number
-            ]
+            everything = self.everything()
+            waiting = sum(t.state.name == "WAITING" for t in self._unsettled(everything))
+            self._plenty = waiting > AHEAD // 2
+            elder = [everything[n] for n in self._numbers[attrs["slot"]] if n != asked.number]
             if any(_done(t) or (_running(t) and t.number < asked.number) for t in elder):
                 self._drop(asked.number)
                 continue
             choices = {name: _suggest(asked, name, dimension) for name, dimension in space.items()}
-            lease = Lease(
-                self, asked._trial_id, Trial(attrs["slot"], asked.number, choices, bool(attrs.get("anchor")), "running")
-            )
-            lease.beat()
-            return lease
+            trial = Trial(attrs["slot"], asked.number, choices, bool(attrs.get("anchor")), "running")
+            return Lease(self, asked._trial_id, trial)
         return None
+
+    def _ahead(self) -> bool:
+        """Return whether a slot waits; where few do, the next ones are queued.
+
+        A slot that two workers queue at the same time counts once, like one that is rescued twice.
+        """
+        everything = self.everything()
+        waiting = sum(t.state.name == "WAITING" for t in self._unsettled(everything))
+        first = 1 + max(self._numbers, default=-1)
+        if waiting < AHEAD // 2:
+            for slot in range(first, min(first + AHEAD, self.config.trials)):
+                self.study.enqueue_trial({}, user_attrs={"slot": slot})
+                waiting += 1
+        return bool(waiting)
 
     def rescue(self) -> list[int]:
         """Queue again the slots whose worker gives no sign of life; return them."""
         import optuna
 
         now = time.monotonic()
+        self._rescue_at = now + min(self.config.lease_s / 4, 5.0)
         rescued = []
-        everything = self.study.get_trials(deepcopy=False)
-        for frozen in everything:
+        everything = self.everything()
+        unsettled = self._unsettled(everything)
+        for frozen in unsettled:
             if not _running(frozen):
                 continue
             lease = frozen.user_attrs.get("lease") or {}
@@ -287,28 +357,19 @@ class Trials:
             if "slot" in frozen.user_attrs:
                 self._queue_again(frozen)
                 rescued.append(int(frozen.user_attrs["slot"]))
-        if self._waiting():
+        if any(t.state.name == "WAITING" for t in unsettled):
             return rescued  # there is work; whether a slot was forgotten is looked at when there is none
-        slots = {t.user_attrs["slot"] for t in everything if "slot" in t.user_attrs}
-        alive = {
-            t.user_attrs["slot"]
-            for t in self.study.get_trials(deepcopy=False)
-            if "slot" in t.user_attrs and (_done(t) or not t.state.is_finished())
-        }
-        for slot in sorted(slots - alive):  # a rescuer died between its two steps
-            last = max((t for t in everything if t.user_attrs.get("slot") == slot), key=lambda t: t.number)
-            self._queue_again(last)
-            rescued.append(slot)
+        everything = self.everything()
+        alive = {int(t.user_attrs["slot"]) for t in self._unsettled(everything) if "slot" in t.user_attrs}
+        for slot, trial in sorted(self._settled.items()):  # a rescuer died between its two steps
+            if not trial.finished and slot not in alive:
+                self._queue_again(everything[max(self._numbers[slot])])
+                rescued.append(slot)
         return rescued
 
     def _queue_again(self, frozen: Any) -> None:
         keep = {k: v for k, v in frozen.user_attrs.items() if k in ("slot", "anchor")}
         self.study.enqueue_trial(_choices_of(frozen), user_attrs=keep | {"again": frozen.number})
-
-    def _waiting(self) -> list[Any]:
-        import optuna
-
-        return self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
 
     def _drop(self, number: int) -> None:
         import optuna
@@ -329,9 +390,20 @@ def _running(frozen: Any) -> bool:
     return bool(frozen.state.name == "RUNNING")
 
 
+@functools.cache
+def _host() -> str:
+    """Return what tells this machine, since it started, from all others; a container has process numbers of its own."""
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with contextlib.suppress(OSError):
+        known.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(known)
+
+
 def _dead_here(lease: Mapping[str, Any]) -> bool:
     """Whether a lease is of a process of this machine that is no longer there."""
-    if lease.get("host") != socket.gethostname() or not isinstance(lease.get("pid"), int) or os.name == "nt":
+    if lease.get("host") != _host() or not isinstance(lease.get("pid"), int) or os.name == "nt":
         return False
     try:
         os.kill(lease["pid"], 0)
@@ -387,32 +459,6 @@ def _suggest(trial: Any, name: str, dimension: Any) -> Any:
     return _decoded(trial.suggest_categorical(name, [_encoded(v) for v in dimension]))
 
 
-class _JournalLock:
-    """A lock of the journal that the system frees with its holder; repairs a line that a crash or a full disk cut."""
-
-    def __init__(self, journal: Path) -> None:
-        self._journal = journal
-        self._lock = FileLock(journal.with_name(journal.name + ".lock"))
-        self._stack = contextlib.ExitStack()
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        self._stack.enter_context(self._lock.held())
-        with self._journal.open("r+b") as f:
-            size = f.seek(0, os.SEEK_END)
-            if size:
-                f.seek(size - 1)
-                if f.read(1) != b"\n":
-                    f.seek(max(0, size - (1 << 20)))
-                    tail = f.read()
-                    f.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        """Give it back."""
-        self._stack.close()
-
-
 def storage_of(address: str) -> Any:
     """Return Optuna's storage at a folder or a database's URL.
 
@@ -428,36 +474,79 @@ def storage_of(address: str) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if "://" not in address:
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        from rescompress.search.journal import journal_storage
 
-        journal = Path(address) / JOURNAL
-        lock: Any = _JournalLock(journal)  # duck-typed: Optuna wants acquire and release
-        return JournalStorage(JournalFileBackend(str(journal), lock))
+        try:
+            return journal_storage(Path(address) / JOURNAL)
+        except OSError as e:
+            raise EnvironmentFailed(
+                f"cannot be opened: {e.strerror or e}",
+                where=str(Path(address) / JOURNAL),
+                remedy="check the folder and its rights",
+            ) from e
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise BadInput(
+                "is damaged, or no journal of a search",
+                where=str(Path(address) / JOURNAL),
+                remedy="restore it, or begin another search in another folder",
+            ) from e
     scheme, _, rest = address.partition("://")
+    if scheme == "grpc":
+        return _proxy(rest)
     if scheme in ("postgresql", "postgres"):
         address = f"postgresql+psycopg://{rest}"
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
         return optuna.storages.RDBStorage(address, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
     except (ModuleNotFoundError, NoSuchModuleError, ImportError) as e:
         raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy="pip install 'rescompress[search]'") from e
-    except ArgumentError as e:
-        raise BadInput("is no address of a storage", where=_hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
-    except OperationalError as e:
-        reason = str(e.orig).strip().splitlines()[0] if e.orig else str(e)
-        raise EnvironmentFailed(f"cannot be reached: {reason}", where=_hidden(address), remedy="check host, port, name") from e
+    except (ArgumentError, ValueError) as e:
+        raise BadInput("is no address of a storage", where=hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
+    except SQLAlchemyError as e:
+        reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0]
+        raise EnvironmentFailed(f"cannot be reached: {reason}", where=hidden(address), remedy="check host, port, name") from e
+    except RuntimeError as e:  # tables of another version of Optuna
+        raise BadInput(str(e).strip().splitlines()[0], where=hidden(address), remedy="use another database") from e
 
 
-def _hidden(address: str) -> str:
+def _proxy(rest: str) -> Any:
+    """Return the storage behind an Optuna server, ``HOST:PORT``.
+
+    Raises:
+        ToolMissing: The package grpcio is not installed.
+        BadInput: It is no host and port.
+    """
+    import importlib.util
+
+    import optuna
+
+    host, colon, port = rest.rstrip("/").rpartition(":")
+    if not (colon and host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise BadInput("is no address of a storage", where=f"grpc://{rest}", remedy="write grpc://HOST:PORT")
+    if importlib.util.find_spec("grpc") is None:
+        raise ToolMissing(
+            "no driver for grpc: grpcio is not installed", where="--storage", remedy="pip install grpcio protobuf"
+        )
+    return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+
+
+def hidden(address: str) -> str:
     """Return an address without its password."""
     scheme, _, rest = address.partition("://")
     user, at, host = rest.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host}"
 
 
-def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queue: Sequence[Mapping[str, Any]]) -> Trials:
+def create(
+    storage: Any,
+    name: str,
+    document: Mapping[str, Any],
+    seed: int,
+    queue: Sequence[Mapping[str, Any]],
+    *,
+    anchored: int | None = None,
+) -> Trials:
     """Return the search `name` of a storage, begun if it is new, joined if it is of the same config.
 
     Args:
@@ -466,6 +555,7 @@ def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queu
         document: The run's config as JSON values, with its ``search`` section.
         seed: Of the sampler.
         queue: Choices of the candidates to try first.
+        anchored: How many of them climb every rung; all where it is None.
 
     Raises:
         BadInput: The storage holds a search of that name with another config.
@@ -473,12 +563,19 @@ def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queu
     import optuna
 
     config = SearchConfig.model_validate(document["search"])
+    anchored = len(queue) if anchored is None else anchored
     direction = optuna.study.StudyDirection
     directions = [direction.MAXIMIZE, *[direction.MINIMIZE] * len(config.objectives)]
     study = optuna.create_study(
         storage=storage, study_name=name, directions=directions, load_if_exists=True, sampler=_sampler(config, seed)
     )
     if "document" not in study.user_attrs:
+        if (
+            study.directions != directions
+            or study.user_attrs.keys() - {"layout", "version"}
+            or study.get_trials(deepcopy=False)
+        ):
+            raise BadInput("is a study of something else", where=name, remedy="name another with --name")
         study.set_user_attr("layout", LAYOUT)
         study.set_user_attr("version", _version())
         study.set_user_attr("document", json.dumps(document))
@@ -489,11 +586,10 @@ def create(storage: Any, name: str, document: Mapping[str, Any], seed: int, queu
         study.set_user_attr("document", json.dumps(document))
     trials = joined(study, seed)
     known = {t.user_attrs["slot"] for t in study.get_trials(deepcopy=False) if "slot" in t.user_attrs}
-    for slot in range(config.trials):
+    for slot, choices in enumerate(queue[: config.trials]):
         if slot not in known:
-            first = slot < len(queue)
-            choices = {k: _encoded(v) for k, v in queue[slot].items()} if first else {}
-            study.enqueue_trial(choices, user_attrs={"slot": slot} | ({"anchor": True} if first else {}))
+            encoded = {k: _encoded(v) for k, v in choices.items()}
+            study.enqueue_trial(encoded, user_attrs={"slot": slot} | ({"anchor": True} if slot < anchored else {}))
     return trials
 
 
@@ -504,6 +600,11 @@ def _comparable(document: Mapping[str, Any]) -> Any:
     return made
 
 
+def names_in(storage: Any) -> list[str]:
+    """Return the names of the studies of a storage."""
+    return [s.study_name for s in storage.get_all_studies()]
+
+
 def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
     """Return the search of a storage, for a worker or a reader.
 
@@ -512,7 +613,7 @@ def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
     """
     import optuna
 
-    names = [s.study_name for s in storage.get_all_studies()]
+    names = names_in(storage)
     if not names:
         raise BadInput("holds no search", where=name, remedy="begin one with `rescompress search CONFIG.yaml`")
     if name is None and len(names) > 1:

@@ -20,18 +20,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import Artifact, make_folder, write_text
 from rescompress.core.details import DenseDetails, Details, TrialDetails
-from rescompress.core.errors import BadInput, RescompressError
+from rescompress.core.errors import BadInput, ConfigError, RescompressError
 from rescompress.core.locks import FileLock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
 from rescompress.fingerprint import environment
 from rescompress.reporter import Reporter, Silent
-from rescompress.search.front import front, good_enough
-from rescompress.search.ladder import climbs
+from rescompress.search.front import Point, front, good_enough, unjudged
+from rescompress.search.ladder import climbs, latest
 from rescompress.search.settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
-from rescompress.search.study import DONE, IMPOSSIBLE, STOPPED, Answer, Lease, Trials, beating, patiently
+from rescompress.search.study import (
+    DONE,
+    IMPOSSIBLE,
+    JOURNAL,
+    STOPPED,
+    Answer,
+    Lease,
+    Trial,
+    Trials,
+    beating,
+    hidden,
+    patiently,
+)
 from rescompress.settings import Settings
+from rescompress.stage import Opening
 from rescompress.store import Store
 
 if TYPE_CHECKING:
@@ -120,7 +133,8 @@ def _own_folder(folder: Path, lease: Lease) -> Iterator[Path]:
 
 def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> tuple[str | None, str]:
     """Let one candidate climb; return how it ended and why, or no state where the worker was asked to stop."""
-    lease.folder = f"{socket.gethostname()}:{folder.resolve()}"  # known with the next sign of life
+    lease.folder = f"{socket.gethostname()}:{folder.resolve()}"
+    patiently(lease.beat)
     for rung in judge.rungs():
         if patiently(lambda: trials.stopping):
             return None, "asked to stop"
@@ -132,12 +146,10 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
         else:
-            others = [a for t in patiently(trials.all) if t.slot != lease.trial.slot and (a := t.answer(rung)) is not None]
+            others = latest(patiently(trials.all), rung, besides=lease.trial.slot)
             up, verdict = climbs(answer, others, trials.config.eta)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
-        if rung == "full":
-            patiently(lease.beat)
         if not up:
             return STOPPED, f"{rung}: {verdict}"
     return DONE, "reached the top"
@@ -174,16 +186,24 @@ class Pipeline:
         """
         from rescompress.fingerprint import file_identity
 
-        return {"checkpoint": file_identity(self.document["checkpoint"]), "data": self.settings.data_identity}
+        opening = Opening(Path(self.document["checkpoint"])).fetched()
+        return {"checkpoint": file_identity(str(opening.path)), "data": self.settings.data_identity}
 
     def rungs(self) -> tuple[Rung, ...]:
         """Return the rungs that mean something for this config: no training, no rung for it; no runtime here, no measuring."""
         asked = self.document["search"]["rungs"]
         trains = bool(self.document.get("finetune"))
         without: list[Rung] = [] if trains else ["short"]
-        if not any(t.builds_here and not t.device.modes for t in self._targets()):
+        if not self.document["search"]["boards"] and not self._measured_here():
             without.append("measure")
         return tuple(r for r in RUNGS if r in asked and r not in without)
+
+    def _measured_here(self) -> bool:
+        return any(t.builds_here and not t.device.modes for t in self._targets())
+
+    def _modelled(self) -> Target | None:
+        """Return the first target with a latency model: the one that boards are."""
+        return next((t for t in self._targets() if t.device.modes), None)
 
     def config(self, choices: Mapping[str, Any]) -> RunConfig:
         """Return the config of a candidate.
@@ -227,19 +247,34 @@ class Pipeline:
             report = run_stages(computed, folder, _shown(config), reporter=self.reporter, store=self.store)
         if not targets:
             return report.manifest
-        with _machine(exclusive=True):  # measuring never overlaps with training on the same cores
-            return run_stages(wanted, folder, _shown(config), reporter=self.reporter, store=self.store).manifest
+        with _machine(exclusive=self._measured_here()):  # measuring never overlaps with training on the same cores
+            manifest = run_stages(wanted, folder, _shown(config), reporter=self.reporter, store=self.store).manifest
+        boards, target = self.document["search"]["boards"], self._modelled()
+        if not boards or target is None:
+            return manifest
+        from rescompress.search.board import measure_on
+
+        measure_on(boards, target.name, folder / target.name / "model.onnx", folder, self.reporter.note)
+        return load_manifest(folder)
 
     def _answer(self, rung: Rung, manifest: Manifest, folder: Path, config: RunConfig) -> Answer:
         last = [s for s in manifest.stages if "top1" in s.metrics and s.checkpoint_sha256][-1]
         costs, band = self._costs(last, manifest, folder, config)
-        return Answer(rung=rung, accuracy=last.metrics["top1"].value, costs=costs, band=band, outcomes=_outcomes(last, folder))
+        artifact = last.output("checkpoint")
+        assert artifact is not None
+        from rescompress.search.forecast import evaluate_file
+
+        with _machine(exclusive=False):
+            outcomes, sureness = evaluate_file(folder / artifact.path, self.settings, self.reporter)
+        outcomes = outcomes.model_copy(update={"classes": None})  # a thousand names in every answer; the identity covers labels
+        return Answer(
+            rung=rung, accuracy=last.metrics["top1"].value, sureness=sureness, costs=costs, band=band, outcomes=outcomes
+        )
 
     def _costs(
         self, last: StageResult, manifest: Manifest, folder: Path, config: RunConfig
     ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        measured = [s for s in manifest.stages if s.kind == "target" and "p50_ms" in s.metrics]
-        known = next((s.metrics["p50_ms"] for s in measured if s.metrics["p50_ms"].provenance == "measured"), None)
+        known = _measured(manifest)
         costs, band = {}, {}
         for name in self.document["search"]["objectives"]:
             if name != "latency":
@@ -276,7 +311,7 @@ class Pipeline:
         from rescompress.core.layers import total_macs, walk
 
         layers = walk(spec)
-        target = next((t for t in self._targets() if t.device.modes), None)
+        target = self._modelled()
         if target is None:
             return total_macs(layers) / 1e6 * (0.25 if int8 else 1.0)
         precision = target.check_precision("int8" if int8 else target.device.best_float)
@@ -288,10 +323,10 @@ class Pipeline:
         from edge_targets.latency import predict
         from rescompress.core.layers import walk
 
-        measured = [s.metrics["p50_ms"] for s in _manifest(folder).stages if s.kind == "target" and "p50_ms" in s.metrics]
-        if measured:
-            return {"p50_ms": measured[0].model_dump(mode="json", exclude_defaults=True)}
-        target = next((t for t in self._targets() if t.device.modes), None)
+        measured = _measured(load_manifest(folder))
+        if measured is not None:
+            return {"p50_ms": measured.model_dump(mode="json", exclude_defaults=True)}
+        target = self._modelled()
         if target is None:
             return {}
         known = load_checkpoint(checkpoint)
@@ -305,6 +340,13 @@ class Pipeline:
         return [load_target(name) for name in self.document["targets"]]
 
 
+def _measured(manifest: Manifest) -> Metric | None:
+    """Return the latency that was measured, on a board before one on this machine; None where none was."""
+    found = [s for s in manifest.stages if "p50_ms" in s.metrics and s.metrics["p50_ms"].provenance == "measured"]
+    found.sort(key=lambda s: not s.is_deployment)
+    return found[0].metrics["p50_ms"] if found else None
+
+
 def _shown(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"search"})
 
@@ -315,16 +357,14 @@ def _spec_of(path: Path) -> Any:
     return load_checkpoint(path).spec
 
 
-def _outcomes(stage: StageResult, folder: Path) -> Outcomes | None:
-    artifact = stage.output("outcomes")
-    return Outcomes.model_validate_json((folder / artifact.path).read_text(encoding="utf-8")) if artifact else None
-
-
 @contextlib.contextmanager
 def _machine(*, exclusive: bool) -> Iterator[None]:
     """Share this machine's cores with other workers of this user, or have them alone, to measure."""
-    path = Path(tempfile.gettempdir()) / f"rescompress-{os.getuid() if hasattr(os, 'getuid') else 0}.machine"
-    with FileLock(path).held(shared=not exclusive):
+    name = f"rescompress-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    with contextlib.ExitStack() as held:
+        # who waits to measure stands in the turnstile: those who train cannot pass him for ever
+        with FileLock(Path(tempfile.gettempdir()) / f"{name}.turnstile").held():
+            held.enter_context(FileLock(Path(tempfile.gettempdir()) / f"{name}.machine").held(shared=not exclusive))
         yield
 
 
@@ -347,12 +387,55 @@ def agree(trials: Trials, pipeline: Pipeline) -> None:
         )
 
 
+MARK = "search.json"
+
+
+def own_folder(folder: Path, name: str, storage: str | None) -> None:
+    """Make sure that a folder is a search's own: two searches, or a run and a search, would overwrite each other's files.
+
+    Args:
+        folder: Of the search.
+        name: Of the search.
+        storage: URL of the storage; None for the journal in the folder.
+
+    Raises:
+        BadInput: Another search or a run lies there.
+    """
+    make_folder(folder)
+    mine = {"name": name, "storage": hidden(storage) if storage is not None else None}
+    mark = folder / MARK
+    with FileLock(folder / ".owner").held():
+        try:
+            known = json.loads(mark.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if (folder / MANIFEST_NAME).is_file() and not (folder / JOURNAL).is_file():
+                raise BadInput("holds a run", where=str(folder), remedy="name another folder with -o") from None
+            write_text(mark, json.dumps(mine) + "\n")
+            return
+        except (OSError, ValueError) as e:
+            raise BadInput(f"cannot be read: {e}", where=str(mark), remedy="name another folder with -o") from e
+    if known != mine:
+        other = known.get("name") if isinstance(known, dict) else None
+        raise BadInput(
+            f"holds the search '{other}'" + ("" if other != name else " of another storage"),
+            where=str(folder),
+            remedy="name another folder with -o",
+        )
+
+
 def check(document: Mapping[str, Any], queue: Sequence[Mapping[str, Any]]) -> None:
     """Make sure, before any work, that the space and the first candidates make configs.
 
     Raises:
         ConfigError: A key or a choice of the space is unknown or impossible; it is named.
     """
+    if document["search"]["boards"]:
+        from edge_targets.catalog import load_target
+
+        if not any(load_target(name).device.modes for name in document["targets"]):
+            raise ConfigError(
+                "no target is a board", where="search.boards", remedy="name what the boards are under `targets`, such as jetson"
+            )
     for choices in [*queue, *_corners(document["search"]["space"])]:
         validate(candidate(document, choices), "search.space")
 
@@ -384,29 +467,45 @@ def conclude(trials: Trials, pipeline: Pipeline, folder: Path, told: Callable[[s
     Raises:
         RescompressError: A network of the front cannot be evaluated.
     """
-    points = front(trials.all(), trials.config.objectives)
-    final = dict(trials.study.user_attrs.get("final", {}))
-    open_ = [p for p in points if str(p.trial.slot) not in final]
-    if "dense" in final and not open_:
-        return
-    settings = dataclasses.replace(pipeline.settings, hold_out=0.0)
+    known = trials.all()
+    points = front(known, trials.config.objectives)
+    if not points:
+        raise _nothing(known, trials.study.study_name)
+    make_folder(folder)
+    with FileLock(folder / ".conclude").held():  # another worker here may be at it
+        if unjudged(points, trials.final):
+            _read_once(trials, pipeline, folder, points, told)
+        if "dense" in trials.final:
+            folder_manifest(trials, folder.parent)
+
+
+def _nothing(known: Sequence[Trial], name: str) -> BadInput:
+    """Return the error for a search of which no candidate reached the top."""
+    why = next((t.reason for t in known if t.state == IMPOSSIBLE), "")
+    some = sum(t.state == IMPOSSIBLE for t in known)
+    return BadInput(
+        f"no candidate reached the top: {some} of {len(known)} are impossible" + (f", such as: {why}" if why else ""),
+        where=name,
+        remedy="begin another search, whose space holds budgets that the network can meet",
+    )
+
+
+def _read_once(trials: Trials, pipeline: Pipeline, folder: Path, points: Sequence[Point], told: Callable[[str], None]) -> None:
     from rescompress.search.forecast import evaluate_file
 
+    settings = dataclasses.replace(pipeline.settings, hold_out=0.0)
     for point in points:
         place = folder / f"{point.trial.slot:05d}"
         try:
-            manifest = _manifest(place)
+            manifest = load_manifest(place)
         except RescompressError:
             told(f"trial {point.trial.slot}: its run lies on {point.trial.folder}; run `search worker` there to conclude")
             continue
-        if "dense" not in final:
-            final["dense"] = _judged(manifest.stage("dense"), place, settings, pipeline, evaluate_file)
-        if str(point.trial.slot) not in final:
-            last = [s for s in manifest.stages if s.checkpoint_sha256 and "top1" in s.metrics][-1]
-            final[str(point.trial.slot)] = _judged(last, place, settings, pipeline, evaluate_file)
-            told(f"trial {point.trial.slot}: evaluated")
-        patiently(lambda: trials.study.set_user_attr("final", final))
-    folder_manifest(trials, folder.parent)
+        last = [s for s in manifest.stages if s.checkpoint_sha256 and "top1" in s.metrics][-1]
+        for name, stage in (("dense", manifest.stage("dense")), (str(point.trial.slot), last)):
+            if name not in trials.final:
+                trials.conclude(name, _judged(stage, place, settings, pipeline, evaluate_file))
+        told(f"trial {point.trial.slot}: evaluated")
 
 
 def folder_manifest(trials: Trials, folder: Path) -> None:
@@ -419,7 +518,7 @@ def folder_manifest(trials: Trials, folder: Path) -> None:
         trials: Of a concluded search.
         folder: Of the search.
     """
-    final = trials.study.user_attrs["final"]
+    final = trials.final
     by = trials.config.objectives[0]
     points = sorted(
         (p for p in front(trials.all(), trials.config.objectives) if str(p.trial.slot) in final),
@@ -429,8 +528,6 @@ def folder_manifest(trials: Trials, folder: Path) -> None:
     known = {p.trial.slot: Outcomes.model_validate(final[str(p.trial.slot)]["outcomes"]) for p in points}
     good = good_enough(dense, known, DEFAULT_MARGIN)
     points.sort(key=lambda p: good[p.trial.slot])  # stable: among the good ones the cheapest is last
-    if any(good.values()):
-        points = [p for p in points if not good[p.trial.slot]] + [p for p in points if good[p.trial.slot]]
     from rescompress.search.show import search_document
 
     stages = [_row(folder, "dense", final["dense"], {}, DenseDetails(search=search_document(trials)))]
@@ -466,17 +563,13 @@ def _row(folder: Path, name: str, entry: Mapping[str, Any], costs: Mapping[str, 
     )
 
 
-def _manifest(place: Path) -> Manifest:
-    return load_manifest(place)
-
-
 def _judged(
     stage: StageResult | None, place: Path, settings: Settings, pipeline: Pipeline, evaluate_file: Any
 ) -> dict[str, Any]:
     assert stage is not None
     artifact = stage.output("checkpoint")
     assert artifact is not None
-    outcomes: Outcomes = evaluate_file(place / artifact.path, settings, pipeline.reporter)
+    outcomes, _ = evaluate_file(place / artifact.path, settings, pipeline.reporter)
     metrics = {k: v.model_dump(mode="json", exclude_defaults=True) for k, v in stage.metrics.items() if not k.startswith("top")}
     metrics |= pipeline.latency_metric(place / artifact.path, place)
     return {"outcomes": outcomes.model_dump(mode="json"), "metrics": metrics}

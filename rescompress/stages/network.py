@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Split
+from compress.device import computing_on
+from compress.processes import ALONE, Together, together
 from compress.prune import (
     Budget,
     CostFunction,
-    find_groups,
     load_plan,
     measure,
     prune,
@@ -29,27 +30,48 @@ from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.teacher import match_teacher
-from compress.train import TrainSettings, TrainState, train
+from compress.train import TrainState, train
 from edge_targets.catalog import alias_notes
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.core.artifact import write_text
-from rescompress.core.details import Curve, DenseDetails, FinetuneDetails, PruneDetails, QuantizeDetails, Sparsity
+from rescompress.core.details import (
+    Curve,
+    DenseDetails,
+    FinetuneDetails,
+    PruneDetails,
+    QuantizeDetails,
+    Sparsity,
+    TrainedDetails,
+)
 from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Profile
-from rescompress.core.settings import PruneSettings, QuantizeSettings
+from rescompress.core.quantizers import Profile, float_operations
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome, Source
-from rescompress.stages.shared import dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stages.shared import (
+    dataset,
+    evaluate_model,
+    finish,
+    need_classes,
+    network_of,
+    onnx_of,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
 from rescompress.steps import Dense, Finetune, Prune, Quantize
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
+MUCH_WAITING = 0.2
+"""Part of a training's time from which waiting for data is worth a note."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +115,17 @@ def pruned(context: Context, step: Prune) -> Outcome:
             plan = load_plan(path)
         start = time.perf_counter()
         told: list[str] = []
-        smaller = prune_by_plan(
-            checkpoint,
-            plan,
-            calibration_x=calibration,
-            seed=common.seed,
-            bn_recalibration=config.recalibrate,
-            repair=config.repair,
-            progress=context.reporter.progress,
-            note=told.append,
-        )
+        with computing_on(common.torch_device()) as device:
+            smaller = prune_by_plan(
+                on_device(checkpoint, device),
+                plan,
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                seed=common.seed,
+                bn_recalibration=config.recalibrate,
+                repair=config.repair,
+                progress=context.reporter.progress,
+                note=told.append,
+            )
         notes = [f"follows the plan {config.plan}", *told, *notes]
     else:
         kind, value = config.budget
@@ -111,29 +134,30 @@ def pruned(context: Context, step: Prune) -> Outcome:
         curves = None
         if context.store is not None and step.before is None:
             curves = shared_curves(context, checkpoint, common, config, calibration)
-        found = prune(
-            checkpoint,
-            method=config.method,
-            budget=Budget(kind=kind, value=value),
-            scope=config.scope,
-            align=align,
-            strict_align=isinstance(config.align, int),
-            calibration_x=calibration,
-            drop_blocks=config.may_drop,
-            seed=common.seed,
-            cost=latency_cost(known) if kind == "latency" else None,
-            reference=whole,
-            bn_recalibration=config.recalibrate,
-            repair=config.repair,
-            curves=curves,
-            progress=context.reporter.progress,
-        )
+        with computing_on(common.torch_device()) as device:
+            found = prune(
+                on_device(checkpoint, device),
+                method=config.method,
+                budget=Budget(kind=kind, value=value),
+                scope=config.scope,
+                align=align,
+                strict_align=isinstance(config.align, int),
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                drop_blocks=config.may_drop,
+                seed=common.seed,
+                cost=latency_cost(known) if kind == "latency" else None,
+                reference=whole,
+                bn_recalibration=config.recalibrate,
+                repair=config.repair,
+                curves=curves,
+                progress=context.reporter.progress,
+            )
         smaller, plan, notes = found.checkpoint, found.plan, [*found.notes, *notes]
         if step.before is not None:
             assert step.before.stage is not None
             plan = plan.after(load_plan(context.file(step.before.stage, "plan")), whole)
     seconds = found.seconds if found is not None else time.perf_counter() - start
-    sparse, zeros = _sparse(context, smaller, config, calibration, common, notes)
+    sparse, zeros = _sparse(context, on_device(smaller, "cpu"), config, calibration, common, notes)
     for note in notes:
         context.reporter.note(note)
     path = context.folder / step.plan_name
@@ -180,7 +204,7 @@ def shared_curves(
     assert context.store is not None
     tensors = hashlib.sha256(checkpoint.spec.model_dump_json().encode())
     for name, value in sorted(checkpoint.state_dict.items()):
-        tensors.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        tensors.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     parts = {
         "what": "curves",
         "version": version("rescompress"),
@@ -192,14 +216,15 @@ def shared_curves(
     }
 
     def compute() -> dict[str, Any]:
-        made = measure(
-            checkpoint,
-            method=config.method,
-            scope=config.scope,
-            calibration_x=calibration,
-            seed=common.seed,
-            progress=context.reporter.progress,
-        )
+        with computing_on(common.torch_device()) as device:
+            made = measure(
+                on_device(checkpoint, device),
+                method=config.method,
+                scope=config.scope,
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                seed=common.seed,
+                progress=context.reporter.progress,
+            )
         groups = {name: {"order": c.order, "error": c.error} for name, c in made.groups.items()}
         return {"groups": groups, "blocks": dict(made.blocks), "unit": made.unit}
 
@@ -219,11 +244,12 @@ def _sparse(
     """Return the checkpoint with 2:4 zeros where the config wants them, and which layers have them."""
     if config.sparsity is None:
         return checkpoint, None
-    groups = find_groups(walk(checkpoint.spec))
-    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, notes.append)
-    found = sparsify(pruning, checkpoint)
+    with computing_on(common.torch_device()) as device:
+        here = on_device(checkpoint, device)
+        there = images.to(device) if images is not None else None
+        found = sparsify(PruneContext(here, (), (), there, common.seed, context.reporter.progress, notes.append), here)
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
-    wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
+    wide = [x.name for x in sparse if is_wide(x.in_shape[0], x.out_shape[0], x.in_shape[0] // x.weight_shape[1])]
     if wide:
         notes.append(
             f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}"
@@ -237,7 +263,8 @@ def _sparse(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
         f"nothing; {len(found.left_dense)} layers cannot have them"
     )
-    return found.checkpoint, Sparsity(pattern=PATTERN, layers=list(found.layers), dense=list(found.left_dense), wide=wide)
+    zeros = Sparsity(pattern=PATTERN, layers=list(found.layers), dense=list(found.left_dense), wide=wide)
+    return on_device(found.checkpoint, "cpu"), zeros
 
 
 def latency_cost(targets: Sequence[Target]) -> CostFunction:
@@ -269,24 +296,22 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
     checkpoint = step.source.load(context)
     if checkpoint.quantization is not None:
         raise BadInput("is quantized", where=str(step.source.path), remedy="use `quantize --mode qat` on the float checkpoint")
-    settings = TrainSettings(
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
-        distill=config.distill,
-        temperature=config.temperature,
-        features=config.features if step.teacher else 0.0,
-        seed=common.seed,
-        device=common.device,
-        precision=config.precision,
+    settings = config.model_copy(
+        update={
+            "seed": common.seed if config.seed is None else config.seed,
+            "device": config.device or common.device,
+            "features": config.features if step.teacher else 0.0,
+        }
     )
+    need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, step.teacher, checkpoint.spec, split)
-    log, resume, notes = train_network(context, name, model, split, settings, mentor)
-    done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    details = FinetuneDetails(epochs=log, lr=config.lr, notes=notes)
-    return finish(context, name, done, common, details, transient=[resume])
+    trained, resume = train_network(context, name, model, split, settings, mentor)
+    sharing = together()
+    done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
+    details = FinetuneDetails(**trained.given())
+    return finish(context, name, done, common, details, transient=[resume], sharing=sharing)
 
 
 def quantized(context: Context, step: Quantize) -> Outcome:
@@ -294,27 +319,41 @@ def quantized(context: Context, step: Quantize) -> Outcome:
     common, config, profile = step.common, step.settings, step.profile
     prepare(common)
     checkpoint = step.source.load(context)
+    if config.mode == "qat":
+        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
     float_top1 = ptq_top1 = kept = resume = None
-    log: list[dict[str, float]] = []
-    notes: list[str] = []
-    if context.main:
-        float_top1 = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
+    log = TrainedDetails()
+    sharing = together() if config.mode == "qat" else ALONE
+    if scores_classes(checkpoint.spec):
+        float_top1 = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing).top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost(step.targets, checkpoint.spec) if config.max_slowdown is not None else None
-    int8 = calibrated(checkpoint, images, config, profile, cost=cost)
+    with computing_on(common.torch_device()) as device:
+        int8 = calibrated(
+            on_device(checkpoint, device), [x.to(device) for x in images], config, profile, cost=cost, sharing=sharing
+        )
+    int8 = sharing.lead(on_device(int8, "cpu"))
     assert int8.quantization is not None
     keep_float = sorted(int8.quantization.keep_float(int8.spec))
     chosen = int8.provenance["calibration"]
+    if stays := float_operations(int8.spec):
+        named = ", ".join(f"{count} {name}" for name, count in stays.items())
+        context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     if config.mode == "qat":
-        if context.main:
-            ptq_top1 = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec).top1
+        ptq_top1 = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing).top1
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
             batch_size=config.batch_size,
+            augment=config.augment,
+            mixup=0.0,
+            cutmix=0.0,
+            label_smoothing=0.0,
+            ema=0.0,
+            workers=config.workers,
             freeze_bn_after=config.freeze_bn_after,
             distill=1.0 if step.teacher else 0.0,
             seed=common.seed,
@@ -323,13 +362,14 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
         network = teacher_network(context, step.teacher, checkpoint.spec, seen)
-        log, resume, notes = train_network(context, "quantize", model, seen, settings, network)
-        trained = finish_qat(model, int8)
-        int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
+        log, resume = train_network(context, "quantize", model, seen, settings, network)
+        trained = sharing.lead(finish_qat(model, int8))
+        int8 = best_of([trained, int8], held.again(250)) if held else trained
         kept = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
-            notes.append("training did no good on the held-out images: the network that was only calibrated is kept")
-            context.reporter.note(notes[-1])
+            text = "training did no good on the held-out images: the network that was only calibrated is kept"
+            log = log.noting(text)
+            context.reporter.note(text)
     details = QuantizeDetails(
         profile=profile,
         mode=config.mode,
@@ -338,14 +378,15 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         float_top1=float_top1,
         ptq_top1=ptq_top1,
         keep_float=keep_float,
+        float_operations=stays,
         kept=kept,
-        epochs=log,
-        notes=notes,
+        **log.given(),
     )
-    return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
+    transient = [resume] if resume else []
+    return finish(context, "quantize", on_grid(int8), common, details, transient=transient, sharing=sharing)
 
 
-def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
+def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
     """Return what an INT8 network costs with the named layers in floating point: predicted ms on the first modelled target.
 
     Raises:
@@ -364,7 +405,13 @@ def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
 
 
 def calibrated(
-    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeSettings, profile: Profile, *, cost: Cost | None = None
+    checkpoint: Checkpoint,
+    images: list[Tensor],
+    config: QuantizeSettings,
+    profile: Profile,
+    *,
+    cost: Cost | None = None,
+    sharing: Together = ALONE,
 ) -> Checkpoint:
     """Return the calibrated network, with the layers that the config wants in floating point left there.
 
@@ -374,6 +421,7 @@ def calibrated(
         config: How to quantize.
         profile: The placement.
         cost: What layers in floating point cost, for a latency budget.
+        sharing: The processes that share the statistics.
     """
     names = config.keep_float if isinstance(config.keep_float, tuple) else ()
 
@@ -386,6 +434,7 @@ def calibrated(
             percentile=config.percentile,
             bias_correction=config.bias_correction,
             keep_float=keep_float,
+            sharing=sharing,
         )
 
     int8 = calibrate(frozenset(names))
@@ -405,7 +454,7 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, split: Split) -> Teacher | None:
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | Network, split: Split) -> Teacher | None:
     """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
     if teacher is None:
         return None
@@ -417,11 +466,11 @@ def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, s
 
 def train_network(
     context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: Teacher | None
-) -> tuple[list[dict[str, float]], Path, list[str]]:
-    """Train `model` in place; return the log of its epochs, the file its state was kept in, and what is worth telling."""
+) -> tuple[TrainedDetails, Path]:
+    """Train `model` in place; return what happened, as details of a stage, and the file that its state was kept in."""
 
     def tell(state: TrainState) -> None:
-        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %"
+        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %  waiting for data {100 * state.waiting:.0f} %"
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)
@@ -437,6 +486,16 @@ def train_network(
         save_every_s=SAVE_EVERY_S,
         note=notes.append,
     )
+    if log.waiting > MUCH_WAITING and log.seconds > SAVE_EVERY_S:
+        notes.append(f"training waited for data {100 * log.waiting:.0f} % of the time: raise workers ({log.workers})")
     for text in notes if context.main else ():
         context.reporter.note(text)
-    return log.epochs, resume, notes
+    details = TrainedDetails(
+        epochs=log.epochs,
+        lr=log.lr,
+        waiting=round(log.waiting, 4),
+        workers=log.workers,
+        best_epoch=log.best_epoch,
+        notes=notes,
+    )
+    return details, resume
