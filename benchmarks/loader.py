@@ -121,15 +121,29 @@ def decoding(folder: Path, batch: int, workers: int) -> Callable[[int, int], Ite
     return load
 
 
-def measured(ways: dict[str, Callable[[int, int], Iterator[int]]], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Return images per second of each way in each round; the first step of a round, which starts processes, counts too."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def measured(
+    ways: dict[str, Callable[[int, int], Iterator[int]]], steps: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return images per second, and milliseconds of processors per image, of each way in each round.
+
+    The first step of a round, which starts processes, counts too. Time of processors hardly depends on what else runs.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    costs: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            images = sum(way(number * steps, (number + 1) * steps))
-            found[name].append(images / (time.perf_counter() - began))
-    return found
+        names = list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]  # nobody is always the first to read a file
+        for name in names:
+            used, began = processors(), time.perf_counter()
+            images = sum(ways[name](number * steps, (number + 1) * steps))
+            rates[name].append(images / (time.perf_counter() - began))
+            costs[name].append(1000 * (processors() - used) / images)
+    return rates, costs
+
+
+def processors() -> float:
+    """Return the seconds of processors that this process and those that it waited for have used."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in both)
 
 
 def order_cost() -> float:
@@ -166,16 +180,17 @@ def main() -> None:
         "former path": former(args.folder, args.batch),
         "decoding alone": decoding(args.folder, args.batch, args.workers),
     }
-    found = measured(ways, args.steps, args.rounds)
+    found, costs = measured(ways, args.steps, args.rounds)
     best = {name: max(rates) for name, rates in found.items()}
     print(f"{len(split)} images, {args.workers} workers, batches of {args.batch}; images per second:")
     for name, rate in best.items():
-        print(f"  {name:<15} {rate:8.1f}   {rate / best['ours']:.2f} of ours")
+        cost = min(costs[name])
+        print(f"  {name:<15} {rate:8.1f}   {rate / best['ours']:.2f} of ours; {cost:.1f} ms of processors an image")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     cost = order_cost()
     print(f"scan {scan:.2f} s; order at 1.28 million {cost:.3f} ms a step; peak memory {peak:.2f} GiB")
     if args.json:
-        document = {"rates": found, "scan_s": scan, "order_ms": cost, "peak_gib": peak, "images": len(split)}
+        document = {"rates": found, "costs_ms": costs, "scan_s": scan, "order_ms": cost, "peak_gib": peak, "images": len(split)}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
