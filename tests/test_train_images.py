@@ -178,7 +178,7 @@ def test_the_order_of_a_million_images_costs_little(monkeypatch: pytest.MonkeyPa
     assert (time.process_time() - began - sum(seconds)) / 20 + seconds[0] / batches.per_epoch < 1e-3
 
 
-@pytest.mark.parametrize("counts", [(16, 278, 90), (1, 7), (5,), (3, 3, 3, 100)])
+@pytest.mark.parametrize("counts", [(16, 278, 90), (1, 7), (5,), (3, 3, 3, 100), (5, 6, 9)])
 def test_balanced_sampling_shows_each_class_equally_often(counts: tuple[int, ...]) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     orders = [epoch_order(labels, 3, epoch, "balanced") for epoch in (0, 0, 1)]

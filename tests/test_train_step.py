@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +207,31 @@ def test_the_best_state_on_images_held_out_is_kept(monkeypatch: pytest.MonkeyPat
     assert log.best_epoch == 2.0
     assert torch.equal(weights(model), states[max(states) // 2])
     assert [e["held_out_top1"] for e in log.epochs] == [0.5, 0.9, 0.9, 0.2]
+
+
+def test_the_best_state_outlives_a_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def answers(*values: float) -> None:
+        left = iter(values)
+        monkeypatch.setattr(training, "_score", lambda *_: (next(left), 1.0))
+
+    class Stop(Exception):
+        pass
+
+    def stop(state: TrainState) -> None:
+        if state.step == 6:
+            raise Stop
+
+    settings, whole = how(hold_out=0.25, epochs=2), fresh()  # four steps an epoch
+    answers(0.9, 0.1)
+    train(whole, made(), settings)
+    answers(0.9, 0.1)
+    with pytest.raises(Stop):
+        train(fresh(), made(), settings, resume_file=tmp_path / "state", save_every_s=0.0, progress=stop)
+    answers(0.1)
+    again = fresh()
+    log = train(again, made(), settings, resume_file=tmp_path / "state")
+    assert (log.resumed_at, log.best_epoch) == (5, 1.0)
+    assert torch.equal(weights(again), weights(whole))
 
 
 def test_training_stops_where_it_no_longer_gets_better(monkeypatch: pytest.MonkeyPatch) -> None:
