@@ -68,11 +68,13 @@ class Value:
         step: Makes the numbers.
         places: Per element, its place in the step's output (flat, with the batch), -1 for a zero; None where the tensor is the
             output as it is.
+        name: What to call a step that moves the numbers there, if one is needed.
     """
 
     trace: Trace
     step: Step
     places: Tensor | None = None
+    name: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +102,7 @@ class Value:
             raise Refused("makes tensors beyond measure")
         natural = (self.trace.batch, *self.step.shape)
         same = tuple(places.shape) == natural and torch.equal(places.flatten(), torch.arange(places.numel()))
-        return Value(self.trace, self.step, None if same else places)
+        return Value(self.trace, self.step, None if same else places, self.trace.name)
 
     def has_zeros(self) -> bool:
         """Whether some elements are zeros that were put in."""
@@ -150,6 +152,7 @@ class Trace:
         self.name = ""
         self.source: str | None = None
         self.frozen = False
+        self._moves: dict[tuple[Any, ...], Step] = {}
 
     def input(self) -> Value:
         """Return the images."""
@@ -214,13 +217,22 @@ class Trace:
         left, stride_w, right = self._spaced(ws, W)
         rows, columns = h - top - bottom, w - left - right
         if not torch.equal(cs, torch.arange(C)) or (stride_h, stride_w) != (1, 1):
-            step = self.emit(
-                "select", [step], (c, rows, columns), channels=tuple(int(i) for i in cs), stride=(stride_h, stride_w)
-            )
+            chosen = tuple(int(i) for i in cs)
+            step = self._moved(x, "select", step, (c, rows, columns), channels=chosen, stride=(stride_h, stride_w))
         pads = (top, left, bottom, right)
         if padded or pads == NONE:
             return step, pads
-        return self.emit("pad", [step], (c, h, w), pads=pads, mode="zeros"), NONE
+        return self._moved(x, "pad", step, (c, h, w), pads=pads, mode="zeros"), NONE
+
+    def _moved(self, x: Value, op: str, step: Step, shape: tuple[int, ...], **attributes: Any) -> Step:
+        """Return the step that puts the numbers of a tensor where it has them; the same one for everybody who reads it."""
+        key = (op, id(step), shape, tuple(attributes.values()))
+        if key not in self._moves:
+            name, source, frozen = self.name, self.source, self.frozen
+            self.name, self.source = x.name or name, None
+            self._moves[key] = self.emit(op, [step], shape, **attributes)
+            self.name, self.source, self.frozen = name, source, frozen
+        return self._moves[key]
 
     def _spaced(self, places: Tensor, size: int) -> tuple[int, int, int]:
         """Return zeros before, distance, and zeros after, of rows or columns that a tensor keeps."""
@@ -254,7 +266,7 @@ class Trace:
             raise Refused("mixes the images of a batch")
         step = x.step
         if step.is_map:
-            step = self.emit("flatten", [step], (size,))
+            step = self._moved(x, "flatten", step, (size,))
         plain = len(order) == size and torch.equal(order, torch.arange(size))
         return step, None if plain else order
 
@@ -262,7 +274,7 @@ class Trace:
         step, order = self.as_vector(x)
         if order is None:
             return step
-        return self.emit("select", [step], (len(order),), channels=tuple(int(i) for i in order), stride=(1, 1))
+        return self._moved(x, "select", step, (len(order),), channels=tuple(int(i) for i in order), stride=(1, 1))
 
     def settled(self, x: Value) -> Step:
         """Return the step whose output is a tensor as it is: for outputs of the network."""
