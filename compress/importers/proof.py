@@ -80,7 +80,7 @@ def difference(mine: Tensor, wanted: Tensor) -> float:
     """Return the largest difference relative to the largest number; infinite where sizes differ or a number is not finite."""
     if mine.numel() != wanted.numel():
         return float("inf")
-    wanted = wanted.detach().float().reshape(mine.shape)
+    mine, wanted = mine.detach(), wanted.detach().float().reshape(mine.shape)
     off = float((mine - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-12)
     return off if off == off else float("inf")
 
