@@ -286,7 +286,7 @@ class AffineLayer(nn.Module):
         """Return ``x * weight + bias``."""
         shape = (-1, *[1] * (x.dim() - 2))
         x = x * self.weight.view(shape)
-        bias = self._parameters["bias"]
+        bias = self._parameters.get("bias", self._buffers.get("bias"))  # a buffer where it is frozen
         return x if bias is None else x + bias.view(shape)
 
 

@@ -19,7 +19,7 @@ from rescompress.core.errors import BadInput, CheckpointError
 def random_state(name: str) -> Mapping[str, Tensor]:
     torch.manual_seed(0)
     model = build_model(zoo.spec(name, num_classes=7))
-    state = {k: torch.rand_like(v) + 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {k: torch.rand_like(v) + 0.5 if v.is_floating_point() and v.ndim == 1 else v for k, v in model.state_dict().items()}
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 

@@ -11,6 +11,7 @@ Shape suffixes: N batch, C channels, H height, W width. Shapes of steps are with
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -567,12 +568,11 @@ class Trace:
             return self._pooled(step, op, (self.batch, c, 1, 1))
         if wanted == (h, w):
             return x
-        if h % wanted[0] or w % wanted[1]:
-            raise Refused(f"pools {h}x{w} pixels into {wanted[0]}x{wanted[1]} windows of unequal sizes")
-        kernel = (h // wanted[0], w // wanted[1])
+        windows = [_even_windows(n, k) for n, k in zip((h, w), wanted, strict=True)]
+        kernel, stride = (tuple(v[i] for v in windows) for i in (0, 1))
         if op == "global_avg":
-            return self.avg_pool(Value(self, step), kernel, kernel, NONE, ceil=False, count_include_pad=True)
-        return self.max_pool(Value(self, step), kernel, kernel, NONE, (1, 1), ceil=False)
+            return self.avg_pool(Value(self, step), kernel, stride, NONE, ceil=False, count_include_pad=True)
+        return self.max_pool(Value(self, step), kernel, stride, NONE, (1, 1), ceil=False)
 
     def _pooled(self, step: Step, op: str, shape: Sequence[int]) -> Value:
         if step.shape[1:] == (1, 1):
@@ -687,6 +687,20 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
         return tuple(np.broadcast_shapes(*(tuple(s) for s in shapes)))
     except ValueError:
         raise Refused(f"combines tensors of shapes {' and '.join(str(tuple(s)) for s in shapes)}") from None
+
+
+def _even_windows(size: int, count: int) -> tuple[int, int]:
+    """Return size and distance of the windows of an adaptive pool.
+
+    Raises:
+        Refused: They are not all alike.
+    """
+    starts = [i * size // count for i in range(count)]
+    sizes = {-(-(i + 1) * size // count) - start for i, start in enumerate(starts)}
+    steps = {b - a for a, b in itertools.pairwise(starts)} or {1}
+    if len(sizes) > 1 or len(steps) > 1:
+        raise Refused(f"pools {size} pixels into {count} windows of unequal sizes")
+    return sizes.pop(), steps.pop()
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
