@@ -266,7 +266,7 @@ def channel_select(x: Tensor, op: ChannelSelect) -> Tensor:
     """Return the spatially subsampled input with its channels laid out as the operation says."""
     if x.dim() == 4:
         x = x[:, :, :: op.stride[0], :: op.stride[1]]
-    padded = torch.cat([x, torch.zeros_like(x[:, :1])], 1)  # channel -1 is the zero channel
+    padded = F.pad(x, (*[0] * (2 * x.dim() - 4), 0, 1))  # channel -1 is the zero channel
     index = torch.tensor(op.channels, device=x.device) % padded.shape[1]
     return padded.index_select(1, index)
 
@@ -274,7 +274,8 @@ def channel_select(x: Tensor, op: ChannelSelect) -> Tensor:
 class AffineLayer(nn.Module):
     """One factor and one summand per channel."""
 
-    weight: nn.Parameter
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, channels: int, *, shift: bool) -> None:
         """Start as the identity."""
@@ -286,8 +287,7 @@ class AffineLayer(nn.Module):
         """Return ``x * weight + bias``."""
         shape = (-1, *[1] * (x.dim() - 2))
         x = x * self.weight.view(shape)
-        bias = self._parameters.get("bias", self._buffers.get("bias"))  # a buffer where it is frozen
-        return x if bias is None else x + bias.view(shape)
+        return x if self.bias is None else x + self.bias.view(shape)
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -41,7 +41,9 @@ def test_the_file_computes_the_integers_of_the_network(seed: int) -> None:
     in_sums = compare_outputs(TorchRunner(integer_model(int8)), whole, [batch])
     assert in_sums.relative < 2e-3  # what stays float may round another way at the border of two integers
     assert compare_outputs(TorchRunner(fake_quant_model(int8)), TorchRunner(integer_model(int8)), [batch]).relative < 2e-2
-    facts = TargetFacts("this computer", "onnxruntime" if profile == "onnxruntime" else "openvino", 17, ("fp32", "int8"))
+    facts = TargetFacts(
+        "this computer", "onnxruntime" if profile == "onnxruntime" else "openvino", 17, ("fp32", "int8"), {"int8": 1}
+    )
     assert not [issue for issue in lint(proto, facts) if issue.severity == "error"]
 
 
