@@ -561,6 +561,7 @@ _HANDLERS: dict[str, Callable[[Trace, _Bound], Any]] = {
     "chunk": _chunk,
     "unbind": _unbind,
     **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), lambda trace, b: trace.log_softmax(b.value(), int(b.get("dim")))),
     "dropout": _dropout,
     **dict.fromkeys(("zeros_like", "new_zeros"), _zeros_like),
     **dict.fromkeys(("view_as", "reshape_as"), _view_as),

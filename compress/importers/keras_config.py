@@ -508,10 +508,10 @@ def activation(layer: _Layer, x: Value, value: Any) -> Value:
             return trace.unary(x, "hard_swish")
         case "leaky_relu":
             return trace.unary(x, "leaky_relu", slope=0.2)
-        case "softmax" | "log_softmax":
-            made = trace.softmax(x, -1)
-            made.step.op = name
-            return made
+        case "softmax":
+            return trace.softmax(x, -1)
+        case "log_softmax":
+            return trace.log_softmax(x, -1)
         case _:
             raise Refused(f"has the activation '{name}'")
 

@@ -624,6 +624,14 @@ class Trace:
             return made.move(lambda p: _squeezed(p, axes, keep=keep))
         raise Refused(f"reduces dimensions {axes} of a tensor of shape {x.shape}")
 
+    def log_softmax(self, x: Value, axis: int) -> Value:
+        """Return the logarithm of the softmax over the features of a vector: at the end, that of the scores of classes."""
+        made = self.softmax(x, axis)
+        if made.step.op != "softmax":
+            raise Refused("is a log-softmax of branches")
+        made.step.op = "log_softmax"
+        return made
+
     def softmax(self, x: Value, axis: int) -> Value:
         """Return the softmax over the features of a vector; over two branches, the two shares."""
         axis %= x.ndim
