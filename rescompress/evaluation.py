@@ -21,7 +21,7 @@ from rescompress.reporter import Reporter
 from rescompress.settings import Settings
 from rescompress.stage import Opening
 from rescompress.stages import network_of
-from rescompress.stages.shared import prepare
+from rescompress.stages.shared import need_classes, prepare
 
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
@@ -70,6 +70,7 @@ def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load(reporter.note)
+    need_classes(checkpoint.spec)
     return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
 
 

@@ -152,13 +152,11 @@ class Allocator:
             inside = {g for s in segments for g in (s.reads, s.makes)}
             inner = [g for g in self._sizes.groups if g in inside and self._sizes.groups[g].kind == "inner"]
             chunks.append((name, segments, inner))
-        made = []
-        for name, segments, inner in _merge_stem(chunks):
+        for _, _, inner in _merge_stem(chunks):
             if math.prod(len(self._widths[g]) for g in inner) > _COMBINATIONS:  # a chain: its groups are searched as streams
                 self._coupled |= set(inner)
-                inner = []
-            made.append(_Chunk(name, segments, inner, [self._errors(g) for g in inner]))
-        return made
+        chunks = [(name, segments, [g for g in inner if g not in self._coupled]) for name, segments, inner in chunks]
+        return [_Chunk(n, s, i, [self._errors(g) for g in i]) for n, s, i in _merge_stem(chunks)]
 
     def _table(self, layers: list[Layer], reads: str, makes: str, tables: dict[tuple[object, ...], Floats]) -> Floats:
         """Return the cost of a segment at every width on both its sides; segments alike share one table."""
