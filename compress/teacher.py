@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from compress.data import Inputs
+from compress.data import Inputs, folded
 from rescompress.core.errors import BadInput
 from rescompress.core.graph import Network
 from rescompress.core.layers import walk
@@ -93,7 +93,7 @@ def _geometry(p: Preprocessing) -> str:
 
 def _order(theirs: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Return at which output of `theirs` each of the wanted classes stands, or None where the sets differ."""
-    for spelling in (str, lambda name: str(name).strip().casefold()):
+    for spelling in (str, folded):
         at = {spelling(name): i for i, name in enumerate(theirs)}
         found = [at.get(spelling(name)) for name in wanted]
         if len(at) == len(theirs) == len(wanted) and None not in found and len(set(found)) == len(found):

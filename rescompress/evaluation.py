@@ -44,7 +44,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         raise BadInput("this needs images", where="--data", remedy="give --data")
     prepare(settings)
     runner, inputs = _open(opening, settings, runtime, reporter)
-    data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
+    data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in data.notes:
         reporter.note(note)
     half = _float16_notes(opening.path, runner.runtime, data.val, settings.eval_batch(inputs.shape))

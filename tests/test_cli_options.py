@@ -179,10 +179,11 @@ PRUNE = [
     Case(
         f"net.safetensors --macs 0.25 -t jetson -m fpgm --scope all --align 4 --calib 7 --drop-blocks --finetune-epochs 3 "
         f"--iterations 2 --recalibrate --no-repair --sparsity 2:4 --plan-out plan-out.json -o half.safetensors "
-        f"--train-batch 6 {STATED} {NAMED} {SHARED}",
+        f"--train-batch 6 --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("dense"),
             **shared("pruned"),
+            "skip_corrupt": (lambda seen: seen.shared("pruned").skip_corrupt, True),
             "target": (lambda seen: seen.stage("pruned")["targets"], ("jetson",)),
             "iterations": (
                 lambda seen: [given["config"].budget for name, given in seen.calls if name == "pruned"],
@@ -203,10 +204,11 @@ PRUNE = [
 FINETUNE = [
     Case(
         f"net.safetensors -e 3.5 --teacher teacher.safetensors --lr 0.0123 --train-batch 6 --precision bf16 -o ft.safetensors "
-        f"{STATED} {NAMED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("finetuned"),
             **shared("finetuned"),
+            "skip_corrupt": (lambda seen: seen.shared("finetuned").skip_corrupt, True),
             "teacher": (
                 lambda seen: [seen.opening("finetuned", "teacher").path.name, seen.opening("finetuned", "teacher").preprocess],
                 ["teacher.safetensors", "cifar"],
@@ -220,10 +222,11 @@ QUANTIZE = [
     Case(
         f"net.safetensors --mode qat -e 3.5 --teacher teacher.safetensors -t jetson --profile openvino --calib 7 "
         f"--calibration mse --keep-float auto --max-divergence 0.4 --max-slowdown 1.25 --lr 0.0123 --train-batch 6 "
-        f"-o int8.safetensors {STATED} {NAMED} {SHARED}",
+        f"-o int8.safetensors --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("quantized"),
             **shared("quantized"),
+            "skip_corrupt": (lambda seen: seen.shared("quantized").skip_corrupt, True),
             "teacher": (lambda seen: seen.opening("quantized", "teacher").path.name, "teacher.safetensors"),
             "target": (lambda seen: seen.stage("quantized")["targets"], ("jetson",)),
             "profile": (lambda seen: seen.stage("quantized")["profile"], "openvino"),
@@ -263,13 +266,14 @@ EXPORT = [
 ]
 EVALUATE = [
     Case(
-        f"net.safetensors --split train {STATED} {SHARED}",
+        f"net.safetensors --split train --skip-corrupt {STATED} {SHARED}",
         OPENED
         | {
             "model": (lambda seen: seen["load_checkpoint"]["path"].name, "net.safetensors"),
             "data": (lambda seen: Path(seen["load_dataset"]["source"]).name, "data.npz"),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
             "seed": of("load_dataset", "seed", 5),
+            "skip_corrupt": of("load_dataset", "skip_corrupt", True),
             "batch_size": of("evaluate", "batch_size", 4),
             "split": (lambda seen: len(seen["evaluate"]["split"]), 40),
             "threads": (lambda seen: [call["threads"] for call in seen["set_num_threads"].calls], [3]),
@@ -433,7 +437,7 @@ RUN = [
 SENSITIVITY = [
     Case(
         "net.safetensors --data data.npz -m fpgm --scope all --calib 7 -o curves.svg --int8 --labels a=1,b=2 --seed 5 "
-        f"--threads 3 {STATED}",
+        f"--threads 3 --skip-corrupt {STATED}",
         OPENED
         | {
             "checkpoint": (lambda seen: seen["load_checkpoint"]["path"].name, "net.safetensors"),
@@ -445,9 +449,11 @@ SENSITIVITY = [
             "int8": (lambda seen: sum(len(x) for x in seen["ptq"]["batches"]), 7),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
             "seed": (lambda seen: (seen["measure"]["seed"], seen["load_dataset"]["seed"]), (5, 5)),
+            "skip_corrupt": of("load_dataset", "skip_corrupt", True),
             "threads": (lambda seen: [call["threads"] for call in seen["set_num_threads"].calls], [3]),
         },
     ),
+    Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
 ]
 TABLE = {

@@ -60,7 +60,7 @@ def gated() -> Network:
 def chain() -> Network:
     m = Maker()
     x = INPUT
-    for width in (16, 16, 24, 24, 24, 32):
+    for width in (8, 12, 12, 12, 12, 8):
         x = m.add(Relu(), m.conv(x, width, bias=True))
     x = m.add(Flatten(), m.add(MaxPool(kernel=(2, 2), stride=(2, 2)), x))
     return m.network(m.add(Linear(width=5), m.add(Relu(), m.add(Linear(width=16), x))), classes=True)
@@ -92,11 +92,11 @@ every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 
 @every_kind
-@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("scope", ["all", pytest.param("inner", marks=pytest.mark.slow)])
 def test_any_network_is_pruned_within_its_budget_and_repaired(make, scope) -> None:
     network = make()
     checkpoint = random_checkpoint(network)
-    x = images(network, 96)
+    x = images(network, 48)
     if not prunable(list(Sizes(network).groups.values()), scope):
         pytest.skip("nothing to prune in this scope")
     budget = Budget(kind="macs", value=0.7 if scope == "inner" else 0.5)
@@ -138,11 +138,11 @@ def test_blocks_of_a_pre_activation_network_go_as_a_whole() -> None:
     assert [b.name for b in result.checkpoint.network.blocks] == ["b0", "b2"]
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(s, marks=pytest.mark.slow) for s in range(6, 120))])
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 120))])
 def test_every_method_prunes_any_graph(seed: int) -> None:
     network = random_network(seed)
     checkpoint = random_checkpoint(network, seed)
-    x = images(network, 32)
+    x = images(network, 16)
     before = total_macs(network.layers)
     for method in method_names():
         try:

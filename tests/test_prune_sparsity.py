@@ -17,8 +17,9 @@ from compress.prune import Context
 from compress.prune.solve import damped
 from compress.prune.sparsity import fits, has_pattern, sparsify, two_of_four
 from compress.resnet import build_model
-from compress.train import TrainSettings, train
+from compress.train import train
 from rescompress.core.layers import walk
+from rescompress.core.settings import TrainSettings
 
 
 def error_of(h, w, v):

@@ -25,19 +25,19 @@ from rescompress.core.described import bound, choices_of, default_of, flag_of, h
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.settings import (
     ExportSettings,
-    FinetuneSettings,
     PruneSettings,
     QuantizeSettings,
     Section,
     SensitivitySettings,
+    TrainSettings,
 )
 from rescompress.gate.limits import Limits
 from rescompress.starter import starter_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_OF = {
-    "prune": [PruneSettings, FinetuneSettings],
-    "finetune": [FinetuneSettings],
+    "prune": [PruneSettings, TrainSettings],
+    "finetune": [TrainSettings],
     "quantize": [QuantizeSettings],
     "export": [ExportSettings],
     "sensitivity": [SensitivitySettings],
@@ -157,7 +157,7 @@ def test_an_impossible_value_names_its_option() -> None:
         assert caught.value.where == where
 
 
-SECTIONS = [(s, m) for s, m in (("prune", PruneSettings), ("finetune", FinetuneSettings), ("quantize", QuantizeSettings))]
+SECTIONS = [(s, m) for s, m in (("prune", PruneSettings), ("finetune", TrainSettings), ("quantize", QuantizeSettings))]
 
 
 @pytest.mark.parametrize(("section", "model"), SECTIONS)
@@ -179,7 +179,7 @@ def test_the_starter_config_holds_the_defaults(tmp_path: Path) -> None:
     document = yaml.safe_load(starter_config(None, None, None, tmp_path))
     config = RunConfig.model_validate(document)
     assert config.prune == PruneSettings(macs=0.5)
-    assert config.finetune == FinetuneSettings()
+    assert config.finetune == TrainSettings()
     assert config.quantize == QuantizeSettings()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,18 @@ class Checkpoint:
     def network(self) -> Network:
         """The graph of the network."""
         return network_of(self.spec)
+
+
+def on_device(checkpoint: Checkpoint, device: str) -> Checkpoint:
+    """Return the checkpoint with its tensors on a device; itself where they are there.
+
+    Args:
+        checkpoint: A network.
+        device: As torch names it.
+    """
+    moved = {name: value.to(device) for name, value in checkpoint.state_dict.items()}
+    same = all(moved[name] is value for name, value in checkpoint.state_dict.items())
+    return checkpoint if same else replace(checkpoint, state_dict=moved)
 
 
 class Stored(Protocol):

@@ -205,7 +205,7 @@ def places_of(layer: Layer, n: int, generator: torch.Generator) -> Tensor:
     pixels, count = layer.out_shape[1] * layer.out_shape[2], pixels_per_image(layer, n)
     if count == pixels:
         return torch.arange(pixels).expand(n, pixels)
-    return torch.rand(n, pixels, generator=generator).topk(count, dim=1).indices
+    return torch.rand(n, pixels, generator=generator, device="cpu").topk(count, dim=1).indices.to(torch.get_default_device())
 
 
 def patches(x_NCHW: Tensor, layer: Layer, places_NP: Tensor) -> Tensor:

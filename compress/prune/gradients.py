@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.device import drawn
 from compress.finite import all_finite
 from compress.prune.method import Context
 from compress.resnet import ResNet
@@ -32,7 +33,7 @@ def sampled_gradients(
     Raises:
         DataError: The outputs are not finite.
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = torch.Generator("cpu").manual_seed(context.seed)
     wanted = set(tensors)
     size = max(1, min(64, 64_000_000 // max(sum(layer.out_elements for layer in model.layers), 1)))
     for start in range(0, len(x_NCHW), size):
@@ -56,10 +57,11 @@ def sampled_gradients(
 def _sampled_loss(logits_NK: Tensor, generator: torch.Generator, *, head: bool) -> Tensor:
     """Return the summed loss."""
     if not head:
-        return (logits_NK * torch.randn(logits_NK.shape, generator=generator)).sum()
+        directions_NK = torch.randn(logits_NK.shape, generator=generator, device="cpu")
+        return (logits_NK * directions_NK.to(logits_NK.device)).sum()
     if logits_NK.shape[1] == 1:
         p = torch.sigmoid(logits_NK.detach())
-        y = (torch.rand(p.shape, generator=generator) < p).to(p.dtype)
+        y = (drawn(tuple(p.shape), generator) < p).to(p.dtype)
         return F.binary_cross_entropy_with_logits(logits_NK, y, reduction="sum")
-    y = torch.multinomial(logits_NK.detach().softmax(1), 1, generator=generator).flatten()
+    y = torch.multinomial(logits_NK.detach().softmax(1).cpu(), 1, generator=generator).flatten().to(logits_NK.device)
     return F.cross_entropy(logits_NK, y, reduction="sum")

@@ -314,7 +314,7 @@ def _group(
         size=axis.units,
         channels={tensor: sum(width for _, width in runs) for tensor, runs in places.items()},
         places={tensor: tuple(runs) for tensor, runs in places.items()},
-        producers=tuple(p.name for p in producers),
+        producers=tuple(p.name for p in producers) if convs else (),
         consumers=tuple(r.name for r in readers),
     )
 

@@ -83,7 +83,7 @@ def sparsify(context: Context, checkpoint: Checkpoint) -> Sparse:
     x = usable_images(context, network)
     tensors = dict(checkpoint.state_dict)
     model = build_model(checkpoint.spec, tensors).requires_grad_(False)
-    generator = torch.Generator().manual_seed(context.seed + 2)
+    generator = torch.Generator("cpu").manual_seed(context.seed + 2)
     done: list[str] = []
     dense: list[str] = []
     chunks = chunks_of(network)

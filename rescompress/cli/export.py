@@ -222,6 +222,7 @@ def evaluate(
         typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
     ] = "auto",
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
@@ -253,7 +254,9 @@ def evaluate(
         arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     )
-    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    settings = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     with reporting(out) as reporter:
         found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
     top1 = found.metrics["top1"]

@@ -12,7 +12,9 @@ Checkpoint = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
+    typer.Option(
+        "--data", "-d", metavar="DATA", help="Image folder, .npz, shards, hf:NAME or builtin:digits.", show_default=False
+    ),
 ]
 
 
@@ -97,6 +99,15 @@ ArchOption = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+SkipCorrupt = Annotated[
+    bool,
+    typer.Option(
+        "--skip-corrupt",
+        help="Leave out images that cannot be read, and say which.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
 Code = Annotated[
     str | None,
     typer.Option(
@@ -119,5 +130,7 @@ Like = Annotated[
 ]
 NeededData = Annotated[
     str,
-    typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
+    typer.Option(
+        "--data", "-d", metavar="DATA", help="Image folder, .npz, shards, hf:NAME or builtin:digits.", show_default=False
+    ),
 ]

@@ -196,7 +196,11 @@ class Lease:
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
-            if state == IMPOSSIBLE or best is None or best.accuracy is None:
+            if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
+                seen = [c for t in patiently(self.trials.all) for a in t.answers[:1] for c in a.costs.values()]
+                worst = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
+                patiently(lambda: self.trials.study.tell(self.trial.number, worst))
+            elif best is None or best.accuracy is None:
                 patiently(lambda: self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL))
             else:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]

@@ -17,6 +17,7 @@ from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
+from compress.processes import ALONE, Together
 from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model
 from export.to_onnx import ExportOptions, to_onnx
@@ -94,9 +95,14 @@ def prepare(common: Settings) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _load_dataset(
-    source: str, identity: str | None, inputs: Inputs, seed: int, labels: tuple[tuple[str, str], ...] | None
+    source: str,
+    identity: str | None,
+    inputs: Inputs,
+    seed: int,
+    labels: tuple[tuple[str, str], ...] | None,
+    skip_corrupt: bool,
 ) -> Dataset:
-    return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None)
+    return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None, skip_corrupt=skip_corrupt)
 
 
 def dataset(common: Settings, spec: ModelSpec | Network) -> Dataset:
@@ -104,7 +110,7 @@ def dataset(common: Settings, spec: ModelSpec | Network) -> Dataset:
     if common.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     labels = tuple(sorted((common.labels or {}).items())) or None
-    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels)
+    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels, common.skip_corrupt)
     if not common.hold_out:
         return data
     seen, held = data.train.part(common.hold_out, common.seed)
@@ -130,18 +136,27 @@ def need_classes(spec: ModelSpec | Network) -> None:
         )
 
 
-def evaluate_runner(context: Context, runner: Runner, split: Split, common: Settings, spec: ModelSpec | Network) -> Evaluation:
+def evaluate_runner(
+    context: Context,
+    runner: Runner,
+    split: Split,
+    common: Settings,
+    spec: ModelSpec | Network,
+    sharing: Together = ALONE,
+) -> Evaluation:
     """Return the accuracy of anything that runs; progress is told."""
     need_classes(spec)
     progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
         size = common.eval_batch(spec.input_shape)
-        return evaluate(runner, split, batch_size=size, outputs=spec.num_classes, progress=progress)
+        return evaluate(runner, split, batch_size=size, outputs=spec.num_classes, progress=progress, sharing=sharing)
 
 
-def evaluate_model(context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec | Network) -> Evaluation:
+def evaluate_model(
+    context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec | Network, sharing: Together = ALONE
+) -> Evaluation:
     """Return the accuracy of a torch network; progress is told."""
-    return evaluate_runner(context, TorchRunner(model, common.torch_device()), split, common, spec)
+    return evaluate_runner(context, TorchRunner(model, common.torch_device()), split, common, spec, sharing)
 
 
 def outcomes_file(context: Context, stage: str, found: Evaluation) -> Path:
@@ -160,8 +175,24 @@ def finish(
     *,
     files: Sequence[tuple[str, Path]] = (),
     transient: Sequence[Path] = (),
+    sharing: Together = ALONE,
 ) -> Outcome:
-    """Save and evaluate a stage's checkpoint and return its row: accuracy, MACs, parameters, size as an ONNX file."""
+    """Save and evaluate a stage's checkpoint and return its row: accuracy, MACs, parameters, size as an ONNX file.
+
+    Args:
+        context: Of the stage.
+        stage: Its name.
+        checkpoint: What it made; in every process that of the main one.
+        common: Settings of the run.
+        details: JSON values.
+        files: Kind and path of other files that were written.
+        transient: Files that are no longer needed.
+        sharing: The processes that evaluate together; the main one writes.
+    """
+    found = None
+    if sharing.world > 1 and common.data is not None:
+        split = dataset(common, checkpoint.spec).val
+        found = evaluate_model(context, network_of(checkpoint), split, common, checkpoint.spec, sharing)
     if not context.main:
         return Outcome()
     path = context.folder / f"{stage}.safetensors"
@@ -176,7 +207,8 @@ def finish(
     }
     if common.data is not None and scores_classes(checkpoint.spec):
         data = dataset(common, checkpoint.spec)
-        found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
+        if found is None:
+            found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
         metrics |= found.metrics
         written.append(("outcomes", outcomes_file(context, stage, found)))
         notes = (*data.notes, *found.notes)

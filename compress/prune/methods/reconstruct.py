@@ -71,7 +71,7 @@ def curves(context: Context) -> Curves:
     for name, rs in readers.items():
         for r in rs:
             r.waiting.add(name)
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = torch.Generator("cpu").manual_seed(context.seed)
     targets = _Targets.affordable(context.checkpoint, sizes.layers, len(x), context.seed)
     found: dict[str, ErrorCurve] = {}
     blocks: dict[str, float] = {}
@@ -264,7 +264,7 @@ class _Targets:
         if name not in self._jobs:
             self._jobs[name] = _jobs(self._checkpoint, chunk)
             for job in self._jobs[name]:
-                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + zlib.crc32(job.layer.name.encode()))
+                generator = torch.Generator("cpu").manual_seed(self._seed * 1_000_003 + zlib.crc32(job.layer.name.encode()))
                 self._places[job.layer.name] = places_of(job.layer, self._images, generator)
                 self._rows[job.layer.name] = Rows(self._images)
         for job in self._jobs[name]:
