@@ -516,6 +516,7 @@ def _stack_refused() -> Any:
 _HANDLERS: dict[str, Callable[[Trace, _Bound], Any]] = {
     **{name: _unary(name) for name in _UNARY},
     **dict.fromkeys(_IDENTITY, _as_it_is),
+    **dict.fromkeys(("_assert_tensor_metadata", "_assert_async", "_assert_scalar"), lambda trace, b: None),
     **dict.fromkeys(("conv2d", "convolution", "_convolution", "_convolution_mode", "conv1d", "conv3d"), _conv),
     **dict.fromkeys(("batch_norm",), _batch_norm),
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm"), _first(_batch_norm)),
