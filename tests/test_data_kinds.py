@@ -286,8 +286,8 @@ def test_objects_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no data set"):
             load_dataset(nothing, INPUTS)
     floats = Items("val", lambda content: np.zeros((3, 8, 8), np.float32))
-    with pytest.raises(DataError, match=r"Items>/val\[0\]: is float32 of shape \(3, 8, 8\), no image"):
-        load_dataset({"val": floats}, INPUTS).train.store.read(np.arange(6))
+    with pytest.raises(DataError, match=r"Items>/val\[\d\]: is float32 of shape \(3, 8, 8\), no image"):
+        load_dataset({"val": floats}, INPUTS).train.store.read(np.arange(3))
 
 
 @pytest.mark.parametrize("make", [as_folder, as_shards, as_object])
@@ -337,7 +337,7 @@ def test_odd_images_train_as_they_are_evaluated(tmp_path: Path, mode: str) -> No
     if mode == "I;16":
         image = Image.fromarray(np.full((20, 20), 40_000, np.uint16))
     else:
-        image = Image.new("RGB", (20, 20), (200, 100, 50)).convert(mode)
+        image = Image.new("RGB", (20, 20), (200, 100, 50)).convert(mode, dither=Image.Dither.NONE)
     path = tmp_path / ("odd.jpg" if mode == "CMYK" else "odd.png")
     image.save(path)
     store = FileStore((path,), (3, 8, 8), HALF)

@@ -342,6 +342,21 @@ def test_a_folder_belongs_to_one_search(tmp_path: Path) -> None:
         own_folder(tmp_path / "run", "a", None)
 
 
+def test_a_worker_with_other_files_is_refused(tmp_path: Path) -> None:
+    class Files:
+        def __init__(self, data: str) -> None:
+            self.data = data
+
+        def identity(self) -> dict[str, str]:
+            return {"checkpoint": "a", "data": self.data}
+
+    trials = begin(tmp_path, 2)
+    worker.agree(trials, Files("one"))  # type: ignore[arg-type]
+    worker.agree(join(storage_of(str(tmp_path)), None), Files("one"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="the data here is not the one"):
+        worker.agree(trials, Files("other"))  # type: ignore[arg-type]
+
+
 def test_a_stranger_s_study_is_not_taken_over(tmp_path: Path) -> None:
     study = optuna.create_study(
         storage=storage_of(str(tmp_path)), study_name="s", directions=["maximize", "minimize", "minimize"]
@@ -367,36 +382,33 @@ def test_workers_do_not_show_the_password_to_everybody() -> None:
 
 
 def test_who_waits_to_measure_gets_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that train hold the machine in turns that overlap; one that measures is not kept out by them."""
+    """Workers that train may hold the machine in turns that overlap: who comes after one that measures waits, too."""
     import tempfile
     import threading
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    over, training, overlap = threading.Event(), [0], []
+    order: list[str] = []
 
-    def train() -> None:
-        while not over.is_set():
-            with worker._machine(exclusive=False):
-                training[0] += 1
-                time.sleep(0.02)
-                training[0] -= 1
+    def enter(name: str, *, exclusive: bool) -> threading.Thread:
+        def run() -> None:
+            with worker._machine(exclusive=exclusive):
+                order.append(name)
 
-    threads = [threading.Thread(target=train, daemon=True) for _ in range(4)]
-    for thread in threads:
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
-    time.sleep(0.05)
+        time.sleep(0.1)
+        return thread
 
-    def measure() -> None:
-        with worker._machine(exclusive=True):
-            overlap.append(training[0])
-
-    measuring = threading.Thread(target=measure, daemon=True)
-    measuring.start()
-    measuring.join(timeout=5)
-    over.set()
-    assert overlap == [0]
-    for thread in threads:
+    with worker._machine(exclusive=False):
+        others = [
+            enter("trains beside", exclusive=False),
+            enter("measures", exclusive=True),
+            enter("trains after", exclusive=False),
+        ]
+        assert order == ["trains beside"]
+    for thread in others:
         thread.join(timeout=5)
+    assert order == ["trains beside", "measures", "trains after"]
 
 
 # --- the ladder

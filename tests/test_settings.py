@@ -74,6 +74,8 @@ def other_value(model: type[BaseModel], name: str) -> tuple[list[str], object]:
     usual = default_of(field)
     if flag.file or name == "method":
         return ["other"], "other"
+    if name == "device":
+        return ["cpu"], "cpu"
     if choices := [c for k, _ in parts_of(field) for c in choices_of(k)]:
         other = next((c for c in reversed(choices) if c != usual), None)
         if other is not None:
@@ -125,7 +127,7 @@ def test_what_is_typed_arrives_in_the_object_and_counts_as_given(
     flag = flag_of(model, name)
     typed = flag.name if words or value else flag.off or "--no-" + flag.name.removeprefix("--")
     found = CliRunner().invoke(app, [typed, *words])
-    budgets = {"max_divergence", "max_slowdown"}
+    budgets = {"max_divergence", "max_slowdown", "patience"}
     if name in budgets:  # which need another setting
         assert isinstance(found.exception, BadInput)
         assert found.exception.where == "options"

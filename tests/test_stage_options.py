@@ -441,8 +441,20 @@ RUN: dict[str, dict[str, Any]] = {
     "arch_options": {"arch_options": {"stride_at": 1, "max_pool": True}},
     "allow_pickle": {"allow_pickle": True},
 }
-ELSEWHERE = {"checkpoint", "data", "seed", "prune", "finetune", "quantize", "targets", "batch", "labels", "search"}
-"""Fields of `RunConfig` that other tests of this file are about."""
+ELSEWHERE = {
+    "checkpoint",
+    "data",
+    "seed",
+    "prune",
+    "finetune",
+    "quantize",
+    "targets",
+    "batch",
+    "labels",
+    "search",
+    "skip_corrupt",
+}
+"""Fields of `RunConfig` that other tests of this file, and of the options, are about."""
 
 
 def test_what_a_run_states_about_a_checkpoint_holds_for_it_and_its_teacher(bench: Bench) -> None:

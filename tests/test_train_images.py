@@ -143,11 +143,10 @@ def test_batches_do_not_depend_on_who_reads(split: Split, tmp_path: Path, augmen
     expected = all_of(split, how(augment=augment), 0, None)
     assert len(expected) == 12
     assert len({t.numpy().tobytes() for t in expected[::2]}) == 6
-    for workers in (1, 2):
-        for cached in (None, tmp_path / "cache"):
-            for _ in range(2):  # the second time all is in the cache
-                found = all_of(split, how(augment=augment), workers, cached)
-                assert all(map(torch.equal, found, expected)), (workers, cached)
+    kept = tmp_path / "cache"
+    for workers, cached in ((1, None), (2, kept), (1, kept), (0, kept)):  # the second time all is in the cache
+        found = all_of(split, how(augment=augment), workers, cached)
+        assert all(map(torch.equal, found, expected)), (workers, cached)
     assert any((tmp_path / "cache").iterdir()), "decoded images were kept"
 
 
@@ -158,15 +157,25 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_image() -> None:
     assert abs(np.mean([s >> 63 for s in seeds]) - 0.5) < 0.06
 
 
-def test_the_order_of_a_million_images_costs_little() -> None:
+def test_the_order_of_a_million_images_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn once an epoch, that is under a millisecond a step."""
     labels = np.zeros(1_281_167, np.int64)
     split = Split(MemoryStore(np.zeros((1, 1, 1, 3), np.uint8)), labels, ("a",), HALF, "test")
     batches = Batches(split, how(augment="none"), 256)
-    batches.of(0)
-    began = time.perf_counter()
-    for step in range(batches.per_epoch - 1000, batches.per_epoch + 1000):
+    seconds: list[float] = []
+
+    def drawn(*given: object) -> np.ndarray:
+        began = time.process_time()
+        order = epoch_order(*given)  # type: ignore[arg-type]
+        seconds.append(time.process_time() - began)
+        return order
+
+    monkeypatch.setattr(loading, "epoch_order", drawn)
+    began = time.process_time()
+    for step in range(batches.per_epoch - 10, batches.per_epoch + 10):
         batches.of(step)
-    assert (time.perf_counter() - began) / 2000 < 1e-3
+    assert len(seconds) == 2
+    assert (time.process_time() - began - sum(seconds)) / 20 + seconds[0] / batches.per_epoch < 1e-3
 
 
 @pytest.mark.parametrize("counts", [(16, 278, 90), (1, 7), (5,), (3, 3, 3, 100)])
@@ -195,7 +204,7 @@ def kill_at(step: int) -> object:
     return kill
 
 
-@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, tmp_path: Path, stop: int) -> None:
     settings = how(augment="photo+", ema=0.9, hold_out=0.2, class_weights="balanced", accumulate=2, clip=1.0)
 
@@ -205,7 +214,7 @@ def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, 
 
     whole = fresh()
     expected = train(whole, split, settings)
-    for workers, again in ((1, 0), (0, 2)):
+    for workers, again in ((1, 0),) if stop == 1 else ((0, 2),):
         resume = tmp_path / f"{workers}.pt"
         first = settings.model_copy(update={"workers": workers})
         with pytest.raises(Killed):

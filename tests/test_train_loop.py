@@ -296,7 +296,7 @@ def test_augmentation_shifts_by_an_eighth_of_each_side() -> None:
 
 def test_divergence_and_senseless_settings_are_told(split: Split) -> None:
     with pytest.raises(BadInput, match="diverged"):
-        train(fresh(), split, settings(lr=1e12))
+        train(fresh(), split, settings().model_copy(update={"lr": 1e12}))
     with pytest.raises(ValueError, match="greater than 0"):
         settings(epochs=0)
     with pytest.raises(DataError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,14 +246,16 @@ def test_images_held_out_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(judged | seen) == 72
 
 
-def test_a_learning_rate_is_found(tmp_path: Path) -> None:
+def test_a_learning_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates differ by a hundred: the one that is taken is no worse than its neighbours after the same training."""
+    monkeypatch.setattr(training, "_TRIED_STEPS", (6, 6))
+    monkeypatch.setattr(training, "_TRIED_LR", (0.1, 1.0, 10.0))
     notes: list[str] = []
-    split = made((60, 60, 60))
+    split = made()
     model = fresh()
     log = train(model, split, how(lr="auto", epochs=2), note=notes.append)
     usual = 0.02 * 12 / 128
-    assert any(log.lr == pytest.approx(usual * times) for times in (0.1, 0.3, 1.0, 3.0, 10.0))
+    assert any(log.lr == pytest.approx(usual * times) for times in (0.1, 1.0, 10.0))
     assert any(note.startswith(f"learning rate {log.lr:.2g}") for note in notes)
     again = fresh()
     assert train(again, split, how(lr="auto", epochs=2)).lr == log.lr
@@ -281,4 +282,4 @@ def test_losses_that_are_read_late_are_the_same(monkeypatch: pytest.MonkeyPatch)
     late = train(fresh(), made(), how())
     assert late.epochs == exact.epochs
     with pytest.raises(BadInput, match="diverged in step"):
-        train(fresh(), made(), how(lr=1e14, epochs=4))
+        train(fresh(), made(), how(epochs=4).model_copy(update={"lr": 1e14}))

@@ -175,7 +175,7 @@ class TrainSettings(Section):
 
     epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto")] = 0.02
+    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto", parse=str)] = 0.02
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0, le=1e6)
@@ -191,7 +191,7 @@ class TrainSettings(Section):
     weight_decay: float = Field(5e-4, ge=0.0, le=1e3)
     warmup: float = Field(0.05, ge=0.0, lt=1.0)
     scale_lr: bool = False
-    accumulate: int = Field(1, ge=1, le=65_536)
+    accumulate: int = Field(1, ge=1, le=64)
     clip: float | None = Field(None, gt=0.0, le=1e6)
     sampling: Literal["shuffle", "balanced"] = Field("shuffle")
     class_weights: Literal["none", "balanced"] = "none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -18,6 +17,7 @@ from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Pari
 from export.recount import recount
 from export.session import has_float16_scales
 from export.to_onnx import ExportOptions
+from rescompress.core.details import ExportDetails, FileDetails
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
@@ -25,7 +25,6 @@ from rescompress.core.settings import ExportSettings
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.shared import (
-    Source,
     dataset,
     evaluate_runner,
     network_of,
@@ -35,25 +34,27 @@ from rescompress.stages.shared import (
     scores_classes,
     write_onnx,
 )
+from rescompress.steps import Export
 
 PARITY_IMAGES = 1000
 
 
-def exported(context: Context, *, source: Source, common: Settings, settings: ExportSettings) -> Outcome:
+def exported(context: Context, step: Export) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
+    common = step.common
     prepare(common)
-    chosen = export_options(settings)
-    checkpoint = as_exported(source.load(context), chosen)
+    chosen = export_options(step.settings)
+    checkpoint = as_exported(step.source.load(context), chosen)
     path = context.folder / "model.onnx"
     proto, metrics, details = write_export(checkpoint, chosen, path, common)
-    for note in details["notes"]:
+    for note in details.notes:
         context.reporter.note(note)
     files = [("onnx", path)]
     if common.data is not None and scores_classes(checkpoint.spec):
         found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
         metrics |= found.metrics
         files.append(("outcomes", outcomes_file(context, "export", found)))
-    return Outcome(metrics, files, details)
+    return Outcome(metrics, files, ExportDetails(**details.given()))
 
 
 def export_options(settings: ExportSettings) -> ExportOptions:
@@ -75,7 +76,7 @@ def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
 
 def write_export(
     checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings
-) -> tuple[onnx.ModelProto, dict[str, Metric], dict[str, Any]]:
+) -> tuple[onnx.ModelProto, dict[str, Metric], FileDetails]:
     """Write the ONNX file, recount it, compare it with torch; return it with its row and details."""
     proto = onnx_of(checkpoint, options)
     write_onnx(proto, path)
@@ -99,18 +100,18 @@ def write_export(
             f"the file and the torch network agree on {100 * worst.top1_agreement:.2f} % of {images}, with a mean logit "
             f"difference of {100 * worst.relative:.2f} % of the range; 99.9 % and 0.39 % are expected"
         )
-    details = {
-        "parity": parity.document() | {"images": images, "exact": same.exact},
-        "parity_in_integers": None if in_sums is None else in_sums.document(),
-        "float16": None if half is None else half.document(),
-        "notes": notes,
-        "opset": options.opset,
-        "batch": options.batch,
-        "precision": precision_of(checkpoint, options),
-        "profile": checkpoint.quantization.profile if checkpoint.quantization else None,
-        "arch": checkpoint.spec.arch,
-        "input_shape": list(checkpoint.spec.input_shape),
-    }
+    details = FileDetails(
+        parity=parity.document() | {"images": images, "exact": same.exact},
+        parity_in_integers=None if in_sums is None else in_sums.document(),
+        float16=None if half is None else half.document(),
+        notes=notes,
+        opset=options.opset,
+        batch=options.batch,
+        precision=precision_of(checkpoint, options),
+        profile=checkpoint.quantization.profile if checkpoint.quantization else None,
+        arch=checkpoint.spec.arch,
+        input_shape=list(checkpoint.spec.input_shape),
+    )
     return proto, metrics, details
 
 
