@@ -96,14 +96,19 @@ class Value:
             raise Refused("makes tensors beyond measure")
         return torch.arange(math.prod(natural)).reshape(natural)
 
-    def move(self, function: Callable[[Tensor], Tensor]) -> Value:
-        """Return the tensor that a function makes which moves numbers about, or drops some, or adds -1 where zeros come in."""
+    def move(self, function: Callable[[Tensor], Tensor], *, unnamed: bool = False) -> Value:
+        """Return the tensor that a function makes which moves numbers about, or drops some, or adds -1 where zeros come in.
+
+        Args:
+            function: It is given the places of the numbers.
+            unnamed: Whether the program does not do that itself.
+        """
         places = function(self.all_places())
         if places.numel() > MAX_ELEMENTS:
             raise Refused("makes tensors beyond measure")
         natural = (self.trace.batch, *self.step.shape)
         same = tuple(places.shape) == natural and torch.equal(places.flatten(), torch.arange(places.numel()))
-        return Value(self.trace, self.step, None if same else places, self.trace.name)
+        return Value(self.trace, self.step, None if same else places, self.name if unnamed else self.trace.name)
 
     def has_zeros(self) -> bool:
         """Whether some elements are zeros that were put in."""
@@ -441,7 +446,7 @@ class Trace:
             raise Refused(f"{'adds' if op == 'add' else 'multiplies'} tensors of shapes {a.shape} and {b.shape}")
         if a.ndim == 4 and (a.step.is_map or b.step.is_map):
             for there, back in (((0, 1, 2, 3), (0, 1, 2, 3)), (_TO_FIRST, _TO_LAST)):
-                turned = [v.move(lambda p, there=there: p.permute(there)) for v in (a, b)]  # type: ignore[misc]
+                turned = [v.move(lambda p, there=there: p.permute(there), unnamed=True) for v in (a, b)]  # type: ignore[misc]
                 try:
                     steps = [self.as_map(v)[0] for v in turned]
                 except Refused:
@@ -497,7 +502,7 @@ class Trace:
             there, back = ((0, 1, 2, 3),) * 2 if axis == 1 else (_TO_FIRST, _TO_LAST)
             if axis not in (1, 3):
                 raise Refused("puts maps side by side")
-            turned = [v.move(lambda p: p.permute(there)) for v in values]
+            turned = [v.move(lambda p: p.permute(there), unnamed=True) for v in values]
             steps = [self.as_map(v)[0] for v in turned]
             if all(s.is_map for s in steps):
                 shape = (sum(s.shape[0] for s in steps), *steps[0].shape[1:])
