@@ -25,7 +25,7 @@ from rescompress.core.metric import Metric, counted
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.export import as_exported, export_options, write_export
+from rescompress.stages.export import as_exported, export_options, file_for
 from rescompress.stages.shared import (
     dataset,
     evaluate_runner,
@@ -54,7 +54,7 @@ def target(context: Context, step: ForTarget) -> Outcome:
     chosen_options = for_target(export_options(step.settings), checkpoint, chosen)
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
-    proto, metrics, of_file = write_export(checkpoint, chosen_options, path, common)
+    proto, metrics, of_file = file_for(context, step.source, checkpoint, chosen_options, path, common)
     half = HalfCheck.of(of_file.float16) if of_file.float16 else None
     details = _Draft(**of_file.given())
     details.lint = lint_findings(proto, chosen, half)
