@@ -14,6 +14,7 @@ from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target, base_precision
+from edge_targets.fp8 import refusal
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.half import HalfCheck
@@ -44,6 +45,8 @@ def target(
     """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
     prepare(common)
     chosen = load_target(name)
+    if settings.precision == "fp8":
+        raise refusal(chosen.device)
     checkpoint = source.load(context)
     if settings.precision == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(source.path), remedy="run `rescompress quantize` first")
