@@ -395,6 +395,8 @@ def table(found: Report) -> str:
                 f"85 % below {np.quantile(size, 0.85):.1%}, worst {size.max():.1%}"
             )
     lines.append(f"bands made without a network on a board: hold {found.coverage:.0%} of it, half-width {found.half_width:.0%}")
+    elsewhere, _ = coverage(found.groups, np.log1p(found.network_errors), by_network)
+    lines.append(f"bands made without a network on any board: hold {elsewhere:.0%} of it")
     for title, widths in (
         ("a board with published figures", found.fitted.bands),
         ("any other board", found.fitted.unseen_device_bands),
