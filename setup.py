@@ -16,11 +16,12 @@ class BuildPy(build_py):
     def _demo(self) -> list[tuple[Path, Path]]:
         if self.editable_mode:  # the checkout is there
             return []
-        config = next(EXAMPLES / name for name in DEMOS if (EXAMPLES / name).is_file())
-        network = re.search(r"^checkpoint: *(\S+)", config.read_text(encoding="utf-8"), re.M)
-        assert network is not None, f"{config} names no checkpoint"
         folder = Path(self.build_lib) / "rescompress" / "demo"
-        return [(source, folder / source.name) for source in (config, EXAMPLES / network[1])]
+        for config in (EXAMPLES / name for name in DEMOS if (EXAMPLES / name).is_file()):
+            network = re.search(r"^checkpoint: *(\S+)", config.read_text(encoding="utf-8"), re.M)
+            if network is not None and (EXAMPLES / network[1]).is_file():
+                return [(source, folder / source.name) for source in (config, EXAMPLES / network[1])]
+        raise FileNotFoundError("no demo with its network in examples/")
 
     def run(self) -> None:
         """Build as usual, then copy."""

@@ -38,9 +38,10 @@ from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, prune
 from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
-from compress.train import TrainSettings, train
+from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.outcomes import Outcomes
+from rescompress.core.settings import TrainSettings
 from rescompress.gate import tango
 
 HELD_OUT = 0.04

@@ -35,9 +35,10 @@ from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, Scope, prune
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
-from compress.train import TrainSettings, train
+from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.layers import total_macs, walk
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import ModelSpec
 
 PEER = "torch-pruning"

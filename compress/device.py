@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from rescompress.core.errors import BadInput
@@ -23,3 +26,31 @@ def torch_device(name: str) -> str:
     if number not in ("", *map(str, range(count))) or not count:
         raise BadInput(f"torch finds no device '{name}' here", where="--device", remedy="use auto or cpu")
     return name
+
+
+@contextlib.contextmanager
+def computing_on(name: str) -> Iterator[str]:
+    """Make new tensors on a device inside, and compute there in full float32; yield the device.
+
+    Random numbers are drawn on the CPU, so that the choices are those of the CPU. An MPS device has no float64, which
+    statistics are summed in: there the CPU computes.
+
+    Args:
+        name: As `torch_device` returns it.
+    """
+    device = "cpu" if name.startswith("mps") else name
+    if device == "cpu":
+        yield device
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.device(device):
+            yield device
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return uniform numbers, drawn by the CPU, where new tensors are made."""
+    return torch.rand(shape, generator=generator, device="cpu").to(torch.get_default_device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compress.data import Split
+from compress.processes import ALONE, Together
+from compress.resnet import ResNet
 from rescompress.core.errors import DataError
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.runner import Runner
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class TorchRunner:
             logits: NDArray[np.float32] = self.model(x).float().cpu().numpy()
         return logits
 
+    def outputs(self, batch_NCHW: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Return every output of one of our networks."""
+        assert isinstance(self.model, ResNet)
+        with torch.inference_mode():
+            return [value.float().cpu().numpy() for value in self.model.outputs(torch.from_numpy(batch_NCHW).to(self.device))]
+
     def __enter__(self) -> TorchRunner:
         """Return itself."""
         return self
@@ -71,6 +82,7 @@ def evaluate(
     batch_size: int = 250,
     outputs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sharing: Together = ALONE,
 ) -> Evaluation:
     """Return top-1 and top-5 of `runner` on `split`.
 
@@ -82,18 +94,21 @@ def evaluate(
         batch_size: Images per call.
         outputs: Of the network, where its file or spec says; None takes any number.
         progress: Called with (done, total).
+        sharing: The processes that take a share of the batches each, and all return the whole.
 
     Raises:
         DataError: The split is empty, or the model's output is not finite, or no row of scores for each image.
     """
     if len(split) == 0:
         raise DataError("there is no image to evaluate on", where="--data", remedy="give a split with images")
-    predictions, hits5 = [], 0
-    done = 0
-    width = 0
-    marks: list[bytes] = []
-    for x, y in split.batches(batch_size):
-        marks += [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x.numpy()]
+    every = np.arange(len(split))
+    parts = [every[start : start + batch_size] for start in range(0, len(split), batch_size)]
+    mine = parts[sharing.rank :: sharing.world]
+    predictions: list[NDArray[np.int64]] = []
+    hits5 = done = width = 0
+    marks_by_batch: list[list[bytes]] = []
+    for x, y in split.batches(batch_size, indices=np.concatenate(mine) if mine else every[:0]):
+        marks_by_batch.append([hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x.numpy()])
         logits = runner(x.numpy())
         _check_shape(logits, len(y), outputs, runner.runtime)
         if not np.isfinite(logits).all():
@@ -106,7 +121,10 @@ def evaluate(
         done += len(y)
         if progress is not None:
             progress(done, len(split))
-    predicted = np.concatenate(predictions)
+    shares = sharing.gather((predictions, marks_by_batch, hits5, width))
+    predicted = np.concatenate(_dealt([share[0] for share in shares]))
+    marks = [mark for batch in _dealt([share[1] for share in shares]) for mark in batch]
+    hits5, width = sum(share[2] for share in shares), max(share[3] for share in shares)
     correct = predicted == split.labels
     first: dict[bytes, int] = {}
     copies = [i for i, mark in enumerate(marks) if first.setdefault(mark, i) != i]
@@ -116,6 +134,12 @@ def evaluate(
         metrics["top5"] = accuracy(hits5, len(split), runtime=runner.runtime, distinct=distinct)
     outcomes = Outcomes.pack(correct.tolist(), split.samples_sha256, split.classes, copies)
     return Evaluation(metrics, outcomes, predicted, _copy_notes(split, [(i, first[marks[i]]) for i in copies]))
+
+
+def _dealt(shares: Sequence[list[_T]]) -> list[_T]:
+    """Return in order what was dealt out one by one."""
+    total = sum(map(len, shares))
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def _check_shape(logits: NDArray[np.float32], images: int, outputs: int | None, runtime: str) -> None:

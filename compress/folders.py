@@ -488,3 +488,14 @@ def _is_flat(folder: Path) -> bool:
 def _list(names: Sequence[str], mark: str = "") -> str:
     texts = [f"{shown(n)}{mark}" for n in names]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def splits_of_table(table: Path) -> Splits:
+    """Return the splits of a label file that was named itself; its pictures stand beside it, or where it says.
+
+    Raises:
+        DataError: It names no pictures.
+    """
+    read = label_files.read(table, table.parent)
+    found = _of_rows(read.labels, table.parent, read.notes)
+    return _parted(read, found) if any(row.part for row in read.labels) else Splits(found)

@@ -5,7 +5,10 @@ Shape suffixes: N batch, H height, W width, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +28,20 @@ MOST_PIXELS = 1 << 27
 """Of an image on its way to the input's size."""
 
 
-def normalise(x_NCHW: Tensor, p: Preprocessing) -> Tensor:
-    """Return uint8 pixels as the network's float32 input: ``(x * scale - mean) / std`` in the spec's channel order."""
+def normalise(x_NCHW: Tensor, p: Preprocessing, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return pixels of 0..255 as the network's float32 input: ``(x * scale - mean) / std`` in the spec's channel order.
+
+    Args:
+        x_NCHW: On any device; it is computed there.
+        p: The preprocessing.
+        layout: Order of the result in memory.
+    """
     x = x_NCHW.to(torch.float32)
     if p.channel_order == "bgr":
         x = x.flip(1)
-    gain = torch.tensor([p.scale / s for s in p.std])[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(p.mean, p.std, strict=True)])[:, None, None]
-    return torch.addcmul(shift, x, gain).contiguous()
+    gain = torch.tensor([p.scale / s for s in p.std], device=x.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(p.mean, p.std, strict=True)], device=x.device)[:, None, None]
+    return torch.addcmul(shift, x, gain).contiguous(memory_format=layout)
 
 
 @functools.cache
@@ -42,29 +51,84 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def decode(path: Path, size: tuple[int, int, int], p: Preprocessing) -> Pixels:
-    """Return one image (H, W, C) uint8 at the network's input size.
+Reduce = Callable[[Image.Image], int]
+"""Says of an image whose header alone was read by which of 1, 2, 4 and 8 its sides may be divided where that is cheap."""
+
+
+def picture(
+    file: Path | bytes | Image.Image, channels: int, *, where: str | None = None, reduce: Reduce | None = None
+) -> Image.Image:
+    """Return one image as RGB or grey, whole.
 
     The content says what an image is, whatever its suffix; it is one of `FORMATS`.
 
     Args:
-        path: The file.
-        size: Channels, height, width of the network's input.
-        p: The preprocessing.
+        file: The file, what it holds, or the image where it is decoded already.
+        channels: Of the network's input: 1 gives grey.
+        where: What to call it in an error; the path by default.
+        reduce: Asked for a JPEG, whose decoder can leave out detail: the sides may come back divided, rounded up.
 
     Raises:
-        DataError: The file is no readable image.
+        DataError: It is no readable image.
     """
-    where, remedy = str(path), "remove or replace the file"
+    name, remedy = where or str(file), "remove or replace the file; --skip-corrupt leaves such files out"
+    mode = "RGB" if channels == 3 else "L"
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with _opened(file) as image:
+            by = reduce(image) if reduce is not None else 1
+            if by > 1 and image.format == "JPEG":
+                image.draft(None, (image.width // by, image.height // by))
             image.info.pop("transparency", None)  # what lies under it is shown; Pillow warns about palettes that have it
-            picture = _of_8_bits(image).convert("RGB" if size[0] == 3 else "L")
+            return _of_8_bits(image).convert(mode)
     except UnidentifiedImageError as e:
-        raise DataError(f"is damaged, or no image of a known kind ({', '.join(_formats())})", where=where, remedy=remedy) from e
+        raise DataError(f"is damaged, or no image of a known kind ({', '.join(_formats())})", where=name, remedy=remedy) from e
     except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
-        raise DataError(f"is no readable image: {e}", where=where, remedy=remedy) from e
-    return fit(picture, size, p, where=where)
+        raise DataError(f"is no readable image: {e}", where=name, remedy=remedy) from e
+
+
+def _opened(file: Path | bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+    if isinstance(file, Image.Image):
+        return contextlib.nullcontext(file.copy())
+    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=_formats())
+
+
+def dimensions(file: Path | bytes | Image.Image, *, where: str | None = None) -> tuple[int, int]:
+    """Return height and width of an image, of which only the header is read.
+
+    Raises:
+        DataError: It is no readable image.
+    """
+    found: list[tuple[int, int]] = []
+
+    def note(image: Image.Image) -> int:
+        found.append((image.height, image.width))
+        raise _Enough
+
+    with contextlib.suppress(_Enough):
+        picture(file, 3, where=where, reduce=note)
+    return found[0]
+
+
+class _Enough(Exception):
+    """The header was read."""
+
+
+def decode(
+    file: Path | bytes | Image.Image, size: tuple[int, int, int], p: Preprocessing, *, where: str | None = None
+) -> Pixels:
+    """Return one image (H, W, C) uint8 at the network's input size.
+
+    Args:
+        file: The file, or what it holds.
+        size: Channels, height, width of the network's input.
+        p: The preprocessing.
+        where: What to call it in an error; the path by default.
+
+    Raises:
+        DataError: It is no readable image.
+    """
+    name = where or str(file)
+    return fit(picture(file, size[0], where=name), size, p, where=name)
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from compress.data import Inputs
+from compress.data import Inputs, folded
 from rescompress.core.errors import BadInput
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
 from rescompress.core.spec import ModelSpec, Preprocessing
 
@@ -27,7 +28,9 @@ def same_arithmetic(a: Preprocessing, b: Preprocessing) -> bool:
     return (a.mean, a.std, a.scale, a.channel_order) == (b.mean, b.std, b.scale, b.channel_order)
 
 
-def match_teacher(teacher: Checkpoint, student: ModelSpec, classes: Sequence[str] = ()) -> tuple[Checkpoint, list[str]]:
+def match_teacher(
+    teacher: Checkpoint, student: ModelSpec | Network, classes: Sequence[str] = ()
+) -> tuple[Checkpoint, list[str]]:
     """Return the teacher with its outputs in the student's order, and what is worth telling.
 
     Its preprocessing stays its own, for training to prepare its images by; one that is only assumed gives way to what is
@@ -67,7 +70,7 @@ def match_teacher(teacher: Checkpoint, student: ModelSpec, classes: Sequence[str
     return teacher, notes
 
 
-def _with_preprocessing(teacher: Checkpoint, student: ModelSpec, notes: list[str]) -> Checkpoint:
+def _with_preprocessing(teacher: Checkpoint, student: ModelSpec | Network, notes: list[str]) -> Checkpoint:
     ours, theirs = student.preprocessing, teacher.spec.preprocessing
     if theirs.assumed and not ours.assumed:
         return dataclasses.replace(teacher, spec=teacher.spec.replace(preprocessing=ours))
@@ -90,7 +93,7 @@ def _geometry(p: Preprocessing) -> str:
 
 def _order(theirs: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Return at which output of `theirs` each of the wanted classes stands, or None where the sets differ."""
-    for spelling in (str, lambda name: str(name).strip().casefold()):
+    for spelling in (str, folded):
         at = {spelling(name): i for i, name in enumerate(theirs)}
         found = [at.get(spelling(name)) for name in wanted]
         if len(at) == len(theirs) == len(wanted) and None not in found and len(set(found)) == len(found):
@@ -117,7 +120,7 @@ def reordered(checkpoint: Checkpoint, order: Sequence[int]) -> Checkpoint:
     last = [layer.name for layer in walk(checkpoint.spec) if layer.op == "linear"][-1]
     index = torch.tensor(list(order))
     tensors = dict(checkpoint.state_dict)
-    binary = checkpoint.spec.head is not None and checkpoint.spec.head.num_classes == 1
+    binary = checkpoint.spec.num_classes == 1
 
     def moved(value: Tensor) -> Tensor:
         return -value if binary else value[index].contiguous()

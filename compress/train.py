@@ -2,85 +2,60 @@
 
 It runs on Accelerate, so the same code trains in one process, under ``accelerate launch`` or under ``torchrun``. Every
 random choice of a step is drawn from (seed, step, process), so a run that was killed and resumed from its last saved step
-ends with the same bits as one that was not.
+ends with the same bits as one that was not, whatever the number of processes that read images.
 
 Shape suffixes: N batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import io
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from compress.averaging import RunningMean
 from compress.data import Split
+from compress.data.augment import shifted
+from compress.data.loader import PHOTOS, Batches, cache_for, workers_for
 from compress.device import torch_device
+from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, shared_features
 from compress.pixels import normalise
+from compress.processes import Together
 from compress.prune.sparsity import has_pattern
-from compress.resnet import ResNet
 from compress.teacher import same_arithmetic
 from rescompress.core.artifact import atomic_path, open_regular
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.settings import LR_BATCH, TrainSettings
 from rescompress.core.spec import Preprocessing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the split.
-        lr: Peak learning rate of SGD with Nesterov momentum; warmed up linearly, then a cosine to zero (Loshchilov &
-            Hutter 2017, arXiv:1608.03983).
-        batch_size: Images per step over all processes.
-        momentum: Of SGD.
-        weight_decay: Of weights of convolutions and linear layers; BatchNorm, biases and scales have none.
-        warmup: Fraction of the steps over which the learning rate rises.
-        distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
-        temperature: Of the distillation's softmax (Hinton et al. 2015, arXiv:1503.02531, section 2).
-        augment: ``auto``: random crops from a zero-padded image (padding is an eighth of the side), and mirroring where
-            the data allows it. ``none``: the images as they are.
-        freeze_bn_after: Fraction of the steps after which BatchNorm uses and keeps its running statistics.
-        seed: Of order, augmentation and dropout.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``, as `compress.device.torch_device` reads them. Processes
-            that were launched together take one GPU each instead, where there are any and it is not ``cpu``.
-        features: Weight of the distance between the outputs of the blocks and the teacher's (`feature_loss`), beside the
-            other losses. Only with a teacher.
-        precision: ``fp32``, or ``bf16``: convolutions and linear layers compute in bfloat16 (autocast), weights and the
-            optimizer stay float32. Faster where the processor has bfloat16 units; not for quantization-aware training,
-            whose rounding must be the one that runs.
-    """
-
-    epochs: float
-    lr: float = 0.02
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.05
-    distill: float = 0.9
-    temperature: float = 4.0
-    augment: Literal["auto", "none"] = "auto"
-    freeze_bn_after: float = 1.0
-    seed: int = 0
-    device: str = "auto"
-    features: float = 0.0
-    precision: Precision = "fp32"
+_READ_EVERY = 20
+"""Steps on a GPU between two looks at the losses, each of which waits for it."""
+_FASTER_AS_CHANNELS_LAST = ("bf16", "fp16", "tf32")
+_TRIED_LR = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""What ``lr: auto`` tries, times the usual rate."""
+_TRIED_STEPS = (20, 500)
+"""Fewest and most steps of each trial; in between, a twentieth of the training."""
+_TRIED_HOLD_OUT = 0.1
+"""Part of the training images that the trials are judged by, where none is held out anyway."""
+_JUDGES = 2000
+"""Most images that a trial is judged by."""
+_SCORED_TOGETHER = 250
 
 
 @dataclass(frozen=True)
@@ -93,6 +68,7 @@ class TrainState:
         loss: Running mean over the last steps.
         accuracy: Running mean of the training accuracy, 0..1, under augmentation.
         lr: Learning rate of the step.
+        waiting: Part of the time in which the device had nothing to do because images were not there yet, 0..1.
     """
 
     step: int
@@ -100,43 +76,42 @@ class TrainState:
     loss: float
     accuracy: float
     lr: float
+    waiting: float = 0.0
 
 
 @dataclass
 class TrainLog:
-    """What happened, one entry per epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``; JSON values.
+    """What happened; JSON values.
 
     Attributes:
-        epochs: By epoch.
+        epochs: By epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``, and of the images held out ``held_out_top1`` and
+            ``held_out_loss``.
         resumed_at: The step that it went on from.
         threads: The numbers of threads that the steps before that were computed with.
+        lr: Peak learning rate.
+        best_epoch: The epoch whose state was kept, where images were held out.
+        waited_s: Seconds in which the device waited for images.
+        seconds: Of all steps.
+        workers: Processes that read images.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     resumed_at: int = 0
     threads: list[int] = field(default_factory=list)
+    lr: float = 0.0
+    best_epoch: float | None = None
+    waited_s: float = 0.0
+    seconds: float = 0.0
+    workers: int = 0
+
+    @property
+    def waiting(self) -> float:
+        """Part of the time in which the device waited for images, 0..1."""
+        return self.waited_s / self.seconds if self.seconds else 0.0
 
 
 Progress = Callable[[TrainState], None]
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that train together.
-
-    Attributes:
-        rank: Number of this one.
-        world: How many there are.
-    """
-
-    rank: int
-    world: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and progress."""
-        return self.rank == 0
 
 
 def train(
@@ -170,79 +145,457 @@ def train(
         BadInput: The training diverged, settings make no sense, or the device is not there.
         DataError: The split is too small.
     """
-    if settings.epochs <= 0 or settings.lr <= 0:
-        raise BadInput("epochs and learning rate are above 0", remedy="give --epochs and --lr above 0")
     if len(split) < 2:
         raise DataError(f"{len(split)} image cannot train a network", where="--data", remedy="give more training images")
-    accelerator = _accelerator(settings.device)
-    processes = Processes(accelerator.process_index, accelerator.num_processes)
-    batch_size = min(settings.batch_size, len(split)) // processes.world * processes.world
+    accelerator = _accelerator(settings.device or "auto")
+    share = Together(accelerator.process_index, accelerator.num_processes)
+    main = share.rank == 0
+    settings = settings.preset(min(split.size[:2]))
+    seed = settings.seed or 0
+    held = None
+    if settings.hold_out:
+        split, held = hold_out(split, settings.hold_out, seed)
+    batch_size = min(settings.batch_size, len(split)) // share.world * share.world
     if not batch_size:
         raise BadInput(
-            f"a batch of {settings.batch_size} is too small for {processes.world} processes", remedy="use a larger batch"
+            f"a batch of {settings.batch_size} is too small for {share.world} processes", remedy="use a larger batch"
         )
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
     watched = shared_features(model, teacher) if settings.features else ()
-    masks = [(p, p.detach() != 0) for p in model.parameters() if has_pattern(p.detach())]
-    optimizer = _optimizer(model, settings)
     start_from = " ".join(_digest(network) for network in (model, teacher) if network is not None)
     trained = " ".join(name for name, p in model.named_parameters() if p.requires_grad)
-    pixels = f"{split.preprocessing.model_dump_json()} {split.flips} {tuple(split.pixels(np.arange(1))[0].shape)}"
-    fingerprint = f"{sorted(asdict(settings).items())} {split.identity} {pixels} {processes.world} {batch_size} {start_from} "
+    height, width, channels = split.size
+    pixels = f"{split.preprocessing.model_dump_json()} {split.flips} {(1, channels, height, width)}"
     own = teacher_preprocessing if teacher is not None else None
     if own is not None and same_arithmetic(own, split.preprocessing):
         own = None
-    if own is not None:
-        fingerprint += f"{own.model_dump_json()} "
-    fingerprint += hashlib.sha256(trained.encode()).hexdigest()
-    log = TrainLog()
-    start, epoch_sums = _restore(resume_file, fingerprint, model, optimizer, log, note if processes.is_main else None)
-    log.resumed_at = start
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if teacher is not None:
-        teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-    layout = torch.channels_last if settings.precision == "bf16" else torch.contiguous_format  # bfloat16 kernels like it
-    for network in (model, *([teacher] if teacher is not None else [])):
-        network.to(memory_format=layout)
-    wrapped.train()
-    meter = _Meter()
-    saved_at = time.monotonic()
-    for step in range(start, steps):
-        epoch, within = divmod(step, per_epoch)
-        lr = settings.lr * _schedule(step, steps, settings.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        if step >= settings.freeze_bn_after * steps:
-            freeze_batch_norm(model)
-        x, y, seen = _batch(split, settings, epoch, within, step, batch_size, processes, own)
-        x, y = x.to(accelerator.device).contiguous(memory_format=layout), y.to(accelerator.device)
-        seen = x if own is None else seen.to(accelerator.device).contiguous(memory_format=layout)
-        loss, correct = _step(wrapped, teacher, x, y, settings, watched, seen)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise BadInput(f"training diverged in step {step + 1}: the loss is {value}", remedy="lower --lr")
-        accelerator.backward(loss)
-        optimizer.step()
-        with torch.no_grad():
-            for weight, mask in masks:
-                weight.mul_(mask.to(weight.device))
-        optimizer.zero_grad()
-        meter.add(value, correct / len(y))
-        epoch_sums += np.array([value, correct / len(y), 1.0])
-        if (step + 1) % per_epoch == 0 or step + 1 == steps:
-            mean = epoch_sums / epoch_sums[2]
-            log.epochs.append({"epoch": (step + 1) / per_epoch, "loss": float(mean[0]), "accuracy": float(mean[1]), "lr": lr})
-            epoch_sums = np.zeros(3)
-        if processes.is_main:
-            if progress is not None:
-                progress(TrainState(step + 1, steps, meter.loss, meter.accuracy, lr))
-            if resume_file is not None and time.monotonic() - saved_at > save_every_s and step + 1 < steps:
-                _save(resume_file, fingerprint, step + 1, model, optimizer, log, epoch_sums)
-                saved_at = time.monotonic()
-    accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as cleaning:
+        folder = resume_file.parent if resume_file is not None else None
+        if folder is None:
+            folder = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="rescompress-")))
+        workers = workers_for(settings, split, share, batch_size // share.world)
+        cache = cache_for(split, settings, workers, folder)
+        if cache is not None:
+            its = resume_file is None or int(os.environ.get("LOCAL_RANK") or 0) == 0  # one of those that share the folder
+            if its:
+                cache.create()
+                cleaning.callback(cache.remove)
+            accelerator.wait_for_everyone()
+        said = settings.model_dump(exclude={"workers", "device", "teacher", "cache_gib"}) | {"seed": seed}
+        fingerprint = f"{sorted(said.items())} {split.identity} {held.identity if held else ''} {pixels} {share.world} "
+        fingerprint += (
+            f"{batch_size} {accelerator.device.type} {cache is not None and settings.augment in PHOTOS} {start_from} "
+        )
+        if own is not None:
+            fingerprint += f"{own.model_dump_json()} "
+        fingerprint += hashlib.sha256(trained.encode()).hexdigest()
+        known = _saved(resume_file, fingerprint, note if main else None)
+        if teacher is not None:
+            teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        lr = (
+            float(known["lr"])
+            if known
+            else _peak(model, split, held, settings, batch_size, teacher, own, note if main else None)
+        )
+        settings = settings.model_copy(update={"lr": lr})
+        batches = Batches(split, settings, batch_size, share, cache)
+        loop = _Loop(model, settings, accelerator, teacher, own, batches, steps, watched, share)
+        if known:
+            loop.restore(known, note if main else None)
+        log = loop.log
+        log.resumed_at, log.lr, log.workers = loop.done, lr, workers
+
+        def save() -> None:
+            if resume_file is not None:
+                _write_state(resume_file, loop.state() | {"fingerprint": fingerprint, "lr": lr})
+
+        with (
+            batches.stream(loop.done, steps, workers, pin=accelerator.device.type == "cuda") as images,
+            _rounding(settings, accelerator.device),
+        ):
+            saved_at = time.monotonic()
+            while loop.done < steps and not loop.enough:
+                loop.step(images)
+                if held is not None and loop.at_end_of_epoch:
+                    loop.score(held)
+                if main and progress is not None:
+                    progress(loop.where())
+                if main and resume_file is not None and time.monotonic() - saved_at > save_every_s and loop.done < steps:
+                    save()
+                    saved_at = time.monotonic()
+        loop.finish()
+        accelerator.wait_for_everyone()
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return log
+
+
+class _Loop:
+    """A training between two steps: everything that changes in it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        teacher: nn.Module | None,
+        own: Preprocessing | None,
+        batches: Batches,
+        steps: int,
+        watched: Sequence[str],
+        share: Together,
+    ) -> None:
+        """Move the network to the device and lay out the optimizer."""
+        self._settings, self._accelerator, self._share = settings, accelerator, share
+        self._batches, self._steps, self._watched = batches, steps, watched
+        self._own, self._teacher, self._model = own, teacher, model
+        self._preprocessing, self._flips = batches.preprocessing, batches.flips
+        device = accelerator.device
+        self._masks = [(p, p.detach() != 0) for p in model.parameters() if has_pattern(p.detach())]
+        self._optimizer = _optimizer(model, settings)
+        self._wrapped, self._prepared = accelerator.prepare(model, self._optimizer)
+        on = settings.channels_last == "yes" or (
+            settings.channels_last == "auto"
+            and settings.precision in (_FASTER_AS_CHANNELS_LAST if device.type == "cuda" else ("bf16",))
+        )
+        self._layout = torch.channels_last if on else torch.contiguous_format
+        for network in (model, *([teacher] if teacher is not None else [])):
+            network.to(memory_format=self._layout)
+        if settings.compile and not watched:
+            self._wrapped = torch.compile(self._wrapped)
+            self._teacher = torch.compile(teacher) if teacher is not None else None  # type: ignore[assignment]
+        self._wrapped.train()
+        self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._mean = RunningMean(model, settings.ema) if settings.ema else None
+        self._weights_K: Tensor | None = None
+        if settings.class_weights == "balanced":
+            self._weights_K = class_weights(batches.labels, batches.classes).to(device)
+        self._mix = _mixers(settings, batches.classes)
+        self.log = TrainLog()
+        self.done = 0
+        self.enough = False
+        self._meter = _Meter()
+        self._sums = np.zeros(3)
+        self._unread: list[tuple[Tensor, Tensor, int]] = []
+        self._lr = 0.0
+        self._best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+        self._since_best = 0
+        self._busy: torch.cuda.Event | None = None
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether an epoch, or the training, is complete."""
+        return self.done % self._batches.per_epoch == 0 or self.done == self._steps
+
+    def where(self) -> TrainState:
+        """Return what is shown."""
+        return TrainState(self.done, self._steps, self._meter.loss, self._meter.accuracy, self._lr, self.log.waiting)
+
+    def step(self, images: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Do one step.
+
+        Args:
+            images: Gives pixels and labels of each step.
+
+        Raises:
+            BadInput: The training diverged.
+        """
+        settings, device, step = self._settings, self._accelerator.device, self.done
+        began = time.perf_counter()
+        idle = self._idle()
+        x, y = next(images)
+        waited = (time.perf_counter() - began) * (idle + self._idle()) / 2  # where it fell idle meanwhile, half of the time
+        self._lr = _peak_of(settings) * _schedule(step, self._steps, settings.warmup)
+        for group in self._prepared.param_groups:
+            group["lr"] = self._lr * group.get("lr_scale", 1.0)
+        if step >= settings.freeze_bn_after * self._steps:
+            freeze_batch_norm(self._model)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        x, target = arranged(x, y, settings, step, self._share, flips=self._flips, mix=self._mix)
+        parts = settings.accumulate if settings.accumulate <= len(y) else 1
+        losses, right = [], []
+        for part in torch.arange(len(y)).tensor_split(parts):
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            inputs = normalise(x[here], self._preprocessing, self._layout)
+            seen = inputs if self._own is None else normalise(x[here], self._own, self._layout)
+            syncs = contextlib.nullcontext() if here.stop == len(y) else self._accelerator.no_sync(self._wrapped)
+            with syncs:
+                loss, correct = _step(
+                    self._wrapped, self._teacher, inputs, target[here], settings, self._watched, seen, self._weights_K
+                )
+                if parts > 1:
+                    loss = loss * (len(part) / len(y))
+                self._accelerator.backward(self._scaler.scale(loss))
+            losses.append(loss.detach())
+            right.append(correct)
+        if settings.clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_([p for p in self._model.parameters() if p.grad is not None], settings.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        with torch.no_grad():
+            for weight, mask in self._masks:
+                weight.mul_(mask.to(weight.device))
+        self._optimizer.zero_grad()
+        if self._mean is not None:
+            self._mean.update()
+        one = len(losses) == 1
+        self._unread.append((losses[0] if one else sum(losses), right[0] if one else sum(right), len(y)))  # type: ignore[arg-type]
+        self.done += 1
+        if device.type == "cuda":
+            self._busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._busy.record()
+        if _reads_each_step(device) or self.at_end_of_epoch or len(self._unread) == _READ_EVERY:
+            self._read()
+        if self.at_end_of_epoch:
+            mean = self._sums / self._sums[2]
+            epoch = self.done / self._batches.per_epoch
+            self.log.epochs.append({"epoch": epoch, "loss": float(mean[0]), "accuracy": float(mean[1]), "lr": self._lr})
+            self._sums = np.zeros(3)
+        self.log.waited_s += waited
+        self.log.seconds += time.perf_counter() - began
+
+    def _idle(self) -> bool:
+        """Whether the device has done all that it was given."""
+        return self._busy is None or bool(self._busy.query())  # type: ignore[no-untyped-call]
+
+    def _read(self) -> None:
+        """Take in the losses of the last steps, which waits for the device.
+
+        Raises:
+            BadInput: The training diverged.
+        """
+        if not self._unread:
+            return
+        if len(self._unread) == 1:
+            values = [(self._unread[0][0].item(), int(self._unread[0][1]))]
+        else:
+            both = torch.stack([torch.stack([loss.float(), correct.float()]) for loss, correct, _ in self._unread]).tolist()
+            values = [(loss, int(correct)) for loss, correct in both]
+        first = self.done - len(values)
+        for number, ((value, correct), (_, _, images)) in enumerate(zip(values, self._unread, strict=True), start=first + 1):
+            if not math.isfinite(value):
+                raise BadInput(f"training diverged in step {number}: the loss is {value}", remedy="lower --lr")
+            self._meter.add(value, correct / images)
+            self._sums += np.array([value, correct / images, 1.0])
+        self._unread = []
+
+    def score(self, held: Split) -> None:
+        """Evaluate the network on images held out, and keep its state if it is the best so far."""
+        if self._mean is not None:
+            self._mean.swap()
+        if self._share.world > 1:  # every process normalises by the batches that it saw; the first one's statistics are kept
+            from accelerate.utils import broadcast
+
+            for value in self._model.buffers():
+                broadcast(value)
+        top1, loss = _score(self._model, held, self._accelerator, self._share)
+        self.log.epochs[-1] |= {"held_out_top1": top1, "held_out_loss": loss}
+        if self._best is None or (top1, -loss) > self._best[0]:
+            state = {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
+            self._best, self._since_best = ((top1, -loss), state), 0
+            self.log.best_epoch = self.log.epochs[-1]["epoch"]
+        else:
+            self._since_best += 1
+            self.enough = bool(self._settings.patience) and self._since_best >= self._settings.patience
+        if self._mean is not None:
+            self._mean.swap()
+        self._wrapped.train()
+        if self.done >= self._settings.freeze_bn_after * self._steps:
+            freeze_batch_norm(self._model)
+
+    def finish(self) -> None:
+        """Leave in the network what the training came to."""
+        if self._best is not None:
+            self._model.load_state_dict(self._best[1])
+        elif self._mean is not None:
+            self._mean.swap()
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that `restore` takes."""
+        self._read()
+        return {
+            "step": self.done,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "mean": self._mean.state() if self._mean is not None else None,
+            "best": self._best,
+            "since_best": self._since_best,
+            "best_epoch": self.log.best_epoch,
+            "epochs": self.log.epochs,
+            "epoch_sums": self._sums.tolist(),
+            "times": [self.log.waited_s, self.log.seconds],
+            "threads": sorted({*self.log.threads, torch.get_num_threads()}),
+        }
+
+    def restore(self, state: Mapping[str, Any], note: Note | None) -> None:
+        """Take up a saved state.
+
+        Args:
+            state: From `state`.
+            note: Called where the bits cannot be those of a training that was not interrupted.
+        """
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._mean is not None:
+            self._mean.load(state["mean"])
+        self._best = state["best"]
+        self._since_best = state["since_best"]
+        self.log.best_epoch = state["best_epoch"]
+        self.log.epochs = list(state["epochs"])
+        self._sums = np.array(state["epoch_sums"])
+        self.log.waited_s, self.log.seconds = state["times"]
+        self.log.threads = sorted(int(n) for n in state["threads"])
+        self.done = int(state["step"])
+        self.enough = bool(self._settings.patience) and self._since_best >= self._settings.patience
+        now = torch.get_num_threads()
+        if note is not None and any(n != now for n in self.log.threads):
+            before = " and ".join(map(str, self.log.threads))
+            note(f"training goes on with {now} threads after {before}: the sums, and so the bits, are those of neither")
+
+
+def _reads_each_step(device: torch.device) -> bool:
+    """Whether looking at a loss waits for nothing."""
+    return device.type == "cpu"
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Return the images to train on and those to choose by: of each class its part, and of a single image none.
+
+    Raises:
+        DataError: No class has an image to spare.
+    """
+    rng = np.random.default_rng([seed, 0x401D])
+    kept = []
+    for label in np.unique(split.labels):
+        mine = rng.permutation(np.flatnonzero(split.labels == label))
+        kept.append(mine[: min(len(mine) - 1, max(int(len(mine) >= 4), round(fraction * len(mine))))])
+    chosen = np.sort(np.concatenate(kept))
+    if not len(chosen):
+        raise DataError("no class has an image to spare", where="hold_out", remedy="give more images, or no hold_out")
+    return split.subset(np.setdiff1d(np.arange(len(split)), chosen)), split.subset(chosen)
+
+
+@torch.no_grad()
+def _score(model: nn.Module, held: Split, accelerator: Accelerator, share: Together) -> tuple[float, float]:
+    """Return top-1 and mean cross-entropy on images, which the processes share out."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    mine = np.arange(share.rank, len(held), share.world)
+    for x, y in held.batches(_SCORED_TOGETHER, indices=mine):
+        logits = model(x.to(accelerator.device)).float().cpu()
+        sums += torch.tensor([float(_right(logits, y)), float(label_loss(logits, y)) * len(y)], dtype=torch.float64)
+    if share.world > 1:
+        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
+    top1, loss = (float(v) / len(held) for v in sums)
+    return top1, loss if math.isfinite(loss) else math.inf
+
+
+def _peak_of(settings: TrainSettings) -> float:
+    assert not isinstance(settings.lr, str)
+    return settings.lr
+
+
+def _peak(
+    model: nn.Module,
+    split: Split,
+    held: Split | None,
+    settings: TrainSettings,
+    batch_size: int,
+    teacher: nn.Module | None,
+    own: Preprocessing | None,
+    note: Note | None,
+) -> float:
+    """Return the peak learning rate: as asked for, or the one whose short training has the lowest loss on images held out.
+
+    Raises:
+        BadInput: Every one that was tried diverged.
+    """
+    factor = batch_size / LR_BATCH if settings.scale_lr else 1.0
+    if settings.lr != "auto":
+        return settings.lr * factor
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        raise BadInput(
+            "auto finds a learning rate in one process",
+            where="lr",
+            remedy="find it there for a part of the epochs, then give it",
+        )
+    usual = float(TrainSettings.model_fields["lr"].default) * (batch_size / LR_BATCH)
+    if held is None:
+        split, held = hold_out(split, _TRIED_HOLD_OUT, settings.seed or 0)
+    held = held.take(_JUDGES, settings.seed or 0)
+    per_epoch = max(1, len(split) // batch_size)
+    steps = max(1, min(max(round(settings.epochs * per_epoch) // 20, _TRIED_STEPS[0]), _TRIED_STEPS[1]))
+    found: dict[float, float] = {}
+    for rate in (usual * times for times in _TRIED_LR):
+        trial = settings.model_copy(
+            update={"lr": rate, "scale_lr": False, "epochs": steps / per_epoch, "hold_out": 0.0, "patience": 0, "ema": 0.0}
+        )
+        student = copy.deepcopy(model)
+        try:
+            train(student, split, trial, teacher=teacher, teacher_preprocessing=own)
+        except BadInput:
+            continue
+        student = student.to(_accelerator(settings.device or "auto").device)
+        accelerator = _accelerator(settings.device or "auto")
+        share = Together(accelerator.process_index, accelerator.num_processes)
+        found[rate] = _score(student, held, accelerator, share)[1]
+    best = min(found, key=lambda rate: found[rate], default=None)
+    if best is None or not math.isfinite(found[best]):
+        raise BadInput("training diverged at every learning rate that was tried", where="lr", remedy="check the checkpoint")
+    if note is not None:
+        tried = ", ".join(f"{rate:.2g}: {loss:.3f}" for rate, loss in found.items())
+        note(f"learning rate {best:.2g}, of {steps} steps each on training images (loss on {len(held)} others: {tried})")
+    return best
+
+
+@contextlib.contextmanager
+def _rounding(settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    """Let a GPU round float32 operands to TF32 inside, unless float32 was asked for."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision != "fp32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _mixers(settings: TrainSettings, classes: int) -> list[Any]:
+    """Return what mixes images of a batch, torchvision's."""
+    if not settings.mixup and not settings.cutmix:
+        return []
+    from torchvision.transforms import v2
+
+    found: list[Any] = [v2.MixUp(alpha=settings.mixup, num_classes=classes)] if settings.mixup else []
+    return [*found, v2.CutMix(alpha=settings.cutmix, num_classes=classes)] if settings.cutmix else found
+
+
+def arranged(
+    x: Tensor, y: Tensor, settings: TrainSettings, step: int, share: Together, *, flips: bool, mix: Sequence[Any] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return a batch as the networks see it before normalisation: moved, mirrored or mixed, as a function of (seed, step).
+
+    Args:
+        x: Pixels (N, C, H, W).
+        y: Labels (N,).
+        settings: What is done.
+        step: Of the training.
+        share: Which process.
+        flips: Whether a mirrored image means the same.
+        mix: Mixes images and labels; one is drawn for each step.
+    """
+    torch.manual_seed(((settings.seed or 0) * 1_000_003 + step) * 64 + share.rank)  # also draws the dropout of this step
+    if settings.augment == "cifar":
+        x = shifted(x, flip=flips)
+    if mix:
+        chosen = mix[int(torch.randint(len(mix), ())) if len(mix) > 1 else 0]
+        x, y = chosen(x.float(), y)
+    return x, y
 
 
 def _accelerator(device: str) -> Accelerator:
@@ -275,67 +628,6 @@ def freeze_batch_norm(model: nn.Module) -> None:
             module.eval()
 
 
-def distillation_loss(student_NK: Tensor, teacher_NK: Tensor, temperature: float) -> Tensor:
-    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch (Hinton et al. 2015, eq. 1-4).
-
-    A network with one output is read as the two-class network with logits (0, z).
-    """
-    if student_NK.shape[1] == 1:
-        student_NK, teacher_NK = F.pad(student_NK, (1, 0)), F.pad(teacher_NK, (1, 0))
-    log_p = F.log_softmax(student_NK / temperature, 1)
-    log_q = F.log_softmax(teacher_NK / temperature, 1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
-
-
-def label_loss(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-    """Return the mean cross-entropy; binary where the network has one output."""
-    if logits_NK.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits_NK[:, 0], y_N.float())
-    return F.cross_entropy(logits_NK, y_N)
-
-
-def shared_features(student: nn.Module, teacher: nn.Module | None) -> tuple[str, ...]:
-    """Return the blocks' outputs that student and teacher both have, in the same shape.
-
-    Args:
-        student: A `ResNet`.
-        teacher: Likewise.
-
-    Raises:
-        BadInput: There is no teacher, or they share none.
-    """
-    outputs = [_block_outputs(m) for m in (student, teacher) if isinstance(m, ResNet)]
-    shared = tuple(name for name, shape in outputs[0].items() if outputs[1].get(name) == shape) if len(outputs) == 2 else ()
-    if not shared:
-        raise BadInput(
-            "student and teacher have no block output of the same shape in common",
-            where="features",
-            remedy="distil the outputs alone, or prune with --scope inner",
-        )
-    return shared
-
-
-def _block_outputs(model: ResNet) -> dict[str, tuple[int, ...]]:
-    last = {layer.block: layer for layer in model.layers if layer.block is not None}
-    return {layer.name: tuple(layer.out_shape) for layer in last.values()}
-
-
-def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean over tensors of the squared distance, relative to the teacher's energy.
-
-    The hint loss of Romero et al. 2015 (arXiv:1412.6550, equation 3) without a regressor.
-
-    Args:
-        student: Tensors by name.
-        teacher: The same names and shapes.
-    """
-    shares = [
-        (student[name].float() - t.float()).square().sum() / t.float().square().sum().clamp_min(1e-12)
-        for name, t in teacher.items()
-    ]
-    return torch.stack(shares).mean()
-
-
 class _Watch:
     """Keeps the named tensors of a forward pass."""
 
@@ -348,6 +640,12 @@ class _Watch:
             self.seen[name] = value
 
 
+def _right(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the number of right answers; a mixed image shows the class that it has most of."""
+    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    return (predicted == (y if y.ndim == 1 else y.argmax(1))).sum()
+
+
 def _step(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -356,72 +654,31 @@ def _step(
     settings: TrainSettings,
     watched: Sequence[str] = (),
     seen: Tensor | None = None,
-) -> tuple[Tensor, int]:
+    weights_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the loss and the right answers of one batch; `seen` is what the teacher gets, `x` unless given."""
     seen = x if seen is None else seen
     mine, wanted = _Watch(watched), _Watch(watched)
     with _autocast(x, settings):
         logits = (model(x, mine) if watched else model(x)).float()
-    predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-    correct = int((predicted == y).sum())
+    correct = _right(logits.detach(), y)
+    smoothing = settings.label_smoothing or 0.0
     if teacher is None:
-        return label_loss(logits, y), correct
+        return label_loss(logits, y, smoothing=smoothing, weights_K=weights_K), correct
     with torch.no_grad(), _autocast(x, settings):
         target = (teacher(seen, wanted) if watched else teacher(seen)).float()
     soft = distillation_loss(logits, target, settings.temperature)
     loss = settings.distill * soft
     if settings.distill < 1.0:
-        loss = loss + (1.0 - settings.distill) * label_loss(logits, y)
+        loss = loss + (1.0 - settings.distill) * label_loss(logits, y, smoothing=smoothing, weights_K=weights_K)
     if watched:
         loss = loss + settings.features * feature_loss(mine.seen, wanted.seen)
     return loss, correct
 
 
 def _autocast(x: Tensor, settings: TrainSettings) -> torch.autocast:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-
-
-def _batch(
-    split: Split,
-    settings: TrainSettings,
-    epoch: int,
-    within: int,
-    step: int,
-    batch_size: int,
-    processes: Processes,
-    own: Preprocessing | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs, labels and the teacher's inputs of this process's share of a step: a function of (seed, step, process).
-
-    The teacher sees the very pictures that the network sees, prepared by `own` where that is given.
-    """
-    order = np.random.default_rng([settings.seed, epoch]).permutation(len(split))
-    mine = order[within * batch_size : (within + 1) * batch_size][processes.rank :: processes.world]
-    x, y = split.pixels(mine)
-    torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + processes.rank)  # also draws the dropout of this step
-    if settings.augment == "auto":
-        x = augment(x, flip=split.flips)
-    inputs = normalise(x, split.preprocessing)
-    return inputs, y, inputs if own is None else normalise(x, own)
-
-
-def augment(x_NCHW: Tensor, *, flip: bool) -> Tensor:
-    """Return randomly shifted (up to an eighth of each side, zeros move in) and perhaps mirrored images.
-
-    Args:
-        x_NCHW: Pixels.
-        flip: Whether half of the images are mirrored.
-    """
-    n, _, h, w = x_NCHW.shape
-    pad_h, pad_w = max(1, h // 8), max(1, w // 8)
-    padded = F.pad(x_NCHW, (pad_w, pad_w, pad_h, pad_h))
-    top = torch.randint(0, 2 * pad_h + 1, (n, 1)) + torch.arange(h)
-    left = torch.randint(0, 2 * pad_w + 1, (n, 1)) + torch.arange(w)
-    if flip:
-        mirrored = torch.rand(n, 1) < 0.5
-        left = torch.where(mirrored, left.flip(1), left)
-    n_index = torch.arange(n)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[n_index, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2)
+    kind = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(x.device.type, kind, enabled=settings.precision in ("bf16", "fp16"))
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -436,7 +693,7 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=settings.lr, momentum=settings.momentum, nesterov=True)
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=_peak_of(settings), momentum=settings.momentum, nesterov=True)
 
 
 class _Meter:
@@ -457,27 +714,22 @@ class _Meter:
         return float(self._sums[1] / self._sums[2])
 
 
-_STATE = b"rescompress training state 2\n"
+_STATE = b"rescompress training state 3\n"
 """How a saved state begins; its SHA-256 follows, then what torch writes."""
 
 
-def _save(
-    path: Path, fingerprint: str, step: int, model: nn.Module, optimizer: Any, log: TrainLog, epoch_sums: np.ndarray[Any, Any]
-) -> None:
-    state = {
-        "fingerprint": fingerprint,
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epochs": log.epochs,
-        "epoch_sums": epoch_sums.tolist(),
-        "threads": sorted({*log.threads, torch.get_num_threads()}),
-    }
+def _write_state(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(dict(state), buffer)
     with atomic_path(path, follow=False) as temporary, temporary.open("wb") as f:
         f.write(_STATE + hashlib.sha256(buffer.getbuffer()).digest())
         f.write(buffer.getbuffer())
+
+
+_WHOLE = frozenset(
+    {"fingerprint", "lr", "step", "model", "optimizer", "scaler", "mean", "best", "since_best", "best_epoch", "epochs"}
+    | {"epoch_sums", "times", "threads"}
+)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -495,31 +747,19 @@ def _read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as e:  # whatever torch makes of bytes that somebody else signed
         raise ValueError(f"it holds no state: {e}") from e
-    if not isinstance(state, dict) or not {"fingerprint", "step", "model", "optimizer", "epochs", "epoch_sums"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= _WHOLE:
         raise ValueError("it holds no state")
     return state
 
 
-def _restore(
-    path: Path | None, fingerprint: str, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainLog, note: Note | None
-) -> tuple[int, np.ndarray[Any, Any]]:
-    """Take up the saved state; return the steps it has done and the sums of its epoch, zeros if there is none that fits."""
+def _saved(path: Path | None, fingerprint: str, note: Note | None) -> dict[str, Any] | None:
+    """Return the saved state, or None where there is none that fits."""
     if path is None or not os.path.lexists(path):
-        return 0, np.zeros(3)
+        return None
     try:
         state = _read_state(path)
     except (ValueError, OSError) as e:
         if note is not None:
             note(f"the saved state {path} is not taken up ({e}): training starts again")
-        return 0, np.zeros(3)
-    if state["fingerprint"] != fingerprint:
-        return 0, np.zeros(3)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    log.epochs = list(state["epochs"])
-    log.threads = sorted(int(n) for n in state.get("threads", ()))
-    now = torch.get_num_threads()
-    if note is not None and any(n != now for n in log.threads):
-        before = " and ".join(map(str, log.threads))
-        note(f"training goes on with {now} threads after {before}: the sums, and so the bits, are those of neither")
-    return int(state["step"]), np.array(state["epoch_sums"])
+        return None
+    return state if state["fingerprint"] == fingerprint else None

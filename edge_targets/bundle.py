@@ -15,6 +15,7 @@ from edge_targets.build_script import build_script
 from edge_targets.device import Precision, Target
 from edge_targets.trtexec import InputShapes
 from rescompress.core.artifact import file_sha256, write_bytes, write_text
+from rescompress.core.graph import Network
 from rescompress.core.spec import ModelSpec
 
 MODEL = "model.onnx"
@@ -23,7 +24,7 @@ OPTIONAL = ("labels.txt",)
 EXECUTABLE = ("build.sh", "infer.py", "trt_builder.py")
 
 
-def about(spec: ModelSpec, target: Target, precision: Precision, onnx_sha256: str) -> dict[str, Any]:
+def about(spec: ModelSpec | Network, target: Target, precision: Precision, onnx_sha256: str) -> dict[str, Any]:
     """Return what ``model.json`` of a bundle says: how to feed the network, and what it is."""
     return {
         "arch": spec.arch,
@@ -39,7 +40,7 @@ def about(spec: ModelSpec, target: Target, precision: Precision, onnx_sha256: st
 
 
 def write_bundle(
-    onnx_path: Path, spec: ModelSpec, target: Target, precision: Precision, *, shapes: InputShapes | None = None
+    onnx_path: Path, spec: ModelSpec | Network, target: Target, precision: Precision, *, shapes: InputShapes | None = None
 ) -> list[Path]:
     """Complete the folder of an exported ``model.onnx`` to a bundle; return the files beside it.
 
@@ -87,7 +88,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _readme(onnx: str, spec: ModelSpec, target: Target, precision: Precision) -> str:
+def _readme(onnx: str, spec: ModelSpec | Network, target: Target, precision: Precision) -> str:
     arch = re.sub(r"([\\`*\[\]<>!#|@])", r"\\\1", _one_line(spec.arch))
     return f"""# {arch} for the {target.device.title}, {precision}
 

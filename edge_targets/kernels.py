@@ -10,11 +10,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
-from rescompress.core.layers import INPUT, Layer
+from rescompress.core.graph import INPUT, Layer
+from rescompress.core.operations import (
+    Add,
+    Affine,
+    AvgPool,
+    BatchNorm,
+    ChannelSelect,
+    Clip,
+    Concat,
+    Conv,
+    Dropout,
+    Elu,
+    Flatten,
+    Gelu,
+    GlobalPool,
+    GroupNorm,
+    HardSigmoid,
+    HardSwish,
+    Input,
+    LeakyRelu,
+    Linear,
+    MaxPool,
+    Multiply,
+    Operation,
+    Pad,
+    PRelu,
+    Relu,
+    Resize,
+    Sigmoid,
+    Silu,
+    Softmax,
+    Tanh,
+)
 
 KernelKind = Literal["conv", "linear", "pool", "move"]
+Role = Literal["conv", "linear", "pool", "move", "input", "add", "pointwise", "nothing"]
+
+
+def role_of(op: Operation) -> Role:
+    """Return what an operation is to a runtime: a kernel of some kind, part of the one before, or nothing."""
+    match op:
+        case Conv():
+            return "conv"
+        case Linear():
+            return "linear"
+        case MaxPool() | AvgPool() | GlobalPool():
+            return "pool"
+        case Add():
+            return "add"
+        case Input():
+            return "input"
+        case BatchNorm() | Affine() | Clip() | LeakyRelu() | Relu() | PRelu() | Elu() | Silu() | Gelu() | HardSwish():
+            return "pointwise"
+        case HardSigmoid() | Sigmoid() | Tanh():
+            return "pointwise"
+        case Flatten() | Dropout():
+            return "nothing"
+        case Multiply() | Concat() | ChannelSelect() | Pad() | Resize() | Softmax() | GroupNorm():
+            return "move"
+        case never:
+            assert_never(never)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +130,14 @@ def fuse(layers: Sequence[Layer], *, add_fuses: bool = True) -> list[Kernel]:
     absorbed: set[str] = set()
     kernels: list[Kernel] = []
     for layer in layers:
-        if layer.op == "input":
+        role = role_of(layer.operation)
+        if role == "input":
             c, h, w = layer.out_shape
             kernels.append(Kernel("input reformat", "move", h * w, c, c, in_pixels=h * w, first=True))
-        if layer.op in ("input", "dropout", "batch_norm") or layer.name in absorbed:
+        if role in ("input", "nothing") or layer.name in absorbed:
             continue
         skip = False
-        if layer.op in ("conv", "linear", "add"):
+        if role in ("conv", "linear", "add", "pointwise"):
             skip = _absorb(layer, readers, absorbed, add_fuses=add_fuses)
         kernels.append(_kernel(layer, skip=skip, first=layer.inputs[:1] == (INPUT,)))
     return kernels
@@ -89,38 +148,38 @@ def _absorb(layer: Layer, readers: dict[str, list[Layer]], absorbed: set[str], *
     tail, skip = layer, False
     while len(readers[tail.name]) == 1:
         after = readers[tail.name][0]
-        joins = add_fuses and not skip and after.op == "add" and layer.op == "conv" and after.inputs[0] == tail.name
-        if not joins and after.op not in ("batch_norm", "relu", "dropout"):
+        role = role_of(after.operation)
+        sums = role == "add" and isinstance(layer.operation, Conv) and after.name not in absorbed
+        joins = add_fuses and not skip and sums and _is_summand(after, tail.name, readers)
+        if not joins and role not in ("pointwise", "nothing"):
             break
         skip = skip or joins
         absorbed.add(after.name)
         tail = after
-        if after.op == "relu":
+        if role == "pointwise" and not isinstance(after.operation, BatchNorm | Affine):
             break
     return skip
+
+
+def _is_summand(add: Layer, tensor: str, readers: dict[str, list[Layer]]) -> bool:
+    """Whether an Add runs inside the convolution that ends in `tensor`: its first input, unless that is no such end."""
+    return add.inputs[0] == tensor or len(readers.get(add.inputs[0], ())) > 1
 
 
 def _kernel(layer: Layer, *, skip: bool, first: bool) -> Kernel:
     out = layer.out_shape
     pixels = out[1] * out[2] if len(out) == 3 else 1
     in_pixels = layer.in_shape[1] * layer.in_shape[2] if len(layer.in_shape) == 3 else 1
-    kinds: dict[str, KernelKind] = {
-        "conv": "conv",
-        "linear": "linear",
-        "max_pool": "pool",
-        "avg_pool": "pool",
-        "global_pool": "pool",
-        "global_max_avg_pool": "pool",
-    }
+    op, role = layer.operation, role_of(layer.operation)
     return Kernel(
         layer.name,
-        kinds.get(layer.op, "move"),
+        role if role == "conv" or role == "linear" or role == "pool" else "move",
         pixels,
         layer.in_shape[0],
         out[0],
-        taps=layer.kernel**2 if layer.op == "conv" else 1,
-        groups=layer.groups,
+        taps=op.kernel[0] * op.kernel[1] if isinstance(op, Conv) else 1,
+        groups=op.groups if isinstance(op, Conv) else 1,
         in_pixels=in_pixels,
-        skip=skip or layer.op == "add",
+        skip=skip or role == "add" or isinstance(op, Multiply),
         first=first,
     )

@@ -23,8 +23,9 @@ from compress.checkpoints.base import Checkpoint
 from compress.data import DIGITS, load_dataset
 from compress.evaluate import TorchRunner, evaluate
 from compress.resnet import build_model, tensors_of
-from compress.train import TrainSettings, train
+from compress.train import train
 from compress.zoo import spec
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 

@@ -5,9 +5,9 @@ Shape suffixes: N images, K classes, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -109,6 +109,41 @@ def compare(reference: Runner, candidate: Runner, batches: Iterable[Floats]) -> 
     if not pairs:
         raise DataError("there are no images to compare on", remedy="give at least one batch")
     return compare_logits(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
+
+
+class Outputs(Protocol):
+    """A runner that returns all outputs of a network."""
+
+    def outputs(self, batch_NCHW: Floats) -> Sequence[Floats]:
+        """Return every output for a batch."""
+        ...
+
+
+def compare_outputs(reference: Outputs, candidate: Outputs, batches: Iterable[Floats]) -> Parity:
+    """Return how far the outputs of two runners are apart: of several outputs, of the one that is farthest.
+
+    Of a map each pixel counts as an image, and its channels as classes.
+
+    Args:
+        reference: The network to measure against.
+        candidate: The other one.
+        batches: Preprocessed images, each (N, C, H, W).
+
+    Raises:
+        DataError: There are no batches, the outputs do not match, or a network returned NaN.
+    """
+    pairs = [(reference.outputs(x), candidate.outputs(x)) for x in batches]
+    if not pairs or len({len(made) for pair in pairs for made in pair}) != 1:
+        raise DataError("there are no outputs to compare", remedy="give at least one batch, and the file of this network")
+    found = [
+        compare_logits(*(np.concatenate([_rows(pair[side][i]) for pair in pairs]) for side in (0, 1)))
+        for i in range(len(pairs[0][0]))
+    ]
+    return min(found, key=lambda parity: (parity.exact, -parity.relative))
+
+
+def _rows(values: Floats) -> Floats:
+    return values if values.ndim == 2 else np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])
 
 
 class OrtRunner:

@@ -132,7 +132,21 @@ _COUNTED = _WEIGHED | {"BatchNormalization"}
 _MOVES = frozenset(
     {
         *("Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Clip", "Relu", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"),
-        *("Softmax", "LogSoftmax", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean"),
+        *(
+            "Elu",
+            "PRelu",
+            "Tanh",
+            "Erf",
+            "InstanceNormalization",
+            "Resize",
+            "Softmax",
+            "LogSoftmax",
+            "MaxPool",
+            "AveragePool",
+            "GlobalAveragePool",
+            "GlobalMaxPool",
+            "ReduceMean",
+        ),
         *("Constant", "ConstantOfShape", "Shape", "Gather", "Slice", "Concat", "Split", "Pad", "Expand", "Where", "Equal"),
         *("Flatten", "Squeeze", "Unsqueeze", "Dropout", "DynamicQuantizeLinear", "Round", "Floor", "Sqrt", "ArgMax", "TopK"),
     }

@@ -23,21 +23,24 @@ if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
     from compress.data import load_dataset
     from compress.evaluate import evaluate
+    from compress.importers.module import from_module
     from compress.prune import Budget, prune
     from compress.resnet import build_model
-    from compress.train import TrainSettings, train
+    from compress.train import train
     from rescompress.api import export_onnx, predict_latency, quantize, run
     from rescompress.core.manifest import load_manifest
+    from rescompress.core.settings import TrainSettings
     from rescompress.core.spec import ModelSpec
 
 _HOME = {
     "Budget": ("compress.prune", "Budget"),
     "Checkpoint": ("compress.checkpoints.base", "Checkpoint"),
     "ModelSpec": ("rescompress.core.spec", "ModelSpec"),
-    "TrainSettings": ("compress.train", "TrainSettings"),
+    "TrainSettings": ("rescompress.core.settings", "TrainSettings"),
     "build_model": ("compress.resnet", "build_model"),
     "evaluate": ("compress.evaluate", "evaluate"),
     "export_onnx": ("rescompress.api", "export_onnx"),
+    "from_module": ("compress.importers.module", "from_module"),
     "load_checkpoint": ("compress.checkpoints", "load_checkpoint"),
     "load_dataset": ("compress.data", "load_dataset"),
     "load_manifest": ("rescompress.core.manifest", "load_manifest"),
@@ -57,6 +60,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "export_onnx",
+    "from_module",
     "load_checkpoint",
     "load_dataset",
     "load_manifest",

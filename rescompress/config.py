@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from compress.data.sources import is_name
 from rescompress import strict_yaml
 from rescompress.core.described import sentence
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
-from rescompress.core.settings import MOST_TARGETS, Batch, FinetuneSettings, PruneSettings, QuantizeSettings, Section
+from rescompress.core.settings import MOST_TARGETS, Batch, PruneSettings, QuantizeSettings, Section, TrainSettings
 from rescompress.search.settings import SearchConfig
 
 
@@ -31,6 +32,7 @@ class RunConfig(Section):
         preprocess: Preprocessing as with ``--preprocess``, or a mapping with the same keys, where the checkpoint leaves it
             open; kept as a text.
         arch_options: What else it leaves open, as with ``--arch-option``.
+        skip_corrupt: Whether images that cannot be read are left out, with a note; each is decoded once more to know.
         allow_pickle: Whether code stored in the checkpoint may run.
         search: What `search` varies and how; other commands leave it aside.
     """
@@ -39,7 +41,7 @@ class RunConfig(Section):
     data: str
     seed: int = Field(0, ge=0, lt=2**32)
     prune: PruneSettings | None = None
-    finetune: FinetuneSettings | None = None
+    finetune: TrainSettings | None = None
     quantize: QuantizeSettings | None = None
     targets: tuple[str, ...] = Field(("cpu",), max_length=MOST_TARGETS)
     batch: Batch = 1
@@ -47,6 +49,7 @@ class RunConfig(Section):
     input: str | None = None
     preprocess: str | None = None
     arch_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    skip_corrupt: bool = False
     allow_pickle: bool = False
     search: SearchConfig | None = None
 
@@ -93,8 +96,12 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     config = validate(document, str(path))
     base = path.parent
     changed: dict[str, Any] = {"checkpoint": _network(config.checkpoint, base)}
-    if not config.data.startswith("builtin:"):
+    if not is_name(config.data):
         changed["data"] = _absolute(config.data, base)
+    code = config.arch_options.get("code")
+    if isinstance(code, str) and ":" in code:
+        file, _, name = code.rpartition(":")
+        changed["arch_options"] = {**config.arch_options, "code": f"{_absolute(file, base)}:{name}"}
     if config.prune is not None and config.prune.plan is not None:
         changed["prune"] = config.prune.model_copy(update={"plan": _absolute(config.prune.plan, base)})
     for name in ("finetune", "quantize"):

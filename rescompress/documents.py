@@ -55,7 +55,7 @@ class Row(Document):
     run: str
     created: str
     stage: str
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "failed", "unfinished"]
     reason: str | None
     metrics: dict[str, dict[str, Any]]
     against_dense: dict[str, Any]
@@ -175,6 +175,7 @@ class Prune(Document):
     seconds: float
     achieved_ratio: float
     notes: list[str]
+    plan: str
     top1_before: float | None = None
     top1_after: float | None = None
 
@@ -391,7 +392,7 @@ class Gate(Document):
 
 
 class Front(Document):
-    """``search --json``."""
+    """``search --json`` and ``search front --json``."""
 
     name: str
     objectives: list[str]
@@ -400,6 +401,54 @@ class Front(Document):
     concluded: bool
     dense: dict[str, Any] | None = None
     folder: str | None = None
+
+
+class SearchStatus(Document):
+    """``search status --json``."""
+
+    name: str
+    trials: int
+    states: dict[str, int]
+    rungs: list[dict[str, Any]]
+    rank_correlation: list[dict[str, Any]]
+    running: list[dict[str, Any]]
+    concluded: bool
+    stopping: bool
+
+
+class SearchBest(Document):
+    """``search best --json``: a row of the front."""
+
+    trial: int
+    choices: dict[str, Any]
+    held_out_top1: float
+    costs: dict[str, float]
+    bands: dict[str, list[float]]
+    clear: bool
+    folder: str
+    top1: float
+    n: int
+    drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    max_drop: float
+    by: str
+    words: str
+    passed: list[int]
+    unjudged: int
+    output: str | None = None
+
+
+class SearchWork(Document):
+    """``search worker --json``: how many candidates came to what."""
+
+    finished: dict[str, int]
+
+
+class SearchStop(Document):
+    """``search stop --json``."""
+
+    stopping: Literal[True]
 
 
 class Schema(Document):
@@ -431,7 +480,7 @@ OUTPUTS: dict[str, Any] = {
     "report": Report,
     "run": Run,
     "schema": list[Schema],
-    "search": Front,
+    "search": Front | SearchStatus | SearchBest | SearchWork | SearchStop,
     "sensitivity": Sensitivity,
     "targets": list[Target],
 }

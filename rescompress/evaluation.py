@@ -21,7 +21,7 @@ from rescompress.reporter import Reporter
 from rescompress.settings import Settings
 from rescompress.stage import Opening
 from rescompress.stages import network_of
-from rescompress.stages.shared import prepare
+from rescompress.stages.shared import need_classes, prepare
 
 
 def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
@@ -44,7 +44,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         raise BadInput("this needs images", where="--data", remedy="give --data")
     prepare(settings)
     runner, inputs = _open(opening, settings, runtime, reporter)
-    data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels)
+    data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in data.notes:
         reporter.note(note)
     half = _float16_notes(opening.path, runner.runtime, data.val, settings.eval_batch(inputs.shape))
@@ -61,7 +61,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
 
 
 def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter) -> tuple[Runner, Inputs]:
-    if opening.path.suffix == ".onnx":
+    if opening.path.suffix == ".onnx" and not (runtime in ("auto", "torch") and _is_foreign(opening.path)):
         if runtime == "torch":
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
         name = "onnxruntime" if runtime == "auto" else runtime
@@ -70,7 +70,13 @@ def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load(reporter.note)
+    need_classes(checkpoint.spec)
     return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether an ONNX file is none that rescompress wrote: it is read as a checkpoint then."""
+    return read_metadata(load_onnx(path, weights=False)) is None
 
 
 def _restated(inputs: Inputs, opening: Opening) -> Inputs:

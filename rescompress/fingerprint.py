@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.files import IMAGE_SUFFIXES, contents_of, shown, suffix_of, walk
-from compress.folders import files_elsewhere
+from compress.data import sources
+from compress.files import shown
 from edge_targets.backends import PACKAGE as BACKENDS
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import cpu_name
 from rescompress.core import plugins
 from rescompress.core.artifact import file_sha256
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, DataError
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -65,37 +65,19 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-LARGEST_TABLE = 64 * 2**20
-"""Bytes; beyond it lie archives beside a data set, not labels. Images are read whatever their size."""
-
-
 def data_identity(source: str) -> str:
-    """Return a hash that changes when a data set does: of the names and the content of all its files.
-
-    Links are followed, as where images are loaded, and what a label file names elsewhere belongs to it.
+    """Return a hash that changes when a data set does.
 
     Raises:
         BadInput: There is no such data set, or a part of it cannot be read.
     """
-    if source.startswith("builtin:"):
+    if source == "builtin:digits":
         return source
-    root = Path(source)
-    if not root.exists():
-        raise BadInput("no such file or folder", where=shown(source), remedy="check the path of --data")
-    if root.is_file():
-        return file_identity(source)
-    if not root.is_dir():
-        raise BadInput("is a pipe or a device, no data set", where=shown(source), remedy="check the path of --data")
-    files = [(e.path.removeprefix(source).lstrip(os.sep), e.path) for e in walk(source) if e.regular]
-    if any(suffix_of(name) not in IMAGE_SUFFIXES for name, _ in files):
-        files += [(path, path) for path in files_elsewhere(root)]
-    by_content = {path for _, path in files if suffix_of(path) in IMAGE_SUFFIXES or Path(path).stat().st_size <= LARGEST_TABLE}
-    contents = dict(zip(by_content, contents_of(by_content), strict=True))
-    digest = hashlib.sha256()
-    for name, path in files:
-        known = contents.get(path) or str(Path(path).stat().st_size)
-        digest.update(os.fsencode(name) + b"\0" + known.encode() + b"\n")
-    return digest.hexdigest()
+    try:
+        plugin = sources.find(source)
+    except DataError as e:
+        raise BadInput(e.what, where=shown(source), remedy="check the path of --data") from e
+    return plugin.identity(source)
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import ExportSettings, FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.fingerprint import file_identity
 from rescompress.settings import Settings
 from rescompress.stage import Context, Opening, Outcome, Stage
@@ -30,6 +30,9 @@ def _identity(opening: Opening) -> dict[str, Any]:
     stated = asdict(opening)
     stated.pop("yields")  # follows from being a teacher
     del stated["path"]
+    code = opening.facts.get("code")
+    if code is not None:
+        stated["code_sha256"] = file_identity(code.rpartition(":")[0])
     if opening.name is None:  # a named network is more than its file: what is published beside it counts
         del stated["name"]
     return stated | {"sha256": file_identity(str(opening.path))}
@@ -113,14 +116,14 @@ class Builder:
         )
 
     def finetune(
-        self, config: FinetuneSettings, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
+        self, config: TrainSettings, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
     ) -> Stage:
         """Return the fine-tuning stage."""
         sources = {"source": source, "teacher": teacher}
-        depends = {"config": config.model_dump(exclude={"teacher"})}
+        depends = {"config": config.model_dump(exclude={"teacher", "workers", "device"})}
         return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
 
-    def prune_and_tune(self, prune: PruneSettings, tune: FinetuneSettings | None, targets: Sequence[str]) -> list[Stage]:
+    def prune_and_tune(self, prune: PruneSettings, tune: TrainSettings | None, targets: Sequence[str]) -> list[Stage]:
         """Return the stages that prune the network of the stage ``dense``, in iterations with fine-tuning between them.
 
         Args:
@@ -162,7 +165,7 @@ class Builder:
         """Return the quantization stage; the targets matter for a latency budget only."""
         priced = tuple(targets) if config.max_slowdown is not None else ()
         arguments = {"config": config, "profile": profile, "targets": priced}
-        depends = {"config": config.model_dump(exclude={"teacher"}), "profile": profile, "targets": _facts(priced)}
+        depends = {"config": config.model_dump(exclude={"teacher", "workers"}), "profile": profile, "targets": _facts(priced)}
         sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
         return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
 

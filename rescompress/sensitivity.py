@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Inputs, load_dataset
+from compress.device import computing_on
 from compress.prune import measure
 from compress.prune.method import Curves
 from compress.quantize import ptq
@@ -71,20 +72,28 @@ def measure_sensitivity(
     checkpoint = opening.load(reporter.note)
     images = None
     if common.data is not None:
-        dataset = load_dataset(common.data, Inputs.of(checkpoint.spec), seed=common.seed, labels=common.labels)
+        dataset = load_dataset(
+            common.data,
+            Inputs.of(checkpoint.spec),
+            seed=common.seed,
+            labels=common.labels,
+            skip_corrupt=common.skip_corrupt,
+        )
         for text in dataset.notes:
             reporter.note(text)
         images = dataset.train.take(settings.calib, common.seed).tensor()
-    curves = measure(
-        checkpoint,
-        method=settings.method,
-        scope=settings.scope,
-        calibration_x=images,
-        seed=common.seed,
-        progress=reporter.progress,
-        note=reporter.note,
-    )
-    layers = _int8(checkpoint, images, reporter) if settings.int8 and images is not None else None
+    with computing_on(common.torch_device()) as device:
+        here, there = on_device(checkpoint, device), images.to(device) if images is not None else None
+        curves = measure(
+            here,
+            method=settings.method,
+            scope=settings.scope,
+            calibration_x=there,
+            seed=common.seed,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
+        layers = _int8(here, there, reporter) if settings.int8 and there is not None else None
     return Sensitivity(checkpoint.spec.arch, settings.method, curves, layers)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.data.sources import is_name
 from rescompress.core.errors import BadInput
 
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d+)?")
@@ -26,6 +27,7 @@ class Settings:
         device: Where torch computes: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: CPU threads of torch and the runtimes, None for all.
         batch_size: Images per call when evaluating; chosen by image size when None.
+        skip_corrupt: Whether images that cannot be read are left out.
         hold_out: Part of the training images that takes the place of the evaluation split, for choices; 0 for none.
 
     Raises:
@@ -39,6 +41,7 @@ class Settings:
     threads: int | None = None
     batch_size: int | None = None
     hold_out: float = 0.0
+    skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a word that is no device before anything is computed, even if no stage has to run."""
@@ -56,8 +59,9 @@ class Settings:
     @property
     def identity(self) -> dict[str, Any]:
         """What they contribute to a content key: the content of the data, not its place."""
-        own = {"data": self.data_identity, "labels": dict(self.labels or {}), "seed": self.seed}
-        return own | ({"hold_out": self.hold_out} if self.hold_out else {})
+        own: dict[str, Any] = {"data": self.data_identity, "labels": dict(self.labels or {}), "seed": self.seed}
+        own |= {"hold_out": self.hold_out} if self.hold_out else {}
+        return own | ({"skip_corrupt": True} if self.skip_corrupt else {})
 
     def torch_device(self) -> str:
         """Return the torch device, ``auto`` resolved.
@@ -81,7 +85,7 @@ def _check_source(data: str | None) -> None:
     Raises:
         BadInput: It is one.
     """
-    if data is None or data.startswith("builtin:"):
+    if data is None or is_name(data):
         return
     try:
         mode = Path(data).stat().st_mode

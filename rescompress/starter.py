@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from compress.data.sources import is_name
 from edge_targets.catalog import load_target
 from rescompress import strict_yaml
 from rescompress.config import RunConfig
 from rescompress.core.described import default_of, help_of, plain
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.stage import Opening
 
 _LARGE_SIDE = 64
@@ -58,7 +59,7 @@ checkpoint: {network}
 seed: 0
 
 {_section("prune", PruneSettings, macs=0.5, method=..., scope=..., align=..., calib=...)}
-{_section("finetune", FinetuneSettings, epochs=epochs, teacher=...)}
+{_section("finetune", TrainSettings, epochs=epochs, teacher=...)}
 {_section("quantize", QuantizeSettings, mode=..., epochs=..., profile=...)}
 targets: [{targets}]    # rescompress targets lists all{meant}
 batch: 1                # {plain(help_of(RunConfig)["batch"])}
@@ -98,7 +99,7 @@ def _stated(opening: Opening) -> str:
 
 def _path(path: str, folder: Path) -> str:
     """Return a path relative to the config, in quotes where YAML would read it as something else."""
-    text = path if path.startswith("builtin:") else os.path.relpath(path, folder)
+    text = path if is_name(path) else os.path.relpath(path, folder)
     try:
         plain = strict_yaml.parse(f"at: {text}") == {"at": text}
     except strict_yaml.StrictYamlError:

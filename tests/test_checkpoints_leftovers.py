@@ -303,7 +303,8 @@ def test_a_variant_that_no_tensor_shows_is_refused_by_name(stated: dict[str, obj
     for plain in ("resnet50", "tv_resnet50", "resnet50.a1_in1k", "resnext50_32x4d", "wide_resnet50_2", "resnet50d"):
         read({"state_dict": net().state_dict(), "arch": plain}, tmp_path)
     usual = {"dilation": 1, "strides": [1, 2, 2], "output_stride": 32, "dilated": False, "last_stride": 2, "multi_grid": None}
-    text = "model = dict(backbone=dict(dilations=(1, 1, 1), strides=(1, 2, 2)), dilation=1)"
+    text = "model = dict(backbone=dict(dilations=(1, 1, 1), strides=(1, 2, 2)), dilation=1, neck=dict(strides=(4, 8, 16)))"
+    usual |= {"neck_cfg": {"strides": [8, 16, 32]}, "model": {"multi_grid": [1, 1, 1]}}
     read({"state_dict": net().state_dict(), "args": usual, "meta": {"config": text}}, tmp_path)
 
 

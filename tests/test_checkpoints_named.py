@@ -233,16 +233,13 @@ def test_a_variant_that_its_config_names_is_refused(hub: type[Hub]) -> None:
 
 
 def test_hostile_cards_and_configs_end_no_command(hub: type[Hub]) -> None:
-    for text in (
-        b"[" * 100_000,
-        b"{",
-        b"[]",
-        b'{"pretrained_cfg": {"mean": "x", "crop_pct": true, "input_size": [3, -1, 9]}}',
-        b"\xff",
-    ):
-        hub.repositories["org/net"] = {"model.safetensors": safe(), "config.json": text, "README.md": b"---\nlicense: [[[\n---"}
-        named_ = load_checkpoint(f"hf:org/net@{'main' if text != b'[]' else 'v1'}")
-        assert named_.provenance["published"]["licence"] is None  # type: ignore[index]
+    odd = b'{"pretrained_cfg": {"mean": "x", "std": [NaN, 1, 1], "crop_pct": true, "input_size": [3, -1, 9]}, "label_names": 7}'
+    for i, text in enumerate((b"[" * 100_000, b"{", b"[]", b"\xff", odd)):
+        files = {"model.safetensors": safe(), "config.json": text, "README.md": b"---\nlicense: [[[\n---"}
+        hub.repositories[f"org/net{i}"] = files
+        found = load_checkpoint(f"hf:org/net{i}")
+        assert found.spec.preprocessing.mean == (0.485, 0.456, 0.406), "what is assumed otherwise"
+        assert found.provenance["published"]["licence"] is None  # type: ignore[index]
 
 
 def test_a_file_of_that_path_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

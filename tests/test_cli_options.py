@@ -144,7 +144,9 @@ def opened(function: str) -> dict[str, tuple[Getter, Any]]:
         "checkpoint": (lambda seen: seen.opening(function).path.name, "net.safetensors"),
         "input_shape": (lambda seen: seen.opening(function).input_shape, (3, 16, 16)),
         "preprocess": (lambda seen: seen.opening(function).preprocess, "cifar"),
-        "arch_option": (lambda seen: seen.opening(function).arch_options, ("stride_at=1",)),
+        "arch_option": (lambda seen: seen.opening(function).arch_options[0], "stride_at=1"),
+        "code": (lambda seen: seen.opening(function).facts["code"].rpartition("/")[2], "model.py:make"),
+        "like": (lambda seen: seen.opening(function).facts["like"], "resnet20"),
         "allow_pickle": (lambda seen: seen.opening(function).allow_pickle, True),
     }
 
@@ -159,22 +161,29 @@ def shared(function: str, *left_out: str) -> dict[str, tuple[Getter, Any]]:
 
 
 STATED = "--input 3x16x16 --preprocess cifar --arch-option stride_at=1 --allow-pickle"
+NAMED = "--code model.py:make --like resnet20"
 SHARED = "--data data.npz --labels a=1,b=2 --seed 5 --device cpu --threads 3 --batch-size 4"
 OPENED = {
     "input_shape": of("load_checkpoint", "input_shape", (3, 16, 16)),
     "preprocess": of("load_checkpoint", "preprocess", "cifar"),
-    "arch_option": of("load_checkpoint", "arch_options", {"stride_at": "1"}),
+    "arch_option": (lambda seen: seen["load_checkpoint"]["arch_options"]["stride_at"], "1"),
     "allow_pickle": of("load_checkpoint", "allow_pickle", True),
+}
+
+CONTRADICTION = {
+    "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
+    "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
 }
 
 PRUNE = [
     Case(
         f"net.safetensors --macs 0.25 -t jetson -m fpgm --scope all --align 4 --calib 7 --drop-blocks --finetune-epochs 3 "
         f"--iterations 2 --recalibrate --no-repair --sparsity 2:4 --plan-out plan-out.json -o half.safetensors "
-        f"--train-batch 6 {STATED} {SHARED}",
+        f"--train-batch 6 --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("dense"),
             **shared("pruned"),
+            "skip_corrupt": (lambda seen: seen.shared("pruned").skip_corrupt, True),
             "target": (lambda seen: seen.stage("pruned")["targets"], ("jetson",)),
             "iterations": (
                 lambda seen: [given["config"].budget for name, given in seen.calls if name == "pruned"],
@@ -195,10 +204,11 @@ PRUNE = [
 FINETUNE = [
     Case(
         f"net.safetensors -e 3.5 --teacher teacher.safetensors --lr 0.0123 --train-batch 6 --precision bf16 -o ft.safetensors "
-        f"{STATED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("finetuned"),
             **shared("finetuned"),
+            "skip_corrupt": (lambda seen: seen.shared("finetuned").skip_corrupt, True),
             "teacher": (
                 lambda seen: [seen.opening("finetuned", "teacher").path.name, seen.opening("finetuned", "teacher").preprocess],
                 ["teacher.safetensors", "cifar"],
@@ -212,10 +222,11 @@ QUANTIZE = [
     Case(
         f"net.safetensors --mode qat -e 3.5 --teacher teacher.safetensors -t jetson --profile openvino --calib 7 "
         f"--calibration mse --keep-float auto --max-divergence 0.4 --max-slowdown 1.25 --lr 0.0123 --train-batch 6 "
-        f"-o int8.safetensors {STATED} {SHARED}",
+        f"-o int8.safetensors --skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("quantized"),
             **shared("quantized"),
+            "skip_corrupt": (lambda seen: seen.shared("quantized").skip_corrupt, True),
             "teacher": (lambda seen: seen.opening("quantized", "teacher").path.name, "teacher.safetensors"),
             "target": (lambda seen: seen.stage("quantized")["targets"], ("jetson",)),
             "profile": (lambda seen: seen.stage("quantized")["profile"], "openvino"),
@@ -235,7 +246,7 @@ QUANTIZE = [
 EXPORT = [
     Case(
         "net.safetensors -t jetson --precision fp16 --batch 4 --opset 18 -o there --archive --require-engine "
-        f"{STATED} {SHARED}",
+        f"{STATED} {NAMED} {SHARED}",
         {
             **opened("target"),
             **shared("target"),
@@ -255,19 +266,21 @@ EXPORT = [
 ]
 EVALUATE = [
     Case(
-        f"net.safetensors --split train {STATED} {SHARED}",
+        f"net.safetensors --split train --skip-corrupt {STATED} {SHARED}",
         OPENED
         | {
             "model": (lambda seen: seen["load_checkpoint"]["path"].name, "net.safetensors"),
             "data": (lambda seen: Path(seen["load_dataset"]["source"]).name, "data.npz"),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
             "seed": of("load_dataset", "seed", 5),
+            "skip_corrupt": of("load_dataset", "skip_corrupt", True),
             "batch_size": of("evaluate", "batch_size", 4),
             "split": (lambda seen: len(seen["evaluate"]["split"]), 40),
             "threads": (lambda seen: [call["threads"] for call in seen["set_num_threads"].calls], [3]),
         },
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
+    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",
@@ -412,7 +425,10 @@ RUN = [
             **shared("pruned", "data", "labels"),
             "config": (lambda seen: seen.opening("dense").path.name, "net.safetensors"),
             "output": (lambda seen: (seen.folder / "there" / "manifest.json").is_file(), True),
-            "overrides": (lambda seen: (seen.config("pruned").macs, seen.config("finetuned").lr), (0.3, 0.0123)),
+            "overrides": (
+                lambda seen: (seen.config("pruned").macs, seen.config("finetuned").lr, seen.shared("pruned").skip_corrupt),
+                (0.3, 0.0123, True),
+            ),
             "track": (
                 lambda seen: (seen["check"]["destination"], seen["log"]["destination"], str(seen["log"]["folder"])),
                 ("tensorboard:events", "tensorboard:events", "there"),
@@ -424,7 +440,7 @@ RUN = [
 SENSITIVITY = [
     Case(
         "net.safetensors --data data.npz -m fpgm --scope all --calib 7 -o curves.svg --int8 --labels a=1,b=2 --seed 5 "
-        f"--threads 3 {STATED}",
+        f"--threads 3 --skip-corrupt {STATED}",
         OPENED
         | {
             "checkpoint": (lambda seen: seen["load_checkpoint"]["path"].name, "net.safetensors"),
@@ -436,9 +452,12 @@ SENSITIVITY = [
             "int8": (lambda seen: sum(len(x) for x in seen["ptq"]["batches"]), 7),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
             "seed": (lambda seen: (seen["measure"]["seed"], seen["load_dataset"]["seed"]), (5, 5)),
+            "skip_corrupt": of("load_dataset", "skip_corrupt", True),
             "threads": (lambda seen: [call["threads"] for call in seen["set_num_threads"].calls], [3]),
         },
     ),
+    Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
 ]
 TABLE = {
     "prune": PRUNE,
@@ -479,8 +498,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "plan.json").write_text(plan.model_dump_json())
     for name in ("candidate", "baseline"):
         write_run(folder / name)
+    (folder / "model.py").write_text("")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
-    written = {"checkpoint": "net.safetensors", "data": "data.npz", "seed": 9, "prune": {}, "finetune": {}, "targets": []}
+    written = {
+        "checkpoint": "net.safetensors",
+        "data": "data.npz",
+        "seed": 9,
+        "prune": {},
+        "finetune": {},
+        "targets": [],
+        "skip_corrupt": True,
+    }
     (folder / "run.yaml").write_text(json.dumps(written))
     return folder
 

@@ -774,11 +774,14 @@ def test_generated_numbers_against_numpy(cells: list[tuple[int, Any]], outputs: 
     assert [found[name] for name in names] == (values.astype(int) if own else places).tolist()
 
 
-def test_numbers_are_the_checkpoint_s_labels_of_the_same_value() -> None:
+def test_numbers_are_labels_of_the_same_value_and_marks_are_none() -> None:
     known = tuple(str(i) for i in range(12))
     outputs, _ = match_classes(["1.0", "10.0", "2.0"], inputs(12, known), None, "labels.csv", listed=True)
     assert outputs == {"1.0": 1, "10.0": 10, "2.0": 2}
     outputs, _ = match_classes(["03", "11"], inputs(12, known), None, "set")
     assert outputs == {"03": 3, "11": 11}
+    for names in (["-1", "0", "1"], ["-1.0", "0.0"]):
+        with pytest.raises(DataError, match="mark pictures without one"):
+            match_classes(names, inputs(len(names)), None, "labels.csv", listed=True)
     with pytest.raises(DataError, match=r"'12\.0' is no label"):
         match_classes(["12.0"], inputs(12, known), None, "labels.csv", listed=True)

@@ -63,7 +63,11 @@ def test_every_named_tensor_is_the_one_of_that_name_in_torch(spec: ModelSpec) ->
     expected = {layer.name for layer in walk(spec) if layer.op not in ("input", "dropout")} - folded
     last = walk(spec)[-1].name
     identity = {
-        layer.name for layer in walk(spec) if layer.channel_map == tuple(range(layer.in_shape[0])) and layer.stride == 1
+        layer.name
+        for layer in walk(spec)
+        if layer.op == "channel_select"
+        and layer.operation.channels == tuple(range(layer.in_shape[0]))
+        and layer.operation.stride == (1, 1)
     }
     assert set(made) == expected - {last} - identity
     del exported.graph.output[:]
@@ -215,7 +219,7 @@ def test_counts_of_the_file_agree_with_the_walk(spec: ModelSpec) -> None:
     layers = walk(spec)
     weighted = [layer for layer in layers if layer.op in ("conv", "linear")]
     norms = {layer.inputs[0] for layer in layers if layer.op == "batch_norm"}
-    biases = sum(layer.out_shape[0] for layer in weighted if layer.bias or layer.name in norms)
+    biases = sum(layer.out_shape[0] for layer in weighted if layer.operation.bias or layer.name in norms)
     for quantization in (None, quantization_of(model, images(spec, 4))):
         count = recount(to_onnx(spec, arrays(model), quantization, DYNAMIC))
         assert count.macs == total_macs(layers)

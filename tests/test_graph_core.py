@@ -90,7 +90,7 @@ def test_shapes(operation: Operation, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
-        ([("x", Relu(), ("y",))], "reads 'y', which no node before makes"),
+        ([("x", Relu(), ("y",))], "reads 'y', which no node before it makes"),
         ([("x", Linear(width=3), (INPUT,))], "node 'x' (linear) reads a vector, not 3x8x8"),
         ([("x", Conv(width=4, groups=2), (INPUT,))], "no multiples of its 2 groups"),
         ([("x", Conv(width=4, kernel=(9, 9)), (INPUT,))], "does not fit"),

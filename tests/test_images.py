@@ -109,6 +109,7 @@ def test_the_compose_file_is_a_search_with_a_database() -> None:
         assert service["depends_on"] == {"database": {"condition": "service_healthy"}}
         assert service["build"]["target"] in stages()
         assert service["command"][0] == "search"
+        assert "PASSWORD" not in " ".join(service["command"]), "a command can be read by everybody"
         assert service["cap_drop"] == ["ALL"]
 
 

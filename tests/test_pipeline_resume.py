@@ -19,7 +19,7 @@ from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, che
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.fingerprint import data_identity
 from rescompress.pipeline import _key, run_stages
 from rescompress.plan import Builder
@@ -207,7 +207,7 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     stages = [
         builder.dense(),
         builder.prune(prune, facts["targets"], "dense"),
-        builder.finetune(FinetuneSettings(epochs=facts["epochs"]), "prune", teacher),
+        builder.finetune(TrainSettings(epochs=facts["epochs"]), "prune", teacher),
         builder.quantize(quantize, facts["profile"], "finetune", teacher, targets=facts["targets"]),
         builder.export("quantize", facts["export"]),
         builder.target("cpu", "quantize", facts["target"], require_engine=facts["require_engine"]),

@@ -13,7 +13,7 @@ from compress.prune.method import Curves
 from compress.prune.picture import draw
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, walk
-from rescompress.core.settings import FinetuneSettings, PruneSettings
+from rescompress.core.settings import PruneSettings, TrainSettings
 from rescompress.plan import Builder
 from rescompress.settings import Settings
 from rescompress.stage import Opening
@@ -75,7 +75,7 @@ def test_iterations_shrink_evenly_and_need_fine_tuning():
     assert [config.step(i).budget for i in (1, 2)] == [("macs", 0.5), ("macs", 0.25)]
     assert PruneSettings(ratio=0.75, iterations=2).step(1).budget == ("ratio", 0.5)
     builder = Builder(Opening(DIGITS), Settings())
-    names = [s.name for s in builder.prune_and_tune(config, FinetuneSettings(epochs=4), [])]
+    names = [s.name for s in builder.prune_and_tune(config, TrainSettings(epochs=4), [])]
     assert names == ["prune-1", "finetune-1", "prune", "finetune"]
     with pytest.raises(BadInput, match="fine-tuning"):
         builder.prune_and_tune(config, None, [])

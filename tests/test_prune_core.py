@@ -21,13 +21,13 @@ from compress.prune import (
     prunable,
     prune,
     prune_by_plan,
-    pruned_spec,
+    pruned_network,
 )
 from compress.prune.allocate import Allocator, _knapsack, allowed_widths, nearest_width
 from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
 from compress.prune.gradients import sampled_gradients
-from compress.prune.groups import Sizes, droppable
+from compress.prune.groups import Sizes, droppable, stages
 from compress.prune.method import Context, Curves, ErrorCurve, curve_of
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
@@ -37,6 +37,7 @@ from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function
 from rescompress.core.errors import BadInput, BudgetError, DataError
 from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.recipe import network_of
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 PIXELS = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -141,7 +142,7 @@ def random_plan(spec, seed, *, drop=True):
             keep[g.name] = tuple(sorted(rng.choice(g.size, size=rng.integers(1, g.size + 1), replace=False).tolist()))
     dropped = []
     for name in droppable(spec):
-        stage = next(s for s in spec.stages if name in [b.name for b in s])
+        stage = next(s for s in stages(spec) if name in [b.name for b in s])
         if drop and rng.random() < 0.4 and any(b.name not in [*dropped, name] for b in stage):
             dropped.append(name)
     return PruningPlan(
@@ -161,7 +162,7 @@ def masked(checkpoint, plan):
         if layer.block in plan.dropped_blocks and name.endswith(".relu"):
             seen[name] = seen[by_name[f"{layer.block}.conv1"].inputs[0]]
             return seen[name]
-        if layer.op in ("batch_norm", "conv", "pad_shortcut") and len(keep[name]) < value.shape[1]:
+        if layer.op in ("batch_norm", "conv", "channel_select") and len(keep[name]) < value.shape[1]:
             mask = torch.zeros(value.shape[1], dtype=value.dtype)
             mask[keep[name]] = 1
             value = value * mask[:, None, None]
@@ -170,7 +171,7 @@ def masked(checkpoint, plan):
 
     def run(x):
         out = model(x, observe)
-        return out if checkpoint.spec.head else out[:, keep[model.layers[-1].name]]
+        return out if checkpoint.spec.num_classes else out[:, keep[model.layers[-1].name]]
 
     return run
 
@@ -192,7 +193,7 @@ def test_keeping_everything_changes_nothing(spec):
     checkpoint = random_checkpoint(spec)
     plan = PruningPlan(arch="x", spec_digest=spec.digest, method="none", keep={})
     pruned = apply(checkpoint, plan)
-    assert pruned.spec == spec
+    assert pruned.spec == network_of(spec)
     assert pruned.state_dict.keys() == checkpoint.state_dict.keys()
     assert all(torch.equal(pruned.state_dict[k], v) for k, v in checkpoint.state_dict.items())
 
@@ -230,8 +231,10 @@ def test_cost_of_resized_layers_is_that_of_the_pruned_network(spec, seed):
     sizes = Sizes(spec)
     units = {name: len(keep) for name, keep in plan.keep.items()}
     resized = [sizes.resized(layer, units) for layer in sizes.layers]
-    after = pruned_spec(spec, plan)
-    assert [(x.in_shape, x.out_shape, x.groups) for x in resized] == [(x.in_shape, x.out_shape, x.groups) for x in walk(after)]
+    after = pruned_network(spec, plan)
+    assert [(x.in_shapes, x.out_shape, x.weight_shape) for x in resized] == [
+        (x.in_shapes, x.out_shape, x.weight_shape) for x in walk(after)
+    ]
     assert MACS(resized) == total_macs(walk(after))
     segments = sizes.segments()
     assert [layer for s in segments for layer in s] == sizes.layers
@@ -401,9 +404,10 @@ def test_knapsack_against_brute_force(items, fraction):
         assert sum(o[0][i] for o, i in zip(options, chosen, strict=True)) <= best + 1e-9
 
 
-def zip_blocks(dense, pruned):
-    left = {b.name: b for b in pruned.blocks}
-    return [(b, left[b.name]) for b in dense.blocks if b.name in left]
+def grouped(dense, pruned):
+    left = network_of(pruned).by_name
+    convs = [layer for layer in walk(dense) if layer.op == "conv" and layer.name in left]
+    return [(layer.operation.groups, left[layer.name].operation.groups) for layer in convs]
 
 
 def test_blocks_and_stem_change_in_one_step_and_no_stage_is_left_empty():
@@ -422,7 +426,7 @@ def test_a_plan_that_cannot_be_told_in_units_of_the_dense_network_is_refused():
     spec = SPECS["resnext"]
     first = PruningPlan(arch="x", spec_digest=spec.digest, method="by hand", keep={"layer1.0.conv1": (2,)})
     second = PruningPlan(
-        arch="x", spec_digest=pruned_spec(spec, first).digest, method="by hand", keep={"layer1.0.conv1": (0, 1)}
+        arch="x", spec_digest=pruned_network(spec, first).digest, method="by hand", keep={"layer1.0.conv1": (0, 1)}
     )
     with pytest.raises(BadInput, match="one convolution group"):
         second.after(first, spec)
@@ -431,7 +435,7 @@ def test_a_plan_that_cannot_be_told_in_units_of_the_dense_network_is_refused():
 def test_a_plan_that_names_channels_the_dense_network_does_not_is_refused():
     spec = imagenet_spec("bottleneck", groups=2)
     first = PruningPlan(arch="x", spec_digest=spec.digest, method="by hand", keep={"layer1.0.conv1": (1,)})
-    left = pruned_spec(spec, first)
+    left = pruned_network(spec, first)
     second = PruningPlan(arch="x", spec_digest=left.digest, method="by hand", keep={"layer1.0.conv2": (0, 1)})
     second.check(left)
     with pytest.raises(BadInput, match=r"layer1.0.conv2"):
@@ -443,11 +447,11 @@ def test_a_grouped_convolution_with_one_group_left_stays_so_in_later_steps(kind)
     spec = imagenet_spec("bottleneck", groups=2)
     whole = random_checkpoint(spec, dtype=torch.float32)
     first = prune(whole, method="magnitude", budget=Budget(kind="ratio", value=0.5), align=1, scope="all")
-    assert all(b.groups == 1 for b in first.checkpoint.spec.blocks)
+    assert all(x.operation.groups == 1 for x in walk(first.checkpoint.spec) if x.op == "conv")
     budget = Budget(kind=kind, value=0.7 if kind == "ratio" else 0.3)
     second = prune(first.checkpoint, method="random", budget=budget, align=1, scope="all", reference=spec)
     assert total_macs(walk(second.checkpoint.spec)) < total_macs(walk(first.checkpoint.spec))
-    assert pruned_spec(spec, second.plan.after(first.plan, spec)) == second.checkpoint.spec
+    assert pruned_network(spec, second.plan.after(first.plan, spec)) == second.checkpoint.spec
 
 
 @every_spec
@@ -458,7 +462,7 @@ def test_two_plans_are_one(spec, seed):
     first = random_plan(spec, seed)
     once = apply(checkpoint, first)
     second = random_plan(once.spec, seed + 1)
-    assume(all(before.groups == 1 or after.groups > 1 for before, after in zip_blocks(spec, once.spec)))
+    assume(all(before == 1 or after > 1 for before, after in grouped(spec, once.spec)))
     twice = apply(once, second)
     both = apply(checkpoint, second.after(first, spec))
     assert both.spec == twice.spec
@@ -683,7 +687,7 @@ def test_a_latency_budget_is_met_closely_and_buys_more_than_macs():
     spec, curves, target, cost = resnet50_on_a_jetson("inner")
 
     def latency(choice):
-        return cost(walk(pruned_spec(spec, choice.plan))) / cost(walk(spec))
+        return cost(walk(pruned_network(spec, choice.plan))) / cost(walk(spec))
 
     by_latency = choose(spec, curves, budget=Budget(kind="latency", value=0.8), align=target.align(), cost=cost)
     assert 0.784 <= latency(by_latency) <= 0.8

@@ -92,7 +92,7 @@ def test_rows_times_weights_are_the_pixels_of_the_layer(spec):
     with torch.no_grad():
         model(torch.randn(3, *spec.input_shape), lambda name, value: seen.update({name: value}))
     for layer in model.layers:
-        if layer.op != "conv" or layer.groups > 1:
+        if layer.op != "conv" or layer.operation.groups > 1:
             continue
         pixels = layer.out_shape[1] * layer.out_shape[2]
         places = torch.stack([torch.randperm(pixels)[: max(1, pixels // 2)] for _ in range(3)])
@@ -111,7 +111,7 @@ def test_a_chunk_in_pieces_is_the_network(spec):
     model = build_model(spec, checkpoint.state_dict)
     x = torch.randn(3, *spec.input_shape, dtype=torch.float64)
     whole = model(x).detach()
-    for chunk in chunks_of(model.layers):
+    for chunk in chunks_of(model.network):
         x = advance(model, chunk, x, own=False)
     assert torch.allclose(x, whole, rtol=1e-9, atol=1e-9)
 

@@ -104,7 +104,7 @@ def test_a_run_does_not_write_over_what_it_reads(tmp_path: Path, spelling: Calla
 
 
 def test_every_file_that_stages_read_is_known(tmp_path: Path) -> None:
-    from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+    from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 
     for name in ("net.pt", "teacher.pt", "plan.json"):
         (tmp_path / name).write_text(name)
@@ -113,7 +113,7 @@ def test_every_file_that_stages_read_is_known(tmp_path: Path) -> None:
     stages = [
         builder.dense(),
         builder.prune(PruneSettings(plan=str(tmp_path / "plan.json")), [], "dense"),
-        builder.finetune(FinetuneSettings(), "prune", teacher),
+        builder.finetune(TrainSettings(), "prune", teacher),
         builder.quantize(QuantizeSettings(), "tensorrt", "finetune", teacher),
     ]
     assert [[p.name for p in s.reads] for s in stages] == [["net.pt"], ["plan.json"], ["teacher.pt"], ["teacher.pt"]]
@@ -395,7 +395,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
 @pytest.mark.parametrize("which", ["net.safetensors", "plan.json", "teacher.safetensors"])
 def test_a_stage_does_not_read_another_file_than_its_key_is_about(tmp_path: Path, which: str) -> None:
     """Replaced between the plan of the run and the stage: it fails and records nothing under the old key."""
-    from rescompress.core.settings import FinetuneSettings, PruneSettings
+    from rescompress.core.settings import PruneSettings, TrainSettings
 
     for name in ("net.safetensors", "teacher.safetensors"):
         (tmp_path / name).write_bytes(DIGITS.read_bytes())
@@ -405,7 +405,7 @@ def test_a_stage_does_not_read_another_file_than_its_key_is_about(tmp_path: Path
     stage = {
         "net.safetensors": lambda: builder.dense(),
         "plan.json": lambda: builder.prune(plan, [], opening),
-        "teacher.safetensors": lambda: builder.finetune(FinetuneSettings(epochs=0.1), opening, Opening(tmp_path / which)),
+        "teacher.safetensors": lambda: builder.finetune(TrainSettings(epochs=0.1), opening, Opening(tmp_path / which)),
     }[which]()
     (tmp_path / which).write_bytes((tmp_path / which).read_bytes() + b" ")
     with pytest.raises(BadInput, match="was changed") as caught:
@@ -595,7 +595,8 @@ def test_no_process_of_python_is_started_another_way() -> None:
     ]
     assert sorted(calls) == [
         'edge_targets/benchmark.py: [sys.executable, "-P", "-m", "edge_targets.benchmark"],',
-        'rescompress/cli/search.py: another = [sys.executable, "-P", "-m", "rescompress", "search", "worker", address]',
+        'rescompress/cli/search.py: another = [sys.executable, "-P", "-m", "rescompress", "search", "worker"]',
+        'rescompress/search/board.py: words = [sys.executable, "-P", "-m", "rescompress", "deploy", str(model)]',
     ]
     assert all(
         "-P -m pip" in line

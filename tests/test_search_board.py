@@ -56,8 +56,8 @@ def test_one_at_a_time_has_the_board(server: Server) -> None:
 
 
 def test_a_holder_that_is_killed_frees_the_board(server: Server) -> None:
-    start = "import time\nfrom edge_targets.ssh import Board, Turn\n"
-    code = f"{start}with Turn(Board('board')): print('in', flush=True); time.sleep(99)"
+    imports = "import time\nfrom edge_targets.ssh import Board, Turn\n"
+    code = f"{imports}with Turn(Board('board')): print('in', flush=True); time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"in\n"

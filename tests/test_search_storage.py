@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -96,14 +97,56 @@ def test_kills_and_a_restart_of_the_server_lose_nothing(server: Server, tmp_path
     assert_nothing_lost(join(storage_of(server.url), "s"), tmp_path)
 
 
-def test_the_front_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    """With random choices by slot, four workers and one try the same anchors; their answers are the same."""
+def same_candidates(n: int) -> list[dict[str, object]]:
+    return [{"budget.macs": 0.1 + 0.9 * i / n, "precision": ("int8", "float")[i % 2]} for i in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["journal", "postgresql"])
+def test_the_front_of_four_workers_is_that_of_one_on_the_same_candidates(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every candidate climbs to the top, so that none depends on who came before it."""
+    queue = same_candidates(30)
     one, four = tmp_path / "one", tmp_path / "four"
-    work(begin(one, 5), Synthetic(), one / "trials", beat_s=1)
-    begin(four, 5)
-    for process in start_workers(str(four), four, 4, 0.01):
-        assert process.wait(timeout=120) == 0
-    rows = [front_document(join(storage_of(str(f)), None))["front"] for f in (one, four)]
+    for folder in (one, four):
+        folder.mkdir()
+    doc = document(len(queue))
+    work(create(storage_of(str(one)), "s", doc, 0, queue), Synthetic(), one / "trials", beat_s=1)
+    address = str(four) if kind == "journal" else request.getfixturevalue("server").url
+    create(storage_of(address), "s", doc, 0, queue)
+    for process in start_workers(address, four, 4, 0.01):
+        assert process.wait(timeout=240) == 0
+    trials = join(storage_of(address), "s")
+    assert_nothing_lost(trials, four)
+    assert sorted((four / "log").read_text().split()) == [f"{i:05d}" for i in range(len(queue))], "each is done exactly once"
+    workers = {t.worker for t in trials.all()}
+    assert len(workers) > 1
+    rows = [front_document(t)["front"] for t in (join(storage_of(str(one)), None), trials)]
     for row in (*rows[0], *rows[1]):
         row.pop("folder")
     assert rows[0] == rows[1]
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_trial(tmp_path: Path) -> None:
+    """A file system of its own for the search's folder, which something else fills; the workers wait until there is room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", place], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        begin(place, 30, lease_s=2.0)
+        workers = start_workers(str(place), tmp_path, 3, 0.02)
+        time.sleep(3)
+        ballast = place / "ballast"
+        with ballast.open("wb", buffering=0) as f, contextlib.suppress(OSError):
+            while True:
+                f.write(b"x" * 512)
+        with pytest.raises(OSError, match="No space left"):
+            (place / "more").write_bytes(b"x" * 8192)
+        time.sleep(5)
+        ballast.unlink()
+        for process in workers:
+            assert process.wait(timeout=240) == 0
+        assert_nothing_lost(join(storage_of(str(place)), None), place)
+    finally:
+        subprocess.run(["umount", "-l", place], check=False)

@@ -25,19 +25,19 @@ from rescompress.core.described import bound, choices_of, default_of, flag_of, h
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.settings import (
     ExportSettings,
-    FinetuneSettings,
     PruneSettings,
     QuantizeSettings,
     Section,
     SensitivitySettings,
+    TrainSettings,
 )
 from rescompress.gate.limits import Limits
 from rescompress.starter import starter_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_OF = {
-    "prune": [PruneSettings, FinetuneSettings],
-    "finetune": [FinetuneSettings],
+    "prune": [PruneSettings, TrainSettings],
+    "finetune": [TrainSettings],
     "quantize": [QuantizeSettings],
     "export": [ExportSettings],
     "sensitivity": [SensitivitySettings],
@@ -74,6 +74,8 @@ def other_value(model: type[BaseModel], name: str) -> tuple[list[str], object]:
     usual = default_of(field)
     if flag.file or name == "method":
         return ["other"], "other"
+    if name == "device":
+        return ["cpu"], "cpu"
     if choices := [c for k, _ in parts_of(field) for c in choices_of(k)]:
         other = next((c for c in reversed(choices) if c != usual), None)
         if other is not None:
@@ -125,7 +127,7 @@ def test_what_is_typed_arrives_in_the_object_and_counts_as_given(
     flag = flag_of(model, name)
     typed = flag.name if words or value else flag.off or "--no-" + flag.name.removeprefix("--")
     found = CliRunner().invoke(app, [typed, *words])
-    budgets = {"max_divergence", "max_slowdown"}
+    budgets = {"max_divergence", "max_slowdown", "patience"}
     if name in budgets:  # which need another setting
         assert isinstance(found.exception, BadInput)
         assert found.exception.where == "options"
@@ -157,7 +159,7 @@ def test_an_impossible_value_names_its_option() -> None:
         assert caught.value.where == where
 
 
-SECTIONS = [(s, m) for s, m in (("prune", PruneSettings), ("finetune", FinetuneSettings), ("quantize", QuantizeSettings))]
+SECTIONS = [(s, m) for s, m in (("prune", PruneSettings), ("finetune", TrainSettings), ("quantize", QuantizeSettings))]
 
 
 @pytest.mark.parametrize(("section", "model"), SECTIONS)
@@ -179,7 +181,7 @@ def test_the_starter_config_holds_the_defaults(tmp_path: Path) -> None:
     document = yaml.safe_load(starter_config(None, None, None, tmp_path))
     config = RunConfig.model_validate(document)
     assert config.prune == PruneSettings(macs=0.5)
-    assert config.finetune == FinetuneSettings()
+    assert config.finetune == TrainSettings()
     assert config.quantize == QuantizeSettings()
 
 

@@ -34,7 +34,7 @@ from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.pipeline import run_stages
 from rescompress.plan import run_plan
 from rescompress.reporter import Silent
@@ -248,6 +248,33 @@ FINETUNE: dict[str, list[Row]] = {
         Row({"features": 0.7, "teacher": None}, "train", setting("features"), 0.0),
     ],
     "precision": [Row({"precision": "bf16"}, "train", setting("precision"), "bf16")],
+    "seed": [Row({"seed": 8}, "train", setting("seed"), 8), Row({}, "train", setting("seed"), SEED)],
+    "hold_out": [Row({"hold_out": 0.2}, "train", setting("hold_out"), 0.2)],
+    "patience": [Row({"hold_out": 0.2, "patience": 3}, "train", setting("patience"), 3)],
+} | {
+    name: [Row({name: value}, "train", setting(name), value)]
+    for name, value in {
+        "augment": "photo",
+        "min_area": 0.4,
+        "mixup": 0.3,
+        "cutmix": 0.9,
+        "label_smoothing": 0.05,
+        "ema": 0.99,
+        "momentum": 0.8,
+        "weight_decay": 1e-3,
+        "warmup": 0.1,
+        "scale_lr": True,
+        "accumulate": 2,
+        "clip": 1.5,
+        "sampling": "balanced",
+        "class_weights": "balanced",
+        "freeze_bn_after": 0.5,
+        "workers": 1,
+        "cache_gib": 0.5,
+        "channels_last": "yes",
+        "compile": True,
+        "device": "cpu",
+    }.items()
 }
 
 
@@ -310,6 +337,8 @@ QUANTIZE: dict[str, list[Row]] = {
     ],
     "lr": [Row(QAT | {"lr": LR}, "train", setting("lr"), LR)],
     "batch_size": [Row(QAT | {"batch_size": 6}, "train", setting("batch_size"), 6)],
+    "augment": [Row(QAT | {"augment": "photo"}, "train", setting("augment"), "photo")],
+    "workers": [Row(QAT | {"workers": 1}, "train", setting("workers"), 1)],
     "teacher": [
         Row(QAT, "train", weights, DENSE_WEIGHT),
         Row(QAT, "train", setting("distill"), 1.0),
@@ -319,9 +348,9 @@ QUANTIZE: dict[str, list[Row]] = {
     ],
 }
 
-SECTIONS: dict[str, tuple[type[PruneSettings | FinetuneSettings | QuantizeSettings], dict[str, list[Row]]]] = {
+SECTIONS: dict[str, tuple[type[PruneSettings | TrainSettings | QuantizeSettings], dict[str, list[Row]]]] = {
     "prune": (PruneSettings, PRUNE),
-    "finetune": (FinetuneSettings, FINETUNE),
+    "finetune": (TrainSettings, FINETUNE),
     "quantize": (QuantizeSettings, QUANTIZE),
 }
 
@@ -412,8 +441,20 @@ RUN: dict[str, dict[str, Any]] = {
     "arch_options": {"arch_options": {"stride_at": 1, "max_pool": True}},
     "allow_pickle": {"allow_pickle": True},
 }
-ELSEWHERE = {"checkpoint", "data", "seed", "prune", "finetune", "quantize", "targets", "batch", "labels", "search"}
-"""Fields of `RunConfig` that other tests of this file are about."""
+ELSEWHERE = {
+    "checkpoint",
+    "data",
+    "seed",
+    "prune",
+    "finetune",
+    "quantize",
+    "targets",
+    "batch",
+    "labels",
+    "search",
+    "skip_corrupt",
+}
+"""Fields of `RunConfig` that other tests of this file, and of the options, are about."""
 
 
 def test_what_a_run_states_about_a_checkpoint_holds_for_it_and_its_teacher(bench: Bench) -> None:

@@ -18,9 +18,10 @@ from compress.checkpoints.base import Checkpoint
 from compress.data import MemoryStore, Split, normalise
 from compress.quantize import fake_quant_model, ptq
 from compress.resnet import build_model, tensors_of
-from compress.teacher import match_teacher, reordered
-from compress.train import TrainSettings, train
+from compress.teacher import _order, match_teacher, reordered
+from compress.train import train
 from rescompress.core.errors import BadInput
+from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 from rescompress.stage import Opening
 
@@ -191,3 +192,10 @@ def test_what_the_teacher_s_file_states_goes_before_what_is_stated_of_the_networ
         save_checkpoint(checkpoint(spec), tmp_path / "teacher.safetensors")
         teacher = Opening(tmp_path / "net.pt", preprocess="half").of(tmp_path / "teacher.safetensors")
         assert teacher.load().spec.preprocessing.name == wanted
+
+
+def test_classes_of_a_teacher_are_known_in_other_spellings() -> None:
+    assert _order(("golden retriever", "CAT", "\u00e4hre"), ("cat", "Golden_Retriever", "a\u0308hre")) == [1, 0, 2]
+    assert _order(("Cat", "cat"), ("cat", "Cat")) == [1, 0]
+    assert _order(("Cat", "cat"), ("CAT", "cat")) is None
+    assert _order(("cats", "dog"), ("cat", "dog")) is None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from rescompress.core.graph import Network
 from rescompress.core.quantizers import Quantization
+from rescompress.core.recipe import network_of
 from rescompress.core.spec import ModelSpec
 
 Shape = tuple[int, ...]
@@ -21,17 +23,34 @@ class Checkpoint:
     """A network and its tensors.
 
     Attributes:
-        spec: The network.
-        state_dict: Every tensor of ``build_model(spec)``, float32 (BatchNorm's counters int64), by its name there.
+        spec: The network: its graph, or the recipe that makes it (`network`).
+        state_dict: Every tensor of the network, float32 (BatchNorm's counters int64), by its name there.
         quantization: Every quantizer with its scales, or None for a float network.
         provenance: Where it comes from: ``format``, ``path``, ``notes`` on what was assumed, and of them the ``warnings``, that
             something in the file is no part of this network; JSON values.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec | Network
     state_dict: Mapping[str, Tensor]
     quantization: Quantization | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def network(self) -> Network:
+        """The graph of the network."""
+        return network_of(self.spec)
+
+
+def on_device(checkpoint: Checkpoint, device: str) -> Checkpoint:
+    """Return the checkpoint with its tensors on a device; itself where they are there.
+
+    Args:
+        checkpoint: A network.
+        device: As torch names it.
+    """
+    moved = {name: value.to(device) for name, value in checkpoint.state_dict.items()}
+    same = all(moved[name] is value for name, value in checkpoint.state_dict.items())
+    return checkpoint if same else replace(checkpoint, state_dict=moved)
 
 
 class Stored(Protocol):

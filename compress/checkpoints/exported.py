@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.checkpoints import pickles
 from compress.checkpoints.files import EXPORTED_TABLE, Opened, ZipStorages, read_member, unique_pairs
@@ -105,12 +104,15 @@ class Exported:
         self._path, self._members, self._tensors = path, members, tensors
         self._model = f"{folder.removesuffix('data')}models/{name.removesuffix(EXPORTED_TABLE)}.json"
 
-    def __call__(self, x_NCHW: Tensor) -> Any:
-        """Return what the archive computes; raises Unknown when something in it is not known here."""
-        if self._model not in self._members:
-            raise Unknown("is not there")
-        document = json.loads(read_member(self._path, self._members[self._model], MAX_CONFIG_BYTES))
-        module = document["graph_module"]
+    def __call__(self, x_NCHW: Any, run: Operators | None = None) -> Any:
+        """Return what the archive computes; raises Unknown when something in it is not known here.
+
+        Args:
+            x_NCHW: The images.
+            run: What runs its operators.
+        """
+        run = run or Operators()
+        module = self._module()
         values: dict[str, Any] = {}
         images = 0
         for spec in module["signature"]["input_specs"]:
@@ -120,17 +122,40 @@ class Exported:
                 values[name], images = x_NCHW, images + 1
             elif kind in ("parameter", "buffer"):
                 values[name] = in_float(self._tensors[found[f"{kind}_name"]].read())
+                run.name_constant(values[name], str(found[f"{kind}_name"]))
             else:
                 raise Unknown(f"reads a {kind}")
         if images != 1:
             raise Unknown(f"takes {images} inputs")
-        run = Operators()
         for node in module["graph"]["nodes"]:
+            run.about = _made_by(node)
             _run_node(node, values, run)
-        for spec in module["signature"]["output_specs"]:
-            if "user_output" in spec:
-                return values[spec["user_output"]["arg"]["as_tensor"]["name"]]
+        outputs = [
+            values[s["user_output"]["arg"]["as_tensor"]["name"]]
+            for s in module["signature"]["output_specs"]
+            if "user_output" in s
+        ]
+        return outputs[0] if len(outputs) == 1 else outputs or None
+
+    def _module(self) -> Any:
+        if self._model not in self._members:
+            raise Unknown("is not there")
+        return json.loads(read_member(self._path, self._members[self._model], MAX_CONFIG_BYTES))["graph_module"]
+
+    def input_shape(self) -> tuple[int | None, ...] | None:
+        """Return the shape of the images that the graph states, with the batch; None for a size that is open."""
+        module = self._module()
+        for spec in module["signature"]["input_specs"]:
+            if "user_input" in spec:
+                meta = module["graph"]["tensor_values"].get(spec["user_input"]["arg"]["as_tensor"]["name"])
+                return tuple(size.get("as_int") for size in meta["sizes"]) if meta else None
         return None
+
+
+def _made_by(node: Mapping[str, Any]) -> str:
+    """Return the name of the first tensor that a node makes."""
+    ((kind, entry),) = node["outputs"][0].items() if node.get("outputs") else (("", {}),)
+    return str((entry[0] if kind == "as_tensors" else entry).get("name", ""))
 
 
 def _run_node(node: Mapping[str, Any], values: dict[str, Any], run: Operators) -> None:

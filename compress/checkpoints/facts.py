@@ -121,6 +121,16 @@ def _on(value: Any) -> bool:
     return any(map(_on, value)) if isinstance(value, list) else value is True or (type(value) is int and value > 0)
 
 
+def _other_strides(value: Any) -> bool:
+    """Whether these are strides of stages, not those of a detector's anchors, and others than the usual ones."""
+    return (
+        isinstance(value, list)
+        and 2 <= len(value) <= 5
+        and all(v in (1, 2) for v in value)
+        and value != [1] + [2] * (len(value) - 1)
+    )
+
+
 _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "output_stride": (lambda v: type(v) is int and 0 < v < 32, _STATE_STRIDES),
     "replace_stride_with_dilation": (_on, _STATE_STRIDES),
@@ -128,10 +138,10 @@ _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "dilations": (_any_above_one, _STATE_STRIDES),
     "dilated": (_on, _STATE_STRIDES),
     "dilate_scale": (lambda v: type(v) is int and 0 < v < 32, _STATE_STRIDES),
-    "multi_grid": (_on, _STATE_STRIDES),
+    "multi_grid": (lambda v: v is True or _any_above_one(v), _STATE_STRIDES),
     "last_stride": (lambda v: type(v) is int and v == 1, _STATE_STRIDES),
     "last_conv_stride": (lambda v: type(v) is int and v == 1, _STATE_STRIDES),
-    "strides": (lambda v: isinstance(v, list) and len(v) > 1 and v != [1] + [2] * (len(v) - 1), _STATE_STRIDES),
+    "strides": (_other_strides, _STATE_STRIDES),
     "act_layer": (_not_in("relu", "none", ""), _SUPPORTED),
     "aa_layer": (_not_in("none", ""), _SUPPORTED),
     "global_pool": (_in("max", "avgmax", "gem"), _SUPPORTED),

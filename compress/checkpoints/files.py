@@ -78,7 +78,7 @@ class Opened:
     content: object
     metadata: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    program: Callable[[Tensor], Any] | None = None
+    program: Callable[..., Any] | None = None
 
 
 def read_bytes(file: BinaryIO, n_bytes: int) -> Tensor:

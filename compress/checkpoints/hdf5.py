@@ -31,6 +31,17 @@ MAX_DEPTH = 24
 MAX_DATASETS = 100_000
 MAX_CONFIG_BYTES = 64 * 2**20
 _PARTS = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance", "mean", "variance"}
+_PARTS |= {"depthwise_kernel", "pointwise_kernel"}
+_KERAS_1 = {
+    "W": "kernel",
+    "b": "bias",
+    "gamma": "gamma",
+    "beta": "beta",
+    "running_mean": "moving_mean",
+    "running_std": "moving_variance",
+}
+"""Endings of Keras 1, which calls a weight ``<layer>_W``; its running_std holds variances."""
+_SEPARABLE = ("depthwise_kernel", "pointwise_kernel", "bias")
 _BY_RANK = {4: ("kernel", "bias"), 2: ("kernel", "bias"), 1: ("gamma", "beta", "moving_mean", "moving_variance")}
 
 
@@ -111,6 +122,7 @@ def _open(source: Path | io.BytesIO, size: int, config: dict[str, Any] | None) -
     given = _names_from_config(config) if config else {}
     tensors: dict[str, H5Tensor] = {}
     ranks = {path.rpartition("/")[0]: len(shape) for path, shape in found if path.endswith("/0")}
+    ranks |= {path.rpartition("/")[0]: -4 for path, shape in found if path.endswith("/vars/1") and len(shape) == 4}
     for path, shape in found:
         key = _key(path, ranks, names, given)
         if key is None:
@@ -178,12 +190,16 @@ def _datasets(f: Any, size: int) -> Iterator[tuple[str, Shape]]:
 def _key(path: str, ranks: Mapping[str, int], names: Mapping[str, str | None], given: Mapping[str, str]) -> str | None:
     folder, _, leaf = path.rpartition("/")
     if folder.endswith("/vars") or folder == "vars":
-        parts = _BY_RANK.get(ranks.get(folder, 0), ())
+        rank = ranks.get(folder, 0)
+        parts = _SEPARABLE if rank == -4 else _BY_RANK.get(rank, ())
         if not leaf.isdecimal() or int(leaf) >= len(parts):
             return None
         layer = names.get(path) or given.get(folder.removesuffix("/vars")) or folder.removesuffix("/vars").replace("/", "_")
         return f"{layer}.{parts[int(leaf)]}"
     part = leaf.partition(":")[0]
+    owner = folder.rpartition("/")[2]
+    if part.startswith(f"{owner}_"):
+        part = _KERAS_1.get(part.removeprefix(f"{owner}_"), part)
     if part not in _PARTS or not folder:
         return None
     return f"{folder.rpartition('/')[2]}.{part}"

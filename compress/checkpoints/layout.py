@@ -24,7 +24,7 @@ from compress.checkpoints.options import integers, number
 from compress.finite import all_finite
 from compress.preprocessing import Statement
 from rescompress.core.errors import CheckpointError
-from rescompress.core.layers import Layer, walk
+from rescompress.core.layers import walk
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 BN_PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -406,17 +406,6 @@ def _head_mismatch(found: int, width: int, *, first: bool) -> tuple[str]:
     return (f"its head reads {found} features where {width} come in",)
 
 
-def tensor_shapes(layer: Layer) -> dict[str, Shape]:
-    """Return the name and shape of every tensor of a layer, as torch's modules have them."""
-    if not layer.weight_shape:
-        return {}
-    width = layer.weight_shape[:1]
-    if layer.op == "batch_norm":
-        return {f"{layer.name}.{part}": width for part in BN_PARTS} | {f"{layer.name}.num_batches_tracked": ()}
-    shapes = {f"{layer.name}.weight": layer.weight_shape}
-    return shapes | {f"{layer.name}.bias": width} if layer.bias else shapes
-
-
 def _fit(spec: ModelSpec, layout: Layout) -> dict[str, Stored]:
     """Return every tensor that `spec` wants, checked by name and shape."""
     available = dict(layout.tensors)
@@ -427,7 +416,7 @@ def _fit(spec: ModelSpec, layout: Layout) -> dict[str, Stored]:
     filled = []
     total = 0
     for layer in walk(spec):
-        for name, shape in tensor_shapes(layer).items():
+        for name, shape in layer.tensors.items():
             stored = available.pop(name, None)
             if stored is None:
                 if name.endswith(".num_batches_tracked"):

@@ -17,6 +17,7 @@ from compress.checkpoints.options import check
 from compress.checkpoints.roots import around, beside, flatten, modules, refuse_fake_quantizers, roots, strangers, without_masks
 from rescompress.core import plugins
 from rescompress.core.errors import CheckpointError
+from rescompress.core.spec import ModelSpec
 
 FORMATS = "compress.checkpoints.formats"
 _SEGMENTER = re.compile(
@@ -28,17 +29,70 @@ _SEGMENTER = re.compile(
 def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
     """Return the checkpoint in a file (see `compress.checkpoints.load_checkpoint`)."""
     check(options.arch)
+    if is_onnx(path):
+        from compress.importers.onnx_file import load_onnx_file
+
+        return load_onnx_file(path, options)
     try:
         opened = open_file(path, allow_pickle=allow_pickle)
-        return _load(path, opened, options)
+        return _by_a_way(path, opened, options)
     except CheckpointError as e:
-        raise CheckpointError(e.what, where=str(path), remedy=e.remedy) from e
+        raise CheckpointError(e.what, where=e.where or str(path), remedy=e.remedy) from e
     except PermissionError as e:
         raise CheckpointError("cannot be read", where=str(path), remedy="mend its access rights") from e
     except (MemoryError, RuntimeError, OverflowError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         raise CheckpointError("claims tensors that do not fit into memory", where=str(path)) from e
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is to be read as ONNX: it is called so, and begins as a message of protobuf does."""
+    if path.suffix.lower() != ".onnx":
+        return False
+    with path.open("rb") as f:
+        return not f.read(2).startswith((b"PK", b"\x89H", b"\x80"))
+
+
+def _by_a_way(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
+    """Return the checkpoint as the user says, else by its key layout, else by the graph that the file holds."""
+    if "code" in options.arch and "like" in options.arch:
+        raise CheckpointError("--code and --like are given", remedy="give one of them")
+    if "code" in options.arch:
+        from compress.importers.code import load_with_code
+
+        return load_with_code(path, opened, options.arch["code"], options)
+    if "like" in options.arch:
+        from compress.importers.like import load_like
+
+        return load_like(path, opened, options.arch["like"], options)
+    graph = opened.program is not None or isinstance(opened.metadata.get("keras_config"), dict)
+    try:
+        return _load(path, opened, options)
+    except CheckpointError as by_keys:
+        if not graph:
+            raise
+        try:
+            return _by_its_graph(path, opened, options)
+        except CheckpointError as e:
+            raise (by_keys if _claimed(path, opened) else e) from e
+
+
+def _by_its_graph(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
+    if opened.program is not None:
+        from compress.importers.archive import load_archive
+
+        checkpoint = load_archive(path, opened, options)
+    else:
+        from compress.importers.keras_config import load_keras
+
+        checkpoint = load_keras(path, opened, options)
+    return _with_class_names(checkpoint, opened)
+
+
+def _claimed(path: Path, opened: Opened) -> bool:
+    """Whether a key layout takes the file for its own."""
+    return next(_claims(path, opened, flatten(opened)), None) is not None
 
 
 def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
@@ -81,7 +135,8 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     checkpoint = format_.load(
         dataclasses.replace(raw, notes=tuple(notes)), root, stated.options_of(parts_of_it, options) if parts_of_it else options
     )
-    stated.check(parts_of_it, checkpoint.spec, options)
+    if isinstance(checkpoint.spec, ModelSpec):
+        stated.check(parts_of_it, checkpoint.spec, options)
     stated.check_around(around(opened, root.prefix, [r.prefix for _, _, _, r in claims]))
     if checkpoint.provenance.get("format") == "native":  # says all of it itself
         return checkpoint
@@ -92,17 +147,17 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
     if not parts_of_it and opened.program is None:  # tensors alone
         warnings = [*warnings, *facts.variant_in_name(path.stem, options)]
-        if "keras_config" not in opened.metadata:
+        if "keras_config" not in opened.metadata and isinstance(checkpoint.spec, ModelSpec):
             checkpoint = _noting(checkpoint, facts.open_strides(checkpoint.spec, options))
     return _with_class_names(_telling(checkpoint, [*warnings, *stated.ending(parts_of_it)]), opened)
 
 
 def _with_class_names(checkpoint: Checkpoint, opened: Opened) -> Checkpoint:
     """Return the checkpoint with the names of its classes, where the file holds them and the format has not read them."""
-    head = checkpoint.spec.head
-    if checkpoint.spec.labels is not None or head is None or not head.num_classes:
+    classes = checkpoint.spec.num_classes
+    if checkpoint.spec.labels is not None or not classes:
         return checkpoint
-    names, unused = class_names((opened.content, opened.metadata), head.num_classes)
+    names, unused = class_names((opened.content, opened.metadata), classes)
     if names is not None:
         checkpoint = dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
     return _telling(checkpoint, unused)
@@ -121,7 +176,8 @@ def _noting(checkpoint: Checkpoint, lines: list[str], kinds: tuple[str, ...] = (
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
     for name in plugins.names(FORMATS):
         format_ = cast("Format", plugins.load(FORMATS, name, what="format"))
-        for root in roots(tensors, format_.MARKER):
+        places = [Root("", tensors, {})] if name == "native" else roots(tensors, format_.MARKER)
+        for root in places:
             raw = RawState(path, opened.container, root.tensors, opened.metadata, opened.notes)
             if format_.matches(raw):
                 yield name, format_, raw, root

@@ -40,6 +40,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+ -]{1,60}?)[\"']?[ \t]*$", re.MULTILINE | re.IGNORECASE)
 _LARGEST_TEXT = 1 << 20
 _CONNECT_S = 5.0
+_LEAST_STD = 1e-3
 _PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 FORMS = "hf:org/name@revision, timm/resnet50.a1_in1k, torchvision/resnet50"
 
@@ -132,9 +133,9 @@ def load(
         options = dataclasses.replace(options, preprocess=stated)
     checkpoint = load_file(published.path, options, allow_pickle=allow_pickle)
     notes = list(published.notes)
-    head = checkpoint.spec.head
-    if checkpoint.spec.labels is None and head is not None and head.num_classes:
-        names, unused = class_names((config,), head.num_classes)
+    classes = checkpoint.spec.num_classes
+    if checkpoint.spec.labels is None and classes:
+        names, unused = class_names((config,), classes)
         notes += unused
         if names is not None:
             checkpoint = dataclasses.replace(checkpoint, spec=checkpoint.spec.replace(labels=names))
@@ -369,6 +370,10 @@ def _facts(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[dic
             value = (0.0,) * 3 if key == "mean" else (1.0,) * 3
         if value is not None:
             found[key] = value
+    if ("mean" in found) != ("std" in found) or min(found.get("std", (1.0,))) < _LEAST_STD:
+        notes.append("its mean and standard deviation are not used: they are no numbers to normalise pixels by")
+        found.pop("mean", None)
+        found.pop("std", None)
     side = None
     shape = _triple(timm.get("input_size"))
     if shape is not None and all(n.is_integer() and 8 <= n <= 4096 for n in shape[1:]):
@@ -399,8 +404,10 @@ def _facts(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[dic
 
 
 def _triple(value: object) -> tuple[float, float, float] | None:
-    """Return three numbers, or None where these are none."""
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
+    """Return three finite numbers, or None where these are none."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return None
+    if not all(type(v) in (int, float) and math.isfinite(v) for v in value):
         return None
     return float(value[0]), float(value[1]), float(value[2])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ KNOWN: dict[str, str] = {
     "weights": "which weights where several are stored: raw or ema",
     "root": "prefix of the network's keys, such as teacher.backbone",
     "arch": "name to show for the architecture",
+    "code": "FILE:CALLABLE that builds the network of a state_dict (as --code)",
+    "like": "name of the network whose tensors a state_dict holds under other names (as --like)",
 }
 """Every architecture option, and what it means."""
 
@@ -43,11 +46,14 @@ def check(options: Mapping[str, str]) -> None:
     for name, value in options.items():
         if name not in KNOWN:
             raise BadInput(f"unknown architecture option '{name}'", where="--arch-option", remedy=nearest(name, KNOWN))
+        if name == "code" and not _CODE.fullmatch(value):
+            raise BadInput(f"{value!r} is not FILE:CALLABLE", where="--code", remedy="write it like model.py:make_network")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise BadInput(f"{name} is {value!r}", where="--arch-option", remedy=f"choose one of {', '.join(_CHOICES[name])}")
 
 
 _MAX_SIDE = 65_536
+_CODE = re.compile(r".+:[^\W\d]\w*", re.DOTALL)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rescompress.core.errors import CheckpointError, nearest
 
-SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".h5", ".keras", ".hdf5", ".ts", ".pt2"})
+SUFFIXES = frozenset(
+    {".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".tar", ".h5", ".keras", ".hdf5", ".ts", ".pt2", ".onnx"}
+)
 SHOWN = 5
 
 

@@ -8,6 +8,7 @@ tensors and do nothing else; what they do not know is not run, and that is told.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,6 +64,11 @@ class Operators:
     def __init__(self) -> None:
         """Start with none run."""
         self.calls = 0
+        self.about = ""
+        """What the program calls the tensor that the next operator makes, where it has names."""
+
+    def name_constant(self, value: Tensor, name: str) -> None:
+        """Take note of what a parameter is called; nothing needs it here."""
 
     def call(self, name: str, overload: str | None, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Return what an operator of aten makes of its arguments.
@@ -83,6 +89,10 @@ class Operators:
             return SCALAR[name](*args, **kwargs)
         if name in _SAME and args and isinstance(args[0], Tensor):
             return args[0].clone() if name == "clone" else args[0]
+        if name in ("zeros", "ones") and args and isinstance(args[0], list) and all(isinstance(n, int) for n in args[0]):
+            if math.prod(args[0]) > MAX_VALUES:
+                raise Unknown("makes tensors beyond measure")
+            return torch.zeros(args[0]) if name == "zeros" else torch.ones(args[0])
         if name not in PURE:
             raise Unknown(f"uses {name}")
         packet = getattr(torch.ops.aten, name)

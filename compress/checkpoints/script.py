@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from compress.checkpoints.files import read_member
 from compress.checkpoints.pickles import Record
@@ -37,11 +35,18 @@ class Script:
         self._files: dict[str, dict[str, ast.stmt]] = {}
         self._operators = Operators()
         self._statements = 0
+        self._names = {id(value): name for name, value in _tensors(top)}
 
-    def __call__(self, x_NCHW: Tensor) -> Any:
-        """Return what the archive computes; raises Unknown when something in it is not known here."""
+    def __call__(self, x_NCHW: Any, run: Operators | None = None) -> Any:
+        """Return what the archive computes; raises Unknown when something in it is not known here.
+
+        Args:
+            x_NCHW: The images.
+            run: What runs its operators.
+        """
         if not isinstance(self._top, Record):
             raise Unknown("has no module")
+        self._operators, self._statements = run or Operators(), 0
         return self._method(self._top, "forward", [x_NCHW], {}, 0)
 
     def _definitions(self, module: str) -> dict[str, ast.stmt]:
@@ -73,7 +78,11 @@ class Script:
     def _attribute(self, record: Record, name: str) -> Any:
         if name in record.state:
             value = record.state[name]
-            return in_float(value.read()) if hasattr(value, "read") and hasattr(value, "shape") else value
+            if hasattr(value, "read") and hasattr(value, "shape"):
+                tensor = in_float(value.read())
+                self._operators.name_constant(tensor, self._names.get(id(value), name))
+                return tensor
+            return value
         for part in self._class(record).body:
             named = isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and part.target.id == name
             if named and isinstance(part, ast.AnnAssign) and part.value is not None:
@@ -141,6 +150,9 @@ class Script:
                 return [self._value(p, scope, depth) for p in parts]
             case ast.Tuple(elts=parts):
                 return tuple(self._value(p, scope, depth) for p in parts)
+            case ast.Dict(keys=keys, values=values):
+                pairs = [(k, v) for k, v in zip(keys, values, strict=True) if k is not None]
+                return {self._value(k, scope, depth): self._value(v, scope, depth) for k, v in pairs}
             case ast.UnaryOp(op=ast.USub(), operand=inner):
                 return -self._value(inner, scope, depth)
             case ast.UnaryOp(op=ast.Not(), operand=inner):
@@ -213,6 +225,21 @@ class Script:
         if len(values) == 2 and isinstance(values[0], Record) and isinstance(values[1], str):
             return self._attribute(values[0], values[1])
         raise Unknown("reads an attribute of something else than a module")
+
+
+def _tensors(top: object) -> Iterator[tuple[str, object]]:
+    """Yield the stored tensors of a module by their dotted names."""
+    todo = [("", top, 0)]
+    while todo:
+        prefix, node, depth = todo.pop()
+        if not isinstance(node, Record) or depth > MAX_DEPTH:
+            continue
+        for name, value in node.state.items():
+            key = f"{prefix}.{name}" if prefix else str(name)
+            if hasattr(value, "read") and hasattr(value, "shape"):
+                yield key, value
+            else:
+                todo.append((key, value, depth + 1))
 
 
 class _Reference:

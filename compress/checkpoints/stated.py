@@ -17,6 +17,7 @@ from compress.checkpoints.leftovers import beside
 from compress.checkpoints.pickles import Record
 from rescompress.core.errors import CheckpointError
 from rescompress.core.layers import Layer, walk
+from rescompress.core.operations import Conv, GlobalPool
 from rescompress.core.spec import ModelSpec
 
 _CONV = "torch.nn.modules.conv.Conv2d"
@@ -108,9 +109,9 @@ def check(modules: Mapping[str, Record], spec: ModelSpec, options: LoadOptions) 
     if not there or {"strides", "stride_at", "stem_stride"} & set(options.arch):
         return
     read = Counter(
-        (layer.in_shape[0], layer.out_shape[0], layer.kernel, layer.stride, layer.padding, 1)
+        (layer.in_shape[0], layer.out_shape[0], op.kernel[0], op.stride[0], op.pads[0], 1)
         for layer in layers
-        if layer.op == "conv"
+        if isinstance(op := layer.operation, Conv)
     )
     left, missing = Counter(there.values()) - read, read - Counter(there.values())
     sizes = {geometry[:3] for geometry in missing}
@@ -207,7 +208,7 @@ def _check_max_pools(modules: Mapping[str, Record]) -> list[str]:
 
 def _check_mean_pools(modules: Mapping[str, Record], spec: ModelSpec, layers: Iterable[Layer]) -> None:
     """Make sure that pools in blocks halve, and that those outside are the global one that was read."""
-    last = next((layer.in_shape[1:] for layer in layers if layer.op.startswith("global_")), None)
+    last = next((layer.in_shape[1:] for layer in layers if isinstance(layer.operation, GlobalPool)), None)
     pool = spec.head.pool if spec.head is not None else None
     for name, module in modules.items():
         kind = _kind(module)

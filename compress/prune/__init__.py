@@ -1,6 +1,6 @@
 """Structured pruning: channels and blocks removed from a network, within a budget."""
 
-from compress.prune.apply import apply, pruned_spec
+from compress.prune.apply import apply, pruned_network
 from compress.prune.cost import CostFunction
 from compress.prune.engine import Choice, PruneResult, choose, load_method, measure, method_names, prune, prune_by_plan
 from compress.prune.groups import ChannelGroup, Scope, find_groups, prunable
@@ -29,5 +29,5 @@ __all__ = [
     "prunable",
     "prune",
     "prune_by_plan",
-    "pruned_spec",
+    "pruned_network",
 ]

@@ -1,7 +1,8 @@
 """What layers read and make on the calibration images: the network run piece by piece, and rows of pixels for fits.
 
-A *chunk* is a block, or a layer outside of blocks with what follows it. Only the tensors between chunks are kept for all
-images; what lies inside is computed for some images at a time, when it is asked for. Tensors are channels last: rows of
+A *chunk* is a block, or a layer outside of blocks with what follows it; where more than one tensor is needed later on, it goes
+on until only one is. Only the tensors between chunks are kept for all images; what lies inside is computed for some images
+at a time, when it is asked for. Tensors are channels last: rows of
 pixels are views then, and convolutions are quicker.
 
 Shape suffixes: N images or rows, C channels, H height, W width, P pixels of an image, D input columns.
@@ -9,16 +10,18 @@ Shape suffixes: N images or rows, C channels, H height, W width, P pixels of an 
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.prune.fold import gain, shift
 from compress.prune.method import Context
 from compress.resnet import ResNet
-from rescompress.core.layers import GLOBAL_POOLS, Layer
+from rescompress.core.graph import INPUT, Layer, Network
+from rescompress.core.operations import Conv, GlobalPool, Linear
 
 _ROWS = 32_768
 """Pixels that a layer is fitted to, if there are so many."""
@@ -48,36 +51,48 @@ class Rows:
         return rows_ND
 
 
-def usable_images(context: Context, layers: Sequence[Layer]) -> Tensor:
+def usable_images(context: Context, network: Network) -> Tensor:
     """Return as many calibration images as the memory allows."""
     x = context.images()
-    widest = max(layer.in_elements for layer in layers if layer.name.endswith(".conv1") or layer.op == "input")
+    widest = max(chunk[0].in_elements for chunk in chunks_of(network))
     most = max(1, _STREAM_BYTES // (8 * widest))
     if most < len(x):
         context.note(f"{most} of the {len(x)} calibration images are used: more would take over {_STREAM_BYTES >> 30} GiB")
     return x[:most].contiguous(memory_format=torch.channels_last)
 
 
-def chunks_of(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Return the layers by block; each layer outside of blocks with the elementwise layers and pools after it."""
+def chunks_of(network: Network) -> list[list[Layer]]:
+    """Return the layers by block; each layer outside of blocks with the elementwise layers and pools after it.
+
+    A chunk reads one tensor of those before it, the first input of its first layer, and later ones read its last layer only.
+    """
+    layers = network.layers[1:]
+    last_read = {name: i for i, layer in enumerate(layers) for name in layer.inputs}
+    pieces: list[list[Layer]] = [[]]
+    held = last_read[INPUT]  # where the last reader is of all tensors but the newest
+    for i, layer in enumerate(layers):
+        pieces[-1].append(layer)
+        if held <= i < len(layers) - 1:
+            pieces.append([])
+        held = max(held, last_read.get(layer.name, i))
     chunks: list[list[Layer]] = []
-    for block, run in itertools.groupby(layers, key=lambda layer: layer.block):
-        if block is not None:
-            chunks.append(list(run))
-            continue
-        for layer in run:
-            if layer.op == "input":
-                continue
-            if layer.op in ("conv", "linear", *GLOBAL_POOLS):
-                chunks.append([layer])
-            else:
-                chunks[-1].append(layer)
+    for piece in pieces:
+        first, before = piece[0], chunks[-1] if chunks else []
+        block = first.block
+        joins = bool(before) and block == before[-1].block
+        if joins and block is None:
+            joins = not isinstance(first.operation, Conv | Linear | GlobalPool)
+        if joins:
+            before += piece
+        else:
+            chunks.append(piece)
     return chunks
 
 
 def chunk_name(chunk: Sequence[Layer]) -> str:
-    """Return the block's name, or the layer's."""
-    return chunk[0].block or chunk[0].name
+    """Return the block's name where the chunk is one, else its first layer's."""
+    block = chunk[0].block
+    return block if block is not None and all(layer.block == block for layer in chunk) else chunk[0].name
 
 
 def parts(n: int, chunk: Sequence[Layer]) -> Iterator[slice]:
@@ -108,25 +123,32 @@ class Inside:
         """Return a tensor of the chunk."""
         if name not in self._values:
             layer = self._layers[name]
-            conv = self._layers.get(layer.inputs[0])
-            if layer.op == "batch_norm" and conv is not None and conv.op == "conv" and conv.name not in self._values:
-                self._values[name] = self._normed(conv, layer)
+            conv = self._layers.get(layer.inputs[0]) if layer.inputs else None
+            folds = conv is not None and self._model.network.folded_norms.get(conv.name) is layer
+            if conv is not None and folds and isinstance(conv.operation, Conv) and conv.name not in self._values:
+                self._values[name] = self._normed(conv, conv.operation, layer)
             else:
                 self._values[name] = self._model.compute(layer, [self[i] for i in layer.inputs])
         return self._values[name]
 
-    def _normed(self, conv: Layer, norm: Layer) -> Tensor:
+    def _normed(self, conv: Layer, op: Conv, norm: Layer) -> Tensor:
         """Return a convolution with the BatchNorm behind it, in one go: nobody asks for what lies between."""
         first, then = self._model.get_submodule(conv.name), self._model.get_submodule(norm.name)
         assert isinstance(first, nn.Conv2d)
         assert isinstance(then, nn.BatchNorm2d)
         assert then.running_mean is not None
-        assert then.running_var is not None
-        scale_O = then.weight / (then.running_var + then.eps).sqrt()
+        tensors = {f"{norm.name}.{k}": v for k, v in then.state_dict().items()}
+        scale_O = gain(tensors, norm)
         before_O = then.running_mean if first.bias is None else then.running_mean - first.bias
         weight = first.weight * scale_O[:, None, None, None]
-        bias_O = then.bias - before_O * scale_O
-        return F.conv2d(self[conv.inputs[0]], weight, bias_O, first.stride, first.padding, groups=first.groups)
+        bias_O = shift(tensors, norm) - before_O * scale_O
+        x = F.pad(self[conv.inputs[0]], _pads(op))
+        return F.conv2d(x, weight, bias_O, op.stride, 0, op.dilation, op.groups)
+
+
+def _pads(op: Conv) -> list[int]:
+    top, left, bottom, right = op.pads
+    return [left, right, top, bottom]
 
 
 def empty_for(images: int, like: Tensor) -> Tensor:
@@ -170,36 +192,37 @@ def advance(
 
 def pixels_per_image(layer: Layer, n: int) -> int:
     """Return how many output pixels of each of `n` images are looked at."""
-    if layer.op == "linear":
+    if not isinstance(layer.operation, Conv):
         return 1
-    columns = layer.in_shape[0] // layer.groups * layer.kernel**2
+    columns = math.prod(layer.weight_shape[1:])
     return min(layer.out_shape[1] * layer.out_shape[2], -(-max(_ROWS, _ROWS_PER_COLUMN * columns) // n))
 
 
 def places_of(layer: Layer, n: int, generator: torch.Generator) -> Tensor:
     """Return which output pixels of each of `n` images to look at (N, P)."""
-    if layer.op == "linear":
+    if not isinstance(layer.operation, Conv):
         return torch.zeros(n, 1, dtype=torch.int64)
     pixels, count = layer.out_shape[1] * layer.out_shape[2], pixels_per_image(layer, n)
     if count == pixels:
         return torch.arange(pixels).expand(n, pixels)
-    return torch.rand(n, pixels, generator=generator).topk(count, dim=1).indices
+    return torch.rand(n, pixels, generator=generator, device="cpu").topk(count, dim=1).indices.to(torch.get_default_device())
 
 
 def patches(x_NCHW: Tensor, layer: Layer, places_NP: Tensor) -> Tensor:
-    """Return the inputs of the named output pixels of a layer as rows (N * P, C * k * k)."""
-    if layer.op == "linear":
+    """Return the inputs of the named output pixels of a layer as rows (N * P, C * KH * KW)."""
+    op = layer.operation
+    if not isinstance(op, Conv):
         return x_NCHW
-    padding, k = layer.padding, layer.kernel
-    if padding:
-        x_NCHW = F.pad(x_NCHW, (padding,) * 4)
+    if any(op.pads):
+        x_NCHW = F.pad(x_NCHW, _pads(op))
     n, c, h, w = x_NCHW.shape
-    y_NP, x_NP = places_NP // layer.out_shape[2] * layer.stride, places_NP % layer.out_shape[2] * layer.stride
+    y_NP, x_NP = places_NP // layer.out_shape[2] * op.stride[0], places_NP % layer.out_shape[2] * op.stride[1]
     first_N1 = torch.arange(n)[:, None] * (h * w)
     rows = x_NCHW.permute(0, 2, 3, 1).reshape(n * h * w, c)
-    out = torch.empty(places_NP.numel(), c, k * k)
-    for i in range(k * k):
-        out[:, :, i] = rows[(first_N1 + (y_NP + i // k) * w + x_NP + i % k).flatten()]
+    out = torch.empty(places_NP.numel(), c, op.kernel[0] * op.kernel[1])
+    for i in range(out.shape[2]):
+        down, along = i // op.kernel[1] * op.dilation[0], i % op.kernel[1] * op.dilation[1]
+        out[:, :, i] = rows[(first_N1 + (y_NP + down) * w + x_NP + along).flatten()]
     return out.flatten(1)
 
 

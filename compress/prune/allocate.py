@@ -9,6 +9,7 @@ couple the chunks: they are searched by coordinate descent on error + price * co
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,15 @@ from compress.prune.cost import CachedCost, CostFunction, signature
 from compress.prune.groups import ChannelGroup, Sizes
 from compress.prune.method import Curves
 from rescompress.core.errors import BudgetError
-from rescompress.core.layers import Layer
+from rescompress.core.graph import Layer
 
 Floats = NDArray[np.float64]
 
 _BINS = 4000
 _CLOSE = 0.003
 """Part of a budget that may be left over where the sum over segments misses the exact cost."""
+_COMBINATIONS = 100_000
+"""Most combinations of widths that one chunk offers."""
 _OPTIONS = 40
 """Most widths of one group that the search looks at; the final filling looks at all."""
 
@@ -134,8 +137,9 @@ class Allocator:
         self._cost = CachedCost(cost)
         self._drop = set(drop)
         self._keep_one_of = keep_one_of
+        self._coupled: set[str] = set()
         self._chunks = self._make_chunks()
-        self._streams = [g for g in widths if sizes.groups[g].kind == "stream"]
+        self._streams = [g for g in widths if sizes.groups[g].kind == "stream" or g in self._coupled]
 
     def _make_chunks(self) -> list[_Chunk]:
         chunks = []
@@ -148,6 +152,10 @@ class Allocator:
             inside = {g for s in segments for g in (s.reads, s.makes)}
             inner = [g for g in self._sizes.groups if g in inside and self._sizes.groups[g].kind == "inner"]
             chunks.append((name, segments, inner))
+        for _, _, inner in _merge_stem(chunks):
+            if math.prod(len(self._widths[g]) for g in inner) > _COMBINATIONS:  # a chain: its groups are searched as streams
+                self._coupled |= set(inner)
+        chunks = [(name, segments, [g for g in inner if g not in self._coupled]) for name, segments, inner in chunks]
         return [_Chunk(n, s, i, [self._errors(g) for g in i]) for n, s, i in _merge_stem(chunks)]
 
     def _table(self, layers: list[Layer], reads: str, makes: str, tables: dict[tuple[object, ...], Floats]) -> Floats:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from compress.prune.groups import Sizes
+from compress.prune.groups import Sizes, narrowed
 from compress.prune.plan import PruningPlan
-from rescompress.core.layers import INPUT, walk
-from rescompress.core.spec import Block, ModelSpec
+from rescompress.core.graph import Layer, Network, Node
+from rescompress.core.operations import ChannelSelect, Operation
+from rescompress.core.recipe import network_of
+from rescompress.core.spec import ModelSpec
 
 
-def channels_kept(spec: ModelSpec, plan: PruningPlan) -> dict[str, Tensor]:
-    """Return, per tensor of ``walk(spec)``, the indices of the channels that stay, ascending (int64).
+def channels_kept(spec: ModelSpec | Network, plan: PruningPlan) -> dict[str, Tensor]:
+    """Return, per tensor of the network, the indices of the channels that stay, ascending (int64).
 
     Args:
         spec: The dense network.
@@ -23,44 +27,58 @@ def channels_kept(spec: ModelSpec, plan: PruningPlan) -> dict[str, Tensor]:
         BadInput: The plan does not fit.
     """
     plan.check(spec)
-    keep: dict[str, Tensor] = {}
-    for group in Sizes(spec).groups.values():
-        units = torch.tensor(plan.kept(group), dtype=torch.int64)
-        for name, width in group.channels.items():
-            keep[name] = (units[:, None] * width + torch.arange(width)).flatten()
-    return keep
+    return {name: torch.tensor(kept, dtype=torch.int64) for name, kept in _kept(Sizes(spec), plan).items()}
 
 
-def pruned_spec(spec: ModelSpec, plan: PruningPlan) -> ModelSpec:
+def _kept(sizes: Sizes, plan: PruningPlan) -> dict[str, list[int]]:
+    keep: dict[str, list[int]] = {layer.name: [] for layer in sizes.layers}
+    for group in sizes.groups.values():
+        units = plan.kept(group)
+        for name in group.channels:
+            keep[name] += group.indices(name, units)
+    return {name: sorted(kept) for name, kept in keep.items()}
+
+
+def pruned_network(spec: ModelSpec | Network, plan: PruningPlan) -> Network:
     """Return the network that the plan leaves.
 
     Raises:
         BadInput: The plan does not fit.
     """
-    keep = channels_kept(spec, plan)
+    plan.check(spec)
     sizes = Sizes(spec)
-    entry = {layer.block: layer.inputs[0] for layer in reversed(sizes.layers) if layer.block and layer.name.endswith(".conv1")}
-    changed: dict[str, Block | None] = {}
-    for block in spec.blocks:
-        if block.name in plan.dropped_blocks:
-            changed[block.name] = None
-            continue
-        convs = [f"{block.name}.conv{i + 1}" for i in range(len(block.widths))]
-        update: dict[str, object] = {"widths": tuple(len(keep[name]) for name in convs)}
-        if block.groups > 1:
-            update["groups"] = len(plan.kept(sizes.groups[sizes.group_of[convs[1]]]))
-        if block.channel_map is not None:
-            position = {int(c): i for i, c in enumerate(keep[entry[block.name]])}
-            update["channel_map"] = tuple(position.get(block.channel_map[int(c)], -1) for c in keep[convs[-1]])
-        changed[block.name] = Block.model_validate({**dict(block), **update})
-    stem = spec.stem.model_copy(
-        update={
-            "convs": tuple(
-                conv.model_copy(update={"width": len(keep[f"conv{i}"])}) for i, conv in enumerate(spec.stem.convs, 1)
-            )
-        }
-    )
-    return spec.replace_blocks(changed, stem=stem)
+    network, keep = sizes.network, _kept(sizes, plan)
+    blocks = [b for b in network.blocks if b.name in plan.dropped_blocks]
+    gone = {name for b in blocks for name in b.members}
+    instead = {b.tail: b.source for b in blocks}
+
+    def now(name: str) -> str:
+        while name in instead:
+            name = instead[name]
+        return name
+
+    nodes = [
+        Node(
+            name=layer.name,
+            operation=_narrowed(layer, keep[layer.name], [keep[n] for n in layer.inputs]),
+            inputs=tuple(now(n) for n in layer.inputs),
+        )
+        for layer in network.layers
+        if layer.name not in gone
+    ]
+    outputs = tuple(o.model_copy(update={"tensor": now(o.tensor)}) for o in network.outputs)
+    return network.replace(nodes=tuple(nodes), outputs=outputs)
+
+
+def _narrowed(layer: Layer, makes: Sequence[int], reads: Sequence[Sequence[int]]) -> Operation:
+    """Return the operation of a layer that makes and reads these of its channels only."""
+    if not reads:
+        return layer.operation
+    selected: tuple[int, ...] = ()
+    if isinstance(layer.operation, ChannelSelect):
+        position = {c: i for i, c in enumerate(reads[0])}
+        selected = tuple(position.get(layer.operation.channels[c], -1) for c in makes)
+    return narrowed(layer, len(reads[0]), len(makes), selected)
 
 
 def apply(checkpoint: Checkpoint, plan: PruningPlan) -> Checkpoint:
@@ -73,21 +91,21 @@ def apply(checkpoint: Checkpoint, plan: PruningPlan) -> Checkpoint:
     Raises:
         BadInput: The plan does not fit.
     """
-    spec = pruned_spec(checkpoint.spec, plan)
+    network = pruned_network(checkpoint.spec, plan)
     keep = channels_kept(checkpoint.spec, plan)
-    dense = {layer.name: layer for layer in walk(checkpoint.spec)}
+    dense = network_of(checkpoint.spec).by_name
     tensors: dict[str, Tensor] = {}
-    for layer in walk(spec):
-        old = dense[layer.name]
-        reads = keep[old.inputs[0]] if old.inputs else keep[INPUT]
-        for suffix in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            key = f"{layer.name}.{suffix}"
-            if key not in checkpoint.state_dict:
-                continue
-            value = checkpoint.state_dict[key]
-            if value.dim():
-                value = value.index_select(0, keep[layer.name].to(value.device))
-            if value.dim() > 1 and old.groups == 1:
-                value = value.index_select(1, reads.to(value.device))
-            tensors[key] = value.detach().clone().contiguous()
-    return Checkpoint(spec, tensors, None, dict(checkpoint.provenance))
+    for layer in network.layers:
+        for name, shape in layer.tensors.items():
+            value = cut(checkpoint.state_dict[name], shape, dense[layer.name], keep)
+            tensors[name] = value.detach().clone().contiguous()
+    return Checkpoint(network, tensors, None, dict(checkpoint.provenance))
+
+
+def cut(value: Tensor, shape: Sequence[int], layer: Layer, keep: Mapping[str, Tensor]) -> Tensor:
+    """Return what a tensor of a dense layer leaves: outputs first, then the inputs it reads, where its shape has them."""
+    if value.dim() and value.shape[0] != shape[0]:
+        value = value.index_select(0, keep[layer.name].to(value.device))
+    if value.dim() > 1 and value.shape[1] != shape[1]:
+        value = value.index_select(1, keep[layer.inputs[0]].to(value.device))
+    return value

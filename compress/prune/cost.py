@@ -26,7 +26,10 @@ def cost_of(name: str) -> CostFunction | None:
 
 def signature(layers: Iterable[Layer]) -> tuple[object, ...]:
     """Return what a cost may depend on; layers with equal signatures cost the same."""
-    return tuple((x.op, x.in_shape, x.out_shape, x.kernel, x.stride, x.padding, x.groups, x.bias) for x in layers)
+    return tuple((x.op, x.in_shapes, x.out_shape, *(getattr(x.operation, name, None) for name in _MATTERS)) for x in layers)
+
+
+_MATTERS = ("kernel", "stride", "pads", "dilation", "groups", "bias")
 
 
 class CachedCost:

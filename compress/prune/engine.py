@@ -13,14 +13,15 @@ from torch import Tensor
 from compress.checkpoints.base import Checkpoint
 from compress.finite import all_finite
 from compress.prune.allocate import Allocation, Allocator, allowed_widths, meet, nearest_width
-from compress.prune.apply import apply, pruned_spec
+from compress.prune.apply import apply, pruned_network
 from compress.prune.cost import CostFunction, cost_of
-from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunable
+from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunable, stages
 from compress.prune.method import Context, Curves, Method, Progress, Repairs
 from compress.prune.plan import Budget, PruningPlan
 from compress.prune.recalibrate import recalibrate
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.spec import ModelSpec
 
@@ -90,7 +91,7 @@ def prune(
     drop_blocks: bool | None = None,
     seed: int = 0,
     cost: CostFunction | None = None,
-    reference: ModelSpec | None = None,
+    reference: ModelSpec | Network | None = None,
     bn_recalibration: bool | None = None,
     repair: bool = True,
     curves: Curves | None = None,
@@ -196,7 +197,7 @@ class Choice:
 
 
 def choose(
-    spec: ModelSpec,
+    spec: ModelSpec | Network,
     curves: Curves,
     *,
     budget: Budget,
@@ -207,7 +208,7 @@ def choose(
     drop: Sequence[str] = (),
     seed: int = 0,
     cost: CostFunction | None = None,
-    reference: ModelSpec | None = None,
+    reference: ModelSpec | Network | None = None,
 ) -> Choice:
     """Return the plan of least error within a budget; curves once measured serve for many budgets.
 
@@ -254,7 +255,7 @@ def choose(
         )
 
     def exact(allocation: Allocation) -> float:
-        return float(function(walk(pruned_spec(spec, plan_for(allocation)))))
+        return float(function(walk(pruned_network(spec, plan_for(allocation)))))
 
     def describe(absolute: float) -> str:
         rounded_up = math.ceil(1000 * absolute / before - 1e-6) / 1000
@@ -263,8 +264,9 @@ def choose(
     if budget.kind == "ratio":
         allocation = _by_ratio(groups, curves, widths, budget.value, whole)
     else:
-        stages = [[b.name for b in stage] for stage in spec.stages]
-        allocator = Allocator(sizes, curves, widths, function, drop=[b for b in drop if b in curves.blocks], keep_one_of=stages)
+        whole_stages = [[b.name for b in stage] for stage in stages(spec)]
+        may_go = [b for b in drop if b in curves.blocks]
+        allocator = Allocator(sizes, curves, widths, function, drop=may_go, keep_one_of=whole_stages)
         allocation = meet(allocator, budget.value * before, exact, describe=describe)
     notes = (*_align_notes(reached, align), *_stuck_notes(widths, align))
     return Choice(plan_for(allocation), allocation.error, before, exact(allocation), notes)
@@ -364,7 +366,7 @@ def _repaired(
     return recalibrate(result, context.images())
 
 
-def _groups(spec: ModelSpec, scope: Scope, reference: ModelSpec | None = None) -> list[ChannelGroup]:
+def _groups(spec: ModelSpec | Network, scope: Scope, reference: ModelSpec | Network | None = None) -> list[ChannelGroup]:
     """Return the groups that may be pruned: those whose units a plan for the reference can name.
 
     A grouped convolution that an earlier step left one group is none of them: its channels were never units. Tensors of a

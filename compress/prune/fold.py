@@ -5,23 +5,37 @@ Shape suffixes: O output channels, I input channels of a group, K kernel side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from rescompress.core.layers import Layer
+from rescompress.core.graph import Layer
+from rescompress.core.operations import BatchNorm
+from rescompress.core.recipe import network_of
 
 _DEAD = 1e-6
 
 
-def norm_of(layer: Layer) -> str:
-    """Return the name of the BatchNorm behind a convolution, whether or not there is one."""
-    *path, leaf = layer.name.split(".")
-    if path and path[-1] == "downsample":
-        return ".".join([*path, "1"])
-    return ".".join([*path, leaf.replace("conv", "bn")])
+def norm_of(checkpoint: Checkpoint, layer: Layer) -> Layer | None:
+    """Return the BatchNorm that is one with a convolution or linear layer, or None."""
+    return network_of(checkpoint.spec).folded_norms.get(layer.name)
+
+
+def gain(tensors: Mapping[str, Tensor], norm: Layer) -> Tensor:
+    """Return the factor of each channel of a BatchNorm in eval mode."""
+    assert isinstance(norm.operation, BatchNorm)
+    var_O = tensors[f"{norm.name}.running_var"]
+    spread_O = (var_O + norm.operation.eps).sqrt()
+    return tensors[f"{norm.name}.weight"] / spread_O if norm.operation.scale else torch.ones_like(var_O) / spread_O
+
+
+def shift(tensors: Mapping[str, Tensor], norm: Layer) -> Tensor:
+    """Return the bias of a BatchNorm; zeros where it has none."""
+    key = f"{norm.name}.bias"
+    return tensors[key] if key in tensors else torch.zeros_like(tensors[f"{norm.name}.running_var"])
 
 
 @dataclass(frozen=True)
@@ -49,18 +63,19 @@ def folded(checkpoint: Checkpoint, layer: Layer) -> Folded:
     t = checkpoint.state_dict
     w = t[f"{layer.name}.weight"]
     b = t.get(f"{layer.name}.bias", torch.zeros(len(w), dtype=w.dtype))
-    norm = norm_of(layer)
-    if layer.op != "conv" or f"{norm}.weight" not in t:
+    norm = norm_of(checkpoint, layer)
+    if norm is None:
         return Folded(w, b, layer.name)
-    scale = t[f"{norm}.weight"] / (t[f"{norm}.running_var"] + checkpoint.spec.bn_eps).sqrt()
-    bias = t[f"{norm}.bias"] + scale * (b - t[f"{norm}.running_mean"])
-    return Folded(w * scale[:, None, None, None], bias, norm)
+    scale = gain(t, norm)
+    bias = shift(t, norm) + scale * (b - t[f"{norm.name}.running_mean"])
+    return Folded(w * scale.reshape(-1, *[1] * (w.dim() - 1)), bias, norm.name)
 
 
 def unfolded(checkpoint: Checkpoint, layer: Layer, new: Folded, mean_O: Tensor, var_O: Tensor) -> dict[str, Tensor]:
     """Return the tensors of convolution and BatchNorm that together compute `new` in eval mode.
 
-    The BatchNorm's running statistics become those of the data, so that training goes on from there.
+    The BatchNorm's running statistics become those of the data, so that training goes on from there; but for what a BatchNorm
+    without scale or shift has no other place for.
 
     Args:
         checkpoint: Where the old tensors are.
@@ -72,21 +87,29 @@ def unfolded(checkpoint: Checkpoint, layer: Layer, new: Folded, mean_O: Tensor, 
     t = checkpoint.state_dict
     w = t[f"{layer.name}.weight"]
     result: dict[str, Tensor] = {}
-    if new.output == layer.name:
+    norm = norm_of(checkpoint, layer)
+    if norm is None:
         result[f"{layer.name}.weight"] = new.weight_OIKK.reshape(w.shape)
         if f"{layer.name}.bias" in t:
             result[f"{layer.name}.bias"] = new.bias_O
         return {k: v.to(w.dtype).contiguous() for k, v in result.items()}
-    n = new.output
-    eps = checkpoint.spec.bn_eps
-    old = (t[f"{n}.weight"] / (t[f"{n}.running_var"] + eps).sqrt()).to(new.weight_OIKK.dtype)
+    n = norm.name
+    assert isinstance(norm.operation, BatchNorm)
+    eps = norm.operation.eps
+    old = gain(t, norm).to(new.weight_OIKK.dtype)
     scale = torch.where(old.abs() < _DEAD, torch.ones_like(old), old)
     conv_bias = t.get(f"{layer.name}.bias", torch.zeros(len(w))).to(scale.dtype)
     running_mean = (mean_O - new.bias_O) / scale + conv_bias
     running_var = var_O / scale.square()
-    result[f"{layer.name}.weight"] = new.weight_OIKK.reshape(w.shape) / scale[:, None, None, None]
-    result[f"{n}.weight"] = scale * (running_var + eps).sqrt()
-    result[f"{n}.bias"] = mean_O
+    if not norm.operation.scale:  # the factor is the variance's alone, so it stays
+        running_var = t[f"{n}.running_var"]
+    if not norm.operation.shift:
+        running_mean = conv_bias - new.bias_O / scale
+    result[f"{layer.name}.weight"] = new.weight_OIKK.reshape(w.shape) / scale.reshape(-1, *[1] * (w.dim() - 1))
+    if norm.operation.scale:
+        result[f"{n}.weight"] = scale * (running_var + eps).sqrt()
+    if norm.operation.shift:
+        result[f"{n}.bias"] = mean_O
     result[f"{n}.running_mean"] = running_mean
     result[f"{n}.running_var"] = running_var
     return {k: v.to(w.dtype).contiguous() for k, v in result.items()}

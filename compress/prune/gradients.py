@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.device import drawn
 from compress.finite import all_finite
 from compress.prune.method import Context
 from compress.resnet import ResNet
@@ -20,7 +21,8 @@ def sampled_gradients(
     """Yield, batch by batch, the value and the per-image gradient of the named tensors.
 
     The loss is the cross entropy with labels drawn from the network's own predictions: its gradients have the Fisher
-    matrix as their second moment, and no true label is needed. A backbone's loss is a random projection of its features.
+    matrix as their second moment, and no true label is needed. The loss of any other network is a
+    random projection of its outputs.
 
     Args:
         context: For the seed and the progress.
@@ -31,7 +33,7 @@ def sampled_gradients(
     Raises:
         DataError: The outputs are not finite.
     """
-    generator = torch.Generator().manual_seed(context.seed)
+    generator = torch.Generator("cpu").manual_seed(context.seed)
     wanted = set(tensors)
     size = max(1, min(64, 64_000_000 // max(sum(layer.out_elements for layer in model.layers), 1)))
     for start in range(0, len(x_NCHW), size):
@@ -42,10 +44,11 @@ def sampled_gradients(
             if name in wanted:
                 seen[name] = value
 
-        logits_NK = model(batch, watch)
-        if not all_finite(logits_NK):
+        outputs = model.outputs(batch, watch)
+        if not all(all_finite(output) for output in outputs):
             raise DataError("the dense network's outputs hold NaN or infinity", remedy="check the checkpoint and the data")
-        loss = _sampled_loss(logits_NK, generator, head=model.spec.head is not None)
+        head = model.network.num_classes is not None
+        loss = torch.stack([_sampled_loss(output, generator, head=head) for output in outputs]).sum()
         gradients = torch.autograd.grad(loss, list(seen.values()))
         yield {name: (value.detach(), g) for (name, value), g in zip(seen.items(), gradients, strict=True)}
         context.progress("measuring the loss", min(start + size, len(x_NCHW)), len(x_NCHW))
@@ -54,10 +57,11 @@ def sampled_gradients(
 def _sampled_loss(logits_NK: Tensor, generator: torch.Generator, *, head: bool) -> Tensor:
     """Return the summed loss."""
     if not head:
-        return (logits_NK * torch.randn(logits_NK.shape, generator=generator)).sum()
+        directions_NK = torch.randn(logits_NK.shape, generator=generator, device="cpu")
+        return (logits_NK * directions_NK.to(logits_NK.device)).sum()
     if logits_NK.shape[1] == 1:
         p = torch.sigmoid(logits_NK.detach())
-        y = (torch.rand(p.shape, generator=generator) < p).to(p.dtype)
+        y = (drawn(tuple(p.shape), generator) < p).to(p.dtype)
         return F.binary_cross_entropy_with_logits(logits_NK, y, reduction="sum")
-    y = torch.multinomial(logits_NK.detach().softmax(1), 1, generator=generator).flatten()
+    y = torch.multinomial(logits_NK.detach().softmax(1).cpu(), 1, generator=generator).flatten().to(logits_NK.device)
     return F.cross_entropy(logits_NK, y, reduction="sum")

@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from compress.prune.groups import ChannelGroup, Scope, droppable, find_groups, prunable
+from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunable, stages
 from rescompress.core.artifact import read_text
 from rescompress.core.errors import BadInput, BudgetError
-from rescompress.core.layers import walk
+from rescompress.core.graph import Network
 from rescompress.core.spec import Frozen, ModelSpec
 
 BudgetKind = Literal["ratio", "macs", "params", "latency"]
@@ -72,25 +72,25 @@ class PruningPlan(Frozen):
         """Return the units of `group` that stay."""
         return self.keep.get(group.name, tuple(range(group.size)))
 
-    def widths(self, spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    def widths(self, spec: ModelSpec | Network) -> dict[str, tuple[int, int]]:
         """Return the channels of each group of the scope, before and after; none stay of a group inside a block that goes.
 
         Args:
             spec: The network that the plan is for.
         """
-        layers = walk(spec)
-        gone = {layer.name for layer in layers if layer.block in self.dropped_blocks}
+        sizes = Sizes(spec)
+        gone = {layer.name for layer in sizes.layers if layer.block in self.dropped_blocks}
         return {
             g.name: (g.size * g.widest, 0 if gone.issuperset(g.producers) else len(self.kept(g)) * g.widest)
-            for g in prunable(find_groups(layers), self.scope)
+            for g in prunable(list(sizes.groups.values()), self.scope)
         }
 
-    def fraction_gone(self, spec: ModelSpec) -> float:
+    def fraction_gone(self, spec: ModelSpec | Network) -> float:
         """Return which part of the channels of these groups goes."""
         widths = self.widths(spec).values()
         return 1.0 - sum(after for _, after in widths) / sum(before for before, _ in widths)
 
-    def after(self, first: PruningPlan, dense: ModelSpec) -> PruningPlan:
+    def after(self, first: PruningPlan, dense: ModelSpec | Network) -> PruningPlan:
         """Return the plan for the dense network that does what `first` and then this one do.
 
         Args:
@@ -101,13 +101,14 @@ class PruningPlan(Frozen):
             BadInput: One plan cannot say it: `first` leaves a grouped convolution one group, and this one goes into it.
         """
         keep = {}
-        unknown = set(self.keep) - {g.name for g in find_groups(walk(dense))}
+        groups = Sizes(dense).groups
+        unknown = set(self.keep) - set(groups)
         if unknown:
             raise BadInput(
                 f"no plan for the dense network names the channels of {', '.join(sorted(unknown))}",
                 remedy="prune in fewer iterations",
             )
-        for group in find_groups(walk(dense)):
+        for group in groups.values():
             once = first.kept(group)
             if max(self.keep.get(group.name, (0,))) >= len(once):
                 raise BadInput(
@@ -121,7 +122,7 @@ class PruningPlan(Frozen):
         stated = {"arch": first.arch, "spec_digest": first.spec_digest, "keep": keep, "dropped_blocks": dropped}
         return self.model_copy(update=stated)
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec | Network) -> None:
         """Make sure that the plan fits the network.
 
         Raises:
@@ -133,7 +134,7 @@ class PruningPlan(Frozen):
                 f"this is {spec.arch}, {spec.digest[:12]})",
                 remedy="make a plan for this checkpoint with --plan-out",
             )
-        groups = {g.name: g for g in find_groups(walk(spec)) if g.kind != "fixed"}
+        groups = {name: g for name, g in Sizes(spec).groups.items() if g.kind != "fixed"}
         for name, keep in self.keep.items():
             if name not in groups:
                 raise BadInput(f"the pruning plan names a group '{name}' that the network does not have")
@@ -143,7 +144,7 @@ class PruningPlan(Frozen):
         wrong = set(self.dropped_blocks) - set(droppable(spec))
         if wrong:
             raise BadInput(f"blocks that cannot be dropped: {', '.join(sorted(wrong))}", remedy="only identity shortcuts can")
-        for stage in spec.stages:
+        for stage in stages(spec):
             if all(b.name in self.dropped_blocks for b in stage):
                 raise BadInput(f"the pruning plan drops every block of the stage of {stage[0].name}", remedy="leave one")
 

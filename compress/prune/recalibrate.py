@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.base import Checkpoint
-from compress.resnet import build_model, tensors_of
+from compress.resnet import FrozenBatchNorm, build_model, tensors_of
 from rescompress.core.layers import walk
 
 
@@ -26,7 +26,7 @@ def recalibrate(checkpoint: Checkpoint, x_NCHW: Tensor, batch_size: int = 64) ->
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     pixels = {layer.name: math.prod(layer.out_shape[1:]) for layer in walk(checkpoint.spec)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and len(x_NCHW) * pixels[name] > 1:
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, FrozenBatchNorm) and len(x_NCHW) * pixels[name] > 1:
             module.reset_running_stats()
             module.momentum = None
             module.train()

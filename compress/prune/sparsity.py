@@ -28,7 +28,9 @@ from compress.prune.method import Context
 from compress.prune.solve import damped, second_moment
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
-from rescompress.core.layers import Layer, walk
+from rescompress.core.graph import Layer
+from rescompress.core.operations import Conv, Weighted
+from rescompress.core.recipe import network_of
 
 PATTERN = "2:4"
 _RIDGE = 1e-2
@@ -51,7 +53,8 @@ class Sparse:
 
 def fits(layer: Layer) -> bool:
     """Return whether a layer can have the pattern."""
-    return layer.op in ("conv", "linear") and layer.in_shape[0] // layer.groups % 4 == 0
+    op = layer.operation
+    return isinstance(op, Weighted) and not (isinstance(op, Conv) and op.frozen) and layer.weight_shape[1] % 4 == 0
 
 
 def has_pattern(weight: Tensor) -> bool:
@@ -76,17 +79,17 @@ def sparsify(context: Context, checkpoint: Checkpoint) -> Sparse:
         BadInput: There are no images.
         DataError: They do not fit the network, or hold NaN.
     """
-    layers = walk(checkpoint.spec)
-    x = usable_images(context, layers)
+    network = network_of(checkpoint.spec)
+    x = usable_images(context, network)
     tensors = dict(checkpoint.state_dict)
     model = build_model(checkpoint.spec, tensors).requires_grad_(False)
-    generator = torch.Generator().manual_seed(context.seed + 2)
+    generator = torch.Generator("cpu").manual_seed(context.seed + 2)
     done: list[str] = []
     dense: list[str] = []
-    chunks = chunks_of(layers)
+    chunks = chunks_of(network)
     for number, chunk in enumerate(chunks, 1):
         for layer in chunk:
-            if layer.op not in ("conv", "linear"):
+            if not isinstance(layer.operation, Weighted):
                 continue
             if not fits(layer):
                 dense.append(layer.name)
@@ -118,13 +121,14 @@ def _sparse_layer(checkpoint: Checkpoint, layer: Layer, x_ND: Tensor) -> Mapping
     w = checkpoint.state_dict[f"{name}.weight"]
     mean_D = x_ND.mean(0)
     x_ND = x_ND - mean_D
-    columns, outputs = x_ND.shape[1] // layer.groups, len(w) // layer.groups
+    groups = layer.operation.groups if isinstance(layer.operation, Conv) else 1
+    columns, outputs = x_ND.shape[1] // groups, len(w) // groups
     rows, shifts = [], []
-    for g in range(layer.groups):
+    for g in range(groups):
         part_ND = x_ND[:, g * columns : (g + 1) * columns]
         h_DD = damped(second_moment(part_ND), _RIDGE)
         old_OD = w[g * outputs : (g + 1) * outputs].flatten(1).double()
-        new_OD = two_of_four(h_DD, old_OD, layer.kernel**2)
+        new_OD = two_of_four(h_DD, old_OD, w[0, 0].numel())
         rows.append(new_OD)
         shifts.append((old_OD - new_OD) @ mean_D[g * columns : (g + 1) * columns].double())
     shift_O = torch.cat(shifts)

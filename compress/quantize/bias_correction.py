@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.resnet import ResNet
+from rescompress.core.graph import Layer
+from rescompress.core.operations import BatchNorm, Conv
 
 LARGEST_BATCH = 2**26
 """Elements of the largest activation that the one batch of a correction may have: 256 MiB in float32."""
@@ -24,13 +26,14 @@ def carriers(model: ResNet, quantized: frozenset[str]) -> list[str]:
         model: The network.
         quantized: Names of the layers with rounded weights.
     """
-    names = []
-    for layer in model.layers:
-        after_conv = layer.op == "batch_norm" and layer.inputs[0] in quantized
-        if after_conv or (layer.op in ("conv", "linear") and layer.bias and layer.name in quantized):
-            names.append(layer.name)
-    normalised = {layer.inputs[0] for layer in model.layers if layer.op == "batch_norm"}
-    return [name for name in names if name not in normalised]
+    norms = model.network.folded_norms
+    carrier_of = {name: norms.get(name, model.network.by_name[name]) for name in quantized}
+    with_bias = {layer.name for layer in carrier_of.values() if f"{layer.name}.bias" in layer.tensors and not _frozen(layer)}
+    return [layer.name for layer in model.layers if layer.name in with_bias]
+
+
+def _frozen(layer: Layer) -> bool:
+    return isinstance(layer.operation, BatchNorm | Conv) and layer.operation.frozen
 
 
 def one_batch(model: ResNet, batches: Sequence[Tensor]) -> Tensor:

@@ -9,12 +9,16 @@ not change accuracy; not doing it makes onnxruntime differ five times more from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from compress.checkpoints.base import Checkpoint
-from rescompress.core.layers import walk
+from rescompress.core.graph import Layer
+from rescompress.core.operations import BatchNorm
+from rescompress.core.quantizers import rounded_at
 
 LARGEST = 2**22
 """Biases of more steps than this stay: float32 could not tell the multiples apart."""
@@ -29,31 +33,35 @@ def on_grid(checkpoint: Checkpoint) -> Checkpoint:
     quantization = checkpoint.quantization
     if quantization is None:
         return checkpoint
-    layers = walk(checkpoint.spec)
-    norm_of = {layer.inputs[0]: layer for layer in layers if layer.op == "batch_norm"}
-    source_of = {layer.name: layer.inputs[0] for layer in layers if layer.op == "dropout"}
+    network = checkpoint.network
     tensors = dict(checkpoint.state_dict)
-    for layer in layers:
+    for layer in network.layers:
         weight = quantization.weight(layer.name)
-        if weight is None or weight.scale is None or (layer.name not in norm_of and not layer.bias):
+        norm = network.folded_norms.get(layer.name)
+        key = f"{(norm or layer).name}.bias"
+        if weight is None or weight.scale is None or key not in tensors:
             continue
-        data = quantization.activation(source_of.get(layer.inputs[0], layer.inputs[0]))
+        data = quantization.activation(rounded_at(layer.inputs[0], network))
         if data is None or data.scale is None:
             continue
         step_O = torch.tensor(weight.scale, dtype=torch.float64) * data.scale[0]
         offset_O = torch.zeros_like(step_O)
-        key = f"{layer.name}.bias"
-        if layer.name in norm_of:
-            norm = norm_of[layer.name]
-            gain_O = tensors[f"{norm.name}.weight"].double() / torch.sqrt(
-                tensors[f"{norm.name}.running_var"].double() + norm.eps
-            )
-            inner_O = tensors[key].double() if layer.bias else torch.zeros_like(gain_O)
+        if norm is not None:
+            gain_O = exact_gain(tensors, norm)
+            own = f"{layer.name}.bias"
+            inner_O = tensors[own].double() if own in tensors else torch.zeros_like(gain_O)
             offset_O = (inner_O - tensors[f"{norm.name}.running_mean"].double()) * gain_O
             step_O = step_O * gain_O.abs()
-            key = f"{norm.name}.bias"
         bias_O = tensors[key].double() + offset_O
         steps_O = torch.round(bias_O / step_O.clamp_min(torch.finfo(torch.float64).tiny))
         moved_O = torch.where((steps_O.abs() < LARGEST) & (step_O > 0), steps_O * step_O, bias_O)
         tensors[key] = (moved_O - offset_O).to(tensors[key].dtype)
     return replace(checkpoint, state_dict=tensors)
+
+
+def exact_gain(tensors: Mapping[str, Tensor], norm: Layer) -> Tensor:
+    """Return the factor of each channel of a BatchNorm in eval mode, in float64."""
+    assert isinstance(norm.operation, BatchNorm)
+    spread_O = torch.sqrt(tensors[f"{norm.name}.running_var"].double() + norm.operation.eps)
+    weight = tensors.get(f"{norm.name}.weight")
+    return (torch.ones_like(spread_O) if weight is None else weight.double()) / spread_O

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from compress.finite import all_finite
+from compress.processes import ALONE, Together
 from compress.quantize.fake_quant import SMALLEST_RANGE
 from compress.resnet import ResNet
 from rescompress.core.errors import DataError
+from rescompress.core.operations import ChannelSelect
 from rescompress.core.quantizers import Quantizer
 
 Estimator = Literal["mean-max", "max", "percentile", "mse"]
@@ -71,13 +73,14 @@ def images(batches: Iterable[Tensor | Sequence[Tensor]], limit: int | None = Non
 
 
 @torch.no_grad()
-def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) -> dict[str, Reach]:
+def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sharing: Together = ALONE) -> dict[str, Reach]:
     """Return how far the named tensors of a float network reach, in two passes over the batches.
 
     Args:
         model: In eval mode.
         batches: Preprocessed images, each (N, C, H, W).
         tensors: Names of the walk's tensors.
+        sharing: The processes that take a share of the batches each, and all return the whole, to the bit.
 
     Raises:
         DataError: A tensor holds NaN or infinity, or is zero everywhere and not by construction.
@@ -89,15 +92,20 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
         if name in wanted:
             per_image[name].append(value.abs().flatten(1).amax(1))
 
-    for x_NCHW in batches:
+    mine = batches[sharing.rank :: sharing.world]
+    for x_NCHW in mine:
         model(x_NCHW, note_largest)
-    largest_N = {name: torch.cat(parts).double() for name, parts in per_image.items()}
+    shares = sharing.gather(per_image)
+    largest_N = {
+        name: torch.cat([shares[i % sharing.world][name][i // sharing.world] for i in range(len(batches))]).double()
+        for name in per_image
+    }
     for layer in model.layers:
         if layer.name not in wanted:
             continue
         if not all_finite(largest_N[layer.name]):
             raise DataError(f"the activation {layer.name} is not finite on calibration data", remedy="check the checkpoint")
-        if layer.channel_map is not None and max(layer.channel_map) < 0:
+        if isinstance(layer.operation, ChannelSelect) and max(layer.operation.channels) < 0:
             largest_N[layer.name].fill_(1.0)  # a shortcut pruned to nothing but zeros, which are zeros on any scale
         if largest_N[layer.name].max() <= SMALLEST_RANGE:
             raise DataError(
@@ -111,8 +119,10 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str]) ->
             counts = torch.histc(value.abs(), BINS, 0.0, float(largest_N[name].max()))
             histograms[name] += counts.double().cpu()
 
-    for x_NCHW in batches:
+    for x_NCHW in mine:
         model(x_NCHW, note_histogram)
+    counted = sharing.gather(histograms)  # whole numbers, so that the order of the sum is no matter
+    histograms = {name: torch.stack([share[name] for share in counted]).sum(0) for name in histograms}
     return {name: Reach(float(largest_N[name].max()), float(largest_N[name].mean()), histograms[name]) for name in wanted}
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
 from compress.quantize.rounding import round_activation
-from compress.resnet import ResNet, build_model
+from compress.resnet import PaddedConv2d, ResNet, build_model
 from rescompress.core.errors import CheckpointError
 from rescompress.core.quantizers import Quantization, Quantizer
 
@@ -106,13 +106,14 @@ class WeightQuantizer(nn.Module):
         return torch.fake_quantize_per_channel_affine(w, self.scale, self.zero, 0, self.low, self.high)
 
 
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(PaddedConv2d):
     """A convolution with a rounded weight; its own parameters keep their names."""
 
     weight_quantizer: WeightQuantizer
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution with the rounded weight."""
+        input = self.padded(input)
         return F.conv2d(
             input, self.weight_quantizer(self.weight), self.bias, self.stride, self.padding, self.dilation, self.groups
         )

@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.base import Checkpoint
+from compress.prune.fold import shift
+from compress.quantize.bias_grid import exact_gain
 from compress.quantize.fake_quant import ActivationQuantizer, fake_quant_model, integer_weights, require_quantization
-from compress.resnet import ResNet
+from compress.resnet import ResNet, conv_module
+from rescompress.core.graph import Layer
+from rescompress.core.operations import Conv
+from rescompress.core.quantizers import rounded_at
 
 
 class DividedActivation(nn.Module):
@@ -79,43 +84,34 @@ def integer_model(checkpoint: Checkpoint) -> ResNet:
     """
     quantization = require_quantization(checkpoint)
     model = fake_quant_model(checkpoint)
-    norm_of = {layer.inputs[0]: layer for layer in model.layers if layer.op == "batch_norm"}
-    source_of = {layer.name: layer.inputs[0] for layer in model.layers if layer.op == "dropout"}
+    network = model.network
     tensors = {name: value.double() for name, value in checkpoint.state_dict.items()}
     integers = integer_weights(checkpoint.state_dict, quantization)
     for name, module in model.activations.items():
         assert isinstance(module, ActivationQuantizer)
         model.activations[name] = DividedActivation(module)
     for layer in model.layers:
-        data = quantization.activation(source_of.get(layer.inputs[0], layer.inputs[0])) if layer.inputs else None
+        data = quantization.activation(rounded_at(layer.inputs[0], network)) if layer.inputs else None
         weight = quantization.weight(layer.name)
         if data is None or data.scale is None or weight is None or weight.scale is None:
             continue
         gain_O = torch.ones(len(weight.scale), dtype=torch.float64)
-        offset_O = tensors[f"{layer.name}.bias"] if layer.bias else torch.zeros_like(gain_O)
-        if (norm := norm_of.get(layer.name)) is not None:
-            mean_O, var_O = tensors[f"{norm.name}.running_mean"], tensors[f"{norm.name}.running_var"]
-            gain_O = tensors[f"{norm.name}.weight"] / torch.sqrt(var_O + norm.eps)
-            offset_O = tensors[f"{norm.name}.bias"] + (offset_O - mean_O) * gain_O
-            _replace(model, norm.name, nn.Identity())
+        offset_O = tensors.get(f"{layer.name}.bias", torch.zeros_like(gain_O))
+        if (norm := network.folded_norms.get(layer.name)) is not None:
+            gain_O = exact_gain(tensors, norm)
+            offset_O = shift(tensors, norm) + (offset_O - tensors[f"{norm.name}.running_mean"]) * gain_O
+            model.replace_module(norm.name, nn.Identity())
         # The file holds the folded scale in float32; so does this factor.
         folded_O = (torch.tensor(weight.scale, dtype=torch.float64) * gain_O).float().double()
         factor_O = folded_O * data.scale[0]
-        plain = _plain(model.get_submodule(layer.name))
+        plain = _plain(layer)
         whole = torch.from_numpy(integers[layer.name]).float()
-        _replace(model, layer.name, IntegerLayer(plain, whole, data.scale[0], factor_O, offset_O))
+        model.replace_module(layer.name, IntegerLayer(plain, whole, data.scale[0], factor_O, offset_O))
     return model.eval()
 
 
-def _plain(layer: nn.Module) -> nn.Conv2d | nn.Linear:
-    """Return a layer of the same geometry, without the fake quantizer of its weight."""
-    if isinstance(layer, nn.Conv2d):
-        shape = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
-        return nn.Conv2d(*shape, groups=layer.groups)  # type: ignore[arg-type]
-    assert isinstance(layer, nn.Linear)
-    return nn.Linear(layer.in_features, layer.out_features)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, leaf, module)
+def _plain(layer: Layer) -> nn.Conv2d | nn.Linear:
+    """Return a module of the layer's geometry."""
+    if isinstance(layer.operation, Conv):
+        return conv_module(layer.operation, layer.in_shape[0])
+    return nn.Linear(layer.in_shape[0], layer.out_shape[0])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from compress.checkpoints.base import Checkpoint
 from compress.finite import all_finite
+from compress.processes import ALONE, Together
 from compress.quantize import calibrate
 from compress.quantize.bias_correction import carriers, correct_biases, one_batch
 from compress.quantize.calibrate import Estimator, Reach
@@ -55,6 +56,7 @@ def ptq(
     bias_correction: bool = True,
     keep_float: frozenset[str] = frozenset(),
     selection: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    sharing: Together = ALONE,
 ) -> Checkpoint:
     """Return the checkpoint with every quantizer of the profile, calibrated.
 
@@ -72,6 +74,7 @@ def ptq(
         bias_correction: Whether to correct biases; under ``auto`` they stay where that is nearer to the float network.
         keep_float: Convolution and linear layers to leave in floating point.
         selection: For ``auto``: images from the training data to choose by. None holds a quarter of `batches` out.
+        sharing: The processes that share the statistics of our own estimators.
 
     Raises:
         CheckpointError: Already quantized, or a weight that is not finite.
@@ -102,7 +105,9 @@ def ptq(
         else:
             chosen_by = calibrate.images(selection)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
-    reaches = calibrate.observe(model, images, [q.tensor for q in placed if q.kind == "activation" and q.shares is None])
+    reaches = calibrate.observe(
+        model, images, [q.tensor for q in placed if q.kind == "activation" and q.shares is None], sharing
+    )
 
     def quantized(candidate: Candidate) -> Checkpoint:
         ranges = _ranges(candidate, model, images, reaches, placed)

@@ -103,7 +103,7 @@ def labelled_loss(checkpoint: Checkpoint, batches: Iterable[tuple[Tensor, Tensor
     return wrong / count, entropy / count
 
 
-def best_of(candidates: Sequence[Checkpoint], batches: Sequence[tuple[Tensor, Tensor]]) -> Checkpoint:
+def best_of(candidates: Sequence[Checkpoint], batches: Iterable[tuple[Tensor, Tensor]]) -> Checkpoint:
     """Return the candidate with the fewest wrong answers, by cross-entropy where they are equal, the first of equals.
 
     Choosing is part of training: give images that were held out of the training split, never those that the result is
@@ -111,7 +111,7 @@ def best_of(candidates: Sequence[Checkpoint], batches: Sequence[tuple[Tensor, Te
 
     Args:
         candidates: Quantized checkpoints, such as the results of calibration and of training.
-        batches: Preprocessed images and labels.
+        batches: Preprocessed images and labels; gone through once for each candidate.
 
     Raises:
         DataError: No images.

@@ -19,7 +19,7 @@ from compress.quantize.ptq import divergence, log_probabilities
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import BudgetError
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Quantization, Quantizer, place
+from rescompress.core.quantizers import Quantization, Quantizer, place, rounded_at
 
 AUTO_DIVERGENCE = 0.01
 """In nats: what `mixed_precision` aims at unless told otherwise. About one answer in a hundred changes there."""
@@ -127,7 +127,7 @@ def sensitivities(
     found = []
     for i, layer in enumerate(layers):
         weight = probe.quantization.weight(layer.name)
-        reads = probe.quantization.activation(_source(checkpoint, layer.inputs[0]))
+        reads = probe.quantization.activation(rounded_at(layer.inputs[0], checkpoint.network))
         assert weight is not None
         whole = probe([q for q in (reads, weight) if q is not None])
         alone = probe([weight])
@@ -135,13 +135,6 @@ def sensitivities(
         if progress is not None:
             progress(i + 1, len(layers))
     return found
-
-
-def _source(checkpoint: Checkpoint, tensor: str) -> str:
-    by_name = {layer.name: layer for layer in walk(checkpoint.spec)}
-    while by_name[tensor].op == "dropout":
-        tensor = by_name[tensor].inputs[0]
-    return tensor
 
 
 def mixed_precision(

@@ -13,10 +13,12 @@ from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 from rescompress.core.described import Flag
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 
 app = typer.Typer()
 
+OF_TRAINING = tuple(name for name in TrainSettings.model_fields if name not in ("seed", "device"))
+"""Those two the command has for all that it does."""
 EPOCHS = Flag("--finetune-epochs", usual="no fine-tuning")
 MENTOR = Flag(file=True, usual="the network itself", name="--teacher")
 
@@ -27,15 +29,18 @@ def prune(
     ctx: typer.Context,
     checkpoint: opt.Checkpoint,
     settings: Annotated[PruneSettings, Options()],
-    tuning: Annotated[FinetuneSettings, Options(only=("epochs", "batch_size"), flags={"epochs": EPOCHS})],
+    tuning: Annotated[TrainSettings, Options(only=("epochs", "batch_size"), flags={"epochs": EPOCHS})],
     target: opt.Target = None,
     data: opt.Data = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
     output: opt.OutFile = None,
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -77,9 +82,15 @@ def prune(
     if by_weights:
         out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
-    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    shared = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     builder = Builder(opening, shared)
     stages = [builder.dense(), *builder.prune_and_tune(settings, tuning if tune else None, [target] if target else [])]
     last = stages[-1].name
@@ -115,12 +126,15 @@ def finetune(
     ctx: typer.Context,
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
-    settings: Annotated[FinetuneSettings, Options(instead={"teacher": None})],
+    settings: Annotated[TrainSettings, Options(instead={"teacher": None}, only=OF_TRAINING)],
     output: opt.OutFile = None,
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -139,9 +153,15 @@ def finetune(
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
-    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    shared = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     stage = Builder(opening, shared).finetune(settings, opening, opening.of(teacher) if teacher else None)
     report, prints = workspace.run_here([stage], out)
     if not prints:
@@ -163,9 +183,12 @@ def quantize(
     target: opt.Target = None,
     output: opt.OutFile = None,
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -183,9 +206,15 @@ def quantize(
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
-    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    shared = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     builder = Builder(opening, shared)
     placed = profile_for(settings, [target] if target else [])
     mentor = opening.of(teacher) if teacher else opening

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rescompress.cli.output import output_of
 
 app = typer.Typer()
 CONFIGS = ("demo.yaml", "quickstart.yaml")
-"""The first that is there is it."""
+"""The first that is there with its network is it; setup.py takes the same one."""
 
 
 @app.command()
@@ -28,12 +29,16 @@ def demo(
     ] = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
+    show: Annotated[
+        bool, typer.Option("--open", help="Open the page in a browser, where there is a display.", show_default=False)
+    ] = False,
 ) -> None:
     """Compress the network that comes with the package, on real handwritten digits, and write the page about it.
 
     Example: rescompress demo
     """
     from rescompress import claims
+    from rescompress.cli.report import opened
     from rescompress.cli.run import run
     from rescompress.core.artifact import write_text
     from rescompress.report.history import load_runs
@@ -45,7 +50,8 @@ def demo(
     claims.check_foreign(path, claims.PAGE, "--output", force=False)
     run(ctx, config, folder, overrides, device, threads)
     write_text(path, page(load_runs([folder])))
-    output_of(ctx).hint(f"the page: {path}")
+    if not (show and opened(path)):
+        output_of(ctx).hint(f"the page: {path}")
 
 
 def demo_config() -> Path:
@@ -58,7 +64,8 @@ def demo_config() -> Path:
 
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "demo", here.parent / "examples"):
-        found = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-        if found is not None:
-            return found
+        for config in (folder / name for name in CONFIGS if (folder / name).is_file()):
+            network = re.search(r"^checkpoint: *(\S+)", config.read_text(encoding="utf-8"), re.M)
+            if network is not None and (folder / network[1]).is_file():
+                return config
     raise ToolMissing("the demo's files are not installed", remedy="pip install --force-reinstall rescompress")

@@ -168,7 +168,7 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
         raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
     settings = workspace.settings(data, labels=labels, seed=seed)
     assert settings.data is not None
-    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels)
+    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in loaded.notes:
         output.hint(note)
     images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)

@@ -51,6 +51,8 @@ def export(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -82,7 +84,11 @@ def export(
             f"{' and '.join(target)}: one target at a time", where="--target", remedy="export for each, or `run` with targets"
         )
     opening = workspace.opening(
-        path, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        path,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
     shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
     stage = Builder(opening, shared).target(target[0] if target else "cpu", opening, settings, require_engine=require_engine)
@@ -216,9 +222,12 @@ def evaluate(
         typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
     ] = "auto",
     labels: opt.Labels = None,
+    skip_corrupt: opt.SkipCorrupt = False,
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -239,9 +248,15 @@ def evaluate(
         raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))
     out = output_of(ctx)
     opening = workspace.opening(
-        model, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        model,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
-    settings = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    settings = workspace.settings(
+        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
+    )
     with reporting(out) as reporter:
         found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
     top1 = found.metrics["top1"]

@@ -23,7 +23,13 @@ def inspect(
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
     arch_option: options.ArchOption = None,
+    code: options.Code = None,
+    like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
+    graph: Annotated[
+        Path | None,
+        typer.Option("--graph", help="Write the graph as a picture: .svg (needs graphviz), .html or .dot.", show_default=False),
+    ] = None,
 ) -> None:
     """Show what a checkpoint is: architecture, format, preprocessing, every layer, block and prunable group.
 
@@ -37,12 +43,17 @@ def inspect(
         checkpoint,
         input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=arch_option or (),
+        arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     ).load()  # the page holds the warnings
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
+    if graph is not None:
+        from rescompress.report.graph import draw
+
+        draw(loaded.network, graph)
+        document["graph"] = str(graph)
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 
 
@@ -137,8 +148,8 @@ def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
             ("  " if layer["block"] else "") + layer["name"].removeprefix(f"{layer['block']}."),
             operation,
             _shape(layer["out_shape"]),
-            f"{layer['kernel']}x{layer['kernel']}" if spatial else "",
-            str(layer["stride"]) if spatial or layer["op"] == "pad_shortcut" else "",
+            _pair(layer["kernel"]) if spatial else "",
+            _size(layer["stride"]) if spatial or layer["op"] == "channel_select" else "",
             f"{params:,}" if params else "",
             f"{layer['macs']:,}" if layer["macs"] else "",
         )
@@ -148,15 +159,34 @@ def _layer_table(document: dict[str, Any], *, everything: bool) -> Table:
     return table
 
 
+_WORDS = {
+    "batch_norm": "BN",
+    "group_norm": "GN",
+    "relu": "ReLU",
+    "clip": "clip",
+    "leaky_relu": "leaky ReLU",
+    "elu": "ELU",
+    "prelu": "PReLU",
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "hard_swish": "hard-swish",
+    "hard_sigmoid": "hard-sigmoid",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "dropout": "dropout",
+}
+"""What stands in the line of the layer before, where that is a layer of its own."""
+
+
 def _rows(layers: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, int]]:
-    """Return one row per layer, with BatchNorm and ReLU added to the layer whose output they read."""
+    """Return one row per layer, with norms and activations added to the layer whose output they read."""
     rows: list[tuple[dict[str, Any], list[str], int]] = []
     at: dict[str, int] = {}
     for layer in layers:
         source = at.get(layer["inputs"][0]) if layer["inputs"] else None
-        if layer["op"] in ("batch_norm", "relu", "dropout") and source is not None and source == len(rows) - 1:
+        if layer["op"] in _WORDS and source is not None and source == len(rows) - 1:
             row, operations, params = rows[source]
-            word = {"batch_norm": "BN", "relu": "ReLU", "dropout": "dropout"}[layer["op"]]
+            word = _WORDS[layer["op"]]
             rows[source] = (row, [*operations, word], params + layer["params"])
             at[layer["name"]] = source
             continue
@@ -177,6 +207,14 @@ def _group_table(document: dict[str, Any]) -> Table:
     for group in document["groups"]:
         table.add_row(group["name"], group["kind"], str(group["channels"]), str(group["unit"]))
     return table
+
+
+def _pair(sizes: int | list[int]) -> str:
+    return f"{sizes}x{sizes}" if isinstance(sizes, int) else _shape(sizes)
+
+
+def _size(sizes: int | list[int]) -> str:
+    return str(sizes) if isinstance(sizes, int) else _shape(sizes)
 
 
 def _shape(shape: list[int]) -> str:

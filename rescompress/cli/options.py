@@ -12,7 +12,9 @@ Checkpoint = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
+    typer.Option(
+        "--data", "-d", metavar="DATA", help="Image folder, .npz, shards, hf:NAME or builtin:digits.", show_default=False
+    ),
 ]
 
 
@@ -97,7 +99,38 @@ ArchOption = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+SkipCorrupt = Annotated[
+    bool,
+    typer.Option(
+        "--skip-corrupt",
+        help="Leave out images that cannot be read, and say which.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
+Code = Annotated[
+    str | None,
+    typer.Option(
+        "--code",
+        metavar="FILE:CALLABLE",
+        help="Python file, run here, and what in it makes the network of a state_dict.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="NAME",
+        help="Known network whose tensors the file holds under other names (`rescompress formats`).",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
 NeededData = Annotated[
     str,
-    typer.Option("--data", "-d", metavar="DATA", help="Image folder, .npz file, or builtin:digits.", show_default=False),
+    typer.Option(
+        "--data", "-d", metavar="DATA", help="Image folder, .npz, shards, hf:NAME or builtin:digits.", show_default=False
+    ),
 ]

@@ -46,6 +46,7 @@ def run(
 
     Example: rescompress run examples/quickstart.yaml --set prune.macs=0.3
     """
+    from compress.data.sources import is_name
     from rescompress.cli.progress import reporting
     from rescompress.config import load_config
     from rescompress.pipeline import folder_of, run_stages
@@ -58,7 +59,7 @@ def run(
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
     folder = output or folder_of(config, workspace.WORKSPACE)
-    settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size)
+    settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size, skip_corrupt=loaded.skip_corrupt)
     if track is not None:
         from rescompress.track import check
 
@@ -75,7 +76,7 @@ def run(
             reporter=reporter,
             peers=together,
             config_file=config,
-            reads=[] if loaded.data.startswith("builtin:") else [Path(loaded.data)],
+            reads=[] if is_name(loaded.data) else [Path(loaded.data)],
             force=force,
         )
     if together is not None and not together.is_main:
@@ -119,6 +120,8 @@ def init(
     input_shape: opt.InputShape = None,
     preprocess: opt.Preprocess = None,
     arch_option: opt.ArchOption = None,
+    code: opt.Code = None,
+    like: opt.Like = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
@@ -140,7 +143,7 @@ def init(
             checkpoint,
             input_shape=input_shape,
             preprocess=preprocess,
-            arch_options=arch_option or (),
+            arch_options=workspace.stated(arch_option, code, like),
             allow_pickle=allow_pickle,
         )
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))

@@ -265,24 +265,8 @@ def _work(
             out.hint(f"note: {jobs} jobs on {cores} cores share them: more candidates at once, none of them faster")
     settings = settings_of(trials.document, device=device, threads=threads, batch_size=batch_size)
     agree(trials, Pipeline(trials.document, settings, Store(folder / "store")))
-    another = [sys.executable, "-P", "-m", "rescompress", "search", "worker"]
-    helpers = [
-        subprocess.Popen(
-            [
-                *another,
-                *("-o", str(folder)),
-                *("--name", name),
-                *("--threads", str(threads)),
-                *("--device", device),
-                *(("--minutes", str(minutes)) if minutes is not None else ()),
-                *(("--batch-size", str(batch_size)) if batch_size is not None else ()),
-                "-q",
-            ],
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {STORAGE: address},
-        )
-        for _ in range(jobs - 1)
-    ]
+    words, variables = helper_of(address, folder, name, threads, device, minutes, batch_size)
+    helpers = [subprocess.Popen(words, stdout=subprocess.DEVNULL, env=variables) for _ in range(jobs - 1)]
     try:
         with reporting(out) as reporter:
             pipeline = Pipeline(trials.document, settings, Store(folder / "store"), reporter)
@@ -296,6 +280,22 @@ def _work(
             if helper.poll() is None:
                 helper.terminate()
     return tally.finished
+
+
+def helper_of(
+    address: str,
+    folder: Path,
+    name: str,
+    threads: int | None,
+    device: str,
+    minutes: float | None,
+    batch_size: int | None,
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command of one more worker, and its environment, which holds the address: others can read a command."""
+    words = [sys.executable, "-P", "-m", "rescompress", "search", "worker", "-o", str(folder), "--name", name, "-q"]
+    given = {"--threads": threads, "--device": device, "--minutes": minutes, "--batch-size": batch_size}
+    words += [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    return words, {**os.environ, STORAGE: address}
 
 
 def _show_front(out: Output, trials: Trials, folder: Path | None) -> None:

@@ -31,11 +31,15 @@ def sensitivity(
         typer.Option("--output", "-o", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.", show_default=False),
     ] = None,
     labels: options.Labels = None,
+    skip_corrupt: options.SkipCorrupt = False,
     input_shape: options.InputShape = None,
     preprocess: options.Preprocess = None,
     arch_option: options.ArchOption = None,
+    code: options.Code = None,
+    like: options.Like = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Show what removing channels of each group would cost, and with -o draw it.
@@ -56,9 +60,13 @@ def sensitivity(
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     check_outputs({"--output": picture}, [checkpoint])
     opening = workspace.opening(
-        checkpoint, input_shape=input_shape, preprocess=preprocess, arch_options=arch_option or (), allow_pickle=allow_pickle
+        checkpoint,
+        input_shape=input_shape,
+        preprocess=preprocess,
+        arch_options=workspace.stated(arch_option, code, like),
+        allow_pickle=allow_pickle,
     )
-    shared = workspace.settings(data, labels=labels, seed=seed, threads=threads)
+    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, skip_corrupt=skip_corrupt)
     from rescompress.cli.progress import reporting
     from rescompress.sensitivity import measure_sensitivity  # takes seconds to import
 

@@ -28,18 +28,37 @@ def settings(
     device: str = "auto",
     threads: int | None = None,
     batch_size: int | None = None,
+    skip_corrupt: bool = False,
 ) -> Settings:
     """Return the settings that options stand for.
 
     Raises:
         BadInput: The labels cannot be read, or there is no such device.
     """
+    from compress.data.sources import is_name
     from rescompress.labels import parse_labels
     from rescompress.settings import Settings
 
-    if data is not None and not data.startswith("builtin:"):
+    if data is not None and not is_name(data):
         data = str(Path(data).expanduser().resolve())
-    return Settings(data, parse_labels(labels), seed, device, threads, batch_size)
+    return Settings(data, parse_labels(labels), seed, device, threads, batch_size, skip_corrupt=skip_corrupt)
+
+
+def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None) -> tuple[str, ...]:
+    """Return what the user states about a network as words of ``--arch-option``.
+
+    Args:
+        arch_option: Such words.
+        code: ``FILE:CALLABLE``; the file's path becomes absolute.
+        like: Name of a network.
+    """
+    words = list(arch_option or ())
+    if code is not None:
+        file, colon, name = code.rpartition(":")
+        words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={code}")
+    if like is not None:
+        words.append(f"like={like}")
+    return tuple(words)
 
 
 def opening(

@@ -11,8 +11,11 @@ from typing import Literal
 Scope = Literal["inner", "all"]
 """Which channels are looked at: inside blocks, or those of the residual stream, too."""
 
-TrainPrecision = Literal["fp32", "bf16"]
+TrainPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 """What training computes in."""
+
+Augment = Literal["auto", "none", "cifar", "photo", "photo+"]
+"""What training does to images."""
 
 Mode = Literal["ptq", "qat"]
 """How INT8 is reached."""

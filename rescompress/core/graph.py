@@ -38,6 +38,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,18 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from rescompress.core.operations import ACTIVATIONS, Add, Input, Operation, Shape, Weighted
+from rescompress.core.operations import (
+    ACTIVATIONS,
+    Add,
+    BatchNorm,
+    Conv,
+    Dropout,
+    Input,
+    Operation,
+    Shape,
+    Weighted,
+    non_negative,
+)
 from rescompress.core.spec import Frozen, Preprocessing, Width
 
 INPUT = "input"
@@ -201,6 +213,11 @@ class Network(Frozen):
         for kind, names in (("nodes", [n.name for n in self.nodes]), ("outputs", [o.name for o in self.outputs])):
             if len(set(names)) != len(names):
                 raise ValueError(f"two {kind} are called {next(n for n in names if names.count(n) > 1)}")
+        plain = [name.replace("/", ".") for name in shapes]  # a dot and a slash are one where names become modules
+        if len(set(plain)) != len(plain):
+            raise ValueError(f"two nodes are called {next(n for n in plain if plain.count(n) > 1)}, but for dots and slashes")
+        if taken := [o.name for o in self.outputs if o.name in shapes and o.name != o.tensor]:
+            raise ValueError(f"the output {taken[0]} is called as a node that makes another tensor")
         if missing := [o.tensor for o in self.outputs if o.tensor not in shapes or o.tensor == INPUT]:
             raise ValueError(f"no node makes the output {missing[0]}")
         read = {name for node in self.nodes for name in node.inputs} | {o.tensor for o in self.outputs}
@@ -263,6 +280,38 @@ class Network(Frozen):
         return {layer.name: layer for layer in self.layers}
 
     @cached_property
+    def _reads(self) -> Mapping[str, int]:
+        read = [name for node in self.nodes for name in dict.fromkeys(node.inputs)] + [o.tensor for o in self.outputs]
+        return Counter(read)
+
+    def reads(self, tensor: str) -> int:
+        """Return how many nodes and outputs read a tensor."""
+        return self._reads.get(tensor, 0)
+
+    @cached_property
+    def _signs(self) -> Mapping[str, bool]:
+        known: dict[str, bool] = {}
+        for node in self.nodes:
+            found = non_negative(node.operation)
+            known[node.name] = all(known[name] for name in node.inputs) if found is None else found
+        return known
+
+    def non_negative(self, tensor: str) -> bool:
+        """Whether no value of a tensor can be below zero: it comes from a ReLU or the like, perhaps through what keeps that."""
+        return self._signs[tensor]
+
+    @cached_property
+    def folded_norms(self) -> Mapping[str, Layer]:
+        """The BatchNorm that alone reads a convolution or linear layer, by that layer's name: the two are one."""
+        found = {}
+        for layer in self.layers:
+            if isinstance(layer.operation, BatchNorm):
+                maker = self.by_name[layer.inputs[0]]
+                if isinstance(maker.operation, Weighted) and self.reads(maker.name) == 1:
+                    found[maker.name] = layer
+        return found
+
+    @cached_property
     def blocks(self) -> tuple[ResidualBlock, ...]:
         """The residual blocks, in order of computation (see `find_blocks`)."""
         return find_blocks(self.nodes, [o.tensor for o in self.outputs])
@@ -307,6 +356,25 @@ class Network(Frozen):
     def digest(self) -> str:
         """SHA-256 of the network's JSON, in hex: equal for equal networks on every machine."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def summand(add: Layer, network: Network) -> str | None:
+    """Return the input of an Add that ends in a convolution which nothing else reads, so that a runtime may add inside it.
+
+    The first input goes first. None where neither is one.
+    """
+    for name in add.inputs:
+        if (maker := weighted_end(name, network)) is not None and isinstance(maker.operation, Conv):
+            return name
+    return None
+
+
+def weighted_end(tensor: str, network: Network) -> Layer | None:
+    """Return the convolution or linear layer that makes a tensor, with BatchNorm and dropout behind it at most."""
+    layer = network.by_name[tensor]
+    while isinstance(layer.operation, BatchNorm | Dropout) and network.reads(layer.name) == 1:
+        layer = network.by_name[layer.inputs[0]]
+    return layer if isinstance(layer.operation, Weighted) and network.reads(layer.name) == 1 else None
 
 
 def safe_name(text: str, taken: Iterable[str] = ()) -> str:

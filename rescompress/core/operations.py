@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, assert_never, get_args
 
 from pydantic import Field, model_validator
 
@@ -543,6 +543,8 @@ def non_negative(op: Operation) -> bool | None:
             return False
         case LeakyRelu() | Elu() | PRelu() | Silu() | Gelu() | HardSwish() | Tanh():
             return False
+        case never:
+            assert_never(never)
 
 
 def _text(shapes: Sequence[Shape]) -> str:

@@ -9,9 +9,11 @@ float32 arithmetic with halves to even, ``clamp(rint(weight * (1 / scale)), low,
 reciprocal, as torch's fused fake-quantize kernels do it, because a division rounds differently for one weight in some
 100,000. Whoever writes integers must compute them so.
 
-What the places are: the input of every convolution and linear layer, the input of global average pooling, and the skip
-input of every residual Add. All consumers of a tensor share its quantizer. A pad shortcut's output is rounded with the
-scale of the tensor it copies from (`Quantizer.shares`), so that this second rounding changes nothing.
+What the places are: the input of every convolution and linear layer, the input of global pooling behind an INT8 layer, and
+of every Add that a convolution's end goes into, the other input. All consumers of a tensor share its quantizer. A channel
+selection's or flattening's output is rounded with the scale of the tensor it copies from (`Quantizer.shares`), so that this
+second rounding changes nothing. Everything else (GroupNorm, SiLU, softmax, gates, sums of no convolution) stays in floating
+point, and `float_operations` says so.
 
 Profiles, one per runtime (decision 0035):
 
@@ -27,13 +29,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, assert_never
 
 from pydantic import Field, model_validator
 
 from rescompress.core.choices import Mode
 from rescompress.core.choices import Profile as Profile
-from rescompress.core.layers import GLOBAL_POOLS, Layer, walk
+from rescompress.core.graph import Layer, Network, summand, weighted_end
+from rescompress.core.operations import (
+    ACTIVATIONS,
+    Add,
+    Affine,
+    AvgPool,
+    BatchNorm,
+    ChannelSelect,
+    Clip,
+    Concat,
+    Conv,
+    Dropout,
+    Elu,
+    Flatten,
+    Gelu,
+    GlobalPool,
+    GroupNorm,
+    HardSigmoid,
+    HardSwish,
+    Input,
+    LeakyRelu,
+    Linear,
+    MaxPool,
+    Multiply,
+    Operation,
+    Pad,
+    PRelu,
+    Relu,
+    Resize,
+    Sigmoid,
+    Silu,
+    Softmax,
+    Tanh,
+    Weighted,
+)
+from rescompress.core.recipe import network_of
 from rescompress.core.spec import Frozen, ModelSpec
 
 
@@ -123,14 +160,14 @@ class Quantization(Frozen):
         """Whether every quantizer has its scale."""
         return all(q.scale is not None for q in self.quantizers)
 
-    def keep_float(self, spec: ModelSpec) -> frozenset[str]:
+    def keep_float(self, spec: ModelSpec | Network) -> frozenset[str]:
         """Return the convolution and linear layers of `spec` that stay in floating point."""
         weights = {q.tensor for q in self.quantizers if q.kind == "weight"}
-        return frozenset(layer.name for layer in walk(spec) if layer.op in ("conv", "linear")) - weights
+        return frozenset(layer.name for layer in network_of(spec).layers if isinstance(layer.operation, Weighted)) - weights
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: ModelSpec | Network) -> None:
         """Raise ValueError unless the quantizers are those of the profile for `spec`, all with scales that fit."""
-        layers = {layer.name: layer for layer in walk(spec)}
+        layers = network_of(spec).by_name
         by_key = {(q.kind, q.tensor): q for q in self.quantizers}
         if len(by_key) != len(self.quantizers):
             raise ValueError("a tensor has two quantizers")
@@ -150,16 +187,8 @@ class Quantization(Frozen):
             raise ValueError(f"not the placement of profile {self.profile} for this network: {', '.join(names)}")
 
 
-def _unsigned(tensor: str, by_name: dict[str, Layer]) -> bool:
-    """Whether `tensor` cannot be negative: it comes from a ReLU, perhaps through pooling or a pad shortcut."""
-    layer = by_name[tensor]
-    while layer.op in ("max_pool", "avg_pool", *GLOBAL_POOLS, "pad_shortcut", "dropout"):
-        layer = by_name[layer.inputs[0]]
-    return layer.op == "relu"
-
-
-def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = frozenset()) -> tuple[Quantizer, ...]:
-    """Return every quantizer that `profile` wants for `spec`, without scales, in the order of computation.
+def place(spec: ModelSpec | Network, profile: Profile, *, keep_float: frozenset[str] = frozenset()) -> tuple[Quantizer, ...]:
+    """Return every quantizer that `profile` wants for a network, without scales, in the order of computation.
 
     Args:
         spec: The network.
@@ -171,9 +200,9 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
         ValueError: `keep_float` names no convolution or linear layer of the network, or all of them.
     """
     rules = _RULES[profile]
-    layers = walk(spec)
-    by_name = {layer.name: layer for layer in layers}
-    weighted = {layer.name for layer in layers if layer.op in ("conv", "linear")}
+    network = network_of(spec)
+    by_name = network.by_name
+    weighted = {layer.name for layer in network.layers if isinstance(layer.operation, Weighted)}
     if unknown := keep_float - weighted:
         raise ValueError(f"no convolution or linear layer: {', '.join(sorted(unknown))}")
     if keep_float == weighted:
@@ -182,34 +211,93 @@ def place(spec: ModelSpec, profile: Profile, *, keep_float: frozenset[str] = fro
     placed: dict[str, Quantizer] = {}
 
     def activation(tensor: str) -> None:
-        while by_name[tensor].op == "dropout":
-            tensor = by_name[tensor].inputs[0]
-        low, high = (0, 255) if rules.unsigned and _unsigned(tensor, by_name) else (-128, 127)
-        source = by_name[tensor].inputs[0] if by_name[tensor].op == "pad_shortcut" else None
-        shares = source if source in placed else None
+        tensor = rounded_at(tensor, network)
+        low, high = (0, 255) if rules.unsigned and network.non_negative(tensor) else (-128, 127)
+        copies = isinstance(by_name[tensor].operation, ChannelSelect | Flatten)
+        source = rounded_at(by_name[tensor].inputs[0], network) if copies else None
+        shares = placed[source].shares or source if source in placed else None
         placed.setdefault(tensor, Quantizer(tensor=tensor, kind="activation", low=low, high=high, shares=shares))
 
-    def int8_sum(add: Layer) -> bool:
-        conv = add.inputs[0]
-        return (by_name[conv].inputs[0] if by_name[conv].op == "batch_norm" else conv) not in keep_float
+    def int8_sum(add: Layer) -> str | None:
+        """Return the end of the main branch of an Add that is computed in INT8."""
+        main = summand(add, network)
+        maker = weighted_end(main, network) if main is not None else None
+        return main if maker is not None and maker.name not in keep_float else None
 
-    for layer in layers:
-        if layer.op in ("conv", "linear") and layer.name not in keep_float:
+    def int8_end(tensor: str) -> bool:
+        """Whether an INT8 layer makes a tensor, perhaps through an Add and activations."""
+        layer = by_name[tensor]
+        while isinstance(layer.operation, (*ACTIVATIONS, BatchNorm, Dropout)):
+            layer = by_name[layer.inputs[0]]
+        if isinstance(layer.operation, Add):
+            return int8_sum(layer) is not None
+        return isinstance(layer.operation, Weighted) and layer.name not in keep_float
+
+    for layer in network.layers:
+        if isinstance(layer.operation, Weighted) and layer.name not in keep_float:
             activation(layer.inputs[0])
             weights.add(layer.name)
-        elif layer.op == "add" and int8_sum(layer):
-            main, skip = layer.inputs
-            activation(skip)
+        elif isinstance(layer.operation, Add) and (main := int8_sum(layer)) is not None:
+            activation(layer.inputs[1] if main == layer.inputs[0] else layer.inputs[0])
             if rules.main_branch:
                 activation(main)
-        elif layer.op in GLOBAL_POOLS and int8_sum(by_name[by_name[layer.inputs[0]].inputs[0]]):
+        elif isinstance(layer.operation, GlobalPool) and int8_end(layer.inputs[0]):
             activation(layer.inputs[0])
 
     low, high = WEIGHT_LEVELS
     ordered: list[Quantizer] = []
-    for layer in layers:
+    for layer in network.layers:
         if layer.name in weights:
             ordered.append(Quantizer(tensor=layer.name, kind="weight", low=low, high=high))
         if layer.name in placed:
             ordered.append(placed[layer.name])
     return tuple(ordered)
+
+
+def rounded_at(tensor: str, network: Network) -> str:
+    """Return the tensor that a quantizer of `tensor` rounds: through dropouts, which are nothing, the one they read."""
+    layer = network.by_name[tensor]
+    while isinstance(layer.operation, Dropout):
+        layer = network.by_name[layer.inputs[0]]
+    return layer.name
+
+
+def float_operations(spec: ModelSpec | Network) -> dict[str, int]:
+    """Return how many operations of a network stay in floating point in every INT8 file, by what people call them."""
+    names = [name for layer in network_of(spec).layers if (name := _float_name(layer.operation)) is not None]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _float_name(op: Operation) -> str | None:
+    """Return what an operation that no INT8 file computes in integers is called; None for the others."""
+    match op:
+        case Conv() | Linear() | BatchNorm() | Relu() | Clip() | Add() | MaxPool() | AvgPool() | GlobalPool() | Input():
+            return None
+        case ChannelSelect() | Concat() | Flatten() | Dropout() | Pad() | LeakyRelu() | Affine():
+            return None
+        case GroupNorm():
+            return "GroupNorm"
+        case Silu():
+            return "SiLU"
+        case Gelu():
+            return "GELU"
+        case HardSwish():
+            return "hard-swish"
+        case HardSigmoid():
+            return "hard-sigmoid"
+        case Sigmoid():
+            return "sigmoid"
+        case Tanh():
+            return "tanh"
+        case Elu():
+            return "ELU"
+        case PRelu():
+            return "PReLU"
+        case Softmax():
+            return "softmax"
+        case Multiply():
+            return "products of two tensors"
+        case Resize():
+            return "resizing"
+        case never:
+            assert_never(never)

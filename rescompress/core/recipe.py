@@ -97,7 +97,7 @@ class _Walk:
         head = self.spec.head
         x = self.add("avgpool", GlobalPool(kind=head.pool if head else "avg"), x)
         if head is None:
-            return Output(name="features", tensor=x)
+            return Output(name="logits", tensor=x)
         if not head.hidden and head.dropout:
             x = self.add("fc.dropout", Dropout(probability=head.dropout), x)
         widths = (*head.hidden, head.num_classes)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rescompress.core.choices import Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision
+from rescompress.core.choices import Augment, Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision
 from rescompress.core.described import Flag, listed_or_counted
 from rescompress.core.plugins import listed
 from rescompress.core.spec import Frozen
@@ -43,6 +43,11 @@ class Section(Frozen):
 
 Teacher = Annotated[str | None, Flag(file=True, usual="none")]
 TrainBatch = Annotated[int, Flag("--train-batch", panel="Computation")]
+Workers = Annotated[Annotated[int, Field(ge=0, le=4096)] | Literal["auto"], Flag(metavar="N|auto", panel="Computation")]
+PHOTO_SIDE = 64
+"""Inputs of this many pixels a side and more are photographs to ``augment: auto``."""
+LR_BATCH = 128
+"""Images per step that `lr` is for where it is scaled with the batch."""
 
 
 class PruneSettings(Section):
@@ -119,28 +124,110 @@ class PruneSettings(Section):
         return self.model_copy(update={kind: some, "sparsity": None})
 
 
-class FinetuneSettings(Section):
-    """Training of the pruned network.
+class TrainSettings(Section):
+    """Training of a network, by SGD with Nesterov momentum.
+
+    The learning rate is warmed up linearly, then a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.03983); distillation is
+    that of Hinton et al. 2015 (arXiv:1503.02531, section 2); images are mixed as in Zhang et al. 2018 (arXiv:1710.09412) and
+    Yun et al. 2019 (arXiv:1905.04899). Where ``null`` stands for the preset's, `preset` says which value that is.
 
     Attributes:
         epochs: Passes over the training split.
         teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
-        lr: Peak learning rate.
-        batch_size: Images per training step.
-        distill: Weight of the teacher's loss.
-        temperature: Of the teacher's softmax.
+        lr: Peak learning rate; ``auto`` tries a few on training images that are held out.
+        batch_size: Images per training step, over all processes.
+        distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
+        temperature: Of the distillation's softmax.
         features: Weight of the distance between the outputs of the blocks and the teacher's, beside the other losses.
-        precision: ``fp32``, or ``bf16`` (autocast), which is faster on processors with bfloat16 units.
+            Only with a teacher.
+        precision: Of convolutions and linear layers; ``bf16`` is faster on processors with bfloat16 units (AMX, Ampere),
+            ``fp16`` scales the loss, ``tf32`` rounds operands on a GPU alone.
+        augment: ``none``, the images as evaluation sees them; ``cifar``, those shifted by up to an eighth of each side and
+            mirrored; ``photo``, a random part of the whole picture, mirrored; ``photo+``, that with TrivialAugment,
+            erasing, mixing and averaged weights, for long trainings. ``auto`` is ``cifar`` below 64 pixels, else ``photo``.
+            Nothing is mirrored where the data says that a mirrored image means something else.
+        min_area: Least part of a picture's area that ``photo`` cuts out.
+        mixup: Alpha of the Beta distribution that two images are mixed by; 0: not.
+        cutmix: Likewise for a rectangle of one image in another; with `mixup`, each step has one of the two.
+        label_smoothing: Part of each label that is spread over all classes.
+        ema: Decay per step of a running mean of the weights, which the result has; 0: none. It is shorter at the start.
+        momentum: Of SGD.
+        weight_decay: Of weights of convolutions and linear layers; BatchNorm, biases and scales have none.
+        warmup: Fraction of the steps over which the learning rate rises.
+        scale_lr: Whether `lr` is for 128 images and grows with the batch.
+        accumulate: Parts that a step is computed in, one after the other, for less memory. BatchNorm sees the parts.
+        clip: Largest norm of all gradients together; longer ones are shortened.
+        sampling: ``shuffle``, each image once an epoch; ``balanced``, each class equally often.
+        class_weights: ``balanced``: errors count by how rare their class is.
+        hold_out: Part of the training images that is not trained on, but evaluated after each epoch: the state that is
+            best there is kept.
+        patience: Epochs without a better state after which training stops; with `hold_out`. 0: never.
+        freeze_bn_after: Fraction of the steps after which BatchNorm uses and keeps its running statistics.
+        workers: Processes that read images; 0 reads them between the steps, ``auto`` goes by the images' size and the
+            cores. The result does not depend on it.
+        cache_gib: Decoded images are kept in a file below the run's folder, shared by all processes, while they fit.
+        channels_last: Order in memory; ``auto`` where it is faster.
+        compile: Whether `torch.compile` translates the network first: worth it in long trainings on a GPU.
+        seed: Of order, augmentation and dropout; the run's by default.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the command's by default. Processes that were launched
+            together take one GPU each instead, where there are any and it is not ``cpu``.
     """
 
     epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: float = Field(0.02, gt=0.0, le=MOST_RATE)
+    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto", parse=str)] = 0.02
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0, le=1e6)
     features: float = Field(0.0, ge=0.0, le=1e6)
     precision: TrainPrecision = "fp32"
+    augment: Augment = "auto"
+    min_area: float = Field(0.25, gt=0.0, le=1.0)
+    mixup: Annotated[float | None, Flag(usual="by preset")] = Field(None, ge=0.0, le=100.0)
+    cutmix: Annotated[float | None, Flag(usual="by preset")] = Field(None, ge=0.0, le=100.0)
+    label_smoothing: Annotated[float | None, Flag(usual="by preset")] = Field(None, ge=0.0, lt=1.0)
+    ema: Annotated[float | None, Flag(usual="by preset")] = Field(None, ge=0.0, lt=1.0)
+    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(5e-4, ge=0.0, le=1e3)
+    warmup: float = Field(0.05, ge=0.0, lt=1.0)
+    scale_lr: bool = False
+    accumulate: int = Field(1, ge=1, le=64)
+    clip: float | None = Field(None, gt=0.0, le=1e6)
+    sampling: Literal["shuffle", "balanced"] = Field("shuffle")
+    class_weights: Literal["none", "balanced"] = "none"
+    hold_out: float = Field(0.0, ge=0.0, le=0.5)
+    patience: int = Field(0, ge=0, le=MOST_EPOCHS)
+    freeze_bn_after: float = Field(1.0, ge=0.0, le=1.0)
+    workers: Workers = "auto"
+    cache_gib: float = Field(4.0, ge=0.0, le=1e6)
+    channels_last: Literal["auto", "yes", "no"] = "auto"
+    compile: bool = False
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    device: str | None = Field(None, pattern=r"^(auto|(cpu|cuda|mps)(:\d+)?)$")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.patience and not self.hold_out:
+            raise ValueError("patience needs images to look at: give hold_out, too")
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} cannot be computed in {self.accumulate} parts of two images")
+        return self
+
+    def preset(self, side: int) -> TrainSettings:
+        """Return the settings with everything that is left to the preset filled in.
+
+        Args:
+            side: Of the network's input, the shorter one.
+        """
+        augment = self.augment if self.augment != "auto" else ("photo" if side >= PHOTO_SIDE else "cifar")
+        strong = augment == "photo+"
+        usual = {
+            "mixup": 0.2 if strong else 0.0,
+            "cutmix": 1.0 if strong else 0.0,
+            "label_smoothing": 0.1 if strong else 0.0,
+            "ema": 0.999 if strong else 0.0,
+        }
+        return self.model_copy(update={"augment": augment} | {k: v for k, v in usual.items() if getattr(self, k) is None})
 
 
 class QuantizeSettings(Section):
@@ -167,6 +254,8 @@ class QuantizeSettings(Section):
             what was trained.
         lr: Peak learning rate of ``qat``.
         batch_size: Images per step of ``qat``.
+        augment: Of ``qat``, as for ``finetune``; with ``photo+`` nothing is mixed or averaged.
+        workers: Processes that read images, as for ``finetune``.
         teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
     """
 
@@ -188,6 +277,8 @@ class QuantizeSettings(Section):
     hold_out: float = Field(0.02, ge=0.0, le=0.5)
     lr: float = Field(0.002, gt=0.0, le=MOST_RATE)
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
+    augment: Augment = "auto"
+    workers: Workers = "auto"
     teacher: Teacher = "dense"
 
     @model_validator(mode="after")

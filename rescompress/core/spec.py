@@ -1,13 +1,11 @@
-"""`ModelSpec`: the pure data that rebuilds any ResNet, dense or pruned.
+"""`ModelSpec`: the recipe of a ResNet, in a few numbers.
 
-A spec and a dict of tensors are a whole checkpoint: no pickle and no user class is needed to load one. The spec says
-*what the network is*; `rescompress.core.layers.walk` spells it out layer by layer, and everything else (the torch
-model, the ONNX writer, cost, latency, quantizer placement) reads that walk.
+`rescompress.core.recipe.network_of` makes the graph of it, `rescompress.core.graph.Network`, which everything reads. The
+formats that know the usual key layouts, and the zoo, speak in recipes; networks that no recipe can say (pruned ones, those
+of other people's codes) are graphs from the start.
 
-Widths are free: each convolution carries its own number of output channels, so a pruned network is a spec like any other.
-
-Tensor names are those of torchvision (``conv1``, ``layer1.0.conv1``, ``layer1.0.bn1``, ``layer1.0.downsample.0``,
-``fc``); a removed block leaves a gap in the numbers, so names survive pruning.
+Widths are free: each convolution carries its own number of output channels. Tensor names are those of torchvision
+(``conv1``, ``layer1.0.conv1``, ``layer1.0.bn1``, ``layer1.0.downsample.0``, ``fc``).
 """
 
 from __future__ import annotations
@@ -209,6 +207,11 @@ class ModelSpec(Frozen):
         if not len(self.preprocessing.mean) == len(self.preprocessing.std) == channels:
             raise ValueError(f"preprocessing gives {len(self.preprocessing.mean)} means for {channels} input channels")
         return self
+
+    @property
+    def num_classes(self) -> int | None:
+        """Outputs of the classifier; None for a bare backbone."""
+        return self.head.num_classes if self.head else None
 
     @property
     def blocks(self) -> tuple[Block, ...]:

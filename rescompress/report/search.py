@@ -19,7 +19,7 @@ from rescompress.report.markup import NOTHING, Markup, html, joined
 KEY = "search"
 """Of the details that hold a search's document."""
 MOST_POINTS = 400
-"""Candidates off the front in a chart; the latest, where there are more."""
+"""Candidates off the front in a chart, the latest where there are more; networks of the front, spread over it."""
 NORMAL_95 = 1.96
 
 
@@ -100,7 +100,11 @@ def _front_chart(known: Sequence[Candidate], name: str, unit: str) -> Figure | N
     if len(here) < 2:
         return None
     others = [c for c in here if not c.front]
-    shown = [*others[-MOST_POINTS:], *(c for c in here if c.front)]
+    best = sorted((c for c in here if c.front), key=lambda c: c.costs[name])
+    drawn = (
+        [best[round(i * (len(best) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)] if len(best) > MOST_POINTS else best
+    )
+    shown = [*others[-MOST_POINTS:], *drawn]
     tick = {"size": size_tick, "macs": count_tick, "params": count_tick}.get(name, plain_tick)
     points = []
     for c in shown:
@@ -129,29 +133,29 @@ def _front_chart(known: Sequence[Candidate], name: str, unit: str) -> Figure | N
         Axis("top-1 on held-out training images, %", plain_tick),
     )
     rows = [[str(c.slot), f"{100 * c.accuracy:.2f} %", f"{c.costs[name]:.6g}", c.choices] for c in shown if c.front]
-    return title, chart, f"{title}; the front with its 95 % intervals.", ("trial", "top-1", name, "choices"), rows
+    some = "" if drawn is best else f", {len(drawn)} of {len(best)} networks spread over it"
+    return title, chart, f"{title}; the front with its 95 % intervals{some}.", ("trial", "top-1", name, "choices"), rows
 
 
 def _volume_chart(document: Mapping[str, Any]) -> Figure | None:
     history = document.get("hypervolume")
-    values = [float(v) for v in history if _finite(v)] if isinstance(history, list) else []
-    if len(values) < 2:
+    found = [(int(p[0]), float(p[1])) for p in history if _pair(p)] if isinstance(history, list) else []
+    if len(found) < 2:
         return None
     title = "Hypervolume of the front as candidates were tried"
-    step = max(1, len(values) // MOST_POINTS)
-    kept = [i for i in range(len(values)) if i % step == 0 or i == len(values) - 1]
+    kept = found[:: max(1, len(found) // MOST_POINTS)]
     chart = charts.lines(
         "search-volume",
         title,
-        f"From {values[0]:.4g} to {values[-1]:.4g} of 1.",
-        [(float(i + 1), values[i], f"after {i + 1} candidates: {values[i]:.4g}") for i in kept],
+        f"From {found[0][1]:.4g} to {found[-1][1]:.4g} of 1.",
+        [(float(n), value, f"after {n} candidates: {value:.4g}") for n, value in kept],
         Axis("candidates trained in full", plain_tick),
         Axis("hypervolume", plain_tick),
     )
     caption = (
         f"{title}: the share of the box between all candidates' best and worst that the front dominates, costs as logarithms."
     )
-    return title, chart, caption, ("candidates", "hypervolume"), [[str(i + 1), f"{values[i]:.4g}"] for i in kept]
+    return title, chart, caption, ("candidates", "hypervolume"), [[str(n), f"{value:.4g}"] for n, value in kept]
 
 
 def _importance_chart(document: Mapping[str, Any]) -> Figure | None:

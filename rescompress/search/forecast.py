@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from compress.checkpoints import load_checkpoint
 from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, choose
-from compress.prune.apply import pruned_spec
+from compress.prune.apply import pruned_network
 from compress.prune.groups import droppable
 from edge_targets.catalog import load_target
 from rescompress.config import RunConfig
 from rescompress.core.artifact import make_folder
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest
 from rescompress.core.outcomes import Outcomes
@@ -40,7 +41,7 @@ class Forecast:
         error: Summed error of the curves at its widths.
     """
 
-    spec: ModelSpec
+    spec: ModelSpec | Network
     macs: int
     params: int
     error: float
@@ -75,7 +76,7 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
             seed=settings.seed,
             cost=latency_cost(known) if kind == "latency" else None,
         )
-        spec, error = pruned_spec(spec, choice.plan), choice.error
+        spec, error = pruned_network(spec, choice.plan), choice.error
     layers = walk(spec)
     return Forecast(spec, total_macs(layers), total_params(layers), error)
 
@@ -116,7 +117,7 @@ def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> tuple[O
             heard,
             split,
             batch_size=settings.eval_batch(checkpoint.spec.input_shape),
-            outputs=checkpoint.spec.head.num_classes if checkpoint.spec.head else None,
+            outputs=checkpoint.spec.num_classes,
             progress=lambda done, total: reporter.progress("evaluate", done, total),
         )
     return found.outcomes, sureness(np.concatenate(heard.scores), split.labels)

@@ -7,6 +7,7 @@ beat stay, marked as within the error.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,15 +132,45 @@ def good_enough(
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Return the volume that points dominate below a reference point; every coordinate is to be small.
 
-    By slices along the last coordinate; fine for fronts of some hundred points and up to four objectives.
+    Three coordinates are swept along the last one, over the staircase of the others; more are cut into slices.
     """
-    inside = [tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    inside = sorted((tuple(p) for p in points if all(x < r for x, r in zip(p, reference, strict=True))), key=lambda p: p[-1])
     if not inside:
         return 0.0
     if len(reference) == 1:
-        return reference[0] - min(p[0] for p in inside)
-    total, levels = 0.0, sorted({p[-1] for p in inside})
-    for level, above in zip(levels, [*levels[1:], reference[-1]], strict=True):
-        slab = [p[:-1] for p in inside if p[-1] <= level]
-        total += (above - level) * hypervolume(slab, reference[:-1])
+        return reference[0] - inside[0][0]
+    total, levels = 0.0, [*(p[-1] for p in inside[1:]), reference[-1]]
+    if len(reference) > 3:
+        for i, (point, above) in enumerate(zip(inside, levels, strict=True)):
+            if above > point[-1]:
+                total += (above - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+        return total
+    stairs = _Stairs((reference[0], reference[1]) if len(reference) == 3 else (reference[0], 1.0))
+    for point, above in zip(inside, levels, strict=True):
+        stairs.add(point[0], point[1] if len(reference) == 3 else 0.0)
+        total += (above - point[-1]) * stairs.area
     return total
+
+
+class _Stairs:
+    """The area that points of a plane dominate below a corner, kept while points are added."""
+
+    def __init__(self, corner: tuple[float, float]) -> None:
+        self.corner = corner
+        self.xs: list[float] = []
+        self.ys: list[float] = []
+        self.area = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        first = bisect.bisect_left(self.xs, x)
+        height = self.ys[first - 1] if first else self.corner[1]
+        if height <= y or (first < len(self.xs) and self.xs[first] == x and self.ys[first] <= y):
+            return
+        last, at = first, x
+        while last < len(self.xs) and self.ys[last] >= y:  # what the new point dominates is no step any more
+            self.area += (self.xs[last] - at) * (height - y)
+            at, height = self.xs[last], self.ys[last]
+            last += 1
+        self.area += ((self.xs[last] if last < len(self.xs) else self.corner[0]) - at) * (height - y)
+        self.xs[first:last] = [x]
+        self.ys[first:last] = [y]

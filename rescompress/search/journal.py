@@ -19,8 +19,18 @@ does it again; the end of a trial, which is not among them, is written through t
 
 
 def journal_storage(path: Path) -> JournalStorage:
-    """Return the storage in a file, which is made if need be."""
-    return JournalStorage(_Journal(path))
+    """Return the storage in a file, which is made if need be.
+
+    Raises:
+        ValueError: The file holds something else, or is damaged.
+    """
+    storage = JournalStorage(_Journal(path))
+    with path.open("rb") as f:  # Optuna passes over a last line that it cannot read, and fails at all that follow it
+        f.seek(max(0, f.seek(0, os.SEEK_END) - (1 << 20)))
+        last = f.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
+    if last:
+        json.loads(last)
+    return storage
 
 
 class _Lock:

@@ -18,6 +18,9 @@ from rescompress.search.front import Point, front, good_enough, hypervolume, poi
 from rescompress.search.ladder import CONFIDENCE, paired, rank_correlation
 from rescompress.search.study import Answer, Trials
 
+MOST_LOOKS = 60
+"""Points of the history of the hypervolume."""
+
 UNITS = {"latency": "ms", "size": "bytes", "macs": "MACs", "params": "parameters"}
 
 
@@ -227,8 +230,11 @@ def _standard_error(outcomes: Outcomes | None) -> float:
     return float((p * (1 - p) / outcomes.n) ** 0.5)
 
 
-def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[float]:
-    """Return the share of the box of all candidates that the first 1, 2, 3, ... of them dominate, costs as logarithms."""
+def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[tuple[int, float]]:
+    """Return after how many candidates which share of the box of all of them was dominated, costs as logarithms.
+
+    At some of the counts: the more points and objectives, the fewer, for the volume of many is long work.
+    """
     if len(answers) < 2:
         return []
     rows = [(-float(a.accuracy or 0.0), *(math.log(max(a.costs[name], 1e-30)) for name in objectives)) for a in answers]
@@ -236,16 +242,10 @@ def _volumes(answers: Sequence[Answer], objectives: Sequence[str]) -> list[float
     high = [max(column) for column in zip(*rows, strict=True)]
     scaled = [tuple((v - a) / ((b - a) or 1.0) for v, a, b in zip(row, low, high, strict=True)) for row in rows]
     reference = (1.05,) * len(low)
-    whole = 1.05 ** len(low)
-    found: list[float] = []
-    best: list[tuple[float, ...]] = []
-    for point in scaled:
-        if not any(all(x <= y for x, y in zip(b, point, strict=True)) for b in best):
-            best = [b for b in best if not all(x <= y for x, y in zip(point, b, strict=True))] + [point]
-            found.append(hypervolume(best, reference) / whole)
-        else:
-            found.append(found[-1])
-    return found
+    work = len(rows) ** max(1, len(low) - 2)
+    looks = min(len(rows), max(2, min(MOST_LOOKS, 1_000_000 // work)))
+    counts = sorted({1 + round(i * (len(rows) - 1) / (looks - 1)) for i in range(looks)})
+    return [(n, hypervolume(scaled[:n], reference) / 1.05 ** len(low)) for n in counts]
 
 
 def _importance(trials: Trials) -> dict[str, float]:

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import socket
@@ -196,7 +197,11 @@ class Lease:
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
-            if state == IMPOSSIBLE or best is None or best.accuracy is None:
+            if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
+                seen = [c for t in patiently(self.trials.all) for a in t.answers[:1] for c in a.costs.values()]
+                worst = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
+                patiently(lambda: self.trials.study.tell(self.trial.number, worst))
+            elif best is None or best.accuracy is None:
                 patiently(lambda: self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL))
             else:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
@@ -227,6 +232,8 @@ class Trials:
     _numbers: dict[int, list[int]] = field(default_factory=dict)
     _open: list[int] = field(default_factory=list)
     _read: int = 0
+    _plenty: bool = False
+    _rescue_at: float = -math.inf
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
@@ -286,16 +293,19 @@ class Trials:
 
     def claim(self) -> Lease | None:
         """Return a trial for this worker, or None when no slot waits and none is lost."""
-        self.rescue()
+        if time.monotonic() >= self._rescue_at or not self._plenty:
+            self.rescue()
         space = dimensions(self.document["search"]["space"])
-        while self._ahead():
+        while self._plenty or self._ahead():  # reading all trials is the dear part of a database: no oftener than need be
             asked = self.study.ask()
             attrs = asked.user_attrs
+            self._plenty = False
             if "slot" not in attrs:  # the last waiting one went to somebody else in between
                 self._drop(asked.number)
                 continue
             everything = self.everything()
-            self._unsettled(everything)
+            waiting = sum(t.state.name == "WAITING" for t in self._unsettled(everything))
+            self._plenty = waiting > AHEAD // 2
             elder = [everything[n] for n in self._numbers[attrs["slot"]] if n != asked.number]
             if any(_done(t) or (_running(t) and t.number < asked.number) for t in elder):
                 self._drop(asked.number)
@@ -324,6 +334,7 @@ class Trials:
         import optuna
 
         now = time.monotonic()
+        self._rescue_at = now + min(self.config.lease_s / 4, 5.0)
         rescued = []
         everything = self.everything()
         unsettled = self._unsettled(everything)

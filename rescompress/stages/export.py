@@ -15,7 +15,7 @@ from compress.quantize import integer_model
 from edge_targets.fp8 import refusal
 from export.half import HalfCheck, check_half, has_float16
 from export.integers import in_integers
-from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare
+from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
 from export.recount import recount
 from export.session import has_float16_scales
 from export.to_onnx import ExportOptions
@@ -32,6 +32,7 @@ from rescompress.stages.shared import (
     onnx_of,
     outcomes_file,
     prepare,
+    scores_classes,
     write_onnx,
 )
 
@@ -48,7 +49,7 @@ def exported(context: Context, *, source: Source, common: Settings, settings: Ex
     for note in details["notes"]:
         context.reporter.note(note)
     files = [("onnx", path)]
-    if common.data is not None:
+    if common.data is not None and scores_classes(checkpoint.spec):
         found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
         metrics |= found.metrics
         files.append(("outcomes", outcomes_file(context, "export", found)))
@@ -158,5 +159,5 @@ def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Setting
     int8 = checkpoint.quantization is not None and any(n.op_type == "QuantizeLinear" for n in proto.graph.node)
     if int8 and not has_float16_scales(proto):
         whole = OrtRunner(in_integers(proto), optimize=False)
-        in_sums = compare(TorchRunner(integer_model(checkpoint)), whole, batches)
-    return compare(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), in_sums, images
+        in_sums = compare_outputs(TorchRunner(integer_model(checkpoint)), whole, batches)
+    return compare_outputs(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), in_sums, images

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Split
+from compress.device import computing_on
+from compress.processes import ALONE, Together, together
 from compress.prune import (
     Budget,
     CostFunction,
     PruningPlan,
-    find_groups,
     load_plan,
     measure,
     prune,
@@ -31,7 +32,7 @@ from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.teacher import match_teacher
-from compress.train import TrainSettings, TrainState, train
+from compress.train import TrainState, train
 from edge_targets.catalog import alias_notes, load_target
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
@@ -39,17 +40,31 @@ from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, TargetError
+from rescompress.core.graph import Network
 from rescompress.core.layers import walk
-from rescompress.core.quantizers import Profile
-from rescompress.core.settings import FinetuneSettings, PruneSettings, QuantizeSettings
+from rescompress.core.quantizers import Profile, float_operations
+from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.shared import Source, dataset, evaluate_model, finish, network_of, onnx_of, prepare, write_onnx
+from rescompress.stages.shared import (
+    Source,
+    dataset,
+    evaluate_model,
+    finish,
+    need_classes,
+    network_of,
+    onnx_of,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
+MUCH_WAITING = 0.2
+"""Part of a training's time from which waiting for data is worth a note."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +114,21 @@ def pruned(
             plan = load_plan(path)
         start = time.perf_counter()
         told: list[str] = []
-        smaller = prune_by_plan(
-            checkpoint,
-            plan,
-            calibration_x=calibration,
-            seed=common.seed,
-            bn_recalibration=config.recalibrate,
-            repair=config.repair,
-            progress=context.reporter.progress,
-            note=told.append,
-        )
+        with computing_on(common.torch_device()) as device:
+            smaller = prune_by_plan(
+                on_device(checkpoint, device),
+                plan,
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                seed=common.seed,
+                bn_recalibration=config.recalibrate,
+                repair=config.repair,
+                progress=context.reporter.progress,
+                note=told.append,
+            )
         notes = [f"follows the plan {config.plan}", *told, *notes]
         details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": notes}
         details["seconds"] = time.perf_counter() - start
-        sparse = _sparse(context, smaller, config, calibration, common, details)
+        sparse = _sparse(context, on_device(smaller, "cpu"), config, calibration, common, details)
         return _pruned_row(context, name, common, sparse, plan, details)
     kind, value = config.budget
     if kind == "latency":
@@ -120,23 +136,24 @@ def pruned(
     curves = None
     if context.store is not None and not before:
         curves = shared_curves(context, checkpoint, common, config, calibration)
-    result = prune(
-        checkpoint,
-        method=config.method,
-        budget=Budget(kind=kind, value=value),
-        scope=config.scope,
-        align=align,
-        strict_align=isinstance(config.align, int),
-        calibration_x=calibration,
-        drop_blocks=config.may_drop,
-        seed=common.seed,
-        cost=latency_cost(known) if kind == "latency" else None,
-        reference=whole,
-        bn_recalibration=config.recalibrate,
-        repair=config.repair,
-        curves=curves,
-        progress=context.reporter.progress,
-    )
+    with computing_on(common.torch_device()) as device:
+        result = prune(
+            on_device(checkpoint, device),
+            method=config.method,
+            budget=Budget(kind=kind, value=value),
+            scope=config.scope,
+            align=align,
+            strict_align=isinstance(config.align, int),
+            calibration_x=calibration.to(device) if calibration is not None else None,
+            drop_blocks=config.may_drop,
+            seed=common.seed,
+            cost=latency_cost(known) if kind == "latency" else None,
+            reference=whole,
+            bn_recalibration=config.recalibrate,
+            repair=config.repair,
+            curves=curves,
+            progress=context.reporter.progress,
+        )
     plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
     details = plan_details(plan, whole) | {
         "budget": {kind: value},
@@ -149,7 +166,7 @@ def pruned(
         "seconds": result.seconds,
         "notes": [*result.notes, *notes],
     }
-    sparse = _sparse(context, result.checkpoint, config, calibration, common, details)
+    sparse = _sparse(context, on_device(result.checkpoint, "cpu"), config, calibration, common, details)
     return _pruned_row(context, name, common, sparse, plan, details)
 
 
@@ -173,7 +190,7 @@ def shared_curves(
     assert context.store is not None
     tensors = hashlib.sha256(checkpoint.spec.model_dump_json().encode())
     for name, value in sorted(checkpoint.state_dict.items()):
-        tensors.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        tensors.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     parts = {
         "what": "curves",
         "version": version("rescompress"),
@@ -185,14 +202,15 @@ def shared_curves(
     }
 
     def compute() -> dict[str, Any]:
-        made = measure(
-            checkpoint,
-            method=config.method,
-            scope=config.scope,
-            calibration_x=calibration,
-            seed=common.seed,
-            progress=context.reporter.progress,
-        )
+        with computing_on(common.torch_device()) as device:
+            made = measure(
+                on_device(checkpoint, device),
+                method=config.method,
+                scope=config.scope,
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                seed=common.seed,
+                progress=context.reporter.progress,
+            )
         groups = {name: {"order": c.order, "error": c.error} for name, c in made.groups.items()}
         return {"groups": groups, "blocks": dict(made.blocks), "unit": made.unit}
 
@@ -212,13 +230,14 @@ def _sparse(
     """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
     if config.sparsity is None:
         return checkpoint
-    groups = find_groups(walk(checkpoint.spec))
     tell = details["notes"].append
-    pruning = PruneContext(checkpoint, groups, (), images, common.seed, context.reporter.progress, tell)
-    found = sparsify(pruning, checkpoint)
+    with computing_on(common.torch_device()) as device:
+        here = on_device(checkpoint, device)
+        there = images.to(device) if images is not None else None
+        found = sparsify(PruneContext(here, (), (), there, common.seed, context.reporter.progress, tell), here)
     details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
-    wide = [layer.name for layer in sparse if is_wide(layer.in_shape[0], layer.out_shape[0], layer.groups)]
+    wide = [x.name for x in sparse if is_wide(x.in_shape[0], x.out_shape[0], x.in_shape[0] // x.weight_shape[1])]
     details["sparsity"]["wide"] = wide
     if wide:
         tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
@@ -231,10 +250,10 @@ def _sparse(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
         f"nothing; {len(found.left_dense)} layers cannot have them"
     )
-    return found.checkpoint
+    return on_device(found.checkpoint, "cpu")
 
 
-def plan_details(plan: PruningPlan, spec: ModelSpec) -> dict[str, Any]:
+def plan_details(plan: PruningPlan, spec: ModelSpec | Network) -> dict[str, Any]:
     """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
     widths = plan.widths(spec)
     return {
@@ -285,7 +304,7 @@ def finetuned(
     source: Source,
     teacher: Source | None,
     common: Settings,
-    config: FinetuneSettings,
+    config: TrainSettings,
     name: str = "finetune",
 ) -> Outcome:
     """The network trained on the data, distilled from the teacher."""
@@ -293,25 +312,21 @@ def finetuned(
     checkpoint = source.load(context)
     if checkpoint.quantization is not None:
         raise BadInput("is quantized", where=str(source.path), remedy="use `quantize --mode qat` on the float checkpoint")
-    settings = TrainSettings(
-        epochs=config.epochs,
-        lr=config.lr,
-        batch_size=config.batch_size,
-        distill=config.distill,
-        temperature=config.temperature,
-        features=config.features if teacher else 0.0,
-        seed=common.seed,
-        device=common.device,
-        precision=config.precision,
+    settings = config.model_copy(
+        update={
+            "seed": common.seed if config.seed is None else config.seed,
+            "device": config.device or common.device,
+            "features": config.features if teacher else 0.0,
+        }
     )
+    need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, teacher, checkpoint.spec, split)
-    log, resume, notes = train_network(context, name, model, split, settings, mentor)
-    done = dataclasses.replace(checkpoint, state_dict=tensors_of(model))
-    return finish(
-        context, name, done, common, {"epochs": log, "lr": config.lr} | ({"notes": notes} if notes else {}), transient=[resume]
-    )
+    trained, resume = train_network(context, name, model, split, settings, mentor)
+    sharing = together()
+    done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
+    return finish(context, name, done, common, trained, transient=[resume], sharing=sharing)
 
 
 def quantized(
@@ -327,27 +342,44 @@ def quantized(
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
     prepare(common)
     checkpoint = source.load(context)
+    if config.mode == "qat":
+        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
     details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
-    if context.main:
-        details["float_top1"] = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec).top1
+    sharing = together() if config.mode == "qat" else ALONE
+    if scores_classes(checkpoint.spec):
+        before = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing)
+        details["float_top1"] = before.top1
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
-    int8 = calibrated(checkpoint, images, config, profile, cost=cost)
+    with computing_on(common.torch_device()) as device:
+        int8 = calibrated(
+            on_device(checkpoint, device), [x.to(device) for x in images], config, profile, cost=cost, sharing=sharing
+        )
+    int8 = sharing.lead(on_device(int8, "cpu"))
     assert int8.quantization is not None
     details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
     details["chosen"] = int8.provenance["calibration"]
+    if stays := float_operations(int8.spec):
+        details["float_operations"] = stays
+        named = ", ".join(f"{count} {name}" for name, count in stays.items())
+        context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     resume = None
     if config.mode == "qat":
-        if context.main:
-            before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec)
-            details["ptq_top1"] = before.top1
+        before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing)
+        details["ptq_top1"] = before.top1
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
             batch_size=config.batch_size,
+            augment=config.augment,
+            mixup=0.0,
+            cutmix=0.0,
+            label_smoothing=0.0,
+            ema=0.0,
+            workers=config.workers,
             freeze_bn_after=config.freeze_bn_after,
             distill=1.0 if teacher else 0.0,
             seed=common.seed,
@@ -356,19 +388,22 @@ def quantized(
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
         network = teacher_network(context, teacher, checkpoint.spec, seen)
-        details["epochs"], resume, notes = train_network(context, "quantize", model, seen, settings, network)
-        trained = finish_qat(model, int8)
-        int8 = best_of([trained, int8], list(held.batches(250))) if held else trained
+        log, resume = train_network(context, "quantize", model, seen, settings, network)
+        notes = log.pop("notes", [])
+        details |= log
+        trained = sharing.lead(finish_qat(model, int8))
+        int8 = best_of([trained, int8], held.again(250)) if held else trained
         details["kept"] = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
             notes.append("training did no good on the held-out images: the network that was only calibrated is kept")
             context.reporter.note(notes[-1])
         if notes:
             details["notes"] = notes
-    return finish(context, "quantize", on_grid(int8), common, details, transient=[resume] if resume else [])
+    kept = [resume] if resume else []
+    return finish(context, "quantize", on_grid(int8), common, details, transient=kept, sharing=sharing)
 
 
-def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
+def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
     """Return what an INT8 network costs with the named layers in floating point: predicted ms on the first modelled target.
 
     Raises:
@@ -387,7 +422,13 @@ def float_cost(targets: Sequence[Target], spec: ModelSpec) -> Cost:
 
 
 def calibrated(
-    checkpoint: Checkpoint, images: list[Tensor], config: QuantizeSettings, profile: Profile, *, cost: Cost | None = None
+    checkpoint: Checkpoint,
+    images: list[Tensor],
+    config: QuantizeSettings,
+    profile: Profile,
+    *,
+    cost: Cost | None = None,
+    sharing: Together = ALONE,
 ) -> Checkpoint:
     """Return the calibrated network, with the layers that the config wants in floating point left there.
 
@@ -397,6 +438,7 @@ def calibrated(
         config: How to quantize.
         profile: The placement.
         cost: What layers in floating point cost, for a latency budget.
+        sharing: The processes that share the statistics.
     """
     names = config.keep_float if isinstance(config.keep_float, tuple) else ()
 
@@ -409,6 +451,7 @@ def calibrated(
             percentile=config.percentile,
             bias_correction=config.bias_correction,
             keep_float=keep_float,
+            sharing=sharing,
         )
 
     int8 = calibrate(frozenset(names))
@@ -428,7 +471,7 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, split: Split) -> Teacher | None:
+def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | Network, split: Split) -> Teacher | None:
     """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
     if teacher is None:
         return None
@@ -440,11 +483,11 @@ def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec, s
 
 def train_network(
     context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: Teacher | None
-) -> tuple[list[dict[str, float]], Path, list[str]]:
-    """Train `model` in place; return the log of its epochs, the file its state was kept in, and what is worth telling."""
+) -> tuple[dict[str, Any], Path]:
+    """Train `model` in place; return what happened, as details of a stage, and the file that its state was kept in."""
 
     def tell(state: TrainState) -> None:
-        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %"
+        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %  waiting for data {100 * state.waiting:.0f} %"
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)
@@ -460,6 +503,11 @@ def train_network(
         save_every_s=SAVE_EVERY_S,
         note=notes.append,
     )
+    if log.waiting > MUCH_WAITING and log.seconds > SAVE_EVERY_S:
+        notes.append(f"training waited for data {100 * log.waiting:.0f} % of the time: raise workers ({log.workers})")
     for text in notes if context.main else ():
         context.reporter.note(text)
-    return log.epochs, resume, notes
+    details: dict[str, Any] = {"epochs": log.epochs, "lr": log.lr, "waiting": round(log.waiting, 4), "workers": log.workers}
+    if log.best_epoch is not None:
+        details["best_epoch"] = log.best_epoch
+    return details | ({"notes": notes} if notes else {}), resume

@@ -28,7 +28,16 @@ from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
 from rescompress.stages.export import as_exported, export_options, write_export
-from rescompress.stages.shared import Source, dataset, evaluate_runner, onnx_of, outcomes_file, prepare, write_onnx
+from rescompress.stages.shared import (
+    Source,
+    dataset,
+    evaluate_runner,
+    onnx_of,
+    outcomes_file,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
 
 _NEUTRAL_COST = "it may be slower here, or less exact"
 
@@ -165,7 +174,7 @@ def _build_and_measure(
                 f"INT8 is slower than float32 with {chosen.runtime} on this machine: {metrics['p50_ms'].value:.2f} ms against "
                 f"{metrics['fp32_p50_ms'].value:.2f} ms"
             )
-    if common.data is not None:
+    if common.data is not None and scores_classes(checkpoint.spec):
         runner = backend.runner(path, threads=common.threads)
         stage = TARGET_PREFIX + chosen.name
         found = evaluate_runner(context, runner, dataset(common, checkpoint.spec).val, common, checkpoint.spec)

@@ -10,17 +10,19 @@ from pydantic import ValidationError
 from safetensors.torch import save as serialize
 
 from compress.checkpoints.base import Checkpoint, LoadOptions, RawState, Root
-from compress.checkpoints.layout import read_values, tensor_shapes
+from compress.checkpoints.layout import read_values
 from compress.preprocessing import Statement, for_input
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import CheckpointError
-from rescompress.core.layers import walk
+from rescompress.core.graph import Network
 from rescompress.core.quantizers import Quantization
+from rescompress.core.recipe import network_of
 from rescompress.core.spec import ModelSpec
 
 DESCRIPTION = "rescompress: safetensors with the spec and the quantizers in its header"
-MARKER = re.compile(r"^conv1\.weight$")
-VERSION = "1"
+MARKER = re.compile("")  # its keys are those of any network: the header tells it
+VERSIONS = ("1", "2")
+"""1: the header holds a recipe (``spec``). 2: it holds a graph (``network``)."""
 
 
 def matches(raw: RawState) -> bool:
@@ -34,13 +36,18 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     Raises:
         CheckpointError: The header or a tensor is damaged, or a newer version wrote the file.
     """
-    if raw.metadata.get("version") != VERSION:
+    version = raw.metadata.get("version")
+    if version not in VERSIONS:
         raise CheckpointError(
-            f"was written in version {raw.metadata.get('version')!r} of the format, this program reads {VERSION!r}",
+            f"was written in version {version!r} of the format, this program reads {' and '.join(map(repr, VERSIONS))}",
             remedy="update rescompress",
         )
     try:
-        spec = ModelSpec.model_validate_json(str(raw.metadata.get("spec")))
+        spec: ModelSpec | Network
+        if version == "1":
+            spec = ModelSpec.model_validate_json(str(raw.metadata.get("spec")))
+        else:
+            spec = Network.model_validate_json(str(raw.metadata.get("network")))
         text = raw.metadata.get("quantization")
         quantization = Quantization.model_validate_json(str(text)) if text else None
         if quantization is not None:
@@ -49,7 +56,7 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     except (ValidationError, ValueError, RecursionError) as e:
         first = str(e).splitlines()[0]
         raise CheckpointError(f"damaged: its header describes no network ({first})", remedy="make the file again") from e
-    wanted = {name: shape for layer in walk(spec) for name, shape in tensor_shapes(layer).items()}
+    wanted = network_of(spec).tensor_shapes
     for name, shape in wanted.items():
         if raw.shape(name) != shape:
             raise CheckpointError(
@@ -65,7 +72,7 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
     return Checkpoint(restate(spec, options), state_dict, quantization, {**provenance, **here})
 
 
-def restate(spec: ModelSpec, options: LoadOptions) -> ModelSpec:
+def restate(spec: ModelSpec | Network, options: LoadOptions) -> ModelSpec | Network:
     """Return the spec with what the user states: input shape and preprocessing."""
     if options.input_shape is not None:
         if options.input_shape[0] != spec.input_shape[0]:
@@ -92,8 +99,11 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     """
     metadata = {
         "format": "rescompress",
-        "version": VERSION,
-        "spec": checkpoint.spec.model_dump_json(),
+        **(
+            {"version": "1", "spec": checkpoint.spec.model_dump_json()}
+            if isinstance(checkpoint.spec, ModelSpec)
+            else {"version": "2", "network": checkpoint.spec.model_dump_json()}
+        ),
         "provenance": json.dumps(dict(checkpoint.provenance)),
     }
     if checkpoint.quantization is not None:

@@ -25,11 +25,12 @@ def curves(context: Context) -> Curves:
     for g in context.groups:
         score = torch.zeros(g.size, dtype=torch.float64)
         for name in g.producers:
-            scale = tensors.get(f"{norm_of(layers[name])}.weight")
+            norm = norm_of(context.checkpoint, layers[name])
+            scale = None if norm is None else tensors.get(f"{norm.name}.weight")
             if scale is None:
                 raise BadInput(
                     f"bn_scale needs BatchNorm, and there is none behind {name}", remedy="use --method magnitude or reconstruct"
                 )
-            score += scale.double().square().view(g.size, -1).sum(1)
+            score += scale.double().square()[g.indices(name)].view(g.size, -1).sum(1)
         found[g.name] = curve_of(score)
     return Curves(found, unit="share of squared BatchNorm scales")

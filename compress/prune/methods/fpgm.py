@@ -19,7 +19,7 @@ def curves(context: Context) -> Curves:
     for g in context.groups:
         score = torch.zeros(g.size, dtype=torch.float64)
         for name in g.producers:
-            w_KD = folded(context.checkpoint, layers[name]).weight_OIKK.double().reshape(g.size, -1)
+            w_KD = folded(context.checkpoint, layers[name]).weight_OIKK.double()[g.indices(name)].reshape(g.size, -1)
             distance = torch.cdist(w_KD, w_KD).sum(1)
             score += (distance / distance.sum().clamp_min(1e-300)).square()
         found[g.name] = curve_of(score)

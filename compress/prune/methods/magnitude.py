@@ -24,14 +24,16 @@ def scores(checkpoint: Checkpoint, group: ChannelGroup, sizes: Sizes) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in group.producers:
         w = folded(checkpoint, layers[name]).weight_OIKK
-        energy = w.square().flatten(1).sum(1, dtype=torch.float64).view(group.size, -1).sum(1)
+        rows = w.square().flatten(1).sum(1, dtype=torch.float64)
+        energy = rows[group.indices(name)].view(group.size, -1).sum(1)
         total += energy / energy.sum().clamp_min(1e-300)
     for name in group.consumers:
         layer = layers[name]
-        if layer.groups > 1:
-            continue  # a grouped convolution is a producer of the same group
         w = folded(checkpoint, layer).weight_OIKK
-        energy = w.square().reshape(*w.shape[:2], -1).sum(2).sum(0, dtype=torch.float64).view(group.size, -1).sum(1)
+        if w.shape[1] < layer.in_shape[0]:
+            continue  # a grouped convolution is a producer of the same group
+        columns = w.square().reshape(*w.shape[:2], -1).sum(2).sum(0, dtype=torch.float64)
+        energy = columns[group.indices(layer.inputs[0])].view(group.size, -1).sum(1)
         total += energy / energy.sum().clamp_min(1e-300)
     return total
 

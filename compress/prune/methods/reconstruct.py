@@ -39,13 +39,15 @@ from compress.prune.activations import (
 )
 from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded
-from compress.prune.groups import Sizes
+from compress.prune.groups import ChannelGroup, Sizes, is_plain
 from compress.prune.method import Context, Curves, ErrorCurve
 from compress.prune.plan import PruningPlan
 from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
-from rescompress.core.layers import Layer, walk
+from rescompress.core.graph import Layer
+from rescompress.core.operations import Add, BatchNorm, Conv, Relu, Weighted
+from rescompress.core.recipe import network_of
 
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
@@ -62,18 +64,20 @@ def curves(context: Context) -> Curves:
     """Return curves in summed relative error of the layers that read a group, behind their ReLU."""
     dense = build_model(context.checkpoint.spec, context.checkpoint.state_dict).requires_grad_(False)
     sizes = Sizes(context.checkpoint.spec)
-    layers = {layer.name: layer for layer in sizes.layers}
-    x = usable_images(context, sizes.layers)
-    readers = {
-        g.name: [_Reader(layers[c], context.checkpoint) for c in g.consumers if layers[c].groups == 1] for g in context.groups
-    }
-    generator = torch.Generator().manual_seed(context.seed)
+    layers = sizes.network.by_name
+    x = usable_images(context, sizes.network)
+    seers = {c: _Reader(layers[c], context.checkpoint) for g in context.groups for c in g.consumers if is_plain(layers[c])}
+    readers = {g.name: [seers[c] for c in g.consumers if c in seers] for g in context.groups}
+    for name, rs in readers.items():
+        for r in rs:
+            r.waiting.add(name)
+    generator = torch.Generator("cpu").manual_seed(context.seed)
     targets = _Targets.affordable(context.checkpoint, sizes.layers, len(x), context.seed)
     found: dict[str, ErrorCurve] = {}
     blocks: dict[str, float] = {}
-    for chunk in chunks_of(sizes.layers):
+    for chunk in chunks_of(sizes.network):
         inside = {layer.name for layer in chunk}
-        here = [r for rs in readers.values() for r in rs if r.layer.name in inside]
+        here = [r for r in seers.values() if r.layer.name in inside]
         x, dropped = _collect(dense, chunk, x, here, generator, targets, price=chunk_name(chunk) in context.blocks)
         if not all_finite(x):
             raise DataError(
@@ -84,9 +88,10 @@ def curves(context: Context) -> Curves:
             blocks[chunk_name(chunk)] = dropped
         for group, rs in readers.items():
             if group not in found and all(r.ready for r in rs):
-                found[group] = obs_curve([r.relative() for r in rs], sizes.groups[group].size)
+                g = sizes.groups[group]
+                found[group] = obs_curve([r.relative(g) for r in rs], g.size)
                 for r in rs:
-                    r.forget()
+                    r.done(group)
                 context.progress("measuring channels", len(found), len(readers))
     if targets is not None:
         context.scratch[_TARGETS] = targets
@@ -100,6 +105,7 @@ class _Reader:
         self.layer = layer
         self.old = folded(checkpoint, layer)
         self.ready = False
+        self.waiting: set[str] = set()
         self._gram_DD = torch.zeros(0)
         self._sum_D = self._shift_D = torch.zeros(0)
         self._energy = 0.0
@@ -117,12 +123,14 @@ class _Reader:
         self._energy += float(output_NO.square().sum(dtype=torch.float64))
         self._rows += len(x_ND)
 
-    def forget(self) -> None:
-        """Free the memory."""
-        self._gram_DD = self._sum_D = self._shift_D = torch.zeros(0)
+    def done(self, group: str) -> None:
+        """Free the memory, once no group waits for it."""
+        self.waiting.discard(group)
+        if not self.waiting:
+            self._gram_DD = self._sum_D = self._shift_D = torch.zeros(0)
 
-    def relative(self) -> tuple[Tensor, Tensor]:
-        """Return second moment and weights such that squared errors are shares of the output's energy.
+    def relative(self, group: ChannelGroup) -> tuple[Tensor, Tensor]:
+        """Return second moment and weights of a group's columns such that squared errors are shares of the output's energy.
 
         Where nothing passes the ReLU, or what is read never changes (the bias can say it), there is nothing to lose: the
         weights are zero.
@@ -130,6 +138,11 @@ class _Reader:
         mean_D = self._sum_D / self._rows
         h_DD = mirrored(self._gram_DD).div_(self._rows).addr_(mean_D, mean_D, alpha=-1.0)
         weight_OD = self.old.weight_OIKK.flatten(1).double()
+        channels = group.indices(self.layer.inputs[0])
+        if channels != list(range(self.layer.in_shape[0])):
+            taps = weight_OD.shape[1] // self.layer.in_shape[0]
+            columns = (torch.tensor(channels)[:, None] * taps + torch.arange(taps)).flatten()
+            h_DD, weight_OD = h_DD[columns][:, columns], weight_OD[:, columns]
         matters = self._energy > 0 and float(h_DD.diagonal().mean()) > 0
         return damped(h_DD, _RIDGE), weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
 
@@ -156,15 +169,13 @@ def _collect(
         price: Whether the error of leaving the chunk out is asked for; else it is 0.
     """
     places = {r.layer.name: places_of(r.layer, len(x), generator) for r in readers}
-    after = {name: layer for layer in chunk for name in layer.inputs}
+    sums = _sums(chunk)
     lost = energy = 0.0
 
     def watch(part: slice, inside: Inside) -> None:
         nonlocal lost, energy
         for r in readers:
-            out = r.old.output
-            while out in after and after[out].op in ("add", "relu"):
-                out = after[out].name
+            out = sums.get(r.old.output, r.old.output)
             there = places[r.layer.name][part]
             r.see(patches(inside[r.layer.inputs[0]], r.layer, there), pixels_at(inside[out], there))
         if targets is not None:
@@ -180,17 +191,31 @@ def _collect(
     return x, lost / max(energy, 1e-30)
 
 
+def _sums(chunk: Sequence[Layer]) -> dict[str, str]:
+    """Return, per tensor of a chunk, what comes behind the sums and ReLUs that read it, where nothing else does."""
+    readers: dict[str, list[Layer]] = {}
+    for layer in chunk:
+        for name in dict.fromkeys(layer.inputs):
+            readers.setdefault(name, []).append(layer)
+    found: dict[str, str] = {}
+    for layer in reversed(chunk):
+        after = readers.get(layer.name, [])
+        if len(after) == 1 and isinstance(after[0].operation, Add | Relu):
+            found[layer.name] = found.get(after[0].name, after[0].name)
+    return found
+
+
 def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Checkpoint:
     """Return the pruned checkpoint, every layer of it refitted to the dense network on the calibration images."""
-    dense_layers = walk(context.checkpoint.spec)
+    dense_network = network_of(context.checkpoint.spec)
     keep = channels_kept(context.checkpoint.spec, plan)
-    left = right = usable_images(context, dense_layers)
+    left = right = usable_images(context, dense_network)
     known = context.scratch.pop(_TARGETS, None)
     dense = build_model(context.checkpoint.spec, context.checkpoint.state_dict).requires_grad_(False)
     work = _Work(pruned)
-    remaining = {chunk_name(c): c for c in chunks_of(walk(pruned.spec))}
+    remaining = {chunk_name(c): c for c in chunks_of(network_of(pruned.spec))}
     changed = False
-    for done, chunk in enumerate(chunks := chunks_of(dense_layers), 1):
+    for done, chunk in enumerate(chunks := chunks_of(dense_network), 1):
         in_block = chunk[0].block is not None
         small = remaining.get(chunk_name(chunk))
         changed = changed or small is None or any(len(keep[a.name]) != a.out_shape[0] for a in chunk)
@@ -227,7 +252,9 @@ class _Targets:
     def affordable(cls, checkpoint: Checkpoint, layers: Sequence[Layer], images: int, seed: int) -> _Targets | None:
         """Return targets for all layers at once, or None where they would take too much memory."""
         numbers = sum(
-            images * pixels_per_image(layer, images) * layer.out_shape[0] for layer in layers if layer.op in ("conv", "linear")
+            images * pixels_per_image(layer, images) * layer.out_shape[0]
+            for layer in layers
+            if isinstance(layer.operation, Weighted)
         )
         return cls(checkpoint, images, seed) if 4 * numbers <= _TARGET_BYTES else None
 
@@ -237,7 +264,7 @@ class _Targets:
         if name not in self._jobs:
             self._jobs[name] = _jobs(self._checkpoint, chunk)
             for job in self._jobs[name]:
-                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + zlib.crc32(job.layer.name.encode()))
+                generator = torch.Generator("cpu").manual_seed(self._seed * 1_000_003 + zlib.crc32(job.layer.name.encode()))
                 self._places[job.layer.name] = places_of(job.layer, self._images, generator)
                 self._rows[job.layer.name] = Rows(self._images)
         for job in self._jobs[name]:
@@ -333,13 +360,15 @@ class _Guard:
     target_NO: Tensor
 
     def error(self, model: ResNet, chunk: Sequence[Layer], known: Mapping[str, Tensor]) -> float:
-        """Return the summed squared error behind the ReLU."""
+        """Return the summed squared error, behind the ReLU where there is one."""
         images, per_image = min(_GUARD_IMAGES, len(self.places_NP)), self.places_NP.shape[1]
         total = 0.0
         for part in parts(images, chunk):
             out_NO = pixels_at(Inside(model, chunk, known, part)[self.job.target], self.places_NP[part])
             target_NO = self.target_NO[part.start * per_image : part.stop * per_image]
-            total += float((out_NO.clamp_min(0) - target_NO.clamp_min(0)).square().sum())
+            if self.job.relu:
+                out_NO, target_NO = out_NO.clamp_min(0), target_NO.clamp_min(0)
+            total += float((out_NO - target_NO).square().sum())
         return total
 
 
@@ -354,19 +383,39 @@ class _Job:
 
 
 def _jobs(work: Checkpoint, small: Sequence[Layer]) -> list[_Job]:
-    by_input = {name: layer for layer in small for name in layer.inputs}
+    readers: dict[str, list[Layer]] = {}
+    for layer in small:
+        for name in dict.fromkeys(layer.inputs):
+            readers.setdefault(name, []).append(layer)
+    summed: set[str] = set()
     jobs = []
     for layer in small:
-        if layer.op not in ("conv", "linear"):
+        if not isinstance(layer.operation, Weighted) or (isinstance(layer.operation, Conv) and layer.operation.frozen):
             continue
         out = folded(work, layer).output
-        after = by_input.get(out)
-        if after is not None and after.op == "add" and after.inputs[0] == out:
-            jobs.append(_Job(layer, after.name, after.inputs[1], relu=True))
+        after = readers.get(out, [])
+        add = after[0] if len(after) == 1 and isinstance(after[0].operation, Add) else None
+        if add is not None and add.inputs[0] != add.inputs[1] and _ends_last(add, out, small) and add.name not in summed:
+            summed.add(add.name)
+            behind = readers.get(add.name, [])
+            relu = len(behind) == 1 and isinstance(behind[0].operation, Relu)
+            jobs.append(_Job(layer, add.name, next(n for n in add.inputs if n != out), relu))
         else:
-            jobs.append(_Job(layer, out, None, relu=after is not None and after.op == "relu"))
+            jobs.append(_Job(layer, out, None, len(after) == 1 and isinstance(after[0].operation, Relu)))
     last = [j for j in jobs if j.skip]
     return [j for j in jobs if not j.skip] + last
+
+
+def _ends_last(add: Layer, out: str, small: Sequence[Layer]) -> bool:
+    """Whether `out` is the branch of an Add to repair against the sum: the first, or the one that a convolution ends."""
+    made = {layer.name: layer for layer in small}
+    other = next(n for n in add.inputs if n != out)
+    if add.inputs[0] == out:
+        return True
+    maker = made.get(other)
+    while maker is not None and isinstance(maker.operation, BatchNorm):
+        maker = made.get(maker.inputs[0])
+    return maker is None or not isinstance(maker.operation, Weighted)
 
 
 def _solve(checkpoint: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, skip_NO: Tensor | None) -> dict[str, Tensor]:
@@ -374,7 +423,8 @@ def _solve(checkpoint: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, s
     old = folded(checkpoint, job.layer)
     has_bias = f"{job.layer.name}.bias" in checkpoint.state_dict or old.output != job.layer.name
     shape = old.weight_OIKK.shape
-    groups = job.layer.groups
+    op = job.layer.operation
+    groups = op.groups if isinstance(op, Conv) else 1
     fits = []
     columns, outputs = x_ND.shape[1] // groups, shape[0] // groups
     for g in range(groups):

@@ -24,12 +24,16 @@ def curves(context: Context) -> Curves:
     dense = build_model(context.checkpoint.spec, context.checkpoint.state_dict).requires_grad_(False)
     layers = {layer.name: layer for layer in Sizes(context.checkpoint.spec).layers}
     makes = {g.name: [folded(context.checkpoint, layers[p]).output for p in g.producers] for g in context.groups}
+    columns = {
+        (g.name, folded(context.checkpoint, layers[p]).output): g.indices(p) for g in context.groups for p in g.producers
+    }
     score = {g.name: torch.zeros(g.size, dtype=torch.float64) for g in context.groups}
     for seen in sampled_gradients(context, dense, x, [t for names in makes.values() for t in names]):
         for group, names in makes.items():
             for name in names:
                 value_NCHW, g_NCHW = seen[name]
-                change_NK = (value_NCHW * g_NCHW).sum((2, 3)).view(len(g_NCHW), len(score[group]), -1).sum(2)
+                change_NC = (value_NCHW * g_NCHW).sum((2, 3)) if value_NCHW.dim() == 4 else value_NCHW * g_NCHW
+                change_NK = change_NC[:, columns[group, name]].view(len(g_NCHW), len(score[group]), -1).sum(2)
                 score[group] += change_NK.double().square().sum(0) / len(x)
     found = {}
     for group, score_K in score.items():

@@ -1,0 +1,75 @@
+"""INT8 over random graphs: every profile's placement is written, and the file is the network to the last integer."""
+
+from __future__ import annotations
+
+import pytest
+from graph_zoo import Maker, images, random_checkpoint, random_network
+
+from compress.evaluate import TorchRunner
+from compress.quantize.bias_grid import on_grid
+from compress.quantize.fake_quant import fake_quant_model
+from compress.quantize.integer import integer_model
+from compress.quantize.ptq import ptq
+from export.integers import in_integers
+from export.lint import TargetFacts, lint
+from export.parity import OrtRunner, compare_outputs
+from export.to_onnx import ExportOptions, to_onnx
+from rescompress.core.errors import DataError
+from rescompress.core.graph import INPUT
+from rescompress.core.operations import Add, BatchNorm, GlobalPool, GroupNorm, Linear, Multiply, Relu, Sigmoid, Silu
+from rescompress.core.quantizers import PROFILES, float_operations, place
+
+seeds = pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.slow) for s in range(12, 200))])
+
+
+@seeds
+def test_the_file_computes_the_integers_of_the_network(seed: int) -> None:
+    network = random_network(seed)
+    checkpoint = random_checkpoint(network, seed)
+    profile = PROFILES[seed % 3]
+    x = images(network, 8)
+    try:
+        int8 = on_grid(ptq(checkpoint, [x], profile=profile, calibration="max", bias_correction=seed % 2 == 0))
+    except DataError as e:
+        pytest.skip(f"a tensor of this random network is constant: {e}")
+    assert int8.quantization is not None
+    int8.quantization.check(network)
+    tensors = {k: v.numpy() for k, v in int8.state_dict.items()}
+    proto = to_onnx(network, tensors, int8.quantization, ExportOptions(batch="dynamic"))
+    whole = OrtRunner(in_integers(proto), optimize=False)
+    batch = images(network, 4, seed=5).numpy()
+    in_sums = compare_outputs(TorchRunner(integer_model(int8)), whole, [batch])
+    assert in_sums.relative < 2e-3  # what stays float may round another way at the border of two integers
+    assert compare_outputs(TorchRunner(fake_quant_model(int8)), TorchRunner(integer_model(int8)), [batch]).relative < 2e-2
+    facts = TargetFacts(
+        "this computer", "onnxruntime" if profile == "onnxruntime" else "openvino", 17, ("fp32", "int8"), {"int8": 1}
+    )
+    assert not [issue for issue in lint(proto, facts) if issue.severity == "error"]
+
+
+def test_the_signs_are_proven_and_what_stays_float_is_named() -> None:
+    m = Maker()
+    a = m.add(Silu(), m.add(BatchNorm(), m.conv(INPUT, 8)), name="silu")
+    b = m.add(Relu(), m.add(BatchNorm(), m.conv(a, 8)), name="relu")
+    gate = m.add(Sigmoid(), m.add(Linear(width=8), m.add(GlobalPool(), b, name="squeezed")), name="gate")
+    c = m.add(Multiply(), b, gate, name="gated")
+    d = m.conv(c, 8)
+    e = m.add(GroupNorm(groups=2), m.add(Add(), d, c), name="normed")
+    network = m.network(m.add(Linear(width=3), m.add(GlobalPool(), e)), classes=True)
+    unsigned = {q.tensor for q in place(network, "openvino") if q.kind == "activation" and not q.signed}
+    assert {"relu", "squeezed", "gated"} <= unsigned
+    assert not {"silu", INPUT, "normed"} & unsigned
+    assert all(q.signed for q in place(network, "tensorrt"))
+    assert float_operations(network) == {"SiLU": 1, "sigmoid": 1, "products of two tensors": 1, "GroupNorm": 1}
+
+
+def test_of_a_pre_activation_sum_the_stream_is_the_skip() -> None:
+    m = Maker()
+    stem = m.conv(INPUT, 8)
+    y = m.add(Relu(), m.add(BatchNorm(), stem))
+    y = m.conv(y, 8)
+    network = m.network(m.add(Linear(width=2), m.add(GlobalPool(), m.add(Add(), stem, y, name="sum"))))
+    for profile in PROFILES:
+        rounded = [q.tensor for q in place(network, profile) if q.kind == "activation"]
+        assert stem in rounded
+        assert (y in rounded) == (profile == "onnxruntime")
