@@ -16,7 +16,10 @@ from edge_targets.kernels import Kernel
 SHARES_APART = 0.2
 """Alike are networks whose arithmetic differs in at most this share. Folds come out the same from 0.1 to 0.3."""
 
-SIZE_APART = 2.0
+IDLE_APART = 0.1
+"""Whose share of kernels without arithmetic differs by at most this."""
+
+SIZE_APART = 1.5
 """And whose multiply-accumulates per kernel differ by at most this factor."""
 
 
@@ -66,7 +69,5 @@ def alike(a: Profile, b: Profile) -> bool:
         return False
     apart = sum(abs(x - y) for x, y in zip(a[:4], b[:4], strict=True)) / 2
     return (
-        apart <= SHARES_APART
-        and abs(a.idle - b.idle) <= SHARES_APART
-        and abs(math.log(a.macs / b.macs)) <= math.log(SIZE_APART)
+        apart <= SHARES_APART and abs(a.idle - b.idle) <= IDLE_APART and abs(math.log(a.macs / b.macs)) <= math.log(SIZE_APART)
     )
