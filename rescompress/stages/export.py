@@ -13,16 +13,16 @@ import torch
 from compress.checkpoints.base import Checkpoint
 from compress.evaluate import TorchRunner
 from compress.quantize import integer_model
+from edge_targets.fp8 import refusal
 from export.half import HalfCheck, check_half, has_float16
 from export.integers import in_integers
 from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
 from export.recount import recount
 from export.session import has_float16_scales
-from export.to_onnx import ExportOptions, Precision
+from export.to_onnx import ExportOptions
 from rescompress import code
 from rescompress.core.artifact import atomic_path
 from rescompress.core.details import ExportDetails, FileDetails
-from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.settings import ExportSettings
@@ -66,10 +66,10 @@ def export_options(settings: ExportSettings) -> ExportOptions:
     """Return the file that is asked for; its opset is that of most runtimes where none is named.
 
     Raises:
-        BadInput: No file of ours is in FP8.
+        TargetError: No file of ours is in FP8.
     """
     if settings.precision == "fp8":
-        raise BadInput("no file is written in FP8", where="--precision fp8", remedy="see docs/targets.md")
+        raise refusal()
     usual = ExportOptions(settings.batch, precision=settings.precision)
     return usual if settings.opset is None else dataclasses.replace(usual, opset=settings.opset)
 

@@ -13,6 +13,7 @@ from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import alias_notes
 from edge_targets.device import Target, base_precision
+from edge_targets.fp8 import refusal
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.half import HalfCheck
@@ -48,6 +49,8 @@ def target(context: Context, step: ForTarget) -> Outcome:
     """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
     common, chosen = step.common, step.target
     prepare(common)
+    if step.settings.precision == "fp8":
+        raise refusal(chosen.device)
     checkpoint = step.source.load(context)
     if step.settings.precision == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(step.source.path), remedy="run `rescompress quantize` first")
