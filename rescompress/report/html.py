@@ -14,7 +14,7 @@ from itertools import groupby
 from string import Template
 from typing import Any, TypeGuard
 
-from rescompress.core.details import DenseDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
+from rescompress.core.details import DenseDetails, DeployDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.report import charts
@@ -574,8 +574,8 @@ def _placed(manifest: Manifest) -> Section | None:
     head = ("layer", "asked", "ran in", "unit", "kernel", "fused with it")
     parts = []
     for stage in manifest.stages:
-        engine = stage.details.get("engine")
-        layers = engine.get("layers") if isinstance(engine, Mapping) else None
+        details = stage.details_as(DeployDetails)
+        layers = details.engine.get("layers") if details is not None else None
         rows = [r for r in layers if isinstance(r, Mapping) and "node" in r] if isinstance(layers, list) else []
         if not rows:
             continue
@@ -584,13 +584,18 @@ def _placed(manifest: Manifest) -> Section | None:
         ran = ", ".join(f"{n} in {kind} ({unit})" for (kind, unit), n in counts.most_common())
         named = f" Not as asked, or not told: {', '.join(str(r['node']) for r in other)}." if other else " All as asked."
         table = [
-            [str(r["node"]), *(_cell(r.get(k)) for k in ("asked", "ran", "unit", "kernel")), ", ".join(_texts(r.get("fused")))]
+            [str(r["node"]), *(_cell(r.get(k)) for k in ("asked", "ran", "unit", "kernel")), _joined(r.get("fused"))]
             for r in rows
         ]
         title = f"What each layer runs in on {stage.target or stage.stage}"
         told = f"Of {len(rows)} convolutions and matrix products: {ran}.{named} Read from the engine, not from what was asked."
         parts.append(html("<div><h3>{}</h3><p>{}</p>{}</div>", title, told, _data_table(head, table, title)))
     return Section("placement", "What each layer runs in", _charts(parts)) if parts else None
+
+
+def _joined(values: object) -> str:
+    """Return the texts of a list with commas; nothing for anything else."""
+    return ", ".join(v for v in values if isinstance(v, str)) if isinstance(values, list) else ""
 
 
 def _cell(value: object) -> str:

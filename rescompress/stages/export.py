@@ -19,7 +19,7 @@ from export.integers import in_integers
 from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
 from export.recount import recount
 from export.session import has_float16_scales
-from export.to_onnx import ExportOptions
+from export.to_onnx import ExportOptions, Precision
 from rescompress import code
 from rescompress.core.artifact import atomic_path
 from rescompress.core.details import ExportDetails, FileDetails
