@@ -598,10 +598,6 @@ def _joined(values: object) -> str:
     return ", ".join(v for v in values if isinstance(v, str)) if isinstance(values, list) else ""
 
 
-def _joined(values: object) -> str:
-    return ", ".join(v for v in values if isinstance(v, str)) if isinstance(values, list | tuple) else ""
-
-
 def _cell(value: object) -> str:
     return "not told" if value is None else str(value)
 
