@@ -1,6 +1,6 @@
 """What a latency budget is worth, and what a MACs budget is worth in measured time: ResNet-50 at 224, random weights.
 
-    python benchmarks/prune_latency.py predicted [--target jetson-orin-nano-8gb] [--latency 0.6] [--images 128]
+    python benchmarks/prune_latency.py predicted [--target jetson-orin-nano-8gb-super] [--latency 0.6] [--images 128]
     python benchmarks/prune_latency.py measured [--macs 0.5] [--threads 2]
 
 ``predicted``: error curves are measured once; then the plan of least summed error within the latency budget is set beside
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("what", choices=["predicted", "measured"])
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--target", default="jetson-orin-nano-8gb")
+    parser.add_argument("--target", default="jetson-orin-nano-8gb-super")
     parser.add_argument("--latency", type=float, default=0.6)
     parser.add_argument("--scopes", nargs="+", choices=["inner", "all"], default=["inner", "all"])
     parser.add_argument("--macs", type=float, default=0.5)

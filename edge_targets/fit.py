@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_targets.device import PRECISIONS, Precision
 from edge_targets.latency import BYTES, CONSTANTS, Constants, Model, runs_winograd, work_of
+from edge_targets.likeness import Profile, alike, profile_of
 from edge_targets.published import KINDS, Group, load_groups
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import ToolMissing
@@ -218,6 +219,19 @@ def held_out(groups: Sequence[Group], key: Callable[[Group], Hashable], start: F
     return errors
 
 
+def held_out_either(groups: Sequence[Group], start: Floats | None = None) -> Floats:
+    """Return log(predicted / published) per group, each predicted by a fit that saw neither its device nor its network."""
+    t = _table(groups)
+    start = _fit(t, t.weight) if start is None else start
+    errors = np.zeros(len(groups))
+    for device, network in dict.fromkeys((g.device, g.network) for g in groups):
+        out = np.array([g.device == device or g.network == network for g in groups])
+        own = np.array([(g.device, g.network) == (device, network) for g in groups])
+        x = _fit(t, np.where(out, 0.0, t.weight), start)
+        errors[own] = (_log_latency(x, t) - t.log_ms)[own]
+    return errors
+
+
 def by_group(group: Group) -> Hashable:
     """Key that holds out one configuration, however often it was measured."""
     return (group.device, group.network, group.input_size, group.precision, group.batch, group.power_mode)
@@ -248,6 +262,29 @@ def reduced(groups: Sequence[Group]) -> NDArray[np.bool_]:
     return np.array([g.precision != "fp32" for g in groups])
 
 
+ENOUGH = 1.0
+"""Weight of the figures that make a network known: one of the GPU's own clock in a documented state, or several lesser ones."""
+
+
+def known_networks(groups: Sequence[Group]) -> dict[str, tuple[Profile, ...]]:
+    """Return, per architecture, the networks that `groups` hold enough figures of, or of others like them."""
+    found: dict[str, tuple[Profile, ...]] = {}
+    for a in ARCHITECTURES:
+        profiles = [(profile_of(g.kernels), g.weight) for g in groups if g.architecture == a]
+        enough = [p for p, _ in profiles if sum(weight for other, weight in profiles if alike(p, other)) >= ENOUGH]
+        found[a] = tuple(Profile(*(round(value, 3) for value in p)) for p in dict.fromkeys(enough))
+    return found
+
+
+def known_without(groups: Sequence[Group], key: Callable[[Group], Hashable]) -> NDArray[np.bool_]:
+    """Return which groups are of a network that is known from the groups of other `key` alone."""
+    known = []
+    for g in groups:
+        networks = known_networks([other for other in groups if key(other) != key(g)])
+        known.append(any(alike(profile_of(g.kernels), p) for p in networks[g.architecture]))
+    return np.array(known)
+
+
 def bands(groups: Sequence[Group], errors: Floats) -> dict[str, dict[str, float]]:
     """Return the band per architecture and precision: from all held-out errors of that precision class.
 
@@ -259,8 +296,58 @@ def bands(groups: Sequence[Group], errors: Floats) -> dict[str, dict[str, float]
     return {a: {p: round(widths[p], 3) for p in _precisions(a)} for a in ARCHITECTURES}
 
 
+def unlike_bands(
+    groups: Sequence[Group], errors: Floats, unlike: NDArray[np.bool_], at_least: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return the bands of networks that nothing like is known of.
+
+    Tensor cores of Ampere have a pool of their own: nearly all of its figures are of one network, and without it the
+    errors are twice those of the older GPUs.
+
+    Args:
+        groups: The configurations.
+        errors: With the network held out.
+        unlike: Which of them had no network like theirs left in the fit.
+        at_least: The bands of known networks: less known is never narrower.
+    """
+    low, ampere = reduced(groups), np.array([g.architecture == "ampere" for g in groups])
+    found: dict[str, dict[str, float]] = {}
+    for a in ARCHITECTURES:
+        own = unlike & (ampere == (a == "ampere"))
+        # float32 is too little for a pool of each
+        widths = {
+            "fp32": band_of(errors[unlike & ~low]),
+            "fp16": band_of(errors[own & low]),
+            "int8": band_of(errors[own & low]),
+        }
+        found[a] = {p: max(round(widths[p], 3), at_least[a][p]) for p in _precisions(a)}
+    return found
+
+
 def _precisions(architecture: str) -> tuple[Precision, ...]:
     return tuple(p for p in PRECISIONS if p != "int8" or architecture not in WITHOUT_INT8)
+
+
+def unlike_coverage(groups: Sequence[Group], network: Floats, pair: Floats) -> dict[str, float]:
+    """Return the share of FP16 and INT8 groups inside bands that were made, chosen and fitted without their network.
+
+    Args:
+        groups: The configurations.
+        network: Log errors with the network held out everywhere.
+        pair: With the network held out on its board.
+    """
+    low = reduced(groups)
+    known = known_without(groups, by_network)
+    inside = np.zeros(len(groups), dtype=bool)
+    for i, g in enumerate(groups):
+        if low[i]:
+            rest = np.array([other.network != g.network for other in groups])
+            narrow = bands([o for o, r in zip(groups, rest, strict=True) if r], pair[rest])
+            wide = unlike_bands(groups, network, ~known & rest, narrow)
+            inside[i] = abs(network[i]) <= (narrow if known[i] else wide)[g.architecture][g.precision]
+    ampere = np.array([g.architecture == "ampere" for g in groups])
+    chosen = {"all": low, "Orin": low & ampere, "other boards": low & ~ampere}
+    return {name: float(np.mean(inside[mask])) for name, mask in chosen.items()}
 
 
 def coverage(groups: Sequence[Group], errors: Floats, key: Callable[[Group], Hashable]) -> tuple[float, float]:
@@ -275,7 +362,14 @@ def coverage(groups: Sequence[Group], errors: Floats, key: Callable[[Group], Has
 
 
 def model_of(
-    x: Floats, widths: dict[str, dict[str, float]], *, devices: Sequence[str], unseen_device: dict[str, dict[str, float]]
+    x: Floats,
+    widths: dict[str, dict[str, float]],
+    *,
+    devices: Sequence[str],
+    unseen_device: dict[str, dict[str, float]],
+    networks: Mapping[str, Sequence[Profile]],
+    unlike: dict[str, dict[str, float]],
+    unlike_unseen: dict[str, dict[str, float]],
 ) -> Model:
     """Return the fitted model with its bands.
 
@@ -284,6 +378,9 @@ def model_of(
         widths: Bands of the boards that the fit has figures of.
         devices: These boards, as the catalogue names them.
         unseen_device: Bands of any other board.
+        networks: The networks that `widths` and `unseen_device` are of, per architecture.
+        unlike: Bands of other networks, on these boards.
+        unlike_unseen: Bands of other networks on other boards.
     """
 
     def value(*names: str, digits: int = 4) -> float:
@@ -299,7 +396,7 @@ def model_of(
         for a in ARCHITECTURES
     }
     common = {"depth_ns": value("depth"), "grouped": value("grouped"), "cached": value("cached")}
-    # gates compare predictions of one version: the bands of boards that were never measured stay out of it
+    # gates compare predictions of one version: the bands of boards and networks that were never measured stay out of it
     document = json.dumps([{n: vars(c) for n, c in architectures.items()}, common, widths, CLOCK_EXPONENT], sort_keys=True)
     return Model(
         version="published-" + hashlib.sha256(document.encode()).hexdigest()[:8],
@@ -309,6 +406,9 @@ def model_of(
         bands=widths,
         devices=tuple(devices),
         unseen_device_bands=unseen_device,
+        networks=networks,
+        unlike_bands=unlike,
+        unlike_unseen_bands=unlike_unseen,
     )
 
 
@@ -325,6 +425,7 @@ class Report:
         pair_errors: With its network held out on its device only: what bands of known boards are made from.
         coverage: Share of FP16 and INT8 groups inside such a band made without them.
         half_width: Its median half-width, relative.
+        unlike_coverage: Share inside bands made, chosen and fitted without the network, on all boards and by kind of board.
         mlperf_factor: Of MLPerf entries.
         call_ms: What a call takes beside the GPU, per kind of measurement.
         fitted: The model.
@@ -338,6 +439,7 @@ class Report:
     pair_errors: Floats
     coverage: float
     half_width: float
+    unlike_coverage: dict[str, float]
     mlperf_factor: float
     call_ms: dict[str, float]
     fitted: Model
@@ -350,6 +452,9 @@ def report() -> Report:
     keys = (by_group, by_device, by_network, by_board_and_network)
     errors, device_errors, network_errors, pair_errors = (held_out(groups, key, x) for key in keys)
     share, half = coverage(groups, pair_errors, by_board_and_network)
+    both_errors = held_out_either(groups, x)
+    widths, unseen = bands(groups, pair_errors), bands(groups, device_errors)
+    unlike = unlike_bands(groups, network_errors, ~known_without(groups, by_network), widths)
     return Report(
         groups=groups,
         fit_errors=np.expm1(log_errors(groups, x)),
@@ -359,13 +464,20 @@ def report() -> Report:
         pair_errors=np.expm1(pair_errors),
         coverage=share,
         half_width=half,
+        unlike_coverage=unlike_coverage(groups, network_errors, pair_errors),
         mlperf_factor=float(np.exp(x[_AT["mlperf"]])),
         call_ms={n.removeprefix("call "): float(np.exp(x[i])) for n, i in _AT.items() if n.startswith("call ")},
         fitted=model_of(
             x,
-            bands(groups, pair_errors),
+            widths,
             devices=sorted({g.device for g in groups}),
-            unseen_device=bands(groups, device_errors),
+            unseen_device=unseen,
+            networks=known_networks(groups),
+            unlike=unlike,
+            unlike_unseen={
+                a: {p: max(w, unseen[a][p], unlike[a][p]) for p, w in found.items()}
+                for a, found in bands(groups, both_errors).items()
+            },
         ),
     )
 
@@ -395,12 +507,17 @@ def table(found: Report) -> str:
                 f"85 % below {np.quantile(size, 0.85):.1%}, worst {size.max():.1%}"
             )
     lines.append(f"bands made without a network on a board: hold {found.coverage:.0%} of it, half-width {found.half_width:.0%}")
+    held_in = ", ".join(f"{name} {share:.0%}" for name, share in found.unlike_coverage.items())
+    lines.append(f"bands chosen and made without a network on any board hold: {held_in}")
     for title, widths in (
         ("a board with published figures", found.fitted.bands),
         ("any other board", found.fitted.unseen_device_bands),
+        ("a board with published figures, unlike network", found.fitted.unlike_bands),
+        ("any other board, unlike network", found.fitted.unlike_unseen_bands),
     ):
-        halves = ", ".join(f"{p} {math.expm1(width):.0%}" for p, width in widths["ampere"].items())
-        lines.append(f"band of {title}: up to {halves} above the prediction")
+        for a in ("ampere", "volta"):
+            halves = ", ".join(f"{p} {math.expm1(width):.0%}" for p, width in widths[a].items())
+            lines.append(f"band of {title}, {a}: up to {halves} above the prediction")
     lines.append(f"MLPerf entries: {found.mlperf_factor:.2f} of what the model says for a plain file")
     lines.append("a call beside the GPU: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in found.call_ms.items()))
     return "\n".join(lines)

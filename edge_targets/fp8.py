@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge_targets.device import Device
+from edge_targets.device import Device, Target
 from edge_targets.sparsity import capability_of
 from rescompress.core.errors import ModelFileError, TargetError
 
 FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with FP8: Ada; then Hopper 9.0, Blackwell 10 to 12, Thor 11.0."""
+
+MINIMUM = ".".join(map(str, FIRST_CAPABILITY))
 
 SOURCES = (
     "NVIDIA/TensorRT #4590: on Thor, FP8 layers ran in FP32 without a word",
@@ -17,20 +19,36 @@ SOURCES = (
     "roboflow/rf-detr #955: 5 to 10 % on Thor",
 )
 
+WHY = (
+    "nothing shows that a ResNet gains by them: INT8 has the same peak there, so no gain over it is predicted "
+    f"({'; '.join(SOURCES)})"
+)
+
 REMEDY = "use int8, or fp16 where accuracy does not allow it; docs/targets.md has the sources"
 
 
-def refusal(device: Device) -> TargetError:
-    """Return the error that says why a device is not asked for FP8."""
+def has_units(device: Device) -> bool:
+    """Return whether the GPU of a device computes in FP8."""
     known = capability_of(device)
-    if known is None or known < FIRST_CAPABILITY:
-        reason = f"{device.title} has no FP8 units (they begin with compute capability 8.9)"
+    return known is not None and known >= FIRST_CAPABILITY
+
+
+def refusal(device: Device | None = None) -> TargetError:
+    """Return the error that says why FP8 is refused: for a device, or for a file that is meant for none yet."""
+    boards = ", ".join(t.name for t in _with_units())
+    if device is None:
+        reason = f"no file is written in FP8: of the targets only {boards} have units for it, and {WHY}"
+    elif has_units(device):
+        reason = f"{device.title} has FP8 units, but {WHY}"
     else:
-        reason = (
-            f"{device.title} has FP8 units, but nothing shows that a ResNet gains by them, and no latency is predicted for "
-            f"them ({'; '.join(SOURCES)})"
-        )
+        reason = f"{device.title}: no FP8 units; they begin with compute capability {MINIMUM} ({boards})"
     return TargetError(reason, where="--precision fp8", remedy=REMEDY)
+
+
+def _with_units() -> list[Target]:
+    from edge_targets.catalog import all_targets  # which reads devices, and they this module
+
+    return [target for target in all_targets() if has_units(target.device)]
 
 
 def refuse_file(path: Path) -> None:

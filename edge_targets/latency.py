@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from edge_targets.device import Device, Precision
 from edge_targets.kernels import Kernel, fuse
+from edge_targets.likeness import Profile, alike, profile_of
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import Layer
 from rescompress.core.metric import Metric
@@ -70,10 +71,13 @@ class Model:
         grouped: Time per MAC of a grouped convolution, in that of a dense one.
         cached: Time per byte of an activation that stays in the second-level cache, in that of one that does not.
         architectures: Constants per GPU architecture.
-        bands: Per architecture and precision, the half-width of the band in log space, for boards in `devices`: from errors
-            with all figures of the network on the board held out.
+        bands: Per architecture and precision, the half-width of the band in log space, for boards in `devices` and networks
+            like those in `networks`: from errors with all figures of the network on the board held out.
         devices: Boards with published figures in the fit.
         unseen_device_bands: As `bands`, for any other board: from errors with whole devices held out.
+        networks: Per architecture, the networks that enough is known of there.
+        unlike_bands: As `bands`, for networks unlike those: from errors with whole networks held out.
+        unlike_unseen_bands: As `unlike_bands`, for any other board: from errors with network and device held out.
     """
 
     version: str
@@ -85,6 +89,9 @@ class Model:
     bands: Mapping[str, Mapping[str, float]]
     devices: tuple[str, ...]
     unseen_device_bands: Mapping[str, Mapping[str, float]]
+    networks: Mapping[str, Sequence[Profile]]
+    unlike_bands: Mapping[str, Mapping[str, float]]
+    unlike_unseen_bands: Mapping[str, Mapping[str, float]]
 
 
 @cache
@@ -93,7 +100,9 @@ def fitted_model() -> Model:
     document = json.loads(CONSTANTS.read_text(encoding="utf-8"))
     del document["made_by"]
     architectures = {name: Constants(**c) for name, c in document.pop("architectures").items()}
-    return Model(**{**document, "devices": tuple(document["devices"])}, architectures=architectures)
+    networks = {name: tuple(Profile(*p) for p in found) for name, found in document.pop("networks").items()}
+    devices = tuple(document.pop("devices"))
+    return Model(**document, architectures=architectures, devices=devices, networks=networks)
 
 
 @dataclass(frozen=True)
@@ -406,22 +415,49 @@ def _constants(device: Device, model: Model) -> Constants:
     return found
 
 
-def band(device: Device, precision: Precision, model: Model | None = None) -> float:
-    """Return the half-width of the error band in log space: low = p50 / exp(band), high = p50 * exp(band)."""
+def is_known(kernels: Sequence[Kernel], device: Device, model: Model | None = None) -> bool:
+    """Whether enough published figures are of networks like this one, on boards of the same GPU architecture."""
     model = model or fitted_model()
-    # with its own figures in the fit, a board is predicted far better than one that the fit never saw
-    bands = model.bands if device.name in model.devices else model.unseen_device_bands
-    known = bands[LIKE.get(device.architecture, device.architecture)][precision]
-    return known * (2.0 if device.architecture in LIKE else 1.0)
+    profile = profile_of(kernels)
+    return any(alike(profile, p) for p in model.networks.get(LIKE.get(device.architecture, device.architecture), ()))
 
 
-def board_notes(device: Device, model: Model | None = None) -> tuple[str, ...]:
-    """Return what to know about predictions for `device`: whether the constants were fitted without any figure of it."""
+def band(device: Device, precision: Precision, *, known: bool, model: Model | None = None) -> float:
+    """Return the half-width of the error band in log space: low = p50 / exp(band), high = p50 * exp(band).
+
+    Args:
+        device: With figures of its own in the fit, a board is predicted far better than one that the fit never saw.
+        precision: What the network computes in.
+        known: Whether the network is like those of the fit (`is_known`).
+        model: The fitted one when None.
+    """
     model = model or fitted_model()
     if device.name in model.devices:
-        return ()
-    fitted_on = "other boards" if device.architecture not in LIKE else "boards of another GPU architecture"
-    return (f"no published figure of this board: the constants are fitted to {fitted_on}, and the band is wider for it",)
+        bands = model.bands if known else model.unlike_bands
+    else:
+        bands = model.unseen_device_bands if known else model.unlike_unseen_bands
+    half = bands[LIKE.get(device.architecture, device.architecture)][precision]
+    return half * (2.0 if device.architecture in LIKE else 1.0)
+
+
+def band_notes(device: Device, *, known: bool, model: Model | None = None) -> tuple[str, ...]:
+    """Return which band a prediction has, and why: what was known of the network and of the board."""
+    model = model or fitted_model()
+    notes = []
+    if device.name not in model.devices:
+        fitted_on = "other boards" if device.architecture not in LIKE else "boards of another GPU architecture"
+        notes.append(
+            f"no published figure of this board: the constants are fitted to {fitted_on}, and the band is wider for it"
+        )
+    architecture = LIKE.get(device.architecture, device.architecture).capitalize()
+    if known:
+        notes.append(f"the band is that of networks like those with published figures on {architecture} GPUs")
+    else:
+        notes.append(
+            f"too few published figures on {architecture} GPUs are of networks like this one: the band is wider for it, "
+            "made from errors with whole networks held out"
+        )
+    return tuple(notes)
 
 
 def price_of(kernel: Kernel, price: Rates, *, batch: int) -> tuple[float, float, float]:
@@ -494,7 +530,8 @@ def predict_kernels(
     _check_memory(kernels, price, batch, device)
     times = tuple(kernel_times(kernels, price, batch=batch))
     total = sum(t.ms for t in times)
-    width = math.exp(band(device, precision))
+    known = is_known(kernels, device)
+    width = math.exp(band(device, precision, known=known))
     return LatencyPrediction(
         p50_ms=total,
         low_ms=total / width,
@@ -508,7 +545,7 @@ def predict_kernels(
         gpu_mhz=gpu_mhz,
         emc_mhz=emc_mhz,
         model=fitted_model().version,
-        notes=board_notes(device),
+        notes=band_notes(device, known=known),
     )
 
 

@@ -72,7 +72,9 @@ def placement(
         layers = read_layer_info(layers_file)
     except ModelFileError as e:
         why = f"the layers of the engine cannot be read ({e.what}): nothing proves that it computes in what was asked"
-        return Placement((), 0, (why,))
+        # as if it told of none: the failure names what has no proof
+        unproven = [q for q in prove(asked.precisions, ()) if q.asked != "fp32"]
+        return Placement((), 0, (f"{why}: {_names(unproven)}" if unproven else why,))
     allowed = {n: float_as or p if p == "fp32" else p for n, p in asked.precisions.items()}
     placed = inside_dla(layers, log, asked.order) if dla is not None else frozenset()
     proofs = tuple(prove(allowed, layers, dla=placed))
@@ -91,7 +93,7 @@ def placement(
     if dla is not None:
         elsewhere = [p for p in proofs if p.unit != "dla"]
         if len(elsewhere) == len(proofs):
-            failures.append(f"DLA {dla} was asked for, and none of the {len(proofs)} layers runs on it")
+            failures.append(f"DLA {dla} was asked for, and none of the {len(proofs)} layers runs on it: {_names(elsewhere)}")
         elif elsewhere:
             notes.append(f"{len(elsewhere)} of {len(proofs)} layers do not run on the DLA: {_names(elsewhere)}")
     return Placement(proofs, len(layers), tuple(failures), tuple(notes))

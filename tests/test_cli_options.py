@@ -177,7 +177,7 @@ OPENED = {
     "allow_pickle": of("load_checkpoint", "allow_pickle", True),
 }
 
-CONTRADICTION = {
+BOTH = {
     "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
     "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
 }
@@ -287,7 +287,7 @@ EVALUATE = [
         },
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
-    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",
@@ -466,7 +466,7 @@ SENSITIVITY = [
         },
     ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
-    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
 ]
 TABLE = {
     "prune": PRUNE,

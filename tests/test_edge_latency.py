@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from edge_targets.latency import (
     as_document,
     cost_function,
     fitted_model,
+    is_known,
     kernel_times,
     padded,
     predict,
@@ -35,6 +38,7 @@ from rescompress.core.layers import total_macs, walk
 JETSONS = [t.device for t in all_targets() if t.device.modes]
 ORIN = load_device("jetson-agx-orin-64gb")
 RESNET50 = walk(spec("resnet50"))
+RESNET20 = walk(spec("resnet20"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,18 @@ def test_bands_hold_what_they_did_not_see_and_are_no_wider_than_promised(publish
         assert max(np.expm1(list(widths.values()))) <= 0.25
 
 
+@pytest.mark.slow
+def test_bands_hold_networks_that_no_board_has_figures_of(published):
+    # everything without the network: the fit, the choice between narrow and wide, and both widths
+    assert min(published.unlike_coverage.values()) >= 0.85
+    for a, widths in fitted_model().unlike_bands.items():
+        for precision, half in widths.items():
+            assert half >= fitted_model().bands[a][precision]
+            assert fitted_model().unlike_unseen_bands[a][precision] >= max(
+                half, fitted_model().unseen_device_bands[a][precision]
+            )
+
+
 def test_the_published_orin_nano_figures_are_predicted():
     # onnxsim, 2026-09: ResNet-50 v1 on an Orin Nano 8 GB in MAXN_SUPER, trtexec of TensorRT 10.3
     kernels = fuse(walk(resnet(50, 224, stride_at=0)))
@@ -106,7 +122,15 @@ def flat(value, key=""):
 
 def test_the_stored_constants_are_what_the_fit_gives(fitted):
     stored = fitted_model()
-    again = fit.model_of(fitted, dict(stored.bands), devices=stored.devices, unseen_device=dict(stored.unseen_device_bands))
+    again = fit.model_of(
+        fitted,
+        dict(stored.bands),
+        devices=stored.devices,
+        unseen_device=dict(stored.unseen_device_bands),
+        networks=stored.networks,
+        unlike=dict(stored.unlike_bands),
+        unlike_unseen=dict(stored.unlike_unseen_bands),
+    )
     assert flat({n: vars(c) for n, c in again.architectures.items()}) == pytest.approx(
         flat({n: vars(c) for n, c in stored.architectures.items()}), rel=1e-2
     )
@@ -365,19 +389,50 @@ def test_a_band_holds_its_share_of_the_errors_it_is_made_for(published, errors, 
 
 
 @pytest.mark.parametrize("device", JETSONS, ids=lambda d: d.name)
-def test_only_boards_with_published_figures_get_the_band_of_known_boards(device, groups):
-    named = {g.device for g in groups}
+def test_only_boards_and_networks_with_published_figures_get_the_narrow_band(device, groups):
     model = fitted_model()
-    found = predict(walk(spec("resnet20")), device, precision="fp16")
-    half = np.log(found.high_ms / found.p50_ms)
+    named = {g.device for g in groups}
     assert set(model.devices) == named
-    if device.name in named:
-        assert half == pytest.approx(model.bands[device.architecture]["fp16"])
-        assert found.notes == ()
-    else:
-        assert half >= model.unseen_device_bands["ampere"]["fp16"] - 1e-9
-        assert "no published figure of this board" in found.notes[0]
-    assert as_document(found)["notes"] == list(found.notes)
+    architecture = "ampere" if device.architecture == "blackwell" else device.architecture
+    for layers, known in ((RESNET50, True), (RESNET20, False)):
+        found = predict(layers, device, precision="fp16")
+        half = np.log(found.high_ms / found.p50_ms)
+        narrow, wide = (
+            (model.bands, model.unlike_bands)
+            if device.name in named
+            else (model.unseen_device_bands, model.unlike_unseen_bands)
+        )
+        doubled = 2 if device.architecture == "blackwell" else 1
+        assert half == pytest.approx(doubled * (narrow if known else wide)[architecture]["fp16"])
+        assert ("no published figure of this board" in found.notes[0]) == (device.name not in named)
+        assert ("too few published figures" in found.notes[-1]) == (not known)
+        assert as_document(found)["notes"] == list(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("network", "on_orin", "on_xavier"),
+    [
+        ("resnet50", True, True),
+        ("resnet101", True, True),
+        ("resnet18", False, True),  # on Orin three figures, of boards in no documented state
+        ("resnet20", False, False),
+        ("resnext50_32x4d", False, False),  # known from the Nano and the TX2
+    ],
+)
+def test_a_network_is_known_by_its_kernels(network, on_orin, on_xavier):
+    kernels = fuse(walk(spec(network)))
+    assert is_known(kernels, ORIN) == on_orin
+    assert is_known(kernels, load_device("jetson-agx-xavier")) == on_xavier
+
+
+def test_what_makes_a_network_another_one():
+    kernels = fuse(walk(spec("resnet50")))
+    assert is_known(kernels, ORIN)
+    sums = [Kernel(f"m{i}", "move", 3136, 256, 256, in_pixels=3136) for i in range(40)]
+    depthwise = [replace(k, groups=k.in_width) if k.taps == 9 else k for k in kernels]
+    four_times = fuse(walk(spec("resnet50").replace(input_shape=(3, 448, 448))))
+    for other in (kernels + sums, depthwise, four_times, sums, []):
+        assert not is_known(other, ORIN)
 
 
 @pytest.mark.slow
@@ -386,9 +441,10 @@ def test_bands_of_boards_without_figures_leave_the_version_alone(published):
     widths = {"ampere": {"fp32": 9.0, "fp16": 9.0, "int8": 9.0}}
     x = fit.fit(published.groups)
     bands = published.fitted.bands
-    versions = {fit.model_of(x, bands, devices=(), unseen_device=w).version for w in (widths, bands)}
+    model = partial(fit.model_of, x, devices=(), networks={}, unlike_unseen=bands)
+    versions = {model(bands, unseen_device=w, unlike=v).version for w, v in ((widths, bands), (bands, widths))}
     assert versions == {published.fitted.version}
-    assert fit.model_of(x, widths, devices=(), unseen_device=bands).version not in versions
+    assert model(widths, unseen_device=bands, unlike=bands).version not in versions
 
 
 def test_a_prediction_keeps_its_circumstances_in_metric_and_document():

@@ -76,7 +76,7 @@ def test_layers_that_cannot_be_read_prove_nothing(tmp_path: Path, text: str) -> 
     path = write_onnx(tmp_path / "m.onnx", quantized=True)
     (tmp_path / "l.json").write_text(text)
     for layers in (tmp_path / "l.json", tmp_path / "absent.json"):
-        with pytest.raises(EnvironmentFailed, match="nothing proves"):
+        with pytest.raises(EnvironmentFailed, match=r"nothing proves.*conv1: int8 asked, not told"):
             placement(asked_of(path), layers, "").check("board")
 
 
@@ -88,7 +88,7 @@ def test_a_dla_runs_what_stands_between_the_ends_of_its_part(tmp_path: Path) -> 
 
 def test_a_dla_that_nothing_runs_on(tmp_path: Path) -> None:
     found = placed(tmp_path, dla=True, trouble="gpu")
-    with pytest.raises(EnvironmentFailed, match="none of the 2 layers runs on it"):
+    with pytest.raises(EnvironmentFailed, match=r"none of the 2 layers runs on it: conv1: .*; node_of_y: "):
         found.check("board")
 
 
@@ -195,6 +195,8 @@ def test_a_dla_that_nothing_runs_on_fails_the_deployment(fresh: Any, tmp_path: P
     done = deploy(fresh, write_onnx(tmp_path / "m.onnx"), "--dla", "0", "-o", tmp_path / "out")
     assert done.returncode == 7, done.stderr
     assert "none of the 2 layers runs on it" in done.stderr
+    assert "conv1" in done.stderr
+    assert "node_of_y" in done.stderr
 
 
 @needs_sshd

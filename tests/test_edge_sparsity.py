@@ -1,6 +1,7 @@
 """What 2:4 sparsity and FP8 are said to bring: nothing is promised that the sources do not hold."""
 
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -9,15 +10,20 @@ import pytest
 from command_line import run_command
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_targets.catalog import load_device, load_target
+from edge_targets.catalog import all_targets, load_device, load_target
 from edge_targets.fp8 import refuse_file
 from edge_targets.kernels import Kernel, fuse
 from edge_targets.latency import predict_kernels
 from edge_targets.sparsity import gain_note, gain_of, weights_note
 from rescompress.core.errors import ModelFileError, TargetError
 from rescompress.core.layers import walk
+from rescompress.core.settings import ExportSettings
+from rescompress.stages.export import export_options
 
 ORIN = "jetson-orin-nano-8gb-super"
+
+CAPABILITIES_WITH_FP8 = ("8.9", "9.0", "10.0", "11.0", "12.0", "12.1")
+"""Ada, Hopper, Blackwell and Thor."""
 
 
 def kernels(*sizes, groups=1):
@@ -140,6 +146,18 @@ def test_fp8_is_refused_for_want_of_evidence_where_there_are_units(name):
 def test_fp8_is_refused_for_want_of_units_elsewhere(name):
     with pytest.raises(TargetError, match="no FP8 units"):
         load_target(name).check_precision("fp8")
+
+
+def test_a_file_in_fp8_is_refused_with_the_boards_that_have_units_and_the_reason():
+    with pytest.raises(TargetError, match="no file is written in FP8") as e:
+        export_options(ExportSettings(precision="fp8"))
+    named = set(re.findall(r"[a-z0-9-]+", e.value.what.partition(" have units")[0]))
+    with_units = {t.name for t in all_targets() if t.device.compute_capability in CAPABILITIES_WITH_FP8}
+    assert with_units
+    assert with_units == named & {t.name for t in all_targets()}
+    assert "INT8 has the same peak" in e.value.what
+    for source in ("TensorRT #4590", "TensorRT #4599", "rf-detr #955"):
+        assert source in e.value.what
 
 
 def test_a_file_in_fp8_is_not_taken_for_a_float_one(tmp_path):

@@ -191,13 +191,34 @@ def test_any_name_is_text_never_markup(name: str, stage: str, reason: str, key: 
         assert [tag for tag, _ in found.elements].count("script") == 1
 
 
+def test_the_page_tells_what_every_layer_of_an_engine_runs_in() -> None:
+    rows: list[dict[str, object]] = [
+        {"node": "conv1", "asked": "int8", "ran": "int8", "unit": "gpu", "kernel": "k_one", "fused": ["relu1"]},
+        {"node": "conv2", "asked": "int8", "ran": "fp32", "unit": "gpu", "kernel": "k_two", "fused": []},
+        {"node": "conv3", "asked": "int8", "ran": None, "unit": "dla", "kernel": None, "fused": []},
+    ]
+
+    def told(rows: list[dict[str, object]]) -> str:
+        step = StageResult(stage="deploy", status="done", target="orin", details={"engine": {"layers": rows}})
+        return " ".join(" ".join(outline(page([("r", Manifest(stages=(step,)))])).text).split())
+
+    words = told(rows)
+    assert "Of 3 convolutions and matrix products" in words
+    for text in ("1 in int8 (gpu)", "1 in fp32 (gpu)", "1 in not told (dla)", "k_two", "relu1"):
+        assert text in words, text
+    assert "Not as asked, or not told: conv2, conv3." in words
+    assert "All as asked." in told(rows[:1])
+
+
 odd = st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3))
 
 
 @given(
     st.dictionaries(
         st.sampled_from(["widths_before", "widths_after", "curves", "layers", "epochs", "notes", "dropped_blocks"]),
-        odd | st.dictionaries(st.text(max_size=4), odd, max_size=3) | st.lists(st.dictionaries(st.just("ms"), odd)),
+        odd
+        | st.dictionaries(st.text(max_size=4), odd, max_size=3)
+        | st.lists(st.dictionaries(st.sampled_from(["ms", "node", "ran", "fused"]), odd)),
     )
 )
 @settings(max_examples=80, deadline=None)
@@ -208,6 +229,8 @@ def test_details_of_any_shape_are_refused_by_name_or_shown(details: dict[str, ob
     except ValidationError:
         return
     outline(page([("r", Manifest(stages=(stage,)))]))
+    engine = stage.model_copy(update={"details": {"engine": details}})
+    outline(page([("r", Manifest(stages=(engine,)))]))
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))

@@ -222,6 +222,8 @@ class FileDetails(Details):
         profile: Placement of its quantizers.
         arch: Architecture of the network.
         input_shape: CxHxW.
+        file_key: Hash of all that the file and its comparison are made of: what asks for the same gets this one.
+        file_notes: Of `notes`, those of the file itself.
     """
 
     parity: dict[str, Any] = Field(default_factory=dict)
@@ -233,6 +235,8 @@ class FileDetails(Details):
     profile: str | None = None
     arch: str | None = None
     input_shape: list[int] = Field(default_factory=list)
+    file_key: str = ""
+    file_notes: list[str] = Field(default_factory=list)
 
 
 class ExportDetails(FileDetails):

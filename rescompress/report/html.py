@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +14,7 @@ from itertools import groupby
 from string import Template
 from typing import Any, TypeGuard
 
-from rescompress.core.details import DenseDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
+from rescompress.core.details import DenseDetails, DeployDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.report import charts
@@ -293,6 +294,7 @@ def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
     yield _widths(manifest)
     yield _curves(manifest)
     yield _layers(manifest)
+    yield _placed(manifest)
     yield _training(manifest)
     yield _soaks(manifest)
     yield Section("environment", "Environment and settings", _environment(manifest))
@@ -565,6 +567,39 @@ def _layers(manifest: Manifest) -> Section | None:
         figure = _figure(chart, origin, _data_table(("layer", "time", "share"), table, title))
         parts.append(html("<div><h3>{}{}</h3>{}</div>", title, tag, figure))
     return Section("layers", "Where the time goes", _charts(parts)) if parts else None
+
+
+def _placed(manifest: Manifest) -> Section | None:
+    """What every convolution and matrix product became in the engines that were built on a board."""
+    head = ("layer", "asked", "ran in", "unit", "kernel", "fused with it")
+    parts = []
+    for stage in manifest.stages:
+        details = stage.details_as(DeployDetails)
+        layers = details.engine.get("layers") if details is not None else None
+        rows = [r for r in layers if isinstance(r, Mapping) and "node" in r] if isinstance(layers, list) else []
+        if not rows:
+            continue
+        other = [r for r in rows if r.get("ran") != r.get("asked")]
+        counts = Counter((_cell(r.get("ran")), _cell(r.get("unit"))) for r in rows)
+        ran = ", ".join(f"{n} in {kind} ({unit})" for (kind, unit), n in counts.most_common())
+        named = f" Not as asked, or not told: {', '.join(str(r['node']) for r in other)}." if other else " All as asked."
+        table = [
+            [str(r["node"]), *(_cell(r.get(k)) for k in ("asked", "ran", "unit", "kernel")), _joined(r.get("fused"))]
+            for r in rows
+        ]
+        title = f"What each layer runs in on {stage.target or stage.stage}"
+        told = f"Of {len(rows)} convolutions and matrix products: {ran}.{named} Read from the engine, not from what was asked."
+        parts.append(html("<div><h3>{}</h3><p>{}</p>{}</div>", title, told, _data_table(head, table, title)))
+    return Section("placement", "What each layer runs in", _charts(parts)) if parts else None
+
+
+def _joined(values: object) -> str:
+    """Return the texts of a list with commas; nothing for anything else."""
+    return ", ".join(v for v in values if isinstance(v, str)) if isinstance(values, list) else ""
+
+
+def _cell(value: object) -> str:
+    return "not told" if value is None else str(value)
 
 
 def _training(manifest: Manifest) -> Section | None:

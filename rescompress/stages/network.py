@@ -339,6 +339,8 @@ def quantized(context: Context, step: Quantize) -> Outcome:
     assert int8.quantization is not None
     keep_float = sorted(int8.quantization.keep_float(int8.spec))
     chosen = int8.provenance["calibration"]
+    if dead := int8.provenance.get("zero_on_all_images"):
+        context.reporter.note(f"zero on all calibration images, so what reads it stays in floating point: {dead}")
     if stays := float_operations(int8.spec):
         named = ", ".join(f"{count} {name}" for name, count in stays.items())
         context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")

@@ -13,6 +13,7 @@ from edge_targets.benchmark import Candidate, measure_processes, options_note
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import alias_notes
 from edge_targets.device import Target, base_precision
+from edge_targets.fp8 import refusal
 from edge_targets.latency import predict
 from edge_targets.trtexec import InputShapes
 from export.half import HalfCheck
@@ -25,7 +26,7 @@ from rescompress.core.metric import Metric, counted
 from rescompress.file_check import lint_findings, validity_gate
 from rescompress.settings import Settings
 from rescompress.stage import Context, Outcome
-from rescompress.stages.export import as_exported, export_options, write_export
+from rescompress.stages.export import as_exported, export_options, file_for
 from rescompress.stages.shared import (
     dataset,
     evaluate_runner,
@@ -48,13 +49,15 @@ def target(context: Context, step: ForTarget) -> Outcome:
     """What becomes of the network on one edge target: built and measured here, or prepared for it and predicted."""
     common, chosen = step.common, step.target
     prepare(common)
+    if step.settings.precision == "fp8":
+        raise refusal(chosen.device)
     checkpoint = step.source.load(context)
     if step.settings.precision == "int8" and checkpoint.quantization is None:
         raise BadInput("is not quantized", where=str(step.source.path), remedy="run `rescompress quantize` first")
     chosen_options = for_target(export_options(step.settings), checkpoint, chosen)
     checkpoint = as_exported(checkpoint, chosen_options)
     path = context.folder / chosen.name / "model.onnx"
-    proto, metrics, of_file = write_export(checkpoint, chosen_options, path, common)
+    proto, metrics, of_file = file_for(context, step.source, checkpoint, chosen_options, path, common)
     half = HalfCheck.of(of_file.float16) if of_file.float16 else None
     details = _Draft(**of_file.given())
     details.lint = lint_findings(proto, chosen, half)
