@@ -250,6 +250,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
         ),
         (3, 25, 25),
     ),
+    "padded maximum": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ZeroPad2d((2, 1, 2, 1)), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(512, 3)
+        ),
+        (3, 16, 16),
+    ),
     "group norm": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), Tutorial(8), Head(8, 5)),
         (3, 16, 16),

@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "attends": (lambda x: (x.flatten(2).transpose(1, 2) @ x.flatten(2)).softmax(-1), "multiplies two tensors"),
     "transposed": (lambda x: nn.functional.conv_transpose2d(x, torch.ones(8, 4, 2, 2), stride=2), r"conv_transpose2d"),
     "training": (lambda x: nn.functional.batch_norm(x, None, None, training=True), "statistics of its batch"),
+    "gates rows": (lambda x: (y := nn.functional.avg_pool2d(x, 5, 1)) * y.mean((2, 3))[:, None, :, None], "multiplies tensors"),
     "squares": (lambda x: x.pow(2), r"aten\.pow"),
 }
 

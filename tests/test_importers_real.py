@@ -68,7 +68,7 @@ def test_a_real_network_goes_all_the_way(name: str, real: Path, tmp_path: Path, 
     assert 0.5 < total_macs(smaller.network.layers) / total_macs(network.layers) <= 0.6
     assert smaller.network.is_residual == bool(blocks)
     int8 = rc.quantize(smaller, [x])
-    _, _, details = write_export(int8, ExportOptions(), tmp_path / "int8.onnx", Settings())
+    _, _, details = write_export(int8, ExportOptions(), tmp_path / "int8.onnx", Settings(), "key")
     same = details.parity_in_integers
     assert same is not None
     assert same["mean_abs"] <= 1e-4 * same["logit_range"], same  # a BatchNorm that no convolution takes may round otherwise
