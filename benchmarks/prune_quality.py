@@ -37,6 +37,7 @@ from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.train import train
 from rescompress.core.artifact import write_text
+from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import ModelSpec
@@ -72,7 +73,7 @@ def top1(checkpoint: Checkpoint, split: Split) -> float:
     return 100 * evaluate(TorchRunner(build_model(checkpoint.spec, checkpoint.state_dict)), split).top1
 
 
-def fraction_left(pruned: ModelSpec, dense: ModelSpec) -> float:
+def fraction_left(pruned: ModelSpec | Network, dense: ModelSpec | Network) -> float:
     """Return which fraction of the MACs is left."""
     return total_macs(walk(pruned)) / total_macs(walk(dense))
 

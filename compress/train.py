@@ -69,6 +69,7 @@ class TrainState:
         accuracy: Running mean of the training accuracy, 0..1, under augmentation.
         lr: Learning rate of the step.
         waiting: Part of the time in which the device had nothing to do because images were not there yet, 0..1.
+        waited_s: That time in seconds.
     """
 
     step: int
@@ -77,6 +78,7 @@ class TrainState:
     accuracy: float
     lr: float
     waiting: float = 0.0
+    waited_s: float = 0.0
 
 
 @dataclass
@@ -289,7 +291,9 @@ class _Loop:
 
     def where(self) -> TrainState:
         """Return what is shown."""
-        return TrainState(self.done, self._steps, self._meter.loss, self._meter.accuracy, self._lr, self.log.waiting)
+        return TrainState(
+            self.done, self._steps, self._meter.loss, self._meter.accuracy, self._lr, self.log.waiting, self.log.waited_s
+        )
 
     def step(self, images: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Do one step.

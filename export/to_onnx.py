@@ -443,6 +443,8 @@ class _Writer:
                 return self.node("Cast", f"{INPUT}.half", [source], to=ir.DataType.FLOAT16) if self.half else source
             case Conv() | Linear():
                 return self.weighted(layer, norm)
+            case BatchNorm() if self.quantization is not None:
+                return self.normalised(layer, inputs[0])
             case BatchNorm() as op:
                 parts = ("weight", "bias", "running_mean", "running_var")
                 held = [self.floats(f"{name}.{p}", v) for p, v in zip(parts, self.norm_parts(layer), strict=True)]
@@ -524,6 +526,16 @@ class _Writer:
             called = name if part == parts[-1] else f"{name}.scaled"
             x = self.node(op_type, called, [x, self.floats(f"{layer.name}.{part}", value)])
         return x
+
+    def normalised(self, layer: Layer, x: ir.Value) -> ir.Value:
+        """Append a BatchNorm of its own as one factor and one summand: every runtime rounds these two alike."""
+        assert isinstance(layer.operation, BatchNorm)
+        gamma_O, beta_O, mean_O, var_O = (value.astype(np.float64) for value in self.norm_parts(layer))
+        gain_O = gamma_O / np.sqrt(var_O + layer.operation.eps)
+        shape = (-1, *[1] * (len(layer.out_shape) - 1))
+        factor, summand = gain_O.reshape(shape), (beta_O - mean_O * gain_O).reshape(shape)
+        scaled = self.node("Mul", f"{layer.name}.scaled", [x, self.floats(f"{layer.name}.factor", factor)])
+        return self.node("Add", layer.name, [scaled, self.floats(f"{layer.name}.summand", summand)])
 
     def group_norm(self, layer: Layer, op: GroupNorm, x: ir.Value) -> ir.Value:
         """Append a GroupNorm as an InstanceNormalization of groups, which every opset and runtime has."""

@@ -1,9 +1,9 @@
 """Order, skip, resume: runs stages whose outcome is not yet known, and keeps the manifest.
 
 A stage has a key, the hash of everything its outcome depends on: its settings, the content of the files it reads, the
-keys' of the stages before it through their outputs, the version of the package. A stage whose key has an outcome with
-all files intact is not run again. Every file is written whole or not at all, the outcome after the files, the manifest
-after the outcome; so a process may be killed at any moment, and a second call goes on where the first stopped.
+outputs of the stages before it, the version of the package, the code of the plugins that it uses. A stage whose key has
+an outcome with all files intact is not run again. Every file is written whole or not at all, the outcome after the files,
+the manifest after the outcome; so a process may be killed at any moment, and a second call goes on where the first stopped.
 
 Layout of a run's folder: ``manifest.json`` (what readers read), ``.stages/<stage>.json`` (outcomes by stage, with keys),
 ``.resume/`` (the state of an unfinished training), and the stages' own files. What `deploy` measured on a board stays in the
@@ -20,7 +20,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from rescompress.core.artifact import (
     write_bytes,
     write_text,
 )
-from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
+from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError, nearest
 from rescompress.core.locks import lock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, json_of, load_manifest, update_manifest
 from rescompress.core.text import storable
@@ -171,6 +171,7 @@ def run_stages(
     store: Store | None = None,
     reads: Sequence[Path] = (),
     force: bool = False,
+    again: Collection[str] = (),
 ) -> RunReport:
     """Bring every stage's outcome up to date and return the manifest.
 
@@ -186,13 +187,19 @@ def run_stages(
         store: Outcomes shared with other runs; what is known there is not computed again.
         reads: Files that the run reads, besides those of its stages and `config_file`.
         force: Whether files that rescompress did not write may be replaced.
+        again: Stages that are computed even if their outcome is known.
 
     Raises:
         RescompressError: A stage failed; what was done before it is kept, and the manifest says which stage failed.
-        BadInput: Another process is running in this folder, or the run would write over what it reads, or over the files
+        BadInput: There is no stage of a name in `again`, another process is running in this folder, or the run would write
+            over what it reads, or over the files
             of somebody else.
     """
     peers = peers or Alone()
+    names = [stage.name for stage in stages]
+    for name in again:
+        if name not in names:
+            raise BadInput(f"'{name}' is no stage of this run", where="again", remedy=nearest(name, names))
     if not peers.is_main:
         return _follow(stages, folder, reporter, peers)
     given = [*reads, *([config_file] if config_file is not None else [])]
@@ -209,7 +216,7 @@ def run_stages(
                 write_bytes(folder / _ASIDE, f.read(), follow=False)
         manifest = _fresh(before, folder, config, workspace, config_file)
         try:
-            return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store)
+            return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store, again)
         except Exception as e:
             full = not isinstance(e, RescompressError) and _is_full(folder)  # before room is made
             sweep_partial(places)
@@ -245,6 +252,7 @@ def _lead(
     workspace: bool,
     still_there: Callable[[], None],
     store: Store | None,
+    again: Collection[str],
 ) -> RunReport:
     def save(manifest: Manifest) -> Manifest:
         """Save it, with what is deployed, or was meanwhile by another process."""
@@ -265,7 +273,7 @@ def _lead(
         if workspace:
             manifest = manifest.of_network(ancestry[-1])
         key = _key(stage, manifest)
-        result = _known(stage, key, folder)
+        result = _known(stage, key, folder) if stage.name not in again else None
         reporter.stage(stage.name, position, len(stages))
         old = before.stage(stage.name)
         if not workspace and result is None and old is not None and old.status == "done":
@@ -286,11 +294,13 @@ def _lead(
             if not workspace:
                 save(manifest)
             try:
-                result, computed = _shared(stage, key, ancestry, folder, manifest, reporter, still_there, store)
+                result, computed = _shared(
+                    stage, key, ancestry, folder, manifest, reporter, still_there, store, stage.name in again
+                )
             except Exception as e:
                 still_there()
                 if not workspace:
-                    failed = StageResult(stage=stage.name, status="failed", reason=str(e), key=key)
+                    failed = StageResult(**_identity(stage), status="failed", reason=str(e), key=key)
                     with contextlib.suppress(EnvironmentFailed):  # the disk may be what failed
                         save(manifest.with_stage(failed))
                 raise
@@ -388,8 +398,8 @@ def _read(record: Path) -> StageResult | None:
 
 def _ancestry(stage: Stage, manifest: Manifest) -> tuple[str, ...]:
     """Return the hashes of the checkpoint that `stage` reads and of those it was made from."""
-    before = manifest.stage(stage.source)
-    return manifest.ancestry((before.checkpoint_sha256 if before else None) or stage.source)
+    before = manifest.stage(stage.network)
+    return manifest.ancestry((before.checkpoint_sha256 if before else None) or stage.network)
 
 
 def _shared(
@@ -401,12 +411,13 @@ def _shared(
     reporter: Reporter,
     still_there: Callable[[], None],
     store: Store | None,
+    again: bool,
 ) -> tuple[StageResult, bool]:
     """Return the outcome, from the store where another run has left it there, and whether it was computed."""
     if store is None:
         return _run(stage, key, ancestry, folder, manifest, reporter, still_there, None), True
     with store.computing(key):
-        known = store.fetch(key, folder)
+        known = store.fetch(key, folder) if not again else None
         if known is not None:
             result = known.model_copy(update={"ancestry": ancestry})
             write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
@@ -430,7 +441,7 @@ def _run(
     outcome = stage.run(Context(folder, manifest, reporter, store=store))
     still_there()
     result = StageResult(
-        stage=stage.name,
+        **_identity(stage),
         status="skipped" if outcome.skipped else "done",
         reason=outcome.skipped,
         key=key,
@@ -440,12 +451,17 @@ def _run(
         ancestry=ancestry,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         environment={**manifest.environment, **_threads()},
-        details=dict(outcome.details),
+        details=outcome.details,
     )
     write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
     for path in outcome.transient:
         path.unlink(missing_ok=True)
     return result
+
+
+def _identity(stage: Stage) -> dict[str, Any]:
+    """Return what a result says of its stage."""
+    return {"stage": stage.name, "kind": stage.kind, "of": stage.of, "target": stage.about}
 
 
 def _threads() -> dict[str, int]:

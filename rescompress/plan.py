@@ -1,15 +1,10 @@
-"""From settings to stages: the order of a run, and the one or two stages of each command.
-
-Nothing heavy is imported here; a stage's work is looked up in `rescompress.stages` when it runs.
-"""
+"""From settings to stages: the order of a run, and the one or two stages of each command."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from compress.checkpoints.options import parse_shape
 from edge_targets.backends import load_backend
@@ -17,25 +12,11 @@ from edge_targets.benchmark import check_threads, cpu_name
 from edge_targets.catalog import load_target
 from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput
-from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.quantizers import Profile
 from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
-from rescompress.fingerprint import file_identity
 from rescompress.settings import Settings
-from rescompress.stage import Context, Opening, Outcome, Stage
-
-
-def _identity(opening: Opening) -> dict[str, Any]:
-    """Return what a checkpoint file contributes to a content key."""
-    stated = asdict(opening)
-    stated.pop("yields")  # follows from being a teacher
-    del stated["path"]
-    code = opening.facts.get("code")
-    if code is not None:
-        stated["code_sha256"] = file_identity(code.rpartition(":")[0])
-    if opening.name is None:  # a named network is more than its file: what is published beside it counts
-        del stated["name"]
-    return stated | {"sha256": file_identity(str(opening.path))}
+from rescompress.stage import Opening, Source, Stage
+from rescompress.steps import Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize
 
 
 @dataclass(frozen=True)
@@ -50,42 +31,9 @@ class Builder:
     opening: Opening
     settings: Settings
 
-    def _stage(
-        self,
-        name: str,
-        function: str,
-        arguments: Mapping[str, Any],
-        depends: Mapping[str, Any],
-        sources: Mapping[str, str | Opening | None],
-        *,
-        after: Sequence[str] = (),
-        collective: bool = False,
-        reads: Sequence[str | None] = (),
-        writes: Sequence[str] | None = None,
-    ) -> Stage:
-        """Return a stage; `sources` are checkpoints by argument name: a stage's name, a file, or None (not for ``source``)."""
-        identities = {k: _identity(v) for k, v in sources.items() if isinstance(v, Opening)}
-        names = [v for v in sources.values() if isinstance(v, str)]
-        settings = self.settings
-
-        def run(context: Context) -> Outcome:
-            stages = importlib.import_module("rescompress.stages")
-            resolved = {k: _source(stages, v, identities.get(k, {}).get("sha256")) for k, v in sources.items()}
-            return cast(Outcome, getattr(stages, function)(context, common=settings, **resolved, **arguments))
-
-        everything = {"common": settings.identity, "sources": identities, **depends}
-        source = sources["source"]
-        read = source if isinstance(source, str) else identities["source"]["sha256"]
-        files = [*(v.path for v in sources.values() if isinstance(v, Opening)), *(Path(p) for p in reads if p is not None)]
-        places = tuple(writes) if writes is not None else (f"{name}.safetensors", f"{name}.outcomes.json")
-        return Stage(
-            name, everything, tuple(dict.fromkeys([*names, *after])), run, collective, read, reads=tuple(files), writes=places
-        )
-
-    def dense(self) -> Stage:
+    def dense(self) -> Dense:
         """Return the stage that evaluates and counts the network as it came."""
-        writes = ("dense.onnx", "dense.safetensors", "dense.outcomes.json")
-        return self._stage("dense", "dense", {}, {}, {"source": self.opening}, writes=writes)
+        return Dense(source=Source.of(self.opening), common=self.settings)
 
     def prune(
         self,
@@ -93,35 +41,45 @@ class Builder:
         targets: Sequence[str],
         source: str | Opening,
         *,
-        name: str = "prune",
+        iteration: int | None = None,
         before: str | None = None,
-    ) -> Stage:
+    ) -> Prune:
         """Return the pruning stage.
 
         Args:
             config: How.
             targets: What it is for.
             source: The network.
-            name: Of the stage.
+            iteration: Which of several, None for the last.
             before: The pruning stage before this one, where the network has been pruned in an earlier iteration; the
                 budget and the plan are about the network of the stage ``dense`` then.
         """
-        plan = file_identity(config.plan) if config.plan else None
-        depends = {"config": config.model_dump(exclude={"plan"}), "plan": plan, "targets": _facts(targets)}
-        arguments = {"config": config, "targets": tuple(targets), "name": name, "before": before, "plan_sha256": plan}
-        after = [before, "dense"] if before else []
-        writes = (f"plan{name.removeprefix('prune')}.json", f"{name}.safetensors", f"{name}.outcomes.json")
-        return self._stage(
-            name, "pruned", arguments, depends, {"source": source}, after=after, reads=[config.plan], writes=writes
+        return Prune(
+            source=Source.of(source),
+            common=self.settings,
+            settings=config,
+            targets=tuple(map(load_target, targets)),
+            iteration=iteration,
+            before=Source.of(before) if before else None,
+            whole=Source.of("dense") if before else None,
         )
 
     def finetune(
-        self, config: TrainSettings, source: str | Opening, teacher: str | Opening | None, *, name: str = "finetune"
-    ) -> Stage:
+        self,
+        config: TrainSettings,
+        source: str | Opening,
+        teacher: str | Opening | None,
+        *,
+        iteration: int | None = None,
+    ) -> Finetune:
         """Return the fine-tuning stage."""
-        sources = {"source": source, "teacher": teacher}
-        depends = {"config": config.model_dump(exclude={"teacher", "workers", "device"})}
-        return self._stage(name, "finetuned", {"config": config, "name": name}, depends, sources, collective=True)
+        return Finetune(
+            source=Source.of(source),
+            common=self.settings,
+            settings=config,
+            teacher=Source.of(teacher) if teacher is not None else None,
+            iteration=iteration,
+        )
 
     def prune_and_tune(self, prune: PruneSettings, tune: TrainSettings | None, targets: Sequence[str]) -> list[Stage]:
         """Return the stages that prune the network of the stage ``dense``, in iterations with fine-tuning between them.
@@ -145,12 +103,11 @@ class Builder:
         stages: list[Stage] = []
         last, before = "dense", None
         for number in range(1, steps + 1):
-            suffix = f"-{number}" if number < steps else ""
-            stages.append(self.prune(prune.step(number), targets, last, name=f"prune{suffix}", before=before))
-            stages.append(
-                self.finetune(share, f"prune{suffix}", teacher_of(tune.teacher, self.opening), name=f"finetune{suffix}")
-            )
-            last, before = f"finetune{suffix}", f"prune{suffix}"
+            iteration = number if number < steps else None
+            cut = self.prune(prune.step(number), targets, last, iteration=iteration, before=before)
+            tuned = self.finetune(share, cut.name, teacher_of(tune.teacher, self.opening), iteration=iteration)
+            stages += [cut, tuned]
+            last, before = tuned.name, cut.name
         return stages
 
     def quantize(
@@ -161,61 +118,39 @@ class Builder:
         teacher: str | Opening | None,
         *,
         targets: Sequence[str] = (),
-    ) -> Stage:
+    ) -> Quantize:
         """Return the quantization stage; the targets matter for a latency budget only."""
-        priced = tuple(targets) if config.max_slowdown is not None else ()
-        arguments = {"config": config, "profile": profile, "targets": priced}
-        depends = {"config": config.model_dump(exclude={"teacher", "workers"}), "profile": profile, "targets": _facts(priced)}
-        sources = {"source": source, "teacher": teacher if config.mode == "qat" else None}
-        return self._stage("quantize", "quantized", arguments, depends, sources, collective=config.mode == "qat")
+        mentor = teacher if config.mode == "qat" else None
+        return Quantize(
+            source=Source.of(source),
+            common=self.settings,
+            settings=config,
+            profile=profile,
+            teacher=Source.of(mentor) if mentor is not None else None,
+            targets=tuple(map(load_target, targets)) if config.max_slowdown is not None else (),
+        )
 
-    def export(self, source: str | Opening, settings: ExportSettings) -> Stage:
+    def export(self, source: str | Opening, settings: ExportSettings) -> Export:
         """Return the stage that writes and checks the ONNX file."""
-        writes = ("model.onnx", "export.outcomes.json")
-        depends = {"options": settings.model_dump()}
-        return self._stage("export", "exported", {"settings": settings}, depends, {"source": source}, writes=writes)
+        return Export(source=Source.of(source), common=self.settings, settings=settings)
 
-    def target(self, name: str, source: str | Opening, settings: ExportSettings, *, require_engine: bool = False) -> Stage:
+    def target(self, name: str, source: str | Opening, settings: ExportSettings, *, require_engine: bool = False) -> ForTarget:
         """Return the stage of one edge target; a measurement belongs to a machine and a runtime, so its key names them."""
         chosen = load_target(name)
         if settings.precision != "auto":
             chosen.check_precision(settings.precision)
-        asked = settings.model_copy(update={"opset": settings.opset or chosen.opset})
-        arguments = {"name": name, "settings": asked, "require_engine": require_engine}
-        machine: dict[str, Any] = {"cpu": cpu_name(), "threads": self.settings.threads}
+        runtime = None
         if chosen.builds_here:
-            machine["runtime"] = load_backend(chosen.runtime).available().version
+            runtime = load_backend(chosen.runtime).available().version
             check_threads(self.settings.threads)  # not only after hours of training, where it measures
-        depends = {"target": _facts([name]), "options": asked.model_dump(), "machine": machine, "require": require_engine}
-        writes = [f"{chosen.name}/{pattern}" for pattern in _TARGET_FILES]
-        writes.append(f"target-{chosen.name}.outcomes.json")
-        return self._stage(
-            TARGET_PREFIX + chosen.name, "target", arguments, depends, {"source": source}, after=["dense"], writes=writes
+        return ForTarget(
+            source=Source.of(source),
+            common=self.settings,
+            settings=settings.model_copy(update={"opset": settings.opset or chosen.opset}),
+            target=chosen,
+            machine=Machine(cpu_name(), self.settings.threads, runtime),
+            require_engine=require_engine,
         )
-
-
-_TARGET_FILES = (
-    "model.*",  # the ONNX file, what runtimes make of it, and the description of a bundle
-    "float32-twin.onnx",
-    "timing.cache",
-    "build.sh",
-    "infer.py",
-    "trt_builder.py",
-    "labels.txt",
-    "README.md",
-    "SHA256SUMS",
-)
-"""What the stage of a target may write into its folder."""
-
-
-def _source(stages: Any, what: str | Opening | None, sha256: str | None) -> Any:
-    if what is None:
-        return None
-    return stages.Source(stage=what) if isinstance(what, str) else stages.Source(opening=what, sha256=sha256)
-
-
-def _facts(targets: Sequence[str]) -> list[dict[str, Any]]:
-    return [load_target(name).model_dump() for name in targets]
 
 
 def profile_for(config: QuantizeSettings, targets: Sequence[str]) -> Profile:
@@ -234,7 +169,7 @@ def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     """
     opening = opening_of(config)
     builder = Builder(opening, settings)
-    stages = [builder.dense()]
+    stages: list[Stage] = [builder.dense()]
     last = "dense"
     if config.prune is not None:
         stages += builder.prune_and_tune(config.prune, config.finetune, config.targets)

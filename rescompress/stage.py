@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from rescompress.core.details import Details
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
@@ -113,14 +114,14 @@ class Outcome:
     Attributes:
         metrics: By name.
         files: Kind and path of each file written, below the run's folder.
-        details: JSON values.
+        details: What readers may want beside the metrics.
         skipped: Why the stage could not do its work here, or None.
         transient: Files that are no longer needed once the outcome is recorded.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     files: Sequence[tuple[str, Path]] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     skipped: str | None = None
     transient: Sequence[Path] = ()
 
@@ -176,26 +177,123 @@ class Context:
         return self.folder / ".resume" / f"{stage.replace(':', '_')}.pt"
 
 
+class Stage(Protocol):
+    """One step of a run, as the pipeline sees it; `rescompress.steps` has those of the product."""
+
+    @property
+    def name(self) -> str:
+        """Unique; the row's name in every table."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What it does: ``dense``, ``prune`` and so on."""
+        ...
+
+    @property
+    def of(self) -> str:
+        """Name of the stage whose network its figures are of; its own where it makes one."""
+        ...
+
+    @property
+    def about(self) -> str | None:
+        """Name of the edge target that it is about, or None."""
+        ...
+
+    @property
+    def depends(self) -> Mapping[str, Any]:
+        """Everything the outcome depends on besides the stages before it, JSON values."""
+        ...
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The stages whose files it reads."""
+        ...
+
+    @property
+    def network(self) -> str:
+        """The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file."""
+        ...
+
+    @property
+    def collective(self) -> bool:
+        """Whether all processes take part in it."""
+        ...
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """Files that it reads, besides those of earlier stages."""
+        ...
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Places in the run's folder that it may write, as patterns such as ``cpu/model.*``."""
+        ...
+
+    def run(self, context: Context) -> Outcome:
+        """Do the work."""
+        ...
+
+
 @dataclass(frozen=True)
-class Stage:
-    """One step of a run.
+class Source:
+    """A checkpoint: the file of an earlier stage, or any file.
 
     Attributes:
-        name: Unique; the row's name in every table.
-        depends: Everything the outcome depends on besides the stages before it, JSON values.
-        after: The stages whose files it reads.
-        run: The work.
-        collective: Whether all processes take part in it.
-        source: The network it is about: name of an earlier stage, or SHA-256 of a checkpoint file.
-        reads: Files that it reads, besides those of earlier stages.
-        writes: Places in the run's folder that it may write, as patterns such as ``cpu/model.*``.
+        stage: The stage that wrote it, or None.
+        opening: The file and what is stated about it, where no stage wrote it.
+        sha256: Of that file when the stage's key was made.
     """
 
-    name: str
-    depends: Mapping[str, Any]
-    after: tuple[str, ...]
-    run: Callable[[Context], Outcome]
-    collective: bool = False
-    source: str = ""
-    reads: tuple[Path, ...] = ()
-    writes: tuple[str, ...] = ()
+    stage: str | None = None
+    opening: Opening | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, what: str | Opening) -> Source:
+        """Return the checkpoint of a stage, by its name, or of a file, which is read here for its hash.
+
+        Raises:
+            BadInput: There is no such file.
+        """
+        from rescompress.fingerprint import file_identity
+
+        return cls(stage=what) if isinstance(what, str) else cls(opening=what, sha256=file_identity(str(what.path)))
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where no stage wrote it."""
+        return self.opening.path if self.opening else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it contributes to a content key: of a file its content, not its place."""
+        if self.opening is None:
+            return {"stage": self.stage}
+        stated = dataclasses.asdict(self.opening)
+        stated.pop("yields")  # follows from being a teacher
+        del stated["path"]
+        source = self.opening.facts.get("code")
+        if source is not None:
+            from rescompress.fingerprint import file_identity
+
+            stated["code_sha256"] = file_identity(source.rpartition(":")[0])
+        if self.opening.name is None:  # a named network is more than its file: what is published beside it counts
+            del stated["name"]
+        return stated | {"sha256": self.sha256}
+
+    def load(self, context: Context) -> Checkpoint:
+        """Return the checkpoint.
+
+        Raises:
+            BadInput: The file is no longer the one that the stage's key is about.
+        """
+        from compress.checkpoints import load_checkpoint
+        from rescompress.fingerprint import held_to
+
+        if self.stage is not None:
+            with context.held(self.stage, "checkpoint") as path:
+                return load_checkpoint(path)
+        assert self.opening is not None
+        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
+            return self.opening.load(context.reporter.note if context.main else None)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from rescompress.core.artifact import Artifact, write_text
+from rescompress.core.details import TargetDetails
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.core.outcomes import Outcomes, samples_digest
@@ -162,7 +163,7 @@ def write_run(
         manifest = manifest.with_stage(
             cpu.model_copy(
                 update={
-                    "details": {**cpu.details, "dense_latency_runs": list(dense_runs_ms)},
+                    "details": TargetDetails(**cpu.details.given() | {"dense_latency_runs": list(dense_runs_ms)}),
                     "metrics": {**cpu.metrics, "dense_p50_ms": latency(median(dense_runs_ms), precision="fp32")},
                 }
             )

@@ -143,7 +143,7 @@ def test_every_key_of_a_config_is_documented_with_its_default() -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w+\.md)\)", index))
+    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
 
 
 def test_prune_then_export_as_typed(tmp_path: Path) -> None:

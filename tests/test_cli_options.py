@@ -6,6 +6,7 @@ replaced: the stages by stand-ins that write a word to a file, library functions
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ from compress.prune import measure, picture
 from compress.quantize import sensitivity
 from edge_targets import benchmark, latency, onnx_kernels, remote
 from edge_targets.backends import onnxruntime
-from rescompress import api, gate, stages, track
+from rescompress import api, gate, track
 from rescompress.cli.app import COMMANDS
+from rescompress.core.details import KINDS
 from rescompress.core.errors import ToolMissing
 from rescompress.core.metric import accuracy, counted
 from rescompress.gate import render
@@ -53,15 +55,20 @@ class Seen:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.spies: dict[str, Spy] = {}
         self.out: Any = None
-        for function in ("dense", "pruned", "finetuned", "quantized", "exported", "target"):
-            patch.setattr(stages, function, self._stage(function))
+        for module, function in (
+            ("network", "dense"),
+            ("network", "pruned"),
+            ("network", "finetuned"),
+            ("network", "quantized"),
+            ("export", "exported"),
+            ("target", "target"),
+        ):
+            patch.setattr(importlib.import_module(f"rescompress.stages.{module}"), function, self._stage(function))
 
     def _stage(self, function: str) -> Callable[..., Outcome]:
-        usual = {"pruned": "prune", "finetuned": "finetune", "quantized": "quantize", "exported": "export"}
-
-        def run(context: Context, **given: Any) -> Outcome:
-            name = given.get("name") or usual.get(function, function)
-            self.calls.append((function, given))
+        def run(context: Context, step: Any) -> Outcome:
+            name = step.target.name if function == "target" else step.name
+            self.calls.append((function, {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}))
             folder = context.folder / str(name) if function == "target" else context.folder
             folder.mkdir(parents=True, exist_ok=True)
             kinds = {"target": ("onnx",), "exported": ("onnx",), "pruned": ("checkpoint", "plan")}.get(
@@ -80,7 +87,7 @@ class Seen:
                 "achieved_ratio": 0.5, "notes": [], "epochs": [], "target": name, "engine": None, "engine_status": "none",
                 "precision": "fp32", "opset": 17, "parity": {"images": "none", "top1_agreement": 1.0, "max_abs": 0.0},
             }  # fmt: skip
-            return Outcome(metrics | {"top1": accuracy(9, 10, runtime="torch")}, written, details)
+            return Outcome(metrics | {"top1": accuracy(9, 10, runtime="torch")}, written, KINDS[step.kind](**details))
 
         return run
 
@@ -89,7 +96,7 @@ class Seen:
         return next(given for name, given in reversed(self.calls) if name == function)
 
     def config(self, function: str) -> Any:
-        return self.stage(function)["config"]
+        return self.stage(function)["settings"]
 
     def shared(self, function: str) -> Any:
         """Return what all stages share, whatever its class."""
@@ -170,7 +177,7 @@ OPENED = {
     "allow_pickle": of("load_checkpoint", "allow_pickle", True),
 }
 
-CONTRADICTION = {
+BOTH = {
     "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
     "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
 }
@@ -184,9 +191,9 @@ PRUNE = [
             **opened("dense"),
             **shared("pruned"),
             "skip_corrupt": (lambda seen: seen.shared("pruned").skip_corrupt, True),
-            "target": (lambda seen: seen.stage("pruned")["targets"], ("jetson",)),
+            "target": (lambda seen: [t.alias for t in seen.stage("pruned")["targets"]], ["jetson"]),
             "iterations": (
-                lambda seen: [given["config"].budget for name, given in seen.calls if name == "pruned"],
+                lambda seen: [given["settings"].budget for name, given in seen.calls if name == "pruned"],
                 [("macs", 0.5), ("macs", 0.25)],
             ),
             "plan_out": (lambda seen: seen.text("plan-out.json"), "plan of prune"),
@@ -228,7 +235,7 @@ QUANTIZE = [
             **shared("quantized"),
             "skip_corrupt": (lambda seen: seen.shared("quantized").skip_corrupt, True),
             "teacher": (lambda seen: seen.opening("quantized", "teacher").path.name, "teacher.safetensors"),
-            "target": (lambda seen: seen.stage("quantized")["targets"], ("jetson",)),
+            "target": (lambda seen: [t.alias for t in seen.stage("quantized")["targets"]], ["jetson"]),
             "profile": (lambda seen: seen.stage("quantized")["profile"], "openvino"),
             "output": (lambda seen: seen.text("int8.safetensors"), "checkpoint of quantize"),
         },
@@ -250,9 +257,9 @@ EXPORT = [
         {
             **opened("target"),
             **shared("target"),
-            "target": (lambda seen: seen.stage("target")["name"], "jetson"),
+            "target": (lambda seen: seen.stage("target")["target"].alias, "jetson"),
             "require_engine": (lambda seen: seen.stage("target")["require_engine"], True),
-            "output": (lambda seen: seen.text("there/model.onnx"), "onnx of jetson"),
+            "output": (lambda seen: seen.text("there/model.onnx"), "onnx of jetson-orin-nano-8gb-super"),
             "archive": (lambda seen: (seen.folder / "there.tar.gz").is_file(), True),
         },
     ),
@@ -260,7 +267,7 @@ EXPORT = [
         "net.safetensors --batch dynamic -o there.tar.gz",
         {
             "output": (lambda seen: (seen.folder / "there.tar.gz").is_file(), True),
-            "target": (lambda seen: seen.stage("target")["name"], "cpu"),
+            "target": (lambda seen: seen.stage("target")["target"].name, "cpu"),
         },
     ),
 ]
@@ -280,7 +287,7 @@ EVALUATE = [
         },
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
-    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",
@@ -419,12 +426,14 @@ GATE = [
 ]
 RUN = [
     Case(
-        "run.yaml -o there --set prune.macs=0.3 --set finetune.lr=0.0123 --device cpu --threads 3 --batch-size 4 --seed 5 "
+        "run.yaml -o there --again prune "
+        "--set prune.macs=0.3 --set finetune.lr=0.0123 --device cpu --threads 3 --batch-size 4 --seed 5 "
         "--track tensorboard:events",
         {
             **shared("pruned", "data", "labels"),
             "config": (lambda seen: seen.opening("dense").path.name, "net.safetensors"),
             "output": (lambda seen: (seen.folder / "there" / "manifest.json").is_file(), True),
+            "again": (lambda seen: [name for name, _ in seen.calls].count("pruned"), 1),
             "overrides": (
                 lambda seen: (seen.config("pruned").macs, seen.config("finetuned").lr, seen.shared("pruned").skip_corrupt),
                 (0.3, 0.0123, True),
@@ -457,7 +466,7 @@ SENSITIVITY = [
         },
     ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
-    Case(f"net.safetensors --data data.npz {NAMED}", CONTRADICTION, 5),
+    Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
 ]
 TABLE = {
     "prune": PRUNE,

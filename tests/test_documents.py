@@ -88,6 +88,7 @@ def test_looking_and_deciding(rescompress: Command, tmp_path: Path) -> None:
     holds("gate", rescompress("gate", "runs/one", "--save-baseline", "base.json", "--json", cwd=tmp_path).stdout)
 
 
+@pytest.mark.slow
 def test_pruning_exporting_measuring(rescompress: Command, tmp_path: Path) -> None:
     data = ("--data", "builtin:digits")
     holds("prune", rescompress("prune", DIGITS, "--ratio", "0.3", "--json", cwd=tmp_path).stdout)

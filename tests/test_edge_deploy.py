@@ -422,7 +422,7 @@ def test_accuracy_is_measured_on_the_board_piece_by_piece(fresh, tmp_path, monke
     kept = stage.output("outcomes")
     outcomes = Outcomes.model_validate_json((tmp_path / "out" / kept.path).read_text())
     assert outcomes.unpack() == right.tolist()
-    assert len(stage.details["latency_runs"]) == 3
+    assert len(stage.details.latency_runs) == 3
     timed = [c for c in fresh.calls() if any(a.startswith("--exportTimes") for a in c)]
     assert len(timed) == 3
     assert stage.metrics["p50_ms"].n == 600

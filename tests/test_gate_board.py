@@ -118,7 +118,6 @@ def test_the_report_draws_a_soak_and_survives_a_damaged_one(tmp_path: Path) -> N
         assert f"deploy:orin: {title} during the soak" in text
     assert "during the soak" not in page([("run", board().manifest)])
     for damaged in (
-        7,
         {},
         {"parts": 1, "trace": 2},
         {"parts": [1, {"from_s": "x"}], "trace": {"columns": ["s", 3], "rows": [1, [None], ["<b>", 2]]}},

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import CLASSES, digest, latency, outcomes_with, write_run
 
+from rescompress.core.details import TargetDetails
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import accuracy, counted
@@ -99,9 +100,7 @@ def test_what_was_measured_on_a_board_is_judged(tmp_path: Path) -> None:
         runs = [factor * r for r in STEADY]
         on_board = {"device": "Jetson Orin Nano 8GB", "runtime": "tensorrt", "value": runs[2]}
         metrics = {"p50_ms": cpu.metrics["p50_ms"].model_copy(update=on_board)}
-        stage = cpu.model_copy(
-            update={"stage": "deploy:jetson", "metrics": metrics, "details": {"latency_runs": runs}, "outputs": ()}
-        )
+        stage = StageResult(stage="deploy:jetson", status="done", metrics=metrics, details={"latency_runs": runs})
         manifest.with_stage(stage).save(tmp_path / name)
         return tmp_path / name
 
@@ -164,7 +163,7 @@ def test_a_latency_of_another_engine_than_the_accuracy_is_told() -> None:
 def test_a_baseline_file_keeps_what_its_stages_compute_in() -> None:
     exported = StageResult(stage="export", status="done", details={"precision": "int8+fp16", "arch": "x"})
     saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,)))).stages[0]
-    assert saved.details == {"precision": "int8+fp16"}
+    assert saved.details.document() == {"precision": "int8+fp16"}
 
 
 def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:
@@ -290,10 +289,9 @@ def test_the_accuracy_of_every_target_is_judged(tmp_path: Path) -> None:
         manifest = load_run(tmp_path / name).manifest
         cpu = write_run(tmp_path / "other", n=5000, final=good, runs_ms=STEADY).stage("target:cpu")
         assert cpu is not None
-        inline = {**cpu.details, "outcomes": good.model_dump()}
-        manifest.with_stage(cpu.model_copy(update={"stage": "target:cpu-ort", "outputs": (), "details": inline})).save(
-            tmp_path / name
-        )
+        inline = TargetDetails(**cpu.details.given() | {"outcomes": good.model_dump()})
+        moved = {"stage": "target:cpu-ort", "target": "cpu-ort", "outputs": (), "details": inline}
+        manifest.with_stage(cpu.model_copy(update=moved)).save(tmp_path / name)
     pair = (tmp_path / "cand", tmp_path / "base")
     assert {k: v for k, v in verdicts(judged(pair)).items() if "accuracy" in k} == {"accuracy": "pass", "accuracy:cpu": "fail"}
     assert verdicts(judged(pair, stage="target:cpu-ort")).keys() & {"accuracy:cpu"} == set(), "one stage alone was asked for"

@@ -73,3 +73,39 @@ def test_of_a_pre_activation_sum_the_stream_is_the_skip() -> None:
         rounded = [q.tensor for q in place(network, profile) if q.kind == "activation"]
         assert stem in rounded
         assert (y in rounded) == (profile == "onnxruntime")
+
+
+def test_a_dead_branch_stays_in_float_and_a_dead_stream_is_refused() -> None:
+    m = Maker()
+    stem = m.add(Relu(), m.add(BatchNorm(), m.conv(INPUT, 8)), name="stem.relu")
+    y = m.add(Relu(), m.add(BatchNorm(), stem, name="dead"), name="dead.relu")
+    y = m.conv(y, 8, bias=True)
+    x = m.add(Add(), y, stem, name="b.add")
+    network = m.network(m.add(Linear(width=3), m.add(GlobalPool(), x)), classes=True)
+    checkpoint = random_checkpoint(network)
+    checkpoint.state_dict["dead.weight"].zero_()
+    checkpoint.state_dict["dead.bias"].fill_(-1.0)
+    int8 = ptq(checkpoint, [images(network, 8)], profile="onnxruntime", calibration="max")
+    assert int8.quantization is not None
+    assert int8.quantization.keep_float(network) == {y}
+    assert int8.provenance["zero_on_all_images"] == "dead.relu"
+    checkpoint.state_dict[network.layers[2].name + ".weight"].zero_()
+    checkpoint.state_dict[network.layers[2].name + ".bias"].fill_(-1.0)
+    with pytest.raises(DataError, match=r"stem\.relu is zero on all"):
+        ptq(checkpoint, [images(network, 8)], profile="onnxruntime", calibration="max")
+
+
+def test_a_batch_norm_of_its_own_is_the_same_to_the_bit_in_both() -> None:
+    m = Maker()
+    x = m.conv(INPUT, 8)
+    for _ in range(3):
+        y = m.conv(m.add(Relu(), m.add(BatchNorm(), x)), 8)
+        x = m.add(Add(), x, y)
+    network = m.network(m.add(Linear(width=3), m.add(GlobalPool(), x)), classes=True)
+    checkpoint = random_checkpoint(network)
+    int8 = on_grid(ptq(checkpoint, [images(network, 16)], calibration="max"))
+    proto = to_onnx(network, {k: v.numpy() for k, v in int8.state_dict.items()}, int8.quantization, ExportOptions("dynamic"))
+    found = compare_outputs(
+        TorchRunner(integer_model(int8)), OrtRunner(in_integers(proto), optimize=False), [images(network, 256, 9).numpy()]
+    )
+    assert found.relative < 1e-5

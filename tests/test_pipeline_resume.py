@@ -14,12 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from made_stages import Made
 
 from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
-from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.fingerprint import data_identity
 from rescompress.pipeline import _key, run_stages
 from rescompress.plan import Builder
@@ -39,7 +40,7 @@ def writer(
         write_text(path, inputs + text)
         return Outcome({"size_bytes": counted(len(inputs + text), "bytes")}, [("checkpoint", path)])
 
-    return Stage(name, {"text": text}, after, run, source=source if source is not None else "".join(after[:1]))
+    return Made(name, {"text": text}, after, run, network=source if source is not None else "".join(after[:1]))
 
 
 def chain(calls: list[str], middle: str = "b") -> list[Stage]:
@@ -82,7 +83,7 @@ def _failing(name: str) -> Stage:
     def run(context: Context) -> Outcome:
         raise BadInput("it fails")
 
-    return Stage(name, {}, (), run)
+    return Made(name, {}, (), run)
 
 
 def test_a_data_set_is_known_by_its_labels_and_by_images_whose_size_says_nothing(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path: Path) -> None:
 
 
 def test_a_skipped_stage_says_so_when_it_is_read_again(tmp_path: Path) -> None:
-    stages = [Stage("one", {}, (), lambda context: Outcome(skipped="no device here"))]
+    stages = [Made("one", {}, (), lambda context: Outcome(skipped="no device here"))]
     run_stages(stages, tmp_path, {}, reporter=Silent())
     again = run_stages(stages, tmp_path, {}, reporter=Silent())
     assert again.reused == ("one",)
@@ -163,7 +164,7 @@ def test_a_stage_runs_again_when_an_onnx_file_before_it_or_the_version_of_the_pa
             write_text(context.folder / "model.onnx", text)
             return Outcome(files=[("onnx", context.folder / "model.onnx")])
 
-        return [Stage("export", {"text": text}, (), run), Stage("reader", {}, ("export",), lambda context: Outcome())]
+        return [Made("export", {"text": text}, (), run), Made("reader", {}, ("export",), lambda context: Outcome())]
 
     def ran(text: str) -> tuple[str, ...]:
         return run_stages(stages(text), tmp_path, {}, reporter=Silent()).ran
@@ -190,8 +191,8 @@ USUAL: dict[str, Any] = {
     "epochs": 1.0,
     "max_slowdown": 1.5,
     "profile": "openvino",
-    "export": {"batch": 1},
-    "target": {"batch": 1},
+    "export": ExportSettings(),
+    "target": ExportSettings(),
     "require_engine": False,
 }
 
@@ -236,9 +237,9 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
         ({"epochs": 2.0}, {"finetune"}),
         ({"max_slowdown": 1.6}, {"quantize"}),
         ({"profile": "tensorrt"}, {"quantize"}),
-        ({"export": {"batch": "dynamic"}}, {"export"}),
-        ({"target": {"batch": "dynamic"}}, {"target:cpu"}),
-        ({"target": {"batch": 1, "opset": 19}}, {"target:cpu"}),
+        ({"export": ExportSettings(batch="dynamic")}, {"export"}),
+        ({"target": ExportSettings(batch="dynamic")}, {"target:cpu"}),
+        ({"target": ExportSettings(opset=19)}, {"target:cpu"}),
         ({"require_engine": True}, {"target:cpu"}),
     ],
     ids=lambda value: str(value) if isinstance(value, str | dict) else "",
@@ -279,7 +280,7 @@ def test_a_failure_is_recorded_and_the_work_before_it_kept(tmp_path: Path) -> No
     def fail(context: Context) -> Outcome:
         raise BadInput("no budget fits", where="--macs")
 
-    stages = [writer("one", "a", calls=calls), Stage("two", {}, ("one",), fail), writer("three", "c", ("one",))]
+    stages = [writer("one", "a", calls=calls), Made("two", {}, ("one",), fail), writer("three", "c", ("one",))]
     with pytest.raises(BadInput):
         run_stages(stages, tmp_path, {}, reporter=Silent())
     manifest = load_manifest(tmp_path)
@@ -330,7 +331,7 @@ def test_a_command_that_fails_or_stops_leaves_the_record_as_it_was(tmp_path: Pat
 
         for source in ("file a", "file z"):
             with pytest.raises(type(error)):
-                command(tmp_path, Stage("dense", {"other": 1}, (), fail, source=source))
+                command(tmp_path, Made("dense", {"other": 1}, (), fail, network=source))
             assert (tmp_path / "manifest.json").read_bytes() == before
     seen = []
 
@@ -338,7 +339,7 @@ def test_a_command_that_fails_or_stops_leaves_the_record_as_it_was(tmp_path: Pat
         seen.append([s.stage for s in context.done.stages])
         return Outcome()
 
-    command(tmp_path, Stage("target", {}, ("dense",), look, source="file z"))
+    command(tmp_path, Made("target", {}, ("dense",), look, network="file z"))
     assert seen == [[]], "the dense network there is another one"
 
 
@@ -349,7 +350,7 @@ def test_a_run_under_way_says_what_it_has_not_reached(tmp_path: Path) -> None:
         seen.append(load_manifest(tmp_path).unfinished)
         return Outcome()
 
-    run_stages([Stage("one", {}, (), look), Stage("two", {}, (), look)], tmp_path, {}, reporter=Silent())
+    run_stages([Made("one", {}, (), look), Made("two", {}, (), look)], tmp_path, {}, reporter=Silent())
     assert seen == [("one", "two"), ("two",)]
 
 
@@ -359,7 +360,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
             run_stages([writer("x", "y")], tmp_path, {}, reporter=Silent())
         return Outcome()
 
-    run_stages([Stage("outer", {}, (), nested)], tmp_path, {}, reporter=Silent())
+    run_stages([Made("outer", {}, (), nested)], tmp_path, {}, reporter=Silent())
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -413,7 +414,7 @@ def _slow_stages() -> list[Stage]:
                     time.sleep(0.002)
             return Outcome({}, [("checkpoint", path)])
 
-        return Stage(name, {}, after, run)
+        return Made(name, {}, after, run)
 
     names = ["s0", "s1", "s2", "s3"]
     return [run_of(n, tuple(names[i - 1 : i])) for i, n in enumerate(names)]

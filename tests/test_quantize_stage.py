@@ -103,7 +103,7 @@ def test_training_that_did_no_good_is_told(rescompress, tmp_path):
     assert "only calibrated" in done.stderr
     assert json.loads(done.stdout)["top1_after"] > 0.9
     manifest = load_manifest(tmp_path / "rescompress-out")
-    assert manifest.stage("quantize").details["kept"] == "ptq"
+    assert manifest.stage("quantize").details.kept == "ptq"
     assert "only calibrated" in model_card("digits", manifest)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 from command_line import run_command
+from made_stages import Made
 from manifest_mutants import mutants
 from report_factory import write_run
 
@@ -58,7 +59,7 @@ def writer(name: str, *, reads: tuple[Path, ...] = (), place: str = "", text: st
         write_text(path, text)
         return Outcome({"size_bytes": counted(1, "bytes")}, [("checkpoint", path)])
 
-    return Stage(name, {"text": text}, (), run, reads=reads, writes=(place,))
+    return Made(name, {"text": text}, (), run, reads=reads, writes=(place,))
 
 
 def go(folder: Path, *stages: Stage, **more: Any) -> tuple[str, ...]:
@@ -536,7 +537,7 @@ def test_a_folder_that_is_moved_while_it_runs_is_said(tmp_path: Path, fails: boo
         return Outcome()
 
     with pytest.raises(EnvironmentFailed, match="moved or removed") as caught:
-        go(out, writer("one"), Stage("two", {}, (), move))
+        go(out, writer("one"), Made("two", {}, (), move))
     assert caught.value.exit_code == 7
     assert not out.exists()
     assert go(tmp_path / "moved", writer("one")) == ()
@@ -547,7 +548,7 @@ def test_a_library_that_meets_a_full_disk_is_understood(tmp_path: Path, monkeypa
         (context.folder / f"{PARTIAL_PREFIX}abcdefgh.bin").write_text("half")
         raise RuntimeError("basic_ios::clear: iostream error")
 
-    stage = Stage("two", {}, (), full)
+    stage = Made("two", {}, (), full)
     with pytest.raises(RuntimeError):
         go(tmp_path, writer("one"), stage)
     assert [s.status for s in load_manifest(tmp_path).stages] == ["done", "failed"]

@@ -390,8 +390,8 @@ def test_names_that_are_no_utf8_are_kept_in_records(name: str, tmp_path: Path) -
     manifest = Manifest(stages=(stage,), config={"data": name}, config_file=name)
     manifest.save(tmp_path)
     again = load_manifest(tmp_path)
-    assert again.config["data"] == again.config_file == again.stages[0].details["plan"][0]
-    assert json.loads(json_of(stage))["details"].keys() == again.stages[0].details.keys()
+    assert again.config["data"] == again.config_file == again.stages[0].details.document()["plan"][0]
+    assert json.loads(json_of(stage))["details"].keys() == again.stages[0].details.document().keys()
     if name == "\udcc3\udcbc":  # what an ASCII locale makes of two bytes of UTF-8
         assert again.config_file == "ü"
 

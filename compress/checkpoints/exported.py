@@ -49,16 +49,22 @@ def open_exported(path: Path, members: Mapping[str, zipfile.ZipInfo]) -> Opened:
     configs = [name for name in members if name.endswith(EXPORTED_TABLE)]
     if len(configs) != 1:
         raise CheckpointError(f"holds {len(configs)} exported models", remedy="export one network into a file of its own")
-    folder = configs[0].rpartition("/")[0] + "/"
+    tensors = _table(path, members, configs[0])
+    constants = configs[0].replace("/weights/", "/constants/").replace(EXPORTED_TABLE, "_constants_config.json")
+    held = (_table(path, members, constants) if constants in members else {}) | tensors
+    return Opened("torch.export", tensors, program=Exported(path, members, configs[0], held))
+
+
+def _table(path: Path, members: Mapping[str, zipfile.ZipInfo], config: str) -> dict[str, pickles.StoredTensor]:
+    """Return the tensors that a table in the archive lists, by name."""
+    folder = config.rpartition("/")[0] + "/"
     try:
-        text = read_member(path, members[configs[0]], MAX_CONFIG_BYTES)
-        entries = json.loads(text, object_pairs_hook=unique_pairs)["config"]
+        entries = json.loads(read_member(path, members[config], MAX_CONFIG_BYTES), object_pairs_hook=unique_pairs)["config"]
         described = {str(key): dict(entry) for key, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"damaged: its table of weights ({e})", remedy="export the network again") from e
     storages = ZipStorages(path, {n[len(folder) :]: info for n, info in members.items() if n.startswith(folder)})
-    tensors = {key: _tensor(key, e, storages, members, folder) for key, e in described.items()}
-    return Opened("torch.export", tensors, program=Exported(path, members, configs[0], tensors))
+    return {key: _tensor(key, e, storages, members, folder) for key, e in described.items()}
 
 
 def _tensor(
@@ -98,7 +104,7 @@ class Exported:
             path: Of the archive.
             members: Its members by name.
             config: The member that lists the weights.
-            tensors: Parameters and buffers by name.
+            tensors: Parameters, buffers and constants by name.
         """
         folder, _, name = config.rpartition("/weights/")
         self._path, self._members, self._tensors = path, members, tensors
@@ -120,8 +126,11 @@ class Exported:
             name = found["arg"].get("name") or found["arg"]["as_tensor"]["name"]
             if kind == "user_input":
                 values[name], images = x_NCHW, images + 1
-            elif kind in ("parameter", "buffer"):
-                values[name] = in_float(self._tensors[found[f"{kind}_name"]].read())
+            elif kind in ("parameter", "buffer", "tensor_constant"):
+                stored = self._tensors.get(found[f"{kind}_name"])
+                if stored is None:
+                    raise Unknown(f"reads {found[f'{kind}_name']}, which is not there")
+                values[name] = in_float(stored.read())
                 run.name_constant(values[name], str(found[f"{kind}_name"]))
             else:
                 raise Unknown(f"reads a {kind}")

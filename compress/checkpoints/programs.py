@@ -24,7 +24,18 @@ MAX_VALUES = 2**26
 MAX_CALLS = 20_000
 
 _NAMES = (
-    *("conv2d", "_convolution", "convolution", "batch_norm", "group_norm", "layer_norm", "instance_norm", "linear"),
+    *(
+        "conv2d",
+        "conv1d",
+        "_convolution",
+        "_convolution_mode",
+        "convolution",
+        "batch_norm",
+        "group_norm",
+        "layer_norm",
+        "instance_norm",
+        "linear",
+    ),
     *("addmm", "matmul", "mm", "bmm", "relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "silu", "silu_"),
     *("gelu", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "hardswish", "hardswish_"),
     *("hardsigmoid", "hardsigmoid_", "mish", "mish_", "sigmoid", "sigmoid_", "tanh", "tanh_", "softmax"),
@@ -83,6 +94,8 @@ class Operators:
         tensors = any(isinstance(v, Tensor) or (isinstance(v, list) and any(isinstance(t, Tensor) for t in v)) for v in values)
         if name in ("sym_size", "size") and args and isinstance(args[0], Tensor):
             return list(args[0].shape) if len(args) < 2 else args[0].shape[int(args[1])]
+        if name == "device":  # everything is in memory here
+            return None
         if name == "dim" and args and isinstance(args[0], Tensor):
             return args[0].ndim
         if name in ("__is__", "__isnot__", "len", "__getitem__", "append", "list") or (name in SCALAR and not tensors):

@@ -516,7 +516,8 @@ def _stack_refused() -> Any:
 _HANDLERS: dict[str, Callable[[Trace, _Bound], Any]] = {
     **{name: _unary(name) for name in _UNARY},
     **dict.fromkeys(_IDENTITY, _as_it_is),
-    **dict.fromkeys(("conv2d", "convolution", "_convolution", "conv1d", "conv3d"), _conv),
+    **dict.fromkeys(("_assert_tensor_metadata", "_assert_async", "_assert_scalar"), lambda trace, b: None),
+    **dict.fromkeys(("conv2d", "convolution", "_convolution", "_convolution_mode", "conv1d", "conv3d"), _conv),
     **dict.fromkeys(("batch_norm",), _batch_norm),
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm"), _first(_batch_norm)),
     "group_norm": _group_norm,
@@ -561,6 +562,7 @@ _HANDLERS: dict[str, Callable[[Trace, _Bound], Any]] = {
     "chunk": _chunk,
     "unbind": _unbind,
     **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), lambda trace, b: trace.log_softmax(b.value(), int(b.get("dim")))),
     "dropout": _dropout,
     **dict.fromkeys(("zeros_like", "new_zeros"), _zeros_like),
     **dict.fromkeys(("view_as", "reshape_as"), _view_as),

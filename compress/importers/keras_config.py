@@ -211,15 +211,16 @@ class _Model:
         kind = str(config.get("class_name"))
         layers = _layers(config)
         if kind == "Sequential":
-            value: Any = list(inputs)
+            values = list(inputs)
             for layer in layers:
-                value = self._call(layer, value, path)
-            return value if isinstance(value, list) else [value]
+                made = self._call(layer, values, path)
+                values = made if isinstance(made, list) else [made]
+            return values
         inner = _settings(config)
         entries = _references(inner.get("input_layers"))
         if len(entries) != len(inputs):
             raise Refused(f"a model of {len(entries)} inputs ({', '.join(e[0] for e in entries)})")
-        values: dict[tuple[str, int], list[Any]] = {(e[0], e[1]): [v] for e, v in zip(entries, inputs, strict=True)}
+        made_by: dict[tuple[str, int], list[Any]] = {(e[0], e[1]): [v] for e, v in zip(entries, inputs, strict=True)}
         calls = [
             (str(layer.get("name") or _settings(layer).get("name")), i, layer, call)
             for layer in layers
@@ -228,25 +229,25 @@ class _Model:
         while calls:
             left = []
             for name, i, layer, call in calls:
-                if (name, i) in values:
+                if (name, i) in made_by:
                     continue
-                arguments = _arguments(call, values)
+                arguments = _arguments(call, made_by)
                 if arguments is None:
                     left.append((name, i, layer, call))
                     continue
                 made = self._call(layer, arguments[0], path, arguments[1])
-                values[name, i] = made if isinstance(made, list) else [made]
+                made_by[name, i] = made if isinstance(made, list) else [made]
             if len(left) == len(calls):
                 raise Refused(f"the layer '{left[0][0]}', whose inputs nothing makes")
             calls = left
-        return [values[name, i][at] for name, i, at in _references(inner.get("output_layers"))]
+        return [made_by[name, i][at] for name, i, at in _references(inner.get("output_layers"))]
 
     def _call(self, layer: Mapping[str, Any], arguments: list[Any], path: str, extra: Mapping[str, Any] | None = None) -> Any:
         kind, settings = str(layer.get("class_name")), _settings(layer)
         name = str(settings.get("name") or layer.get("name") or kind)
         module = str(layer.get("module") or "keras")
         registered = layer.get("registered_name")
-        if (registered and ">" in str(registered)) or not module.startswith(_OWN):
+        if ">" in f"{registered}{kind}" or not module.startswith(_OWN):
             raise Refused(
                 f"the layer '{name}', of a class of its own ({registered or kind}): its code alone says what it computes"
             )
@@ -257,7 +258,7 @@ class _Model:
             return arguments if len(arguments) > 1 else arguments[0]
         handler = _LAYERS.get(kind)
         if handler is None:
-            what = "runs code of its own" if kind == "Lambda" else "is not known here"
+            what = "runs code of its own" if kind == "Lambda" else "is a class of its own, or not known here"
             raise Refused(f"the layer '{name}' ({kind}), which {what}")
         self.trace.name = self.trace.source = name
         layer_ = _Layer(self, kind, name, settings, arguments, extra or {})
@@ -507,10 +508,10 @@ def activation(layer: _Layer, x: Value, value: Any) -> Value:
             return trace.unary(x, "hard_swish")
         case "leaky_relu":
             return trace.unary(x, "leaky_relu", slope=0.2)
-        case "softmax" | "log_softmax":
-            made = trace.softmax(x, -1)
-            made.step.op = name
-            return made
+        case "softmax":
+            return trace.softmax(x, -1)
+        case "log_softmax":
+            return trace.log_softmax(x, -1)
         case _:
             raise Refused(f"has the activation '{name}'")
 

@@ -61,9 +61,15 @@ def read_trace(
     nodes: list[Node] = []
     tensors: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
+    labels: list[str] = []
+    for label, _ in outputs:
+        labels.append(safe_name(label, labels))
+    ends_as = {label: id(step) for label, step in zip(labels, last, strict=True)}
     taken: dict[str, bool] = {}
     for step in steps:
         operation, own = operation_of(step)
+        if ends_as.get(safe_name(step.name), id(step)) != id(step):  # the name belongs to an output
+            step.name = f"{step.name}.{step.op}"
         name = INPUT if step.op == "input" else _free(step, taken, owner=bool(own))
         taken[name] = bool(own)
         names[id(step)] = name
@@ -72,9 +78,8 @@ def read_trace(
         if step.source is not None:
             sources[name] = step.source
     found: list[Output] = []
-    for (label, _), step in zip(outputs, last, strict=True):
-        called = safe_name(label, [o.name for o in found])
-        found.append(Output(name=called, tensor=names[id(step)], classes=not step.is_map and has_scores(step)))
+    for label, step in zip(labels, last, strict=True):
+        found.append(Output(name=label, tensor=names[id(step)], classes=not step.is_map and has_scores(step)))
     c, h, w = trace.steps[0].shape
     try:
         network = Network(

@@ -450,18 +450,13 @@ def _split(r: Reader, n: _Node) -> list[Value]:
 
 
 def _softmax(r: Reader, n: _Node) -> Value:
+    compute = r.trace.softmax if n.node.op_type == "Softmax" else r.trace.log_softmax
     if n.opset >= 13:
-        return r.trace.softmax(n.x, int(n.attributes.get("axis", -1)))
+        return compute(n.x, int(n.attributes.get("axis", -1)))
     axis = int(n.attributes.get("axis", 1)) % n.x.ndim
     shape = n.x.shape
     flat = n.x.move(lambda p: p.reshape(math.prod(shape[:axis]), -1))
-    return r.trace.softmax(flat, 1).move(lambda p: p.reshape(shape))
-
-
-def _log_softmax(r: Reader, n: _Node) -> Value:
-    made = _softmax(r, n)
-    made.step.op = "log_softmax"
-    return made
+    return compute(flat, 1).move(lambda p: p.reshape(shape))
 
 
 def _same(r: Reader, n: _Node) -> list[Any]:
@@ -542,8 +537,7 @@ _HANDLERS: dict[str, Callable[[Reader, _Node], Any]] = {
     "Concat": _concat,
     **dict.fromkeys(_MOVING, _moved),
     "Split": _split,
-    "Softmax": _softmax,
-    "LogSoftmax": _log_softmax,
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     "Identity": _same,
     "Dropout": _dropout,
     "Cast": _cast,

@@ -17,6 +17,8 @@ from rescompress.core.errors import CheckpointError
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to its largest number."""
 IMAGES = 2
+LARGE = 128
+"""Pixels of a side: of larger ones a single image is compared, for it takes seconds."""
 ENDS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "": lambda y: y,
     "softmax": lambda y: y.softmax(1),
@@ -61,7 +63,9 @@ def prove(read: Read, original: Original, images: Tensor | None = None) -> float
     """
     model = build_model(read.network, read.tensors)
     worst = 0.0
-    batches = [random_images(read.network.input_shape)] + ([images] if images is not None else [])
+    shape = read.network.input_shape
+    count = IMAGES if shape[1] * shape[2] <= LARGE**2 else 1
+    batches = [random_images(shape, count)] + ([images] if images is not None else [])
     with torch.no_grad():
         for x_NCHW in batches:
             theirs = original.run(x_NCHW)
@@ -80,7 +84,7 @@ def difference(mine: Tensor, wanted: Tensor) -> float:
     """Return the largest difference relative to the largest number; infinite where sizes differ or a number is not finite."""
     if mine.numel() != wanted.numel():
         return float("inf")
-    wanted = wanted.detach().float().reshape(mine.shape)
+    mine, wanted = mine.detach(), wanted.detach().float().reshape(mine.shape)
     off = float((mine - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-12)
     return off if off == off else float("inf")
 

@@ -11,6 +11,7 @@ Shape suffixes: N batch, C channels, H height, W width. Shapes of steps are with
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,11 +69,13 @@ class Value:
         step: Makes the numbers.
         places: Per element, its place in the step's output (flat, with the batch), -1 for a zero; None where the tensor is the
             output as it is.
+        name: What to call a step that moves the numbers there, if one is needed.
     """
 
     trace: Trace
     step: Step
     places: Tensor | None = None
+    name: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ class Value:
             raise Refused("makes tensors beyond measure")
         natural = (self.trace.batch, *self.step.shape)
         same = tuple(places.shape) == natural and torch.equal(places.flatten(), torch.arange(places.numel()))
-        return Value(self.trace, self.step, None if same else places)
+        return Value(self.trace, self.step, None if same else places, self.trace.name)
 
     def has_zeros(self) -> bool:
         """Whether some elements are zeros that were put in."""
@@ -150,6 +153,7 @@ class Trace:
         self.name = ""
         self.source: str | None = None
         self.frozen = False
+        self._moves: dict[tuple[Any, ...], Step] = {}
 
     def input(self) -> Value:
         """Return the images."""
@@ -214,13 +218,22 @@ class Trace:
         left, stride_w, right = self._spaced(ws, W)
         rows, columns = h - top - bottom, w - left - right
         if not torch.equal(cs, torch.arange(C)) or (stride_h, stride_w) != (1, 1):
-            step = self.emit(
-                "select", [step], (c, rows, columns), channels=tuple(int(i) for i in cs), stride=(stride_h, stride_w)
-            )
+            chosen = tuple(int(i) for i in cs)
+            step = self._moved(x, "select", step, (c, rows, columns), channels=chosen, stride=(stride_h, stride_w))
         pads = (top, left, bottom, right)
         if padded or pads == NONE:
             return step, pads
-        return self.emit("pad", [step], (c, h, w), pads=pads, mode="zeros"), NONE
+        return self._moved(x, "pad", step, (c, h, w), pads=pads, mode="zeros"), NONE
+
+    def _moved(self, x: Value, op: str, step: Step, shape: tuple[int, ...], **attributes: Any) -> Step:
+        """Return the step that puts the numbers of a tensor where it has them; the same one for everybody who reads it."""
+        key = (op, id(step), shape, tuple(attributes.values()))
+        if key not in self._moves:
+            name, source, frozen = self.name, self.source, self.frozen
+            self.name, self.source = x.name or name, None
+            self._moves[key] = self.emit(op, [step], shape, **attributes)
+            self.name, self.source, self.frozen = name, source, frozen
+        return self._moves[key]
 
     def _spaced(self, places: Tensor, size: int) -> tuple[int, int, int]:
         """Return zeros before, distance, and zeros after, of rows or columns that a tensor keeps."""
@@ -254,7 +267,7 @@ class Trace:
             raise Refused("mixes the images of a batch")
         step = x.step
         if step.is_map:
-            step = self.emit("flatten", [step], (size,))
+            step = self._moved(x, "flatten", step, (size,))
         plain = len(order) == size and torch.equal(order, torch.arange(size))
         return step, None if plain else order
 
@@ -262,7 +275,7 @@ class Trace:
         step, order = self.as_vector(x)
         if order is None:
             return step
-        return self.emit("select", [step], (len(order),), channels=tuple(int(i) for i in order), stride=(1, 1))
+        return self._moved(x, "select", step, (len(order),), channels=tuple(int(i) for i in order), stride=(1, 1))
 
     def settled(self, x: Value) -> Step:
         """Return the step whose output is a tensor as it is: for outputs of the network."""
@@ -555,12 +568,11 @@ class Trace:
             return self._pooled(step, op, (self.batch, c, 1, 1))
         if wanted == (h, w):
             return x
-        if h % wanted[0] or w % wanted[1]:
-            raise Refused(f"pools {h}x{w} pixels into {wanted[0]}x{wanted[1]} windows of unequal sizes")
-        kernel = (h // wanted[0], w // wanted[1])
+        windows = [_even_windows(n, k) for n, k in zip((h, w), wanted, strict=True)]
+        kernel, stride = (tuple(v[i] for v in windows) for i in (0, 1))
         if op == "global_avg":
-            return self.avg_pool(Value(self, step), kernel, kernel, NONE, ceil=False, count_include_pad=True)
-        return self.max_pool(Value(self, step), kernel, kernel, NONE, (1, 1), ceil=False)
+            return self.avg_pool(Value(self, step), kernel, stride, NONE, ceil=False, count_include_pad=True)
+        return self.max_pool(Value(self, step), kernel, stride, NONE, (1, 1), ceil=False)
 
     def _pooled(self, step: Step, op: str, shape: Sequence[int]) -> Value:
         if step.shape[1:] == (1, 1):
@@ -611,6 +623,14 @@ class Trace:
                 made = self.max_pool(x, kernel, kernel, NONE, (1, 1), ceil=False)
             return made.move(lambda p: _squeezed(p, axes, keep=keep))
         raise Refused(f"reduces dimensions {axes} of a tensor of shape {x.shape}")
+
+    def log_softmax(self, x: Value, axis: int) -> Value:
+        """Return the logarithm of the softmax over the features of a vector: at the end, that of the scores of classes."""
+        made = self.softmax(x, axis)
+        if made.step.op != "softmax":
+            raise Refused("is a log-softmax of branches")
+        made.step.op = "log_softmax"
+        return made
 
     def softmax(self, x: Value, axis: int) -> Value:
         """Return the softmax over the features of a vector; over two branches, the two shares."""
@@ -675,6 +695,20 @@ def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
         return tuple(np.broadcast_shapes(*(tuple(s) for s in shapes)))
     except ValueError:
         raise Refused(f"combines tensors of shapes {' and '.join(str(tuple(s)) for s in shapes)}") from None
+
+
+def _even_windows(size: int, count: int) -> tuple[int, int]:
+    """Return size and distance of the windows of an adaptive pool.
+
+    Raises:
+        Refused: They are not all alike.
+    """
+    starts = [i * size // count for i in range(count)]
+    sizes = {-(-(i + 1) * size // count) - start for i, start in enumerate(starts)}
+    steps = {b - a for a, b in itertools.pairwise(starts)} or {1}
+    if len(sizes) > 1 or len(steps) > 1:
+        raise Refused(f"pools {size} pixels into {count} windows of unequal sizes")
+    return sizes.pop(), steps.pop()
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

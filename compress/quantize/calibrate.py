@@ -76,6 +76,8 @@ def images(batches: Iterable[Tensor | Sequence[Tensor]], limit: int | None = Non
 def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sharing: Together = ALONE) -> dict[str, Reach]:
     """Return how far the named tensors of a float network reach, in two passes over the batches.
 
+    A tensor inside a branch of a residual block that is zero on all images is left out: the network lives without it.
+
     Args:
         model: In eval mode.
         batches: Preprocessed images, each (N, C, H, W).
@@ -86,6 +88,7 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sh
         DataError: A tensor holds NaN or infinity, or is zero everywhere and not by construction.
     """
     wanted = set(tensors)
+    passed_by = {name for block in model.network.blocks for name in (*block.main, *block.shortcut)}
     per_image: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def note_largest(name: str, value: Tensor) -> None:
@@ -108,10 +111,9 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sh
         if isinstance(layer.operation, ChannelSelect) and max(layer.operation.channels) < 0:
             largest_N[layer.name].fill_(1.0)  # a shortcut pruned to nothing but zeros, which are zeros on any scale
         if largest_N[layer.name].max() <= SMALLEST_RANGE:
-            raise DataError(
-                f"the activation {layer.name} is zero on all calibration images, so it has no scale",
-                remedy="calibrate on other images, or check the checkpoint: the network computes nothing there",
-            )
+            if layer.name not in passed_by:
+                raise no_scale(layer.name)
+            wanted.discard(layer.name)
     histograms = {name: torch.zeros(BINS, dtype=torch.float64) for name in wanted}
 
     def note_histogram(name: str, value: Tensor) -> None:
@@ -124,6 +126,14 @@ def observe(model: ResNet, batches: Sequence[Tensor], tensors: Iterable[str], sh
     counted = sharing.gather(histograms)  # whole numbers, so that the order of the sum is no matter
     histograms = {name: torch.stack([share[name] for share in counted]).sum(0) for name in histograms}
     return {name: Reach(float(largest_N[name].max()), float(largest_N[name].mean()), histograms[name]) for name in wanted}
+
+
+def no_scale(tensor: str) -> DataError:
+    """Return the error of an activation that is zero on all calibration images."""
+    return DataError(
+        f"the activation {tensor} is zero on all calibration images, so it has no scale",
+        remedy="calibrate on other images, or check the checkpoint: the network computes nothing there",
+    )
 
 
 def range_of(reach: Reach, estimator: Estimator, *, levels: int, percentile: float) -> float:

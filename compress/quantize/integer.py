@@ -9,6 +9,8 @@ this network better than fake quantization agrees with itself on another process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,9 @@ from compress.checkpoints.base import Checkpoint
 from compress.prune.fold import shift
 from compress.quantize.bias_grid import exact_gain
 from compress.quantize.fake_quant import ActivationQuantizer, fake_quant_model, integer_weights, require_quantization
-from compress.resnet import ResNet, conv_module
+from compress.resnet import AffineLayer, ResNet, conv_module
 from rescompress.core.graph import Layer
-from rescompress.core.operations import Conv
+from rescompress.core.operations import BatchNorm, Conv
 from rescompress.core.quantizers import rounded_at
 
 
@@ -90,7 +92,10 @@ def integer_model(checkpoint: Checkpoint) -> ResNet:
     for name, module in model.activations.items():
         assert isinstance(module, ActivationQuantizer)
         model.activations[name] = DividedActivation(module)
+    folded = {norm.name for norm in network.folded_norms.values()}
     for layer in model.layers:
+        if isinstance(layer.operation, BatchNorm) and layer.name not in folded:
+            model.replace_module(layer.name, _normalised(layer, tensors))
         data = quantization.activation(rounded_at(layer.inputs[0], network)) if layer.inputs else None
         weight = quantization.weight(layer.name)
         if data is None or data.scale is None or weight is None or weight.scale is None:
@@ -108,6 +113,16 @@ def integer_model(checkpoint: Checkpoint) -> ResNet:
         whole = torch.from_numpy(integers[layer.name]).float()
         model.replace_module(layer.name, IntegerLayer(plain, whole, data.scale[0], factor_O, offset_O))
     return model.eval()
+
+
+def _normalised(layer: Layer, tensors: Mapping[str, Tensor]) -> AffineLayer:
+    """Return a BatchNorm of its own as one factor and one summand in float32, as the file holds it."""
+    gain_O = exact_gain(tensors, layer)
+    made = AffineLayer(len(gain_O), shift=True)
+    assert made.bias is not None
+    made.weight.copy_(gain_O)
+    made.bias.copy_(shift(tensors, layer) - tensors[f"{layer.name}.running_mean"] * gain_O)
+    return made
 
 
 def _plain(layer: Layer) -> nn.Conv2d | nn.Linear:

@@ -20,7 +20,8 @@ from compress.quantize.calibrate import Estimator, Reach
 from compress.quantize.fake_quant import fake_quant_model, weight_scale
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import CheckpointError, ConfigError, DataError
-from rescompress.core.quantizers import Profile, Quantization, Quantizer, place
+from rescompress.core.operations import Weighted
+from rescompress.core.quantizers import Profile, Quantization, Quantizer, place, rounded_at
 
 Calibration = Literal["nncf", "auto"] | Estimator
 CALIBRATIONS: tuple[Calibration, ...] = ("auto", "nncf", *calibrate.ESTIMATORS)
@@ -109,6 +110,20 @@ def ptq(
         model, images, [q.tensor for q in placed if q.kind == "activation" and q.shares is None], sharing
     )
 
+    dead = sorted({q.tensor for q in placed if q.kind == "activation" and q.shares is None} - set(reaches))
+    if dead:  # what reads it stays in floating point: no image says what a step should be worth
+        network = checkpoint.network
+        readers = {
+            layer.name
+            for layer in network.layers
+            if isinstance(layer.operation, Weighted) and rounded_at(layer.inputs[0], network) in dead
+        }
+        placed = place(checkpoint.spec, profile, keep_float=keep_float | readers)
+        if (
+            q := next((q for q in placed if q.kind == "activation" and (q.shares or q.tensor) not in reaches), None)
+        ) is not None:
+            raise calibrate.no_scale(q.tensor)
+
     def quantized(candidate: Candidate) -> Checkpoint:
         ranges = _ranges(candidate, model, images, reaches, placed)
         quantizers = scaled(placed, ranges, checkpoint.state_dict)
@@ -117,7 +132,7 @@ def ptq(
 
     if calibration != "auto":
         chosen = Candidate(calibration, percentile if calibration == "percentile" else None, bias_correction)
-        return _noted(quantized(chosen), chosen, ())
+        return _noted(quantized(chosen), chosen, (), dead)
     judge = _Judge(model, chosen_by)
     first = Candidate(calibration="nncf", bias_correction=False)
     ways = [first, *(replace(first, calibration=e) for e in calibrate.ESTIMATORS if e not in ("mean-max", "percentile"))]
@@ -127,7 +142,7 @@ def ptq(
         candidate = replace(_best(tried)[0], bias_correction=True)
         tried.append(judge(candidate, quantized(candidate)))
     chosen, result = _best(tried)
-    return _noted(result, chosen, [candidate for candidate, _ in tried])
+    return _noted(result, chosen, [candidate for candidate, _ in tried], dead)
 
 
 def _best(tried: Sequence[tuple[Candidate, Checkpoint]]) -> tuple[Candidate, Checkpoint]:
@@ -145,9 +160,10 @@ class _Judge:
         return replace(candidate, divergence=divergence(fake_quant_model(result), self.images, self.wanted)), result
 
 
-def _noted(result: Checkpoint, chosen: Candidate, tried: Sequence[Candidate]) -> Checkpoint:
+def _noted(result: Checkpoint, chosen: Candidate, tried: Sequence[Candidate], dead: Sequence[str]) -> Checkpoint:
     note: dict[str, object] = {"chosen": asdict(chosen), "tried": [asdict(c) for c in tried]}
-    return replace(result, provenance={**result.provenance, "calibration": note})
+    said = {"zero_on_all_images": ", ".join(dead)} if dead else {}
+    return replace(result, provenance={**result.provenance, "calibration": note, **said})
 
 
 def _hold_out(images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 from rescompress.core.described import Flag
+from rescompress.core.details import FinetuneDetails, PruneDetails, QuantizeDetails
 from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
 
 app = typer.Typer()
@@ -101,23 +101,25 @@ def prune(
     path = workspace.deliver(workspace.file_of(workspace.final(report.manifest, last), "checkpoint"), output)
     if plan_out is not None:
         workspace.deliver(workspace.file_of(result, "plan"), plan_out)
+    details = result.details_as(PruneDetails)
+    assert details is not None
     document = {
         "output": str(path),
         "macs_before": int(before.metrics["macs"].value),
         "macs_after": int(result.metrics["macs"].value),
         "params_before": int(before.metrics["params"].value),
         "params_after": int(result.metrics["params"].value),
-        "method": result.details["method"],
-        "widths": result.details["widths_after"],
-        "widths_before": result.details["widths_before"],
-        "dropped_blocks": result.details["dropped_blocks"],
-        "seconds": result.details["seconds"],
-        "achieved_ratio": result.details["achieved_ratio"],
-        "notes": result.details["notes"],
+        "method": details.method,
+        "widths": details.widths_after,
+        "widths_before": details.widths_before,
+        "dropped_blocks": details.dropped_blocks,
+        "seconds": details.seconds,
+        "achieved_ratio": details.achieved_ratio,
+        "notes": details.notes,
         "plan": str(workspace.file_of(result, "plan")),
     }
     document |= _tops(before, workspace.final(report.manifest, last))
-    out.result(document, workspace.trade_off(report.manifest, last), _removed(result.details), str(path))
+    out.result(document, workspace.trade_off(report.manifest, last), _removed(details), str(path))
 
 
 @app.command()
@@ -169,7 +171,8 @@ def finetune(
     result = workspace.final(report.manifest, "finetune")
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
     document = {"output": str(path), "top1": result.metrics["top1"].value, "n": result.metrics["top1"].n}
-    document |= {"epochs": result.details["epochs"]}
+    details = result.details_as(FinetuneDetails)
+    document |= {"epochs": details.epochs if details is not None else []}
     out.result(document, workspace.trade_off(report.manifest, "finetune"), str(path))
 
 
@@ -225,17 +228,18 @@ def quantize(
     result = workspace.final(report.manifest, "quantize")
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
     document: dict[str, Any] = {"output": str(path), "mode": settings.mode, "profile": placed}
-    document |= {"top1_before": result.details.get("float_top1"), "top1_after": result.metrics["top1"].value}
+    details = result.details_as(QuantizeDetails)
+    document |= {"top1_before": details.float_top1 if details is not None else None, "top1_after": result.metrics["top1"].value}
     out.result(document, workspace.trade_off(report.manifest, "quantize"), str(path))
 
 
-def _removed(details: Mapping[str, Any]) -> str:
+def _removed(details: PruneDetails) -> str:
     """Return in words what pruning took away, and what a latency budget came to."""
-    words = f"removed {100 * details['achieved_ratio']:.1f} % of the prunable channels"
-    if gone := details["dropped_blocks"]:
+    words = f"removed {100 * details.achieved_ratio:.1f} % of the prunable channels"
+    if gone := details.dropped_blocks:
         words += f", {len(gone)} whole blocks among them ({', '.join(gone)})"
-    if "latency" in details.get("budget", {}):
-        before, after = details["cost_before"], details["cost_after"]
+    before, after = details.cost_before, details.cost_after
+    if "latency" in details.budget and before is not None and after is not None:
         words += f"; predicted {after:.3g} ms, {after / before:.3f} of {before:.3g} ms in the same precision"
     return words
 

@@ -342,33 +342,37 @@ def _export(
 
 def _stage(done: Deployment, target: Target, root: Path) -> StageResult:
     from rescompress.core.artifact import Artifact
-    from rescompress.core.manifest import DEPLOY_PREFIX, StageResult
+    from rescompress.core.details import DeployDetails
+    from rescompress.core.manifest import DEPLOY, DEPLOY_PREFIX, StageResult
 
     def kind(file: Path) -> str:
         return "outcomes" if file.name.endswith(OUTCOMES) else {".engine": "engine", ".log": "log"}.get(file.suffix, "report")
 
     files = tuple(Artifact.of(kind(f), f, root) for f in done.best.files)
+    details = DeployDetails(
+        target=target.name,
+        tensorrt=done.probe.version,
+        model=done.probe.model,
+        power_mode=done.probe.power_mode,
+        clocks=done.probe.clocks,
+        precision=done.best.precision,
+        stable=done.best.stable,
+        spread=done.best.spread,
+        latency_runs=list(done.best.run_medians_ms),
+        results={r.precision: {n: m.model_dump(mode="json") for n, m in r.metrics.items()} for r in done.results},
+        **done.best.statistics,
+        engine=done.best.details,
+        notes=list(done.notes),
+        commands=list(done.commands),
+    )
     return StageResult(
         stage=DEPLOY_PREFIX + target.name,
+        kind=DEPLOY,
+        target=target.name,
         status="done",
         metrics=done.best.metrics,
         outputs=files,
-        details={
-            "target": target.name,
-            "tensorrt": done.probe.version,
-            "model": done.probe.model,
-            "power_mode": done.probe.power_mode,
-            "clocks": done.probe.clocks,
-            "precision": done.best.precision,
-            "stable": done.best.stable,
-            "spread": done.best.spread,
-            "latency_runs": list(done.best.run_medians_ms),
-            "results": {r.precision: {n: m.model_dump(mode="json") for n, m in r.metrics.items()} for r in done.results},
-            **done.best.statistics,
-            "engine": done.best.details,
-            "notes": list(done.notes),
-            "commands": list(done.commands),
-        },
+        details=details,
     )
 
 

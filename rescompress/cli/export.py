@@ -11,6 +11,7 @@ from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
+from rescompress.core.details import TargetDetails
 from rescompress.core.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -109,26 +110,27 @@ def export(
         folder = output
     if packed is not None or archive:
         packed = _pack(result, packed or folder.parent / f"{folder.resolve().name}.tar.gz")
-    details = result.details
+    details = result.details_as(TargetDetails)
+    assert details is not None
     latency = result.metrics.get("p50_ms")
-    document = {
-        "target": details["target"],
+    document: dict[str, Any] = {
+        "target": details.target,
         "onnx": str(folder / "model.onnx"),
-        "engine": str(folder / Path(details["engine"]).name) if details.get("engine") else None,
-        "engine_status": details["engine_status"],
-        "precision": details["precision"],
-        "opset": details["opset"],
+        "engine": str(folder / Path(details.engine).name) if details.engine else None,
+        "engine_status": details.engine_status,
+        "precision": details.precision,
+        "opset": details.opset,
         "size_bytes": int(result.metrics["size_bytes"].value),
         "macs": int(result.metrics["macs"].value),
-        "parity": details["parity"],
-        "parity_in_integers": details.get("parity_in_integers"),
-        "float16": details.get("float16"),
-        "lint": details.get("lint", []),
-        "validity_gate": details.get("validity_gate"),
+        "parity": details.parity,
+        "parity_in_integers": details.parity_in_integers,
+        "float16": details.float16,
+        "lint": details.lint,
+        "validity_gate": details.validity_gate,
         "latency": _latency(latency),
         "archive": str(packed) if packed else None,
         "files": files,
-        "notes": details["notes"],
+        "notes": details.notes,
     }
     if "top1" in result.metrics:
         document["top1"] = result.metrics["top1"].value
@@ -174,7 +176,7 @@ def newest_checkpoint(folder: Path) -> Path:
     remedy = "name a checkpoint, or run `rescompress prune CKPT` here first"
     if not (folder / MANIFEST_NAME).is_file():
         raise BadInput("no checkpoint given, and no workspace here", where=str(folder), remedy=remedy)
-    done = [s for s in load_manifest(folder).stages if s.status == "done" and s.stage != "dense"]
+    done = [s for s in load_manifest(folder).stages if s.status == "done" and s.kind != "dense"]
     stages = [s for s in done if s.output("checkpoint") is not None]
     if not stages:
         raise BadInput("the workspace holds no checkpoint", where=str(folder), remedy=remedy)

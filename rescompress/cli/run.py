@@ -38,6 +38,10 @@ def run(
             "--track", metavar="KIND:ADDRESS", help="Record the run: mlflow:URI, tensorboard:FOLDER.", show_default=False
         ),
     ] = None,
+    again: Annotated[
+        list[str] | None,
+        typer.Option("--again", metavar="STAGE", help="Compute a stage again that is done; repeatable.", show_default=False),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace files in the folder that rescompress did not write.", show_default=False)
     ] = False,
@@ -78,6 +82,7 @@ def run(
             config_file=config,
             reads=[] if is_name(loaded.data) else [Path(loaded.data)],
             force=force,
+            again=again or (),
         )
     if together is not None and not together.is_main:
         return

@@ -19,7 +19,8 @@ How to build one (what a reader of foreign files does)::
 
 * The first node is ``input``; every other node reads tensors of nodes before it. A tensor is called as the node that makes
   it. Names are free but unique, made of ``[A-Za-z0-9_]`` with dots and slashes between; readers keep the file's own, and
-  `safe_name` makes a legal one of any text.
+  `safe_name` makes a legal one of any text. A dot and a slash are one where names become modules: there cannot be ``a.b`` and
+  ``a/b``. An output may be called as the node that makes it, not as another.
 * Shapes, parameters and MACs are inferred: a network that does not fit together cannot be built (ValueError, which names the
   node).
 * A node's parameters are in the checkpoint's tensors under ``<node>.weight``, ``<node>.bias``, ``<node>.running_mean``,

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from rescompress.core.artifact import Artifact, read_text, write_text
+from rescompress.core.details import KINDS, D, Details
 from rescompress.core.errors import BadInput
 from rescompress.core.locks import folder_held
 from rescompress.core.metric import Metric
 from rescompress.core.spec import Frozen
 from rescompress.core.text import storable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ = (1, 2)
+"""Layouts that are read. In the first a stage's kind and target stood in its name alone."""
 MANIFEST_NAME = "manifest.json"
-TARGET_PREFIX = "target:"
-DEPLOY_PREFIX = "deploy:"
+TARGET = "target"
+DEPLOY = "deploy"
+TARGET_PREFIX = f"{TARGET}:"
+DEPLOY_PREFIX = f"{DEPLOY}:"
 
 Status = Literal["done", "skipped", "failed"]
 
@@ -39,6 +45,9 @@ class StageResult(Frozen):
     Attributes:
         stage: Unique name: ``dense``, ``prune``, ``finetune``, ``quantize``, ``export``, ``target:cpu``,
             ``deploy:jetson-orin-nano-8gb`` ...
+        kind: What it did: ``dense``, ``prune``, ``finetune``, ``quantize``, ``export``, ``target``, ``deploy``, ``trial``.
+        of: Name of the stage whose network it is of; its own where it made one, empty where another command made it.
+        target: The edge target that it is about, or None.
         status: ``done``, ``skipped`` or ``failed``; the last two carry a reason.
         reason: Why it was skipped or failed.
         key: Hash of everything the outcome depends on: inputs' content, settings, versions.
@@ -48,11 +57,14 @@ class StageResult(Frozen):
         finished: When it ended; ISO 8601, UTC.
         ancestry: SHA-256 of the checkpoint it read, of the one that was made from, and so on back to the first file.
         environment: Where it was computed, as in `Manifest`, with the number of threads; empty where it is not known.
-        details: What a reader may want beside the metrics, JSON values only (widths per group, error curves, log of the
+        details: What a reader may want beside the metrics, by the kind of stage (widths per group, error curves, log of the
             epochs, engine status, lint findings, latency per layer).
     """
 
     stage: str
+    kind: str = ""
+    of: str = ""
+    target: str | None = None
     status: Status
     reason: str | None = None
     key: str = ""
@@ -62,18 +74,47 @@ class StageResult(Frozen):
     finished: str = ""
     ancestry: tuple[str, ...] = ()
     environment: dict[str, Any] = Field(default_factory=dict)
-    details: dict[str, Any] = Field(default_factory=dict)
+    details: SerializeAsAny[Details] = Field(default_factory=Details)
 
-    @property
-    def target(self) -> str | None:
-        """The edge target that it is about, or None."""
-        found = next((p for p in (TARGET_PREFIX, DEPLOY_PREFIX) if self.stage.startswith(p)), None)
-        return self.stage.removeprefix(found) if found else None
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, data: Any) -> Any:
+        """Return what was written in the first layout with the kind and the target that its name says."""
+        if not isinstance(data, dict) or data.get("kind") or not isinstance(data.get("stage"), str):
+            return data
+        name: str = data["stage"]
+        word, colon, target = name.partition(":")
+        kind = word if colon else re.sub(r"-\d+$", "", word)
+        known = kind in KINDS and bool(colon) == (kind in (TARGET, DEPLOY))
+        made = known and kind not in (TARGET, DEPLOY, "export")
+        return {
+            **data,
+            "kind": kind if known else "",
+            "target": target if known and colon else None,
+            "of": name if made else "",
+        }
+
+    @field_validator("details", mode="before")
+    @classmethod
+    def _typed(cls, details: Any, info: ValidationInfo) -> Any:
+        """Return the details of this kind of stage."""
+        kind = KINDS.get(info.data.get("kind", ""), Details)
+        if isinstance(details, kind):
+            return details
+        try:
+            return kind.model_validate(details.document() if isinstance(details, Details) else details)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+    def details_as(self, kind: type[D]) -> D | None:
+        """Return the details if they are of that kind."""
+        return self.details if isinstance(self.details, kind) else None
 
     @property
     def is_deployment(self) -> bool:
         """Whether it was built and measured on a board, by `deploy`, which is part of no run."""
-        return self.stage.startswith(DEPLOY_PREFIX)
+        return self.kind == DEPLOY
 
     @property
     def checkpoint_sha256(self) -> str | None:
@@ -179,7 +220,7 @@ class Manifest(Frozen):
         """Return the names of a stage and of those that its network went through before, in order."""
         last = self.stage(name)
         before = set(last.ancestry) if last else set()
-        start = {s.stage for s in self.stages if s.stage == "dense" and before.intersection(s.ancestry)}
+        start = {s.stage for s in self.stages if s.kind == "dense" and before.intersection(s.ancestry)}
         return tuple(s.stage for s in self.stages if s.stage in {name, *start} or s.checkpoint_sha256 in before)
 
     def of_network(self, first_sha256: str) -> Manifest:
@@ -274,10 +315,10 @@ def load_manifest(path: Path | str) -> Manifest:
         raise BadInput(
             f"is no manifest: {place}: {first['msg']}", where=str(path), remedy="run the pipeline again, or restore the file"
         ) from e
-    if manifest.schema_version != SCHEMA_VERSION:
+    if manifest.schema_version not in READ:
         raise BadInput(
-            f"was written in layout {manifest.schema_version}, this version reads {SCHEMA_VERSION}",
+            f"was written in layout {manifest.schema_version}, this version reads {READ[0]} to {READ[-1]}",
             where=str(path),
             remedy="read it with the version of rescompress that wrote it, or run the pipeline again",
         )
-    return manifest
+    return manifest.model_copy(update={"schema_version": SCHEMA_VERSION})

@@ -42,6 +42,19 @@ def listed(package: str) -> list[str]:
     return sorted({*files, *(e.name for e in importlib.metadata.entry_points(group=package))})
 
 
+def file_of(package: str, name: str) -> Path | None:
+    """Return the file of a plugin, without importing it or what it is in; None where there is none of that name."""
+    top, *below = package.split(".")
+    found = importlib.util.find_spec(top)
+    for place in (found.submodule_search_locations if found is not None else None) or ():
+        path = Path(place, *below, f"{name}.py")
+        if path.is_file():
+            return path
+    entry = next((e for e in importlib.metadata.entry_points(group=package) if e.name == name), None)
+    spec = importlib.util.find_spec(entry.module) if entry is not None else None
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
 def known(package: str, name: str) -> bool:
     """Return whether `package` has a plugin called `name`; nothing is imported, and entry points are read only if needed."""
     return name in _files(package) or any(e.name == name for e in importlib.metadata.entry_points(group=package))

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from rescompress.core.details import MeasuredDetails
 from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
 from rescompress.gate import evidence, ratios, tango
-from rescompress.gate.evidence import INLINE_OUTCOMES, outcomes_of, processes
+from rescompress.gate.evidence import outcomes_of, processes
 from rescompress.gate.limits import Limits
 from rescompress.gate.pairing import pair
 from rescompress.report.columns import count, duration, provenance, size
@@ -25,23 +26,8 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 CONFIDENCE = 0.95
 """One-sided for verdicts, two-sided for the interval that is shown."""
 
-OWN = "latency_runs"
-"""Key in `StageResult.details`: median latency of each process, ms."""
-
-BESIDE = "dense_latency_runs"
-"""The same of the dense network, measured in turns with it."""
-
-VERSION = "runtime_version"
-"""The same of the runtime's version."""
-
-PRECISION = "precision"
-"""The same of what the stage's network computes in."""
-
 EXACT = {"size": "size_bytes", "macs": "macs", "params": "params"}
 """Metric by the name of its check, whose limit is ``max_<name>``: figures without noise, of the stage that counts."""
-
-CONDITIONS = "conditions"
-"""The same of how figures beside the latency came about, by metric."""
 
 PER_PROCESS = {
     "p99": "p99_ms",
@@ -52,9 +38,6 @@ PER_PROCESS = {
     "end_to_end": "end_to_end_ms",
 }
 """As `EXACT`, for figures of a target that are compared by processes as latencies are: ``<metric>_runs`` in the details."""
-
-KEPT = frozenset({OWN, BESIDE, VERSION, PRECISION, CONDITIONS, *(f"{metric}_runs" for metric in PER_PROCESS.values())})
-"""What a baseline file keeps of a stage's details."""
 
 OF_ITSELF = {"soak": "soak_ratio", "build_spread": "build_ratio"}
 """As `EXACT`, for ratios within the candidate, which need no baseline."""
@@ -533,8 +516,9 @@ def _beside(manifest: Manifest, stage: StageResult) -> tuple[str, object] | None
     onnx = dense.output("onnx") if dense is not None else None
     packages = manifest.environment.get("packages")
     usual = packages.get(stage.metrics["p50_ms"].runtime) if isinstance(packages, dict) else None
-    version = stage.details.get(VERSION) or usual
-    if onnx is None or version is None or len(processes(stage, BESIDE)) != len(processes(stage, OWN)):
+    measured = stage.details_as(MeasuredDetails)
+    version = (measured.runtime_version if measured is not None else None) or usual
+    if onnx is None or version is None or len(processes(stage, "dense_latency")) != len(processes(stage, "latency")):
         return None
     return onnx.sha256, version
 
@@ -549,7 +533,7 @@ def _latency(
     name: str = "latency",
 ) -> Check:
     metric = PER_PROCESS.get(name, "p50_ms")
-    own = OWN if name == "latency" else f"{metric}_runs"
+    own = "latency" if name == "latency" else metric
     new, old = candidate.metrics[metric], baseline.metrics[metric]
     _check_positive(f"{name}:{target}", new, old)
 
@@ -573,15 +557,14 @@ def _latency(
     short = min(len(r) for r in runs)
     if short < ratios.LEAST_PROCESSES:
         return undecided(f"{short} processes were measured, {ratios.LEAST_PROCESSES} are needed")
-    beside = (processes(candidate, BESIDE), processes(baseline, BESIDE)) if drift_is_known else None
+    beside = (processes(candidate, "dense_latency"), processes(baseline, "dense_latency")) if drift_is_known else None
     return _measured(target, runs[0], runs[1], beside, limit, name)
 
 
 def _condition(stage: StageResult, metric: str) -> str | None:
     """Return how a figure of a stage came about, where that is told."""
-    told = stage.details.get(CONDITIONS)
-    text = told.get(metric) if isinstance(told, dict) else None
-    return text if isinstance(text, str) else None
+    details = stage.details_as(MeasuredDetails)
+    return details.conditions.get(metric) if details is not None else None
 
 
 def _measured(
@@ -668,9 +651,8 @@ def baseline_of(run: Run) -> Manifest:
     """Return the run as a baseline that needs no other file: outcomes inside, no details but processes, precision; no paths."""
     stages = []
     for result in run.manifest.stages:
-        details: dict[str, Any] = {k: v for k, v in result.details.items() if k in KEPT}
-        if result.output("outcomes") is not None or INLINE_OUTCOMES in result.details:
-            details[INLINE_OUTCOMES] = _outcomes(run, result).model_dump()
+        paired = result.output("outcomes") is not None or result.details.outcomes is not None
+        details = result.details.for_baseline(_outcomes(run, result).model_dump() if paired else None)
         # The dense file itself is not kept, its hash is: it says whether latencies were measured beside the same network.
         kept = tuple(a for a in result.outputs if a.kind == "onnx" and result.stage == DENSE)
         stages.append(result.model_copy(update={"outputs": kept, "details": details, "environment": {}}))

@@ -13,13 +13,11 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from rescompress.core.artifact import Artifact
+from rescompress.core.details import MeasuredDetails
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
-
-INLINE_OUTCOMES = "outcomes"
-"""Key in `StageResult.details` of the outcomes in a baseline file, which has no other files beside it."""
 
 _KINDS: tuple[tuple[str, str, float, float], ...] = (
     # Name of the metric, its unit, and the least and the most that anything real has.
@@ -99,32 +97,29 @@ def _size(stage: StageResult, where: str) -> None:
 def _latencies(stage: StageResult, where: str) -> None:
     for prefix in ("", "dense_", "fp32_"):
         p50 = stage.metrics.get(f"{prefix}p50_ms")
-        runs = stage.details.get(f"{prefix}latency_runs")
-        if p50 is None or p50.provenance != "measured" or not runs:
+        medians = processes(stage, f"{prefix}latency")
+        if p50 is None or p50.provenance != "measured" or not medians:
             continue
-        medians = processes(stage, f"{prefix}latency_runs")
         if not min(medians) * (1 - NEAR) <= p50.value <= max(medians) * (1 + NEAR):
             told = f"{min(medians):.4g} to {max(medians):.4g} ms"
             _refuse(f"{prefix}p50_ms is {p50.value:.4g} ms, the processes it is from took {told}", where)
 
 
-def processes(stage: StageResult, name: str) -> list[float]:
-    """Return the median latency of each process, in ms.
+def processes(stage: StageResult, metric: str) -> list[float]:
+    """Return the median latency of each process, in ms; nothing for a stage that measures none.
 
     Args:
         stage: The stage.
-        name: Key in its details.
+        metric: As for `MeasuredDetails.runs`.
 
     Raises:
-        BadInput: They are no list of positive numbers.
+        BadInput: They are no positive numbers.
     """
-    runs = stage.details.get(name, [])
-    good = isinstance(runs, list) and all(
-        isinstance(r, int | float) and not isinstance(r, bool) and 0 < r < math.inf for r in runs
-    )
-    if not good:
-        raise BadInput(f"{name} is no list of positive numbers", where=stage.stage, remedy="measure it again")
-    return [float(r) for r in runs]
+    details = stage.details_as(MeasuredDetails)
+    runs = details.runs(metric) if details is not None else []
+    if not all(0 < r < math.inf for r in runs):
+        raise BadInput(f"{metric}_runs is no list of positive numbers", where=stage.stage, remedy="measure it again")
+    return runs
 
 
 def _accuracy(stage: StageResult, folder: Path, name: str) -> None:
@@ -139,7 +134,7 @@ def _accuracy(stage: StageResult, folder: Path, name: str) -> None:
 def _found(stage: StageResult, folder: Path, name: str) -> Iterator[tuple[Outcomes, str]]:
     """Yield the outcomes of a stage, if they are whole, and where they are from; what is judged by others is read again."""
     artifact = stage.output("outcomes")
-    if INLINE_OUTCOMES in stage.details or (artifact is not None and artifact.intact(_inside(artifact, folder, name))):
+    if stage.details.outcomes is not None or (artifact is not None and artifact.intact(_inside(artifact, folder, name))):
         yield outcomes_of(stage, folder, name), f"{name}: {stage.stage}"
 
 
@@ -154,7 +149,7 @@ def outcomes_of(stage: StageResult, folder: Path, name: str) -> Outcomes:
     Raises:
         BadInput: There are none, they are damaged, or those in the manifest are not those in the file.
     """
-    inline = stage.details.get(INLINE_OUTCOMES)
+    inline = stage.details.outcomes
     artifact = stage.output("outcomes")
     where = f"{name}: {stage.stage}"
     if inline is None and artifact is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rescompress.core.details import DenseDetails, QuantizeDetails
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.text import code_span, markdown
 from rescompress.report.columns import provenance, scaled
@@ -70,11 +71,12 @@ def model_card(name: str, manifest: Manifest) -> str:
 def described(manifest: Manifest) -> str:
     """Return what the network is, in one or two sentences."""
     dense = manifest.stage(DENSE)
-    arch = dense.details.get("arch") if dense else None
+    told = dense.details_as(DenseDetails) if dense else None
+    arch = told.arch if told else None
     made = [
         word
-        for stage, word in (("prune", "pruned"), ("finetune", "fine-tuned"), ("quantize", "quantized to INT8"))
-        if any(s.stage == stage and s.status == "done" for s in manifest.stages)
+        for kind, word in (("prune", "pruned"), ("finetune", "fine-tuned"), ("quantize", "quantized to INT8"))
+        if any(s.kind == kind and s.status == "done" for s in manifest.stages)
     ]
     row = run_row(manifest, "")
     text = f"A {arch or 'ResNet'} for image classification" + (f", {', '.join(made)}." if made else ".")
@@ -143,9 +145,9 @@ def _limits(manifest: Manifest) -> list[str]:
     if any(m.provenance == "predicted" for s in manifest.stages for m in s.metrics.values()):
         lines.append("- Predicted latencies come from a model of the device; measure on the device before relying on them.")
     for stage in manifest.stages:
-        notes = stage.details.get("notes")
-        if stage.details.get("kept") == "ptq" and isinstance(notes, list) and notes:
-            lines.append(f"- Stage {code_span(stage.stage)}: {markdown(str(notes[0]))}.")
+        details = stage.details_as(QuantizeDetails)
+        if details is not None and details.kept == "ptq" and (notes := details.notes):
+            lines.append(f"- Stage {code_span(stage.stage)}: {markdown(notes[0])}.")
         if stage.status != "done":
             lines.append(f"- Stage {code_span(stage.stage)} was {stage.status}: {markdown(stage.reason or 'no reason given')}.")
     return lines

@@ -14,6 +14,7 @@ from itertools import groupby
 from string import Template
 from typing import Any, TypeGuard
 
+from rescompress.core.details import DenseDetails, DeployDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.report import charts
@@ -301,7 +302,7 @@ def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
 
 
 def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> Markup:
-    notes = [n for s in manifest.stages for n in _texts(s.details.get("notes"))]
+    notes = [n for s in manifest.stages for n in s.details.notes]
     listed = joined(html("<li>{}</li>", n) for n in dict.fromkeys(notes))
     told = html('<ul class="note">{}</ul>', listed) if listed else NOTHING
     intro = "Accuracy with its standard error; in the second line of a cell, points or times the dense network's figure. "
@@ -312,7 +313,8 @@ def _stage_table(manifest: Manifest, rows: Sequence[Row]) -> Markup:
 def _search(manifest: Manifest) -> Section | None:
     """Return the front of a search and how it was found; nothing for a run."""
     dense = manifest.stage(DENSE)
-    document = dense.details.get(searches.KEY) if dense is not None else None
+    details = dense.details_as(DenseDetails) if dense is not None else None
+    document = details.search if details is not None else None
     if not isinstance(document, Mapping):
         return None
     parts = [
@@ -413,7 +415,7 @@ def _latency_points(manifest: Manifest, stage: StageResult) -> list[Point]:
 
 
 def _last_float(manifest: Manifest) -> StageResult | None:
-    found = [s for s in manifest.stages if s.stage in ("prune", "finetune") and s.status == "done" and "top1" in s.metrics]
+    found = [s for s in manifest.stages if s.kind in ("prune", "finetune") and s.status == "done" and "top1" in s.metrics]
     return found[-1] if found else None
 
 
@@ -462,13 +464,11 @@ def _finite(value: Any) -> TypeGuard[int | float]:
 
 def _channels(stage: StageResult) -> tuple[dict[str, float], dict[str, float]]:
     """Return the channels per group before and after pruning."""
-    before = {k: v for k, v in _numbers(stage.details.get("widths_before")).items() if v > 0}
-    return before, {k: v for k, v in _numbers(stage.details.get("widths_after")).items() if v >= 0}
-
-
-def _texts(values: Any) -> list[str]:
-    """Return the texts of a list; nothing for anything else."""
-    return [v for v in values if isinstance(v, str)] if isinstance(values, list | tuple) else []
+    details = stage.details_as(PruneDetails)
+    if details is None:
+        return {}, {}
+    before = {k: float(v) for k, v in details.widths_before.items() if v > 0}
+    return before, {k: float(v) for k, v in details.widths_after.items() if v >= 0}
 
 
 def _pruning(manifest: Manifest) -> list[StageResult]:
@@ -492,7 +492,8 @@ def _widths(manifest: Manifest) -> Section | None:
     table = [[r.label, f"{before[r.label]:.0f}", f"{r.value:.0f}", f"{100 * r.value / before[r.label]:.0f} %"] for r in rows]
     caption = "Pale: before. Strong: what is left."
     figure = _figure(chart, caption, _data_table(("group", "before", "after", "kept"), table, "Channels per group"))
-    dropped = _texts(stage.details.get("dropped_blocks"))
+    details = stage.details_as(PruneDetails)
+    dropped = details.dropped_blocks if details is not None else []
     whole = html("<p>Whole blocks removed: {}.</p>", ", ".join(dropped)) if dropped else NOTHING
     return Section("widths", "Width per layer", joined([whole, figure]))
 
@@ -507,12 +508,13 @@ def _curves(manifest: Manifest) -> Section | None:
     if not steps:
         return None
     stage = steps[0]
-    curves = stage.details.get("curves")
+    details = stage.details_as(PruneDetails)
+    assert details is not None
     found: dict[str, list[float]] = {}
-    for name, entry in (curves or {}).items() if isinstance(curves, Mapping) else ():
-        errors = entry.get("error") if isinstance(entry, Mapping) else None
-        if isinstance(errors, list) and len(errors) > 1 and all(_finite(e) for e in errors):
-            found[str(name)] = [float(e) for e in errors]
+    for name, entry in details.curves.items():
+        errors = [e for e in entry.error if _finite(e)]
+        if len(errors) > 1 and len(errors) == len(entry.error):
+            found[name] = errors
     positive = [e for errors in found.values() for e in errors if e > 0]
     if not positive:
         return None
@@ -525,7 +527,7 @@ def _curves(manifest: Manifest) -> Section | None:
         drawn.append(html("<li>{}</li>", charts.curve(f"curve-{i}", name, errors, chosen, extent)))
         at = "" if chosen is None else f"{errors[min(chosen, len(errors) - 1)]:.3g}"
         table.append([name, "" if removed is None else str(removed), at, f"{errors[-1]:.3g}"])
-    unit = str(stage.details.get("curves_unit", "error"))
+    unit = details.curves_unit
     note = (
         f"What it costs ({unit}) to remove channels of each group, from left to right, least harmful first. "
         f"All on one logarithmic scale from {extent[0]:.1g} to {extent[1]:.1g}; the mark shows how many were removed."
@@ -543,10 +545,10 @@ def _curves(manifest: Manifest) -> Section | None:
 def _layers(manifest: Manifest) -> Section | None:
     parts = []
     for stage in manifest.stages:
-        layers = stage.details.get("layers")
+        details = stage.details_as(TargetDetails)
         rows = []
-        for layer in layers if isinstance(layers, list) else ():
-            ms = layer.get("ms", layer.get("p50_ms")) if isinstance(layer, Mapping) else None
+        for layer in details.layers if details is not None else ():
+            ms = layer.get("ms", layer.get("p50_ms"))
             if _finite(ms) and ms >= 0:
                 rows.append(Bar(str(layer.get("name", "?")), float(ms), None, duration(float(ms))))
         total = stage.metrics.get("p50_ms")
@@ -572,8 +574,8 @@ def _placed(manifest: Manifest) -> Section | None:
     head = ("layer", "asked", "ran in", "unit", "kernel", "fused with it")
     parts = []
     for stage in manifest.stages:
-        engine = stage.details.get("engine")
-        layers = engine.get("layers") if isinstance(engine, Mapping) else None
+        details = stage.details_as(DeployDetails)
+        layers = details.engine.get("layers") if details is not None else None
         rows = [r for r in layers if isinstance(r, Mapping) and "node" in r] if isinstance(layers, list) else []
         if not rows:
             continue
@@ -581,14 +583,16 @@ def _placed(manifest: Manifest) -> Section | None:
         counts = Counter((_cell(r.get("ran")), _cell(r.get("unit"))) for r in rows)
         ran = ", ".join(f"{n} in {kind} ({unit})" for (kind, unit), n in counts.most_common())
         named = f" Not as asked, or not told: {', '.join(str(r['node']) for r in other)}." if other else " All as asked."
-        table = [
-            [str(r["node"]), *(_cell(r.get(k)) for k in ("asked", "ran", "unit", "kernel")), ", ".join(_texts(r.get("fused")))]
-            for r in rows
-        ]
+        table = [[str(r["node"]), *(_cell(r.get(k)) for k in ("asked", "ran", "unit", "kernel")), _fused(r)] for r in rows]
         title = f"What each layer runs in on {stage.target or stage.stage}"
         told = f"Of {len(rows)} convolutions and matrix products: {ran}.{named} Read from the engine, not from what was asked."
         parts.append(html("<div><h3>{}</h3><p>{}</p>{}</div>", title, told, _data_table(head, table, title)))
     return Section("placement", "What each layer runs in", _charts(parts)) if parts else None
+
+
+def _fused(row: Mapping[str, Any]) -> str:
+    names = row.get("fused")
+    return ", ".join(n for n in names if isinstance(n, str)) if isinstance(names, list) else ""
 
 
 def _cell(value: object) -> str:
@@ -598,8 +602,8 @@ def _cell(value: object) -> str:
 def _training(manifest: Manifest) -> Section | None:
     parts = []
     for stage in manifest.stages:
-        epochs = stage.details.get("epochs")
-        entries = [_numbers(e) for e in epochs] if isinstance(epochs, list) else []
+        details = stage.details_as(TrainedDetails)
+        entries = [_numbers(e) for e in details.epochs] if details is not None else []
         names = [
             n for n in dict.fromkeys(k for e in entries for k in e) if n not in ("epoch", "step", "steps", "seconds", "lr")
         ]
@@ -635,8 +639,9 @@ def _soaks(manifest: Manifest) -> Section | None:
     """Return what a soak measured in the course of time: the latency of its parts, clock, temperature, power, load."""
     parts = []
     for stage in manifest.stages:
-        soak = stage.details.get("soak")
-        if not isinstance(soak, Mapping):
+        details = stage.details_as(MeasuredDetails)
+        soak = details.soak if details is not None else None
+        if soak is None:
             continue
         told = soak.get("parts")
         entries = [_numbers(p) for p in told] if isinstance(told, list) else []

@@ -11,6 +11,7 @@ from itertools import groupby
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from rescompress.core.details import DenseDetails, DeployDetails, FileDetails, MeasuredDetails, TargetDetails
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
 from rescompress.core.text import markdown, spreadsheet_cell
@@ -137,7 +138,8 @@ def _network(manifest: Manifest) -> str:
     if dense is None:
         return ""
     params = dense.metrics.get("params")
-    return f"{dense.details.get('arch', '')}/{params.value if params else '?'}"
+    told = dense.details_as(DenseDetails)
+    return f"{told.arch if told is not None else ''}/{params.value if params else '?'}"
 
 
 def figure(manifest: Manifest, stage: StageResult, metric: str) -> Metric | None:
@@ -165,12 +167,12 @@ def _holds_for(metric: str, before: StageResult, stage: StageResult) -> bool:
 
 def precision_of(stage: StageResult) -> str | None:
     """Return what a stage's network computes in, or None if that is unknown; ``int8`` also where the rest of it is ``fp16``."""
-    told = stage.details.get("precision")
-    if not isinstance(told, str):
+    details = stage.details
+    told = details.precision if isinstance(details, FileDetails | DeployDetails) else None
+    if told is None:
         told = next((m.precision for m in map(stage.metrics.get, ("top1", "p50_ms")) if m is not None and m.precision), None)
     if told is None:
-        name = stage.stage.partition("-")[0]  # prune-1 is the first of several iterations
-        told = INT8 if name == "quantize" else "fp32" if name in (DENSE, "prune", "finetune") else None
+        told = INT8 if stage.kind == "quantize" else "fp32" if stage.kind in (DENSE, "prune", "finetune") else None
     return INT8 if told is not None and INT8 in told else told
 
 
@@ -229,19 +231,19 @@ def _note(result: StageResult) -> str:
     dense = result.metrics.get("dense_p50_ms")
     if latency is not None and dense is not None:
         parts.append(f"dense: {duration(dense.value)} {dense.precision or ''}".rstrip())
-    engine = result.details.get("engine_status")
-    if isinstance(engine, str) and engine and engine != result.reason:
-        parts.append(engine)
-    half = result.details.get("float16")
-    if isinstance(half, dict) and half.get("fits") is False:
+    file, target = result.details_as(FileDetails), result.details_as(TargetDetails)
+    if target is not None and target.engine_status and target.engine_status != result.reason:
+        parts.append(target.engine_status)
+    if file is not None and file.float16 is not None and file.float16.get("fits") is False:
         parts.append("overflows in float16")
     return "; ".join(parts)
 
 
 def processes(result: StageResult) -> str:
     """Return the spread between the processes of a measured latency, such as ``, 5 processes 0.149 to 0.287 ms, unsteady``."""
-    runs = result.details.get("latency_runs")
-    if not isinstance(runs, list) or not runs or not all(isinstance(r, int | float) for r in runs):
+    details = result.details_as(MeasuredDetails)
+    runs = details.latency_runs if details is not None else []
+    if not runs:
         return ""
     unsteady = ", unsteady" if len(runs) > 1 and stdev(runs) > UNSTEADY * fmean(runs) else ""
     return f", {len(runs)} processes {duration(min(runs))[:-3]} to {duration(max(runs))}{unsteady}"

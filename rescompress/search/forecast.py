@@ -24,9 +24,9 @@ from rescompress.core.spec import ModelSpec
 from rescompress.plan import opening_of
 from rescompress.reporter import Reporter
 from rescompress.settings import Settings
-from rescompress.stage import Context
+from rescompress.stage import Context, Source
 from rescompress.stages.network import align_of, latency_cost, shared_curves
-from rescompress.stages.shared import Source, dataset, network_of
+from rescompress.stages.shared import dataset, network_of
 from rescompress.store import Store
 
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import Artifact, make_folder, write_text
+from rescompress.core.details import DenseDetails, Details, TrialDetails
 from rescompress.core.errors import BadInput, ConfigError, RescompressError
 from rescompress.core.locks import FileLock
-from rescompress.core.manifest import DEPLOY_PREFIX, MANIFEST_NAME, Manifest, StageResult, load_manifest
+from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
 from rescompress.fingerprint import environment
@@ -240,9 +241,9 @@ class Pipeline:
         from rescompress.plan import run_plan
 
         stages = run_plan(config, self.settings)
-        wanted = [s for s in stages if targets or not (s.name == "export" or s.name.startswith("target:"))]
+        wanted = [s for s in stages if targets or s.kind not in ("export", "target")]
         with _machine(exclusive=False) if not targets else contextlib.nullcontext():
-            computed = [s for s in wanted if not s.name.startswith("target:")]
+            computed = [s for s in wanted if s.kind != "target"]
             report = run_stages(computed, folder, _shown(config), reporter=self.reporter, store=self.store)
         if not targets:
             return report.manifest
@@ -342,7 +343,7 @@ class Pipeline:
 def _measured(manifest: Manifest) -> Metric | None:
     """Return the latency that was measured, on a board before one on this machine; None where none was."""
     found = [s for s in manifest.stages if "p50_ms" in s.metrics and s.metrics["p50_ms"].provenance == "measured"]
-    found.sort(key=lambda s: not s.stage.startswith(DEPLOY_PREFIX))
+    found.sort(key=lambda s: not s.is_deployment)
     return found[0].metrics["p50_ms"] if found else None
 
 
@@ -529,10 +530,10 @@ def folder_manifest(trials: Trials, folder: Path) -> None:
     points.sort(key=lambda p: good[p.trial.slot])  # stable: among the good ones the cheapest is last
     from rescompress.search.show import search_document
 
-    stages = [_row(folder, "dense", final["dense"], {}, {"search": search_document(trials)})]
+    stages = [_row(folder, "dense", final["dense"], {}, DenseDetails(search=search_document(trials)))]
     for point in points:
         entry = final[str(point.trial.slot)]
-        details = {"choices": dict(point.trial.choices), "folder": point.trial.folder, "clear": point.clear}
+        details = TrialDetails(choices=dict(point.trial.choices), folder=point.trial.folder, clear=point.clear)
         stages.append(_row(folder, f"trial-{point.trial.slot:05d}", entry, point.answer.costs, details))
     document = {k: v for k, v in trials.document.items() if k != "search"}
     old = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
@@ -545,14 +546,20 @@ def folder_manifest(trials: Trials, folder: Path) -> None:
     ).save(folder)
 
 
-def _row(folder: Path, name: str, entry: Mapping[str, Any], costs: Mapping[str, float], details: dict[str, Any]) -> StageResult:
+def _row(folder: Path, name: str, entry: Mapping[str, Any], costs: Mapping[str, float], details: Details) -> StageResult:
     outcomes = Outcomes.model_validate(entry["outcomes"])
     path = folder / f"{name}.outcomes.json"
     write_text(path, outcomes.model_dump_json(indent=1) + "\n")
     metrics = {k: Metric.model_validate(v) for k, v in entry["metrics"].items()}
     metrics["top1"] = accuracy(outcomes.correct, outcomes.n, runtime="torch")
     return StageResult(
-        stage=name, status="done", metrics=metrics, outputs=(Artifact.of("outcomes", path, folder),), details=details
+        stage=name,
+        kind=details.kind,
+        of=name,
+        status="done",
+        metrics=metrics,
+        outputs=(Artifact.of("outcomes", path, folder),),
+        details=details,
     )
 
 

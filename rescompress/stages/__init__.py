@@ -6,7 +6,7 @@ command from these functions; `rescompress.pipeline` orders and records them.
 
 from rescompress.stages.export import exported
 from rescompress.stages.network import dense, finetuned, pruned, quantized
-from rescompress.stages.shared import Source, network_of
+from rescompress.stages.shared import network_of
 from rescompress.stages.target import target
 
-__all__ = ["Source", "dense", "exported", "finetuned", "network_of", "pruned", "quantized", "target"]
+__all__ = ["dense", "exported", "finetuned", "network_of", "pruned", "quantized", "target"]

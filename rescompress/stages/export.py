@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -18,14 +19,17 @@ from export.integers import in_integers
 from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
 from export.recount import recount
 from export.session import has_float16_scales
-from export.to_onnx import ExportOptions
+from export.to_onnx import ExportOptions, Precision
+from rescompress import code
+from rescompress.core.artifact import atomic_path
+from rescompress.core.details import ExportDetails, FileDetails
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.settings import ExportSettings
+from rescompress.fingerprint import key_of
 from rescompress.settings import Settings
-from rescompress.stage import Context, Outcome
+from rescompress.stage import Context, Outcome, Source
 from rescompress.stages.shared import (
-    Source,
     dataset,
     evaluate_runner,
     network_of,
@@ -35,25 +39,27 @@ from rescompress.stages.shared import (
     scores_classes,
     write_onnx,
 )
+from rescompress.steps import Export
 
 PARITY_IMAGES = 1000
 
 
-def exported(context: Context, *, source: Source, common: Settings, settings: ExportSettings) -> Outcome:
+def exported(context: Context, step: Export) -> Outcome:
     """The ONNX file, recounted, checked and compared with the torch network."""
+    common = step.common
     prepare(common)
-    chosen = export_options(settings)
-    checkpoint = as_exported(source.load(context), chosen)
+    chosen = export_options(step.settings)
+    checkpoint = as_exported(step.source.load(context), chosen)
     path = context.folder / "model.onnx"
-    proto, metrics, details = write_export(checkpoint, chosen, path, common)
-    for note in details["notes"]:
+    proto, metrics, details = file_for(context, step.source, checkpoint, chosen, path, common)
+    for note in details.notes:
         context.reporter.note(note)
     files = [("onnx", path)]
     if common.data is not None and scores_classes(checkpoint.spec):
         found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
         metrics |= found.metrics
         files.append(("outcomes", outcomes_file(context, "export", found)))
-    return Outcome(metrics, files, details)
+    return Outcome(metrics, files, ExportDetails(**details.given()))
 
 
 def export_options(settings: ExportSettings) -> ExportOptions:
@@ -73,9 +79,46 @@ def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
     return checkpoint if "int8" in precision_of(checkpoint, options) else dataclasses.replace(checkpoint, quantization=None)
 
 
+def file_for(
+    context: Context, source: Source, checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings
+) -> tuple[onnx.ModelProto, dict[str, Metric], FileDetails]:
+    """Return an ONNX file that lies at `path` now, with its row and details; one that is there already is not made again.
+
+    A file is known by the network, the options, and the images that it was compared on. Whichever stage asks first writes,
+    recounts and compares it; another stage of the run gets a link to the same file, and what was found about it.
+
+    Args:
+        context: Has the stages before this one.
+        source: Where the network is from.
+        checkpoint: The network, as it is exported.
+        options: What kind of file.
+        path: Where the file is to lie.
+        common: The images.
+    """
+    network = source.identity
+    if source.stage is not None and (made := context.done.stage(source.stage)) is not None:
+        network = {"sha256": made.checkpoint_sha256}
+    resolved = dataclasses.replace(options, precision=precision_of(checkpoint, options))
+    parts = {"network": network, "options": dataclasses.asdict(resolved), "common": common.identity, "code": code.of()}
+    key = key_of({"what": "onnx", "version": version("rescompress"), **parts})
+    for stage in context.done.stages:
+        known, onnx_file = stage.details_as(FileDetails), stage.output("onnx")
+        if known is None or known.file_key != key or onnx_file is None or not onnx_file.intact(context.folder):
+            continue
+        here = context.folder / onnx_file.path
+        if here != path:
+            with atomic_path(path) as temporary:
+                shutil.copyfile(here, temporary)
+        metrics = {name: stage.metrics[name] for name in ("macs", "params", "size_bytes")}
+        found = {name: value for name, value in known.given().items() if name in FileDetails.model_fields}
+        return onnx.load(path), metrics, FileDetails(**found | {"notes": list(known.file_notes)})
+    proto, metrics, details = write_export(checkpoint, resolved, path, common, key)
+    return proto, metrics, details
+
+
 def write_export(
-    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings
-) -> tuple[onnx.ModelProto, dict[str, Metric], dict[str, Any]]:
+    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings, key: str
+) -> tuple[onnx.ModelProto, dict[str, Metric], FileDetails]:
     """Write the ONNX file, recount it, compare it with torch; return it with its row and details."""
     proto = onnx_of(checkpoint, options)
     write_onnx(proto, path)
@@ -99,22 +142,24 @@ def write_export(
             f"the file and the torch network agree on {100 * worst.top1_agreement:.2f} % of {images}, with a mean logit "
             f"difference of {100 * worst.relative:.2f} % of the range; 99.9 % and 0.39 % are expected"
         )
-    details = {
-        "parity": parity.document() | {"images": images, "exact": same.exact},
-        "parity_in_integers": None if in_sums is None else in_sums.document(),
-        "float16": None if half is None else half.document(),
-        "notes": notes,
-        "opset": options.opset,
-        "batch": options.batch,
-        "precision": precision_of(checkpoint, options),
-        "profile": checkpoint.quantization.profile if checkpoint.quantization else None,
-        "arch": checkpoint.spec.arch,
-        "input_shape": list(checkpoint.spec.input_shape),
-    }
+    details = FileDetails(
+        parity=parity.document() | {"images": images, "exact": same.exact},
+        parity_in_integers=None if in_sums is None else in_sums.document(),
+        float16=None if half is None else half.document(),
+        notes=notes,
+        file_notes=list(notes),
+        file_key=key,
+        opset=options.opset,
+        batch=options.batch,
+        precision=precision_of(checkpoint, options),
+        profile=checkpoint.quantization.profile if checkpoint.quantization else None,
+        arch=checkpoint.spec.arch,
+        input_shape=list(checkpoint.spec.input_shape),
+    )
     return proto, metrics, details
 
 
-def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> str:
+def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> Precision:
     """Return what an exported file computes in."""
     if options.precision != "auto":
         return options.precision

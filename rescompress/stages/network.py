@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import time
@@ -20,7 +19,6 @@ from compress.processes import ALONE, Together, together
 from compress.prune import (
     Budget,
     CostFunction,
-    PruningPlan,
     load_plan,
     measure,
     prune,
@@ -33,12 +31,21 @@ from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed
 from compress.resnet import ResNet, build_model, tensors_of
 from compress.teacher import match_teacher
 from compress.train import TrainState, train
-from edge_targets.catalog import alias_notes, load_target
+from edge_targets.catalog import alias_notes
 from edge_targets.device import Target
 from edge_targets.latency import cost_function
 from edge_targets.sparsity import CHANNELS, SOURCE, is_wide
 from export.to_onnx import ExportOptions
 from rescompress.core.artifact import write_text
+from rescompress.core.details import (
+    Curve,
+    DenseDetails,
+    FinetuneDetails,
+    PruneDetails,
+    QuantizeDetails,
+    Sparsity,
+    TrainedDetails,
+)
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.graph import Network
 from rescompress.core.layers import walk
@@ -47,9 +54,8 @@ from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSett
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.fingerprint import held_to, key_of
 from rescompress.settings import Settings
-from rescompress.stage import Context, Outcome
+from rescompress.stage import Context, Outcome, Source
 from rescompress.stages.shared import (
-    Source,
     dataset,
     evaluate_model,
     finish,
@@ -60,6 +66,7 @@ from rescompress.stages.shared import (
     scores_classes,
     write_onnx,
 )
+from rescompress.steps import Dense, Finetune, Prune, Quantize
 
 SAVE_EVERY_S = 30.0
 """How often the state of a training is saved."""
@@ -75,32 +82,24 @@ class Teacher:
     preprocessing: Preprocessing
 
 
-def dense(context: Context, *, source: Source, common: Settings) -> Outcome:
+def dense(context: Context, step: Dense) -> Outcome:
     """The network as it came: its accuracy, its counts, its float32 ONNX file."""
+    common = step.common
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     path = context.folder / "dense.onnx"
     write_onnx(onnx_of(checkpoint, ExportOptions()), path)
-    details: dict[str, Any] = {"provenance": dict(checkpoint.provenance), "arch": checkpoint.spec.arch}
+    details = DenseDetails(provenance=dict(checkpoint.provenance), arch=checkpoint.spec.arch)
     return finish(context, "dense", checkpoint, common, details, files=[("onnx", path)])
 
 
-def pruned(
-    context: Context,
-    *,
-    source: Source,
-    common: Settings,
-    config: PruneSettings,
-    targets: tuple[str, ...],
-    name: str = "prune",
-    before: str | None = None,
-    plan_sha256: str | None = None,
-) -> Outcome:
-    """The network with channels removed and the rest compensated; `before` names the stage of the last iteration."""
+def pruned(context: Context, step: Prune) -> Outcome:
+    """The network with channels removed and the rest compensated."""
+    common, config = step.common, step.settings
     prepare(common)
-    checkpoint = source.load(context)
-    whole = Source(stage="dense").load(context).spec if before else checkpoint.spec
-    known = [load_target(name) for name in targets]
+    checkpoint = step.source.load(context)
+    whole = step.whole.load(context).spec if step.whole is not None else checkpoint.spec
+    known = step.targets
     align = align_of(config, known)
     calibration, notes = None, []
     if common.data is not None:
@@ -108,9 +107,11 @@ def pruned(
         calibration = chosen.tensor()
         if len(set(chosen.labels.tolist())) == 1 and len(chosen.classes) > 1:
             notes.append("all calibration images are of one class: what tells the others apart may go")
+    start = time.perf_counter()
+    found = None
     if config.plan is not None:
         path = Path(config.plan)
-        with held_to(path, plan_sha256) if plan_sha256 is not None else contextlib.nullcontext():
+        with held_to(path, step.files[config.plan]):
             plan = load_plan(path)
         start = time.perf_counter()
         told: list[str] = []
@@ -126,48 +127,61 @@ def pruned(
                 note=told.append,
             )
         notes = [f"follows the plan {config.plan}", *told, *notes]
-        details = plan_details(plan, checkpoint.spec) | {"curves": {}, "notes": notes}
-        details["seconds"] = time.perf_counter() - start
-        sparse = _sparse(context, on_device(smaller, "cpu"), config, calibration, common, details)
-        return _pruned_row(context, name, common, sparse, plan, details)
-    kind, value = config.budget
-    if kind == "latency":
-        notes += alias_notes(modelled(known))
-    curves = None
-    if context.store is not None and not before:
-        curves = shared_curves(context, checkpoint, common, config, calibration)
-    with computing_on(common.torch_device()) as device:
-        result = prune(
-            on_device(checkpoint, device),
-            method=config.method,
-            budget=Budget(kind=kind, value=value),
-            scope=config.scope,
-            align=align,
-            strict_align=isinstance(config.align, int),
-            calibration_x=calibration.to(device) if calibration is not None else None,
-            drop_blocks=config.may_drop,
-            seed=common.seed,
-            cost=latency_cost(known) if kind == "latency" else None,
-            reference=whole,
-            bn_recalibration=config.recalibrate,
-            repair=config.repair,
-            curves=curves,
-            progress=context.reporter.progress,
-        )
-    plan = result.plan.after(load_plan(context.file(before, "plan")), whole) if before else result.plan
-    details = plan_details(plan, whole) | {
-        "budget": {kind: value},
-        "align": align,
-        "curves": {name: {"order": list(c.order), "error": list(c.error)} for name, c in result.curves.groups.items()},
-        "curves_unit": result.curves.unit,
-        "error": result.error,
-        "cost_before": result.cost_before,
-        "cost_after": result.cost_after,
-        "seconds": result.seconds,
-        "notes": [*result.notes, *notes],
-    }
-    sparse = _sparse(context, on_device(result.checkpoint, "cpu"), config, calibration, common, details)
-    return _pruned_row(context, name, common, sparse, plan, details)
+    else:
+        kind, value = config.budget
+        if kind == "latency":
+            notes += alias_notes(modelled(known))
+        curves = None
+        if context.store is not None and step.before is None:
+            curves = shared_curves(context, checkpoint, common, config, calibration)
+        with computing_on(common.torch_device()) as device:
+            found = prune(
+                on_device(checkpoint, device),
+                method=config.method,
+                budget=Budget(kind=kind, value=value),
+                scope=config.scope,
+                align=align,
+                strict_align=isinstance(config.align, int),
+                calibration_x=calibration.to(device) if calibration is not None else None,
+                drop_blocks=config.may_drop,
+                seed=common.seed,
+                cost=latency_cost(known) if kind == "latency" else None,
+                reference=whole,
+                bn_recalibration=config.recalibrate,
+                repair=config.repair,
+                curves=curves,
+                progress=context.reporter.progress,
+            )
+        smaller, plan, notes = found.checkpoint, found.plan, [*found.notes, *notes]
+        if step.before is not None:
+            assert step.before.stage is not None
+            plan = plan.after(load_plan(context.file(step.before.stage, "plan")), whole)
+    seconds = found.seconds if found is not None else time.perf_counter() - start
+    sparse, zeros = _sparse(context, on_device(smaller, "cpu"), config, calibration, common, notes)
+    for note in notes:
+        context.reporter.note(note)
+    path = context.folder / step.plan_name
+    write_text(path, plan.model_dump_json(indent=1) + "\n")
+    widths = plan.widths(whole)
+    details = PruneDetails(
+        method=plan.method,
+        scope=plan.scope,
+        widths_before={name: before for name, (before, _) in widths.items()},
+        widths_after={name: after for name, (_, after) in widths.items()},
+        dropped_blocks=list(plan.dropped_blocks),
+        achieved_ratio=plan.fraction_gone(whole),
+        budget={kind: value} if found is not None else {},
+        align=align if found is not None else None,
+        curves={n: Curve(order=list(c.order), error=list(c.error)) for n, c in found.curves.groups.items()} if found else {},
+        curves_unit=found.curves.unit if found else "error",
+        error=found.error if found else None,
+        cost_before=found.cost_before if found else None,
+        cost_after=found.cost_after if found else None,
+        seconds=seconds,
+        sparsity=zeros,
+        notes=notes,
+    )
+    return finish(context, step.name, sparse, common, details, files=[("plan", path)])
 
 
 def align_of(config: PruneSettings, targets: Sequence[Target]) -> int:
@@ -225,45 +239,32 @@ def _sparse(
     config: PruneSettings,
     images: Tensor | None,
     common: Settings,
-    details: dict[str, Any],
-) -> Checkpoint:
-    """Return the checkpoint with 2:4 zeros where the config wants them, and say so in the details."""
+    notes: list[str],
+) -> tuple[Checkpoint, Sparsity | None]:
+    """Return the checkpoint with 2:4 zeros where the config wants them, and which layers have them."""
     if config.sparsity is None:
-        return checkpoint
-    tell = details["notes"].append
+        return checkpoint, None
     with computing_on(common.torch_device()) as device:
         here = on_device(checkpoint, device)
         there = images.to(device) if images is not None else None
-        found = sparsify(PruneContext(here, (), (), there, common.seed, context.reporter.progress, tell), here)
-    details["sparsity"] = {"pattern": PATTERN, "layers": list(found.layers), "dense": list(found.left_dense)}
+        found = sparsify(PruneContext(here, (), (), there, common.seed, context.reporter.progress, notes.append), here)
     sparse = [layer for layer in walk(found.checkpoint.spec) if layer.name in found.layers]
     wide = [x.name for x in sparse if is_wide(x.in_shape[0], x.out_shape[0], x.in_shape[0] // x.weight_shape[1])]
-    details["sparsity"]["wide"] = wide
     if wide:
-        tell(f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}")
+        notes.append(
+            f"{PATTERN} zeros: TensorRT can profit in {len(wide)} of these layers at most ({SOURCE}): {', '.join(wide)}"
+        )
     else:
-        tell(
+        notes.append(
             f"{PATTERN} zeros: no gain is to be expected of TensorRT: none of these layers has more "
             f"than {CHANNELS} input and output channels ({SOURCE})"
         )
-    details["notes"].append(
+    notes.append(
         f"{len(found.layers)} layers have {PATTERN} zeros, stored as plain weights: runtimes without sparse kernels gain "
         f"nothing; {len(found.left_dense)} layers cannot have them"
     )
-    return on_device(found.checkpoint, "cpu")
-
-
-def plan_details(plan: PruningPlan, spec: ModelSpec | Network) -> dict[str, Any]:
-    """Return what a plan does to the network of `spec`: widths per group, blocks, the fraction of channels that goes."""
-    widths = plan.widths(spec)
-    return {
-        "method": plan.method,
-        "scope": plan.scope,
-        "widths_before": {name: before for name, (before, _) in widths.items()},
-        "widths_after": {name: after for name, (_, after) in widths.items()},
-        "dropped_blocks": list(plan.dropped_blocks),
-        "achieved_ratio": plan.fraction_gone(spec),
-    }
+    zeros = Sparsity(pattern=PATTERN, layers=list(found.layers), dense=list(found.left_dense), wide=wide)
+    return on_device(found.checkpoint, "cpu"), zeros
 
 
 def latency_cost(targets: Sequence[Target]) -> CostFunction:
@@ -288,88 +289,63 @@ def modelled(targets: Sequence[Target]) -> Target:
     return known[0]
 
 
-def _pruned_row(
-    context: Context, name: str, common: Settings, checkpoint: Checkpoint, plan: PruningPlan, details: dict[str, Any]
-) -> Outcome:
-    for note in details["notes"]:
-        context.reporter.note(note)
-    path = context.folder / f"plan{name.removeprefix('prune')}.json"
-    write_text(path, plan.model_dump_json(indent=1) + "\n")
-    return finish(context, name, checkpoint, common, details, files=[("plan", path)])
-
-
-def finetuned(
-    context: Context,
-    *,
-    source: Source,
-    teacher: Source | None,
-    common: Settings,
-    config: TrainSettings,
-    name: str = "finetune",
-) -> Outcome:
+def finetuned(context: Context, step: Finetune) -> Outcome:
     """The network trained on the data, distilled from the teacher."""
+    common, config, name = step.common, step.settings, step.name
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     if checkpoint.quantization is not None:
-        raise BadInput("is quantized", where=str(source.path), remedy="use `quantize --mode qat` on the float checkpoint")
+        raise BadInput("is quantized", where=str(step.source.path), remedy="use `quantize --mode qat` on the float checkpoint")
     settings = config.model_copy(
         update={
             "seed": common.seed if config.seed is None else config.seed,
             "device": config.device or common.device,
-            "features": config.features if teacher else 0.0,
+            "features": config.features if step.teacher else 0.0,
         }
     )
     need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
-    mentor = teacher_network(context, teacher, checkpoint.spec, split)
+    mentor = teacher_network(context, step.teacher, checkpoint.spec, split)
     trained, resume = train_network(context, name, model, split, settings, mentor)
     sharing = together()
     done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
-    return finish(context, name, done, common, trained, transient=[resume], sharing=sharing)
+    details = FinetuneDetails(**trained.given())
+    return finish(context, name, done, common, details, transient=[resume], sharing=sharing)
 
 
-def quantized(
-    context: Context,
-    *,
-    source: Source,
-    teacher: Source | None,
-    common: Settings,
-    config: QuantizeSettings,
-    profile: Profile,
-    targets: tuple[str, ...] = (),
-) -> Outcome:
+def quantized(context: Context, step: Quantize) -> Outcome:
     """The network with every quantizer of the profile, calibrated and, for ``qat``, trained."""
+    common, config, profile = step.common, step.settings, step.profile
     prepare(common)
-    checkpoint = source.load(context)
+    checkpoint = step.source.load(context)
     if config.mode == "qat":
         need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
-    details: dict[str, Any] = {"profile": profile, "mode": config.mode, "calibration": config.calibration}
+    float_top1 = ptq_top1 = kept = resume = None
+    log = TrainedDetails()
     sharing = together() if config.mode == "qat" else ALONE
     if scores_classes(checkpoint.spec):
-        before = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing)
-        details["float_top1"] = before.top1
+        float_top1 = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing).top1
     images = [x for x, _ in calibration.batches(64)]
-    cost = float_cost([load_target(name) for name in targets], checkpoint.spec) if config.max_slowdown is not None else None
+    cost = float_cost(step.targets, checkpoint.spec) if config.max_slowdown is not None else None
     with computing_on(common.torch_device()) as device:
         int8 = calibrated(
             on_device(checkpoint, device), [x.to(device) for x in images], config, profile, cost=cost, sharing=sharing
         )
     int8 = sharing.lead(on_device(int8, "cpu"))
     assert int8.quantization is not None
-    details["keep_float"] = sorted(int8.quantization.keep_float(int8.spec))
-    details["chosen"] = int8.provenance["calibration"]
+    keep_float = sorted(int8.quantization.keep_float(int8.spec))
+    chosen = int8.provenance["calibration"]
+    if dead := int8.provenance.get("zero_on_all_images"):
+        context.reporter.note(f"zero on all calibration images, so what reads it stays in floating point: {dead}")
     if stays := float_operations(int8.spec):
-        details["float_operations"] = stays
         named = ", ".join(f"{count} {name}" for name, count in stays.items())
         context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
-    resume = None
     if config.mode == "qat":
-        before = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing)
-        details["ptq_top1"] = before.top1
+        ptq_top1 = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing).top1
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
@@ -381,26 +357,35 @@ def quantized(
             ema=0.0,
             workers=config.workers,
             freeze_bn_after=config.freeze_bn_after,
-            distill=1.0 if teacher else 0.0,
+            distill=1.0 if step.teacher else 0.0,
             seed=common.seed,
             device=common.device,
         )
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
-        network = teacher_network(context, teacher, checkpoint.spec, seen)
+        network = teacher_network(context, step.teacher, checkpoint.spec, seen)
         log, resume = train_network(context, "quantize", model, seen, settings, network)
-        notes = log.pop("notes", [])
-        details |= log
         trained = sharing.lead(finish_qat(model, int8))
         int8 = best_of([trained, int8], held.again(250)) if held else trained
-        details["kept"] = "qat" if int8 is trained else "ptq"
+        kept = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
-            notes.append("training did no good on the held-out images: the network that was only calibrated is kept")
-            context.reporter.note(notes[-1])
-        if notes:
-            details["notes"] = notes
-    kept = [resume] if resume else []
-    return finish(context, "quantize", on_grid(int8), common, details, transient=kept, sharing=sharing)
+            text = "training did no good on the held-out images: the network that was only calibrated is kept"
+            log = log.noting(text)
+            context.reporter.note(text)
+    details = QuantizeDetails(
+        profile=profile,
+        mode=config.mode,
+        calibration=config.calibration,
+        chosen=chosen,
+        float_top1=float_top1,
+        ptq_top1=ptq_top1,
+        keep_float=keep_float,
+        float_operations=stays,
+        kept=kept,
+        **log.given(),
+    )
+    transient = [resume] if resume else []
+    return finish(context, "quantize", on_grid(int8), common, details, transient=transient, sharing=sharing)
 
 
 def float_cost(targets: Sequence[Target], spec: ModelSpec | Network) -> Cost:
@@ -483,7 +468,7 @@ def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | 
 
 def train_network(
     context: Context, name: str, model: ResNet, split: Split, settings: TrainSettings, teacher: Teacher | None
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[TrainedDetails, Path]:
     """Train `model` in place; return what happened, as details of a stage, and the file that its state was kept in."""
 
     def tell(state: TrainState) -> None:
@@ -507,7 +492,12 @@ def train_network(
         notes.append(f"training waited for data {100 * log.waiting:.0f} % of the time: raise workers ({log.workers})")
     for text in notes if context.main else ():
         context.reporter.note(text)
-    details: dict[str, Any] = {"epochs": log.epochs, "lr": log.lr, "waiting": round(log.waiting, 4), "workers": log.workers}
-    if log.best_epoch is not None:
-        details["best_epoch"] = log.best_epoch
-    return details | ({"notes": notes} if notes else {}), resume
+    details = TrainedDetails(
+        epochs=log.epochs,
+        lr=log.lr,
+        waiting=round(log.waiting, 4),
+        workers=log.workers,
+        best_epoch=log.best_epoch,
+        notes=notes,
+    )
+    return details, resume

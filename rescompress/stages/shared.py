@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 
-from compress.checkpoints import load_checkpoint, save_checkpoint
+from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
@@ -22,48 +19,15 @@ from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.artifact import atomic_path, write_text
+from rescompress.core.details import Details
 from rescompress.core.errors import BadInput
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
-from rescompress.fingerprint import held_to
 from rescompress.settings import Settings
-from rescompress.stage import Context, Opening, Outcome
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint: the file of an earlier stage, or any file.
-
-    Attributes:
-        stage: The stage that wrote it, or None.
-        opening: The file and what is stated about it, where no stage wrote it.
-        sha256: Of that file when the stage's key was made.
-    """
-
-    stage: str | None = None
-    opening: Opening | None = None
-    sha256: str | None = None
-
-    @property
-    def path(self) -> Path | None:
-        """The file, where no stage wrote it."""
-        return self.opening.path if self.opening else None
-
-    def load(self, context: Context) -> Checkpoint:
-        """Return the checkpoint.
-
-        Raises:
-            BadInput: The file is no longer the one that the stage's key is about.
-        """
-        if self.stage is not None:
-            with context.held(self.stage, "checkpoint") as path:
-                return load_checkpoint(path)
-        assert self.opening is not None
-        with held_to(self.opening.path, self.sha256) if self.sha256 is not None else contextlib.nullcontext():
-            return self.opening.load(context.reporter.note if context.main else None)
+from rescompress.stage import Context, Outcome
 
 
 def network_of(checkpoint: Checkpoint) -> ResNet:
@@ -171,7 +135,7 @@ def finish(
     stage: str,
     checkpoint: Checkpoint,
     common: Settings,
-    details: dict[str, Any],
+    details: Details,
     *,
     files: Sequence[tuple[str, Path]] = (),
     transient: Sequence[Path] = (),
@@ -212,7 +176,7 @@ def finish(
         metrics |= found.metrics
         written.append(("outcomes", outcomes_file(context, stage, found)))
         notes = (*data.notes, *found.notes)
-        details = details | {"data_notes": list(notes)}
+        details = details.with_data_notes(list(notes))
         for note in notes if stage == "dense" else ():
             context.reporter.note(note)
     return Outcome(metrics, written, details, transient=transient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rescompress.core.details import TrainedDetails
 from rescompress.core.manifest import Manifest
 
 
@@ -27,8 +28,8 @@ def figures(manifest: Manifest) -> Iterator[tuple[str, float]]:
 def curves(manifest: Manifest) -> Iterator[tuple[str, int, float]]:
     """Return name, epoch (from 1) and value of everything that was logged per epoch: ``finetune/train/loss``."""
     for stage in manifest.stages:
-        epochs = stage.details.get("epochs")
-        for i, entry in enumerate(epochs if isinstance(epochs, list) else ()):
-            for name, value in entry.items() if isinstance(entry, Mapping) else ():
-                if name not in ("epoch", "step", "steps") and isinstance(value, int | float):
-                    yield f"{stage.stage.replace(':', '/')}/train/{name}", i + 1, float(value)
+        details = stage.details_as(TrainedDetails)
+        for i, entry in enumerate(details.epochs if details is not None else ()):
+            for name, value in entry.items():
+                if name not in ("epoch", "step", "steps") and value is not None:
+                    yield f"{stage.stage.replace(':', '/')}/train/{name}", i + 1, value
