@@ -199,7 +199,7 @@ def test_the_page_tells_what_every_layer_of_an_engine_runs_in() -> None:
     ]
 
     def told(rows: list[dict[str, object]]) -> str:
-        step = StageResult(stage="deploy", status="done", target="orin", details={"engine": {"layers": rows}})
+        step = StageResult(stage="deploy:orin", status="done", target="orin", details={"engine": {"layers": rows}})
         return " ".join(" ".join(outline(page([("r", Manifest(stages=(step,)))])).text).split())
 
     words = told(rows)
