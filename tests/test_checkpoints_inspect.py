@@ -68,7 +68,11 @@ def test_input_and_options_take_the_place_of_what_is_assumed(cli, resnet50: Path
     assert document["preprocessing"]["name"] == "half"
     assert not document["preprocessing"]["assumed"]
     assert document["arch"] == "resnet50_v1"
-    assert document["notes"] == []
+    assert document["notes"] == [
+        "no tensor shows strides or dilation: read as strides 1,2,2,2 (else: --arch-option strides=...)"
+    ]
+    _, out, _ = cli("inspect", resnet50, "--json", "--arch-option", "strides=1,2,2,2", "--preprocess", "half")
+    assert not [note for note in json.loads(out)["notes"] if "strides" in note]
 
 
 def test_groups_are_all_inner_widths_and_streams(cli, resnet50: Path) -> None:
