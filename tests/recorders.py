@@ -26,6 +26,7 @@ from compress.data import Split
 HOMES = (
     "compress.checkpoints",
     "compress.data",
+    "compress.data.splits",
     "compress.evaluate",
     "compress.prune",
     "compress.prune.picture",

@@ -25,7 +25,7 @@ from compress import checkpoints as files
 from compress import data, prune, quantize
 from compress.prune import measure, picture
 from compress.quantize import sensitivity
-from edge_targets import benchmark, latency, onnx_kernels, remote
+from edge_targets import benchmark, latency, onnx_kernels, remote, ssh
 from edge_targets.backends import onnxruntime
 from rescompress import api, gate, track
 from rescompress.cli.app import COMMANDS
@@ -546,6 +546,8 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     seen.spy(benchmark.measure_processes, measured)
     seen.spy(remote.probe, lambda board: found)
     seen.spy(remote.deploy, refuse)
+    monkeypatch.setattr(ssh.Turn, "__enter__", lambda self: self)  # nobody else wants a board that is not there
+    monkeypatch.setattr(ssh.Turn, "__exit__", lambda *_: None)
     seen.spy(track.check, lambda destination: None)
     seen.spy(track.log, lambda destination, folder, **_: "there")
     for function in (

@@ -224,13 +224,15 @@ odd = st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=5), st.l
 @settings(max_examples=80, deadline=None)
 def test_details_of_any_shape_are_refused_by_name_or_shown(details: dict[str, object]) -> None:
     metrics = {"top1": accuracy(5, 9, runtime="torch")}
-    try:
-        stage = StageResult(stage="prune", status="done", details=details, metrics=metrics)
-    except ValidationError:
-        return
-    outline(page([("r", Manifest(stages=(stage,)))]))
-    engine = stage.model_copy(update={"details": {"engine": details}})
-    outline(page([("r", Manifest(stages=(engine,)))]))
+    for facts in (
+        {"stage": "prune", "details": details},
+        {"stage": "deploy:orin", "target": "orin", "details": {"engine": details}},
+    ):
+        try:
+            stage = StageResult.model_validate({"status": "done", "metrics": metrics, **facts})
+        except ValidationError:
+            continue
+        outline(page([("r", Manifest(stages=(stage,)))]))
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
