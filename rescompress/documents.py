@@ -88,6 +88,7 @@ class Inspect(Document):
     input_shape: list[int]
     preprocessing: dict[str, Any]
     num_classes: int | None
+    outputs: list[dict[str, Any]]
     labels: list[str] | None
     notes: list[str]
     quantization: dict[str, Any] | None

@@ -311,7 +311,7 @@ def test_commands_and_configs_take_a_name(
     opening = opening_of(loaded)
     assert opening.name == f"timm/resnet18.a1_in1k@{COMMIT}"
     plain = loaded.model_copy(update={"checkpoint": str(opening.path)})
-    keys = [run_plan(c, Settings(None, None, 0, "cpu", None, None))[0].depends["sources"] for c in (loaded, plain)]
+    keys = [run_plan(c, Settings(None, None, 0, "cpu", None, None))[0].depends["source"] for c in (loaded, plain)]
     assert keys[0] != keys[1], "what is published beside the file counts"
     rescompress("prune", "timm/resnet18.a1_in1k", "--ratio", "0.3", "-o", "half.safetensors", cwd=tmp_path)
     pruned = load_checkpoint(tmp_path / "half.safetensors")

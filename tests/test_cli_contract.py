@@ -98,7 +98,7 @@ def test_every_command_has_help_with_an_example_and_the_common_options(helps: di
 def test_the_choices_of_an_option_are_shown_and_kept_to(helps: dict[str, str], rescompress: Command, tmp_path: Path) -> None:
     assert "inner|all" in helps["prune"]
     assert "inner|all" in helps["sensitivity"]
-    assert "fp32|bf16" in helps["finetune"]
+    assert "fp32|tf32|bf16|fp16" in helps["finetune"]
     assert "auto|tensorrt|openvino|onnxruntime" in helps["quantize"]
     assert "auto|fp32|fp16|int8" in helps["export"]
     done = rescompress("prune", DIGITS, "--scope", "outer", cwd=tmp_path, code=2)

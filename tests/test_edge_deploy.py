@@ -23,6 +23,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from made_stages import Made
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets import ssh
@@ -947,17 +948,14 @@ def test_a_deployment_and_a_run_keep_what_the_other_wrote(tmp_path):
 def test_a_deployment_during_a_run_is_kept(tmp_path, workspace):
     board = StageResult(stage="deploy:jetson", status="done", ancestry=("a", "b"))
 
-    class Deploying:
-        name, source, after, depends, collective = "prune", "0" * 64, (), {}, False
-        reads, writes = (), ("prune.safetensors",)
+    def work(context):
+        model.write_bytes(b"network")
+        update_manifest(tmp_path, lambda m: m.with_stage(board.model_copy(update={"ancestry": (file_sha256(model), "b")})))
+        return Outcome({}, [("checkpoint", model)])
 
-        def run(self, context):
-            model.write_bytes(b"network")
-            update_manifest(tmp_path, lambda m: m.with_stage(board.model_copy(update={"ancestry": (file_sha256(model), "b")})))
-            return Outcome({}, [("checkpoint", model)], {})
-
+    deploying = Made("prune", {}, (), work, network="0" * 64, writes=("prune.safetensors",))
     model = tmp_path / "prune.safetensors"
-    report = run_stages([Deploying()], tmp_path, {}, reporter=Silent(), workspace=workspace)
+    report = run_stages([deploying], tmp_path, {}, reporter=Silent(), workspace=workspace)
     assert [s.stage for s in report.manifest.stages] == [s.stage for s in load_manifest(tmp_path).stages]
     assert {s.stage for s in load_manifest(tmp_path).stages} == {"prune", "deploy:jetson"}
 

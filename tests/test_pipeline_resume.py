@@ -74,7 +74,9 @@ def test_what_was_measured_on_a_board_stays_while_its_network_does(tmp_path: Pat
     assert [s.stage for s in load_manifest(tmp_path).stages] == ["one", "two", "three", "side", "deploy:jetson"]
     with pytest.raises(BadInput):
         run_stages([*chain([]), _failing("last")], tmp_path, {}, reporter=Silent())
-    assert load_manifest(tmp_path).stage("deploy:jetson") == board
+    kept = load_manifest(tmp_path).stage("deploy:jetson")
+    assert kept is not None
+    assert (kept.ancestry, kept.is_deployment) == (board.ancestry, True)
     run_stages(chain([], middle="x"), tmp_path, {}, reporter=Silent())
     assert load_manifest(tmp_path).stage("deploy:jetson") is None, "another network stands here now"
 
@@ -176,7 +178,7 @@ def test_a_stage_runs_again_when_an_onnx_file_before_it_or_the_version_of_the_pa
     assert ran("b") == ("export", "reader")
 
 
-FILES = ("net", "teacher", "data", "plan")
+FILES = ("net", "teacher", "data.npz", "plan")
 EVERY = {"dense", "prune", "finetune", "quantize", "export", "target:cpu"}
 USUAL: dict[str, Any] = {
     "input_shape": None,
@@ -201,7 +203,7 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     """Return the key of every stage of a run by its name; those of the stages before do not enter here."""
     facts = USUAL | changed
     stated = {k: facts[k] for k in ("input_shape", "preprocess", "arch_options", "allow_pickle")}
-    settings = Settings(str(folder / "data"), facts["labels"], facts["seed"], threads=facts["threads"])
+    settings = Settings(str(folder / "data.npz"), facts["labels"], facts["seed"], threads=facts["threads"])
     builder, teacher = Builder(Opening(folder / "net", **stated), settings), Opening(folder / "teacher")
     prune = PruneSettings(plan=str(folder / "plan"), calib=facts["calib"])
     quantize = QuantizeSettings(keep_float="auto", max_slowdown=facts["max_slowdown"])
@@ -221,7 +223,7 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     [
         ("net", {"dense"}),
         ("teacher", {"finetune", "quantize"}),
-        ("data", EVERY),
+        ("data.npz", EVERY),
         ("plan", {"prune"}),
         ("cpu", {"target:cpu"}),
         ("runtime", {"target:cpu"}),

@@ -121,7 +121,7 @@ def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
     assert "3 images without labels" in refused("--data", flat)
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("--data", tmp_path / "empty")
-    assert "--calib" in refused("--data", "builtin:digits", "--calib", "1")
+    assert "--calib" in refused("--data", "builtin:digits", "--calib", "1", code=2)
     nan = tmp_path / "nan.safetensors"
     good = load_checkpoint(DIGITS)
     name = "layer1.0.conv1.weight"

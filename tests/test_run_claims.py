@@ -596,7 +596,8 @@ def test_no_process_of_python_is_started_another_way() -> None:
     ]
     assert sorted(calls) == [
         'edge_targets/benchmark.py: [sys.executable, "-P", "-m", "edge_targets.benchmark"],',
-        'rescompress/cli/search.py: another = [sys.executable, "-P", "-m", "rescompress", "search", "worker"]',
+        'rescompress/cli/search.py: words = [sys.executable, "-P", "-m", "rescompress", "search", "worker", '
+        '"-o", str(folder), "--name", name, "-q"]',
         'rescompress/search/board.py: words = [sys.executable, "-P", "-m", "rescompress", "deploy", str(model)]',
     ]
     assert all(

@@ -386,7 +386,7 @@ def test_the_command_line_never_prints_past_its_sink() -> None:
 
 @pytest.mark.parametrize("name", ["\udcc3\udcbc", "h\udcfcnd", "\ud800", "ü \udcff"])
 def test_names_that_are_no_utf8_are_kept_in_records(name: str, tmp_path: Path) -> None:
-    stage = StageResult(stage="prune", status="done", details={"plan": [name], name: 1})
+    stage = StageResult(stage="prune", status="done", details={"plan": [name], "counts": {name: 1}})
     manifest = Manifest(stages=(stage,), config={"data": name}, config_file=name)
     manifest.save(tmp_path)
     again = load_manifest(tmp_path)

@@ -18,6 +18,7 @@ app = typer.Typer()
 PURPOSES = {
     # Distribution: what it is for. Which of them are required, and by which extra the others come, is read from our metadata.
     "accelerate": "training, on one or many processes",
+    "datasets": "data sets of Hugging Face: hf:NAME",
     "h5py": "Keras checkpoints",
     "huggingface-hub": "networks by name: hf:NAME, timm/NAME",
     "nncf": "calibration of INT8 ranges",

@@ -98,12 +98,16 @@ def run(
         from rescompress.track import log
 
         out.hint(f"recorded: {log(track, folder)}")
+    import json
+
+    from rescompress.core.manifest import json_of
+
     document = {
         "folder": str(folder),
         "manifest": str(folder / "manifest.json"),
         "ran": list(report.ran),
         "reused": list(report.reused),
-        "stages": [s.model_dump(mode="json") for s in report.manifest.stages],
+        "stages": [json.loads(json_of(s)) for s in report.manifest.stages],
         "rows": to_document(rows),
     }
     out.result(document, to_rich(rows, title=str(folder)))

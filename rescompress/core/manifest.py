@@ -36,7 +36,7 @@ def json_of(model: Frozen) -> str:
     try:
         return model.model_dump_json(indent=1)
     except PydanticSerializationError:
-        return json.dumps(storable(model.model_dump(mode="json")), indent=1, ensure_ascii=False)
+        return json.dumps(storable(model.model_dump(mode="python")), indent=1, ensure_ascii=False)
 
 
 class StageResult(Frozen):

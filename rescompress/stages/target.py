@@ -159,11 +159,16 @@ def _build_and_measure(
     details.latency_runs = list(own.process_medians_ms)
     if own.process_p99_ms:
         details.p99_ms_runs = list(own.process_p99_ms)
-    details.runtime_options = own.runtime_options
+    if own.runtime_options:
+        details.runtime_options = own.runtime_options
     if dense is not None:
-        details.dense_latency_runs, details.dense_runtime_options = list(dense.process_medians_ms), dense.runtime_options
+        details.dense_latency_runs = list(dense.process_medians_ms)
+        if dense.runtime_options:
+            details.dense_runtime_options = dense.runtime_options
     if twin is not None:
-        details.fp32_latency_runs, details.fp32_runtime_options = list(twin.process_medians_ms), twin.runtime_options
+        details.fp32_latency_runs = list(twin.process_medians_ms)
+        if twin.runtime_options:
+            details.fp32_runtime_options = twin.runtime_options
     details.notes += options_note(chosen.runtime, details.runtime_options)
     if float_path is not None:
         float_path.unlink()
