@@ -291,16 +291,9 @@ class Turn:
             'if [ -r "$d" ] && command -v flock > /dev/null; then exec 8< "$d"; '
             "flock -n 8 || { echo busy; flock 8; }; fi; echo yours; cat > /dev/null"
         )
-        process = subprocess.Popen(
-            self.board.command(f"sh -c {shlex.quote(script)}"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process, timer = _kept_session(self.board, script)
         assert process.stdout is not None
         self._process = process
-        timer = threading.Timer(self.board.connect_timeout_s + START_TIMEOUT_S, process.kill)
-        timer.start()
         try:
             started, begun = _until_begin(process.stdout)
             said = process.stdout.readline().strip()
@@ -368,16 +361,9 @@ class WorkFolder:
             "trap 'rm -rf -- \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; "
             'printf "%s\\n" "$d"; cat > /dev/null'
         )
-        process = subprocess.Popen(
-            self.board.command(f"sh -c {shlex.quote(script)}", master=True),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process, timer = _kept_session(self.board, script, master=True)
         assert process.stdout is not None
         self._process = process
-        timer = threading.Timer(self.board.connect_timeout_s + START_TIMEOUT_S, process.kill)
-        timer.start()
         try:
             started, begun = _until_begin(process.stdout)
             self.path = process.stdout.readline().decode(errors="replace").strip()
@@ -414,6 +400,18 @@ class WorkFolder:
             if stream is not None:
                 stream.close()
         self._sockets.cleanup()
+
+
+def _kept_session(board: Board, script: str, *, master: bool = False) -> tuple[subprocess.Popen[bytes], threading.Timer]:
+    """Start a session that lives until its input is closed, and the clock that ends it unless it begins in time.
+
+    The caller stops the clock.
+    """
+    command = board.command(f"sh -c {shlex.quote(script)}", master=master)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    timer = threading.Timer(board.connect_timeout_s + START_TIMEOUT_S, process.kill)
+    timer.start()
+    return process, timer
 
 
 def _until_begin(stream: IO[bytes]) -> tuple[str, bool]:

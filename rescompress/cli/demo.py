@@ -23,15 +23,10 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default="rescompress-out/demo")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.", show_default=False),
-    ] = None,
+    overrides: opt.Overrides = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
-    show: Annotated[
-        bool, typer.Option("--open", help="Open the page in a browser, where there is a display.", show_default=False)
-    ] = False,
+    show: opt.Open = False,
 ) -> None:
     """Compress the network that comes with the package, on real handwritten digits, and write the page about it.
 

@@ -108,6 +108,11 @@ SkipCorrupt = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.", show_default=False),
+]
+Open = Annotated[bool, typer.Option("--open", help="Open the page in a browser, where there is a display.", show_default=False)]
 Code = Annotated[
     str | None,
     typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.output import output_of
 
@@ -32,9 +33,7 @@ def report(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
-    show: Annotated[
-        bool, typer.Option("--open", help="Open the page in a browser, where there is a display.", show_default=False)
-    ] = False,
+    show: opt.Open = False,
 ) -> None:
     """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
 

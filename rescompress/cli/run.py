@@ -22,10 +22,7 @@ def run(
         Path | None,
         typer.Option("--output", "-o", help="Folder of the run.", show_default="rescompress-out/<config>"),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.", show_default=False),
-    ] = None,
+    overrides: opt.Overrides = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
@@ -50,9 +47,12 @@ def run(
 
     Example: rescompress run examples/quickstart.yaml --set prune.macs=0.3
     """
+    import json
+
     from compress.data.sources import is_name
     from rescompress.cli.progress import reporting
     from rescompress.config import load_config
+    from rescompress.core.manifest import json_of
     from rescompress.pipeline import folder_of, run_stages
     from rescompress.plan import run_plan
     from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
@@ -98,10 +98,6 @@ def run(
         from rescompress.track import log
 
         out.hint(f"recorded: {log(track, folder)}")
-    import json
-
-    from rescompress.core.manifest import json_of
-
     document = {
         "folder": str(folder),
         "manifest": str(folder / "manifest.json"),

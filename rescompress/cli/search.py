@@ -85,9 +85,7 @@ def start(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.0, help="Begin no candidate after so long.", show_default=False)
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.", show_default=False)
-    ] = None,
+    overrides: opt.Overrides = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
@@ -101,6 +99,7 @@ def start(
     from rescompress.core.errors import ConfigError
     from rescompress.search.settings import SearchConfig, default_space, planned
     from rescompress.search.study import create, storage_of
+    from rescompress.search.worker import check_candidates, check_space, own_folder
 
     out = output_of(ctx)
     loaded = load_config(config, tuple(overrides or ()))
@@ -110,6 +109,7 @@ def start(
     document = loaded.model_dump(mode="json")
     space = section.space or default_space(document)
     document["search"] = section.model_copy(update={"space": space}).model_dump(mode="json")
+    check_space(document)  # an unknown word is named before the candidates are counted
     try:
         queue, anchored, total = planned(document, space, section.trials)
     except ValueError as e:
@@ -117,9 +117,7 @@ def start(
     if total < section.trials:
         out.hint(f"note: the space holds {total} candidates: each is tried once, in the place of {section.trials}")
         document["search"]["trials"] = total
-    from rescompress.search.worker import check, own_folder
-
-    check(document, queue)
+    check_candidates(document, queue)
     folder = (output or Path("rescompress-out") / f"{config.stem}-search").resolve()
     make_folder(folder)
     address = storage or str(folder)

@@ -11,7 +11,7 @@ import random
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -423,8 +423,8 @@ def own_folder(folder: Path, name: str, storage: str | None) -> None:
         )
 
 
-def check(document: Mapping[str, Any], queue: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure, before any work, that the space and the first candidates make configs.
+def check_space(document: Mapping[str, Any]) -> None:
+    """Make sure, before any work, that every choice of the space makes a config.
 
     Raises:
         ConfigError: A key or a choice of the space is unknown or impossible; it is named.
@@ -436,7 +436,16 @@ def check(document: Mapping[str, Any], queue: Sequence[Mapping[str, Any]]) -> No
             raise ConfigError(
                 "no target is a board", where="search.boards", remedy="name what the boards are under `targets`, such as jetson"
             )
-    for choices in [*queue, *_corners(document["search"]["space"])]:
+    check_candidates(document, _corners(document["search"]["space"]))
+
+
+def check_candidates(document: Mapping[str, Any], candidates: Iterable[Mapping[str, Any]]) -> None:
+    """Make sure that candidates make configs.
+
+    Raises:
+        ConfigError: A key or a choice is unknown or impossible; it is named.
+    """
+    for choices in candidates:
         validate(candidate(document, choices), "search.space")
 
 
