@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.from_settings import Options, settings_from, with_options
-from rescompress.config import RunConfig, validate
 from rescompress.core.described import bound, choices_of, default_of, flag_of, help_of, parts_of, plain, table
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.settings import (
@@ -31,8 +30,9 @@ from rescompress.core.settings import (
     SensitivitySettings,
     TrainSettings,
 )
-from rescompress.gate.limits import Limits
-from rescompress.starter import starter_config
+from rescompress.runs.config import RunConfig, validate
+from rescompress.runs.starter import starter_config
+from rescompress.show.gate.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_OF = {

@@ -52,9 +52,9 @@ def prune(
     Example: rescompress prune --ratio 0.3 resnet50.pt
     Example: rescompress prune resnet32.th --macs 0.5 --data photos/ --target jetson -o half.safetensors
     """
-    from rescompress.claims import check_outputs
     from rescompress.core.errors import BadInput
-    from rescompress.plan import Builder
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     own = [workspace.WORKSPACE / name for name in ("prune.safetensors", "finetune.safetensors", "plan.json")]
@@ -148,8 +148,8 @@ def finetune(
     Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
     Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
     """
-    from rescompress.claims import check_outputs
-    from rescompress.plan import Builder
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None
@@ -202,8 +202,8 @@ def quantize(
 
     Example: rescompress quantize half.safetensors --data photos/ --mode qat --epochs 1 --teacher resnet32.th
     """
-    from rescompress.claims import check_outputs
-    from rescompress.plan import Builder, profile_for
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder, profile_for
 
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None

@@ -70,9 +70,9 @@ def export(
     Example: rescompress export --target jetson -o bundle.tar.gz
     """
     from edge_targets.bundle import OPTIONAL
-    from rescompress import claims
     from rescompress.core.errors import BadInput
-    from rescompress.plan import Builder
+    from rescompress.runs import claims
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     path = checkpoint or newest_checkpoint(workspace.WORKSPACE)
@@ -244,7 +244,7 @@ def evaluate(
     """
     from rescompress.cli.progress import reporting
     from rescompress.core.errors import BadInput, nearest
-    from rescompress.evaluation import evaluate_file
+    from rescompress.runs.evaluation import evaluate_file
 
     if runtime not in (known := _runtimes("")):
         raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))

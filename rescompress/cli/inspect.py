@@ -46,11 +46,11 @@ def inspect(
         arch_options=workspace.stated(arch_option, code, like),
         allow_pickle=allow_pickle,
     ).load()  # the page holds the warnings
-    from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
+    from rescompress.runs.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
     if graph is not None:
-        from rescompress.report.graph import draw
+        from rescompress.show.report.graph import draw
 
         draw(loaded.network, graph)
         document["graph"] = str(graph)

@@ -51,12 +51,12 @@ def run(
 
     from compress.data.sources import is_name
     from rescompress.cli.progress import reporting
-    from rescompress.config import load_config
     from rescompress.core.manifest import json_of
-    from rescompress.pipeline import folder_of, run_stages
-    from rescompress.plan import run_plan
-    from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
-    from rescompress.settings import Settings
+    from rescompress.runs.config import load_config
+    from rescompress.runs.pipeline import folder_of, run_stages
+    from rescompress.runs.plan import run_plan
+    from rescompress.runs.settings import Settings
+    from rescompress.show.figures.tables import rows_of, to_document, to_markdown, to_rich
 
     out = output_of(ctx)
     loaded = load_config(config, tuple(overrides or ()))
@@ -65,7 +65,7 @@ def run(
     folder = output or folder_of(config, workspace.WORKSPACE)
     settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size, skip_corrupt=loaded.skip_corrupt)
     if track is not None:
-        from rescompress.track import check
+        from rescompress.show.track import check
 
         check(track)
     stages = run_plan(loaded, settings)
@@ -88,14 +88,14 @@ def run(
         return
     rows = rows_of(report.manifest)
     if report.ran:
-        from rescompress.claims import TABLE
         from rescompress.core.artifact import write_text
+        from rescompress.runs.claims import TABLE
 
         write_text(folder / TABLE, to_markdown(rows), follow=False)
     else:
         out.hint(f"nothing to do: all {len(report.reused)} stages are up to date")
     if track is not None:
-        from rescompress.track import log
+        from rescompress.show.track import log
 
         out.hint(f"recorded: {log(track, folder)}")
     document = {
@@ -108,7 +108,7 @@ def run(
     }
     out.result(document, to_rich(rows, title=str(folder)))
     if not report.manifest.unfinished:
-        from rescompress.report.closing import closing_lines
+        from rescompress.show.report.closing import closing_lines
 
         for line in closing_lines(report.manifest, folder, example=loaded.data.startswith("builtin:")):
             out.hint(line)
@@ -133,10 +133,10 @@ def init(
 
     Example: rescompress init resnet50.pt --data photos/ --target jetson
     """
-    from rescompress.claims import check_outputs
     from rescompress.core.artifact import write_text
     from rescompress.core.errors import BadInput
-    from rescompress.starter import starter_config
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.starter import starter_config
 
     out = output_of(ctx)
     check_outputs({"--output": output}, [checkpoint] if checkpoint is not None else [])

@@ -14,7 +14,7 @@ from rescompress.core.settings import SensitivitySettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rescompress.sensitivity import Sensitivity
+    from rescompress.runs.sensitivity import Sensitivity
 
 app = typer.Typer()
 
@@ -49,8 +49,8 @@ def sensitivity(
     """
     from pathlib import Path
 
-    from rescompress.claims import check_outputs
     from rescompress.core.errors import BadInput
+    from rescompress.runs.claims import check_outputs
 
     sink = output_of(ctx)
     picture = Path(output).expanduser() if output else None
@@ -68,7 +68,7 @@ def sensitivity(
     )
     shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, skip_corrupt=skip_corrupt)
     from rescompress.cli.progress import reporting
-    from rescompress.sensitivity import measure_sensitivity  # takes seconds to import
+    from rescompress.runs.sensitivity import measure_sensitivity  # takes seconds to import
 
     if data is None and "method" not in settings.model_fields_set:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")

@@ -13,9 +13,9 @@ from rescompress.cli.output import Output
 
 if TYPE_CHECKING:
     from rescompress.core.manifest import Manifest, StageResult
-    from rescompress.pipeline import Peers, RunReport
-    from rescompress.settings import Settings
-    from rescompress.stage import Opening, Stage
+    from rescompress.runs.pipeline import Peers, RunReport
+    from rescompress.runs.settings import Settings
+    from rescompress.runs.stage import Opening, Stage
 
 WORKSPACE = Path("rescompress-out")
 
@@ -36,8 +36,8 @@ def settings(
         BadInput: The labels cannot be read, or there is no such device.
     """
     from compress.data.sources import is_name
-    from rescompress.labels import parse_labels
-    from rescompress.settings import Settings
+    from rescompress.core.labels import parse_labels
+    from rescompress.runs.settings import Settings
 
     if data is not None and not is_name(data):
         data = str(Path(data).expanduser().resolve())
@@ -77,7 +77,7 @@ def opening(
     """
     from compress.checkpoints.options import parse, parse_shape
     from compress.preprocessing import Statement
-    from rescompress.stage import Opening
+    from rescompress.runs.stage import Opening
 
     parse(arch_options)  # what is wrong with them is said before any work
     shape = parse_shape(input_shape) if input_shape else None
@@ -111,7 +111,7 @@ def run_here(stages: Sequence[Stage], output: Output) -> tuple[RunReport, bool]:
         BadInput: A stage would replace a file that it reads by what it makes of it, so that the command could not be repeated.
     """
     from rescompress.cli.progress import reporting
-    from rescompress.pipeline import run_stages
+    from rescompress.runs.pipeline import run_stages
 
     folder = WORKSPACE
     together = peers()
@@ -157,7 +157,7 @@ def deliver(source: Path, wanted: Path | None) -> Path:
 
 def trade_off(manifest: Manifest, last: str) -> Any:
     """Return the trade-off table of a stage and of the stages that its network went through."""
-    from rescompress.report.tables import rows_of, to_rich
+    from rescompress.show.figures.tables import rows_of, to_rich
 
     names = manifest.lineage(last)
     chosen = manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage in names)})
