@@ -12,7 +12,7 @@ PACKAGES = ("rescompress", "compress", "export", "edge_targets")
 
 
 def contracts(folder: Path) -> "subprocess.CompletedProcess[str]":
-    call = "import sys; from importlinter.cli import lint_imports_command; sys.argv = ['lint-imports', '--no-cache']; lint_imports_command()"
+    call = "from importlinter.cli import lint_imports_command as call; sys.argv = ['lint-imports', '--no-cache']; call()"
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); {call}"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
 

@@ -30,22 +30,12 @@ def prune(
     checkpoint: opt.Checkpoint,
     settings: Annotated[PruneSettings, Options()],
     tuning: Annotated[TrainSettings, Options(only=("epochs", "batch_size"), flags={"epochs": EPOCHS})],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     target: opt.Target = None,
     data: opt.Data = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Remove channels and let the rest make up for them.
 
@@ -81,16 +71,8 @@ def prune(
         )
     if by_weights:
         out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     builder = Builder(opening, shared)
     stages = [builder.dense(), *builder.prune_and_tune(settings, tuning if tune else None, [target] if target else [])]
     last = stages[-1].name
@@ -129,19 +111,9 @@ def finetune(
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
     settings: Annotated[TrainSettings, Options(instead={"teacher": None}, only=OF_TRAINING)],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Train a pruned network back; interrupted, it goes on where it was.
 
@@ -154,16 +126,8 @@ def finetune(
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     stage = Builder(opening, shared).finetune(settings, opening, opening.of(teacher) if teacher else None)
     report, prints = workspace.run_here([stage], out)
     if not prints:
@@ -183,20 +147,10 @@ def quantize(
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
     settings: Annotated[QuantizeSettings, Options(instead={"mode": "ptq", "teacher": None}, flags={"teacher": MENTOR})],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     target: opt.Target = None,
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Quantize to INT8, so that what was calibrated or trained is what runs.
 
@@ -208,16 +162,8 @@ def quantize(
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     builder = Builder(opening, shared)
     placed = profile_for(settings, [target] if target else [])
     mentor = opening.of(teacher) if teacher else opening

@@ -159,14 +159,14 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
         BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
     """
     from compress.data import load_dataset
-    from rescompress.cli import workspace
+    from rescompress.cli.options import Common
     from rescompress.core.errors import ModelFileError
     from rescompress.runs.evaluation import onnx_inputs
 
     inputs = [onnx_inputs(job.onnx) for job in jobs]
     if any(i != inputs[0] for i in inputs):
         raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
-    settings = workspace.settings(data, labels=labels, seed=seed)
+    settings = Common(labels=labels, seed=seed).settings(data)
     assert settings.data is not None
     loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in loaded.notes:

@@ -9,6 +9,7 @@ import typer
 
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 
 app = typer.Typer()
@@ -115,19 +116,15 @@ def run(
 
 
 @app.command()
+@with_options
 def init(
     ctx: typer.Context,
+    stated: Annotated[opt.Stated, Options()],
     checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default=False)] = None,
     target: opt.Target = None,
     data: opt.Data = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Config to write.")] = Path("rescompress.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.", show_default=False)] = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
 
@@ -144,13 +141,7 @@ def init(
         raise BadInput("is there already", where=str(output), remedy="choose another -o, or --force")
     opening = None
     if checkpoint is not None:
-        opening = workspace.opening(
-            checkpoint,
-            input_shape=input_shape,
-            preprocess=preprocess,
-            arch_options=workspace.stated(arch_option, code, like),
-            allow_pickle=allow_pickle,
-        )
+        opening = stated.opening(checkpoint)
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))
     write_text(output, text)
     out.result({"output": str(output), "config": text}, f"{output} is written; next: rescompress run {output}")
