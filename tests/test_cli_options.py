@@ -254,10 +254,11 @@ QUANTIZE = [
 EXPORT = [
     Case(
         "net.safetensors -t jetson --precision fp16 --batch 4 --opset 18 -o there --archive --require-engine "
-        f"{STATED} {NAMED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("target"),
             **shared("target"),
+            "skip_corrupt": (lambda seen: seen.shared("target").skip_corrupt, True),
             "target": (lambda seen: seen.stage("target")["target"].alias, "jetson"),
             "require_engine": (lambda seen: seen.stage("target")["require_engine"], True),
             "output": (lambda seen: seen.text("there/model.onnx"), "onnx of jetson-orin-nano-8gb-super"),

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import runpy
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -59,7 +60,7 @@ def made_from_settings(command: str) -> Iterator[tuple[type[BaseModel], str, str
     function = inspect.unwrap(getattr(importlib.import_module(f"rescompress.cli.{COMMANDS[command][0]}"), command))
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         kind, *more = get_args(parameter.annotation) or (None,)
-        for options in (m for m in more if isinstance(m, Options)):
+        for options in (m for m in more if isinstance(m, Options) and not is_dataclass(kind)):
             for name in options.fields(kind):
                 yield kind, name, options.flag(kind, name).name.removeprefix("--").replace("-", "_")
 
