@@ -18,6 +18,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -53,7 +54,7 @@ Role = Literal["conv", "linear", "pool", "move", "input", "add", "pointwise", "n
 def role_of(op: Operation) -> Role:
     """Return what an operation is to a runtime: a kernel of some kind, part of the one before, or nothing."""
     match op:
-        case Conv():
+        case Conv() | ChannelConv():
             return "conv"
         case Linear():
             return "linear"
@@ -171,6 +172,8 @@ def _kernel(layer: Layer, *, skip: bool, first: bool) -> Kernel:
     pixels = out[1] * out[2] if len(out) == 3 else 1
     in_pixels = layer.in_shape[1] * layer.in_shape[2] if len(layer.in_shape) == 3 else 1
     op, role = layer.operation, role_of(layer.operation)
+    if isinstance(op, ChannelConv):  # one channel, as long as the line
+        return Kernel(layer.name, "conv", op.length, 1, 1, taps=op.kernel, in_pixels=op.length)
     return Kernel(
         layer.name,
         role if role == "conv" or role == "linear" or role == "pool" else "move",
