@@ -73,32 +73,33 @@ def parameters(library: str, name: str) -> float:
         return float(sum(p.numel() for p in timm.create_model(name).parameters()))
 
 
-def network(library: str, name: str) -> torch.nn.Module:
-    """Return a network with random weights and statistics, on which nothing is zero or one by chance."""
+def network(library: str, name: str) -> tuple[torch.nn.Module, int]:
+    """Return a network with random weights, on which nothing is zero or one by chance, and the height of its images.
+
+    The statistics are those of random images: with others a gate of a deep network sees numbers so large that single bits
+    decide whether it opens, and no two programs agree.
+    """
     torch.manual_seed(0)
     made = timm.create_model(name, num_classes=10) if library == "timm" else torchvision.models.get_model(name, num_classes=10)
     for part in made.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = None  # the statistics of all images seen, not those of the first ones
             for key, value in part.state_dict().items():
-                if value.is_floating_point():
-                    value.copy_(torch.rand_like(value) * 0.5 + (0.75 if key in ("weight", "running_var") else -0.25))
-    return made.eval()
-
-
-def own_size(library: str, module: torch.nn.Module) -> int:
-    """Return the height of images that a network was made for."""
-    return int(module.pretrained_cfg["input_size"][-1]) if library == "timm" else 224
+                if key in ("weight", "bias"):
+                    value.copy_(torch.rand_like(value) * 0.5 + (0.75 if key == "weight" else -0.25))
+    own = int(made.pretrained_cfg["input_size"][-1]) if library == "timm" else 224
+    with torch.no_grad():
+        try:
+            made.train()(torch.randn(2, 3, SIDE, SIDE))
+            return made.eval(), SIDE
+        except (RuntimeError, ValueError, AssertionError):  # too small for it
+            made.train()(torch.randn(2, 3, own, own))
+            return made.eval(), own
 
 
 def loaded(library: str, name: str) -> Any:
     """Return a network as a checkpoint, for small images where it takes them."""
-    module = network(library, name)
-    try:
-        return rc.from_module(module, torch.zeros(1, 3, SIDE, SIDE), arch=name)
-    except RescompressError as e:
-        if "does not run" not in str(e):
-            raise
-    side = own_size(library, module)
+    module, side = network(library, name)
     return rc.from_module(module, torch.zeros(1, 3, side, side), arch=name)
 
 
@@ -140,7 +141,9 @@ def refusal(row: dict[str, Any]) -> str:
     """Return the operation that is the reason, and why; else the whole reason."""
     reason = str(row["reason"])
     found = re.search(r"not known here: (.*?)(?: in \S+)? \(reads .*?\): (.*)", reason)
-    return f"{found[1]}: {found[2]}" if found else reason.removeprefix("the network computes something that is not known here: ")
+    return (
+        f"{found[1]}: {found[2]}" if found else reason.removeprefix("the network computes something that is not known here: ")
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
