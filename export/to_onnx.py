@@ -76,7 +76,7 @@ FP16_SCALE_OPSET = 19
 
 _META_SPEC = "rescompress.spec"
 _META_NETWORK = "rescompress.network"
-_META_LABELS = "rescompress.core.labels"
+_META_LABELS = "rescompress.labels"
 _META_PREPROCESSING = "rescompress.preprocessing"
 _META_PROFILE = "rescompress.profile"
 
