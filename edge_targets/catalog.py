@@ -1,10 +1,17 @@
-"""Every target that is known: one YAML file per device below ``devices/``, plus two aliases.
+"""Every target that is known: one YAML file per device, plus two aliases.
 
-Names are read off the folder; a file is opened only when its target is asked for.
+Ours lie below ``devices/``; others are found in the folder of an installed package's entry point of the group
+``rescompress.devices``, in the user's own folder (`own_folder`), and in the files and folders that the environment variable
+``RESCOMPRESS_DEVICES`` names, to which ``--device-file`` adds. Names are read off the files; a file is opened only when its
+target is asked for.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from edge_targets.device import Device, Target
@@ -19,24 +26,74 @@ ALIASES = ("arm", "jetson")
 """``jetson``: the board this runs on, elsewhere `DEFAULT_JETSON`; ``arm``: ``arm-cortex-a76``."""
 
 
+GROUP = "rescompress.devices"
+"""Entry points that name a package with device files in its folder."""
+PLACES = "RESCOMPRESS_DEVICES"
+"""The environment variable with files and folders, parted as in ``PATH``; processes that are started here see it, too."""
+
+
+def own_folder() -> Path:
+    """Return the folder that a user's own device files are looked for in."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rescompress" / "devices"
+
+
+def add_device_file(path: Path) -> None:
+    """Make the device that a file describes known in this process and in those that it starts.
+
+    Args:
+        path: A YAML file, called like the device.
+
+    Raises:
+        TargetError: There is no such file, it describes no device, or its name is taken.
+    """
+    full = path.expanduser().absolute()
+    if full.suffix != ".yaml" or not full.is_file():
+        raise TargetError("is no device file", where=str(path), remedy="name a YAML file, <device>.yaml (docs/targets.md)")
+    known = os.environ.get(PLACES, "").split(os.pathsep)
+    if str(full) not in known:
+        os.environ[PLACES] = os.pathsep.join(filter(None, [*known, str(full)]))
+    load_device(full.stem)
+
+
 def target_names() -> list[str]:
     """Return every name that `load_target` takes: devices, then aliases."""
-    return [*sorted(path.stem for path in DEVICES.glob("*.yaml")), *ALIASES]
+    return [*sorted({path.stem for path in _files()}.difference(ALIASES)), *ALIASES]
+
+
+def _files() -> Iterator[Path]:
+    """Yield every device file, ours first."""
+    yield from sorted(DEVICES.glob("*.yaml"))
+    places = [own_folder(), *map(Path, filter(None, os.environ.get(PLACES, "").split(os.pathsep)))]
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        spec = importlib.util.find_spec(entry.value)
+        places += map(Path, (spec.submodule_search_locations or ()) if spec is not None else ())
+    for place in places:
+        yield from [place] if place.suffix == ".yaml" else sorted(place.glob("*.yaml"))
 
 
 def load_device(name: str) -> Device:
-    """Return the device that ``devices/<name>.yaml`` describes.
+    """Return the device that ``<name>.yaml`` describes.
 
     Raises:
-        TargetError: There is no such file, or it describes no device.
+        TargetError: There is no such file, it describes no device, or there are two.
     """
     from pydantic import ValidationError
 
     from rescompress.core import strict_yaml
 
-    path = DEVICES / f"{name}.yaml"
-    if name not in target_names() or not path.is_file():
+    paths = list({path.resolve(): path for path in _files() if path.stem == name}.values())
+    if not paths or name in ALIASES:
+        if paths:
+            raise TargetError(
+                f"'{name}' is the name of an alias", where=str(paths[0]), remedy="give device and file another name"
+            )
         raise TargetError(f"unknown target '{name}'", where="--target", remedy=nearest(name, target_names()))
+    path = paths[-1]
+    if len(paths) > 1:
+        also = ", ".join(map(str, paths[:-1]))
+        raise TargetError(
+            f"'{name}' is described elsewhere too: {also}", where=str(path), remedy="give your device another name"
+        )
     try:
         device = Device.model_validate(strict_yaml.load(path, missing="", remedy=""))
         if device.name != name:
@@ -54,9 +111,7 @@ def load_device(name: str) -> Device:
 def _no_device(path: Path, reason: str) -> TargetError:
     """Return the error of a file that describes no device."""
     text = " ".join(reason.split())  # a YAML error has several lines
-    return TargetError(
-        f"describes no device: {text}", where=str(path), remedy="correct the file, or take it out of this folder"
-    )
+    return TargetError(f"describes no device: {text}", where=str(path), remedy="correct the file, or take it out of its folder")
 
 
 def board_here(model_file: Path = DEVICE_TREE_MODEL) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,12 @@ from rescompress.core.spec import Frozen
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 Architecture = Literal["maxwell", "pascal", "volta", "turing", "ampere", "ada", "blackwell", "x86_64", "aarch64", "host"]
+
+Source = Annotated[str, Field(min_length=11)]
+"""Where a figure was read; ten characters name no source."""
+
+PREDICTED = ("maxwell", "pascal", "volta", "ampere", "blackwell")
+"""Architectures with constants of the latency model (`edge_targets.latency`)."""
 
 
 def base_precision(written: str) -> str:
@@ -34,7 +40,7 @@ class Figure(Frozen):
     """
 
     value: float
-    source: str = Field(min_length=1)
+    source: Source
     verified: bool = True
 
 
@@ -61,7 +67,7 @@ class PowerMode(Frozen):
     sm_count: int = Field(ge=1)
     gpu_mhz: float = Field(gt=0)
     emc_mhz: float = Field(gt=0)
-    source: str = Field(min_length=1)
+    source: Source
     verified: bool = True
 
 
@@ -83,7 +89,7 @@ class Software(Frozen):
     cuda: str
     l4t: str | None = None
     python: str | None = None
-    source: str = Field(min_length=1)
+    source: Source
     verified: bool = True
 
 
@@ -124,7 +130,7 @@ class Device(Frozen):
     runtime: str
     precisions: tuple[Precision, ...] = Field(min_length=1)
     align: dict[Precision, int]
-    align_source: str = Field(min_length=1)
+    align_source: Source
     max_gpu_mhz: Figure | None = None
     bandwidth_gb_s: Figure | None = None
     max_emc_mhz: Figure | None = None
@@ -163,7 +169,22 @@ class Device(Frozen):
         if self.modes:
             for precision in self.precisions:
                 self.macs_per_clock(precision)
+            self._predictable()
         return self
+
+    def _predictable(self) -> None:
+        """Refuse a device with power modes, whose latency is predicted, where a figure is missing for that."""
+        needed = ("compute_capability", "max_gpu_mhz", "bandwidth_gb_s", "max_emc_mhz", "l2_mb")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"{self.name}: a device with power modes has its latency predicted, which needs {', '.join(missing)} too"
+            )
+        if self.architecture not in PREDICTED:
+            raise ValueError(
+                f"{self.name}: a device with power modes has its latency predicted, which cannot be done for "
+                f"'{self.architecture}': leave the modes out, or give one of {', '.join(PREDICTED)}"
+            )
 
     def capabilities(self, version: str) -> Capabilities:
         """Return what a version of TensorRT understands on this board: the version's row, less the DLA where that is amiss.

@@ -37,7 +37,7 @@ from rescompress.runs.stage import Context, Outcome
 from rescompress.show import gate, track
 from rescompress.show.gate import render
 
-COMMON = {"help", "json", "verbose", "quiet", "debug", "install_completion", "show_completion", "force"}
+COMMON = {"help", "json", "verbose", "quiet", "debug", "device_file", "install_completion", "show_completion", "force"}
 """What every command takes, and what typer adds; what ``--force`` does stands in test_run_claims.py."""
 
 

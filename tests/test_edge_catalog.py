@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from compress.zoo import spec
 from edge_targets import catalog, tensorrt_versions
 from edge_targets.advice import advice_for, reports
-from edge_targets.device import Figure, base_precision
+from edge_targets.device import PREDICTED, Device, Figure, base_precision
+from edge_targets.latency import LIKE, fitted_model, predict
 from edge_targets.tensorrt_versions import Capabilities, capabilities, parse_release, parse_version
 from edge_targets.trtexec import BuildOptions, build_command
+from rescompress.cli import options
 from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
+from rescompress.core.layers import walk
 from rescompress.runs.file_check import facts_of
 
 
@@ -116,9 +120,83 @@ CPU = (catalog.DEVICES / "cpu.yaml").read_text()
 NANO = (catalog.DEVICES / "jetson-nano.yaml").read_text()
 
 
+MINE = NANO.replace("jetson-nano", "mine")
+
+
+def test_what_promises_a_prediction_can_predict(folder):
+    """A device with power modes is listed as predictable: whatever its file leaves out is found when it is read."""
+    assert set(PREDICTED) == {*fitted_model().architectures, *LIKE}
+    layers = walk(spec("resnet18"))
+    (folder / "mine.yaml").write_text(MINE)
+    read: list[str] = []
+    for key in Device.model_fields:
+        if not (lines := [line for line in MINE.splitlines() if line.startswith(f"{key}:") and "{" in line]):
+            continue
+        (folder / "mine.yaml").write_text(MINE.replace(f"{lines[0]}\n", ""))
+        try:
+            device = catalog.load_device("mine")
+        except TargetError:
+            continue  # said when it is read
+        for precision in device.precisions:
+            assert predict(layers, device, precision=precision).p50_ms > 0
+        read.append(key)
+    assert read == ["memory_gb", "dla_count"], "nothing else is of no use to a prediction"
+    (folder / "mine.yaml").write_text(MINE.replace("architecture: maxwell", "architecture: turing"))
+    with pytest.raises(TargetError, match="cannot be done for 'turing'"):
+        catalog.load_device("mine")
+
+
+def test_devices_of_ones_own_are_targets(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv(catalog.PLACES, "")
+    before = catalog.target_names()
+    own = tmp_path / "config" / "rescompress" / "devices"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(MINE)
+    (tmp_path / "other.yaml").write_text(NANO.replace("jetson-nano", "other"))
+    catalog.add_device_file(tmp_path / "other.yaml")
+    package = tmp_path / "site" / "boards_of_mine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('a list of names imports nothing')")
+    (package / "third.yaml").write_text(NANO.replace("jetson-nano", "third"))
+    info = tmp_path / "site" / "boards-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boards\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{catalog.GROUP}]\nboards = boards_of_mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert set(catalog.target_names()) - set(before) == {"mine", "other", "third"}
+    assert options._targets("thi") == ["third"]
+    for name in ("mine", "other", "third"):
+        assert predict(walk(spec("resnet18")), catalog.load_target(name).device, precision="fp16").device == name
+    (own / "jetson-nano.yaml").write_text(NANO)
+    with pytest.raises(TargetError, match="described elsewhere too"):
+        catalog.load_device("jetson-nano")
+    (own / "arm.yaml").write_text(NANO.replace("jetson-nano", "arm"))
+    with pytest.raises(TargetError, match="name of an alias"):
+        catalog.load_device("arm")
+
+
+def test_a_device_file_is_an_option_of_every_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(catalog.PLACES, "")
+    (tmp_path / "mine.yaml").write_text(MINE)
+    monkeypatch.setattr("sys.argv", ["rescompress", "targets", "mine", "--json", "--device-file", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)[0]["facts"]["name"] == "mine"
+    for path, words in ((tmp_path / "none.yaml", "no device file"), (tmp_path / "bad.yaml", "describes no device")):
+        (tmp_path / "bad.yaml").write_text("name: bad\n")
+        monkeypatch.setattr("sys.argv", ["rescompress", "targets", "--device-file", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 5
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        (MINE.replace('align_source: "', 'align_source: "x" #'), "at least 11"),
         (CPU.replace("name: cpu", "name: mine").replace("openvino", "openvinoo"), "runtime"),
         (CPU, "it is called 'cpu', not 'mine'"),
         ("", "describes no device"),

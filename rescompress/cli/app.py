@@ -6,6 +6,7 @@ import importlib
 import io
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -115,6 +116,13 @@ def _set_debug(ctx: typer.Context, value: bool) -> None:
         ctx.obj.debug = True
 
 
+def _add_devices(paths: list[Path] | None) -> None:
+    for path in paths or ():
+        from edge_targets.catalog import add_device_file
+
+        add_device_file(path)
+
+
 def common_params() -> list[Any]:
     """Return the options that every command takes."""
     return list(typer.main.get_command(_common_app()).params)
@@ -145,6 +153,19 @@ def _common_app() -> typer.Typer:
             bool,
             typer.Option("--quiet", "-q", help="No progress.", callback=_set_quiet, is_eager=True, expose_value=False),
         ] = False,
+        device_file: Annotated[
+            list[Path] | None,
+            typer.Option(
+                "--device-file",
+                metavar="FILE.yaml",
+                help="A device of your own as a target; repeatable.",
+                callback=_add_devices,
+                is_eager=True,
+                expose_value=False,
+                show_default=False,
+                rich_help_panel="Computation",
+            ),
+        ] = None,
         debug: Annotated[
             bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, expose_value=False)
         ] = False,
