@@ -45,6 +45,7 @@ FAMILIES = (
     *("seresnext", "seresnet", "ecaresnext", "ecaresnet", "skresnext", "skresnet", "regnet"),
 )
 SIDE = 64
+IMAGES = 4
 BUDGET = 0.7
 TOLERANCE = 1e-4
 STEPS = ("loaded", "pruned", "exported")
@@ -87,14 +88,20 @@ def network(library: str, name: str) -> tuple[torch.nn.Module, int]:
             for key, value in part.state_dict().items():
                 if key in ("weight", "bias"):
                     value.copy_(torch.rand_like(value) * 0.5 + (0.75 if key == "weight" else -0.25))
+
+    def settled(side: int) -> tuple[torch.nn.Module, int]:
+        made.train()(torch.randn(IMAGES, 3, side, side))
+        for part in made.modules():
+            if isinstance(part, torch.nn.BatchNorm2d) and part.running_var is not None:
+                part.running_var.clamp_(min=0.1 * float(part.running_var.mean()))  # of few pixels some spread hardly at all
+        return made.eval(), side
+
     own = int(made.pretrained_cfg["input_size"][-1]) if library == "timm" else 224
     with torch.no_grad():
         try:
-            made.train()(torch.randn(2, 3, SIDE, SIDE))
-            return made.eval(), SIDE
+            return settled(SIDE)
         except (RuntimeError, ValueError, AssertionError):  # too small for it
-            made.train()(torch.randn(2, 3, own, own))
-            return made.eval(), own
+            return settled(own)
 
 
 def loaded(library: str, name: str) -> Any:
