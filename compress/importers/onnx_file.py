@@ -559,7 +559,7 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         ModelFileError: It is damaged, or its data are missing.
     """
     from export.load import load_onnx
-    from export.to_onnx import read_metadata
+    from export.metadata import read_metadata
 
     model = load_onnx(path)
     own = read_metadata(model)
@@ -578,7 +578,7 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         "onnx", path.name, arch, "onnx", tuple(notes),
         preprocessing=own.spec.preprocessing if own is not None else None, labels=own.spec.labels if own is not None else None,
     )  # fmt: skip
-    return checkpoint_of(read, _Runtime(model, batch, last).original(), options, source, images=images)
+    return checkpoint_of(read, _Runtime(model, path, batch, last).original(), options, source, images=images)
 
 
 REMEDY = "docs/bring-your-own.md lists the operations; cut the part away, or name a trunk that ends before it"
@@ -665,8 +665,8 @@ def _shape(dims: Sequence[int | None], options: LoadOptions, name: str, *, last:
 class _Runtime:
     """onnxruntime, for the proof."""
 
-    def __init__(self, model: onnx.ModelProto, batch: int | None, last: bool) -> None:
-        self._model, self._batch, self._last = model, batch, last
+    def __init__(self, model: onnx.ModelProto, path: Path, batch: int | None, last: bool) -> None:
+        self._model, self._path, self._batch, self._last = model, path, batch, last
         stored = {i.name for i in model.graph.initializer}
         self._input = next(i.name for i in model.graph.input if i.name not in stored)
         self._session: Any = None
@@ -676,10 +676,13 @@ class _Runtime:
 
     def run(self, x_NCHW: Tensor) -> list[Tensor]:
         if self._session is None:
-            self._session = self._open(self._model)
+            try:
+                self._session = self._open(self._path)  # it reads a file sooner than what is written out for it
+            except CheckpointError:
+                self._session = self._open(self._model)  # sorted, its functions written out
         return self._outputs(self._session, x_NCHW)
 
-    def _open(self, model: onnx.ModelProto) -> Any:
+    def _open(self, model: onnx.ModelProto | Path) -> Any:
         from export.session import open_session
 
         try:

@@ -14,7 +14,7 @@ from compress.preprocessing import Statement
 from edge_targets.backends import load_backend
 from export.half import check_half, has_float16
 from export.load import load_onnx
-from export.to_onnx import read_metadata
+from export.metadata import read_metadata
 from rescompress.core.errors import BadInput, ModelFileError, nearest
 from rescompress.core.runner import Runner
 from rescompress.runs.reporter import Reporter
