@@ -30,9 +30,19 @@ def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
     """Return the checkpoint in a file (see `compress.checkpoints.load_checkpoint`)."""
     check(options.arch)
     if is_onnx(path):
+        if "trunk" in options.arch:
+            from compress.importers.onnx_trunk import load_onnx_trunk
+
+            return load_onnx_trunk(path, options)
         from compress.importers.onnx_file import load_onnx_file
 
         return load_onnx_file(path, options)
+    if "trunk" in options.arch and "code" not in options.arch:
+        raise CheckpointError(
+            "holds no program that a trunk could be taken out of",
+            where=str(path),
+            remedy="give --trunk with an ONNX file, or with --code FILE:CALLABLE",
+        )
     try:
         opened = open_file(path, allow_pickle=allow_pickle)
         return _by_a_way(path, opened, options)

@@ -25,6 +25,7 @@ def inspect(
     arch_option: options.ArchOption = None,
     code: options.Code = None,
     like: options.Like = None,
+    trunk: options.Trunk = None,
     allow_pickle: options.AllowPickle = False,
     graph: Annotated[
         Path | None,
@@ -43,7 +44,7 @@ def inspect(
         checkpoint,
         input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
+        arch_options=workspace.stated(arch_option, code, like, trunk),
         allow_pickle=allow_pickle,
     ).load()  # the page holds the warnings
     from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import

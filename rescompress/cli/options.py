@@ -133,6 +133,16 @@ Like = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+Trunk = Annotated[
+    str | None,
+    typer.Option(
+        "--trunk",
+        metavar="auto|TENSOR,...",
+        help="Take the known part of a larger program, up to these tensors; the rest stays as it is.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
 NeededData = Annotated[
     str,
     typer.Option(

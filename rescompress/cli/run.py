@@ -127,6 +127,7 @@ def init(
     arch_option: opt.ArchOption = None,
     code: opt.Code = None,
     like: opt.Like = None,
+    trunk: opt.Trunk = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
@@ -148,7 +149,7 @@ def init(
             checkpoint,
             input_shape=input_shape,
             preprocess=preprocess,
-            arch_options=workspace.stated(arch_option, code, like),
+            arch_options=workspace.stated(arch_option, code, like, trunk),
             allow_pickle=allow_pickle,
         )
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))

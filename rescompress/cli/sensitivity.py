@@ -37,6 +37,7 @@ def sensitivity(
     arch_option: options.ArchOption = None,
     code: options.Code = None,
     like: options.Like = None,
+    trunk: options.Trunk = None,
     allow_pickle: options.AllowPickle = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
@@ -63,7 +64,7 @@ def sensitivity(
         checkpoint,
         input_shape=input_shape,
         preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
+        arch_options=workspace.stated(arch_option, code, like, trunk),
         allow_pickle=allow_pickle,
     )
     shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, skip_corrupt=skip_corrupt)

@@ -44,13 +44,14 @@ def settings(
     return Settings(data, parse_labels(labels), seed, device, threads, batch_size, skip_corrupt=skip_corrupt)
 
 
-def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None) -> tuple[str, ...]:
+def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None, trunk: str | None = None) -> tuple[str, ...]:
     """Return what the user states about a network as words of ``--arch-option``.
 
     Args:
         arch_option: Such words.
         code: ``FILE:CALLABLE``; the file's path becomes absolute.
         like: Name of a network.
+        trunk: ``auto`` or tensors.
     """
     words = list(arch_option or ())
     if code is not None:
@@ -58,6 +59,8 @@ def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None
         words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={code}")
     if like is not None:
         words.append(f"like={like}")
+    if trunk is not None:
+        words.append(f"trunk={trunk}")
     return tuple(words)
 
 
