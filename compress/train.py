@@ -364,8 +364,8 @@ class _Loop:
         if self.at_end_of_epoch:
             mean = self._sums / self._sums[2]
             epoch = self.done / self._batches.per_epoch
-            right = {} if self._ends else {"accuracy": float(mean[1])}
-            self.log.epochs.append({"epoch": epoch, "loss": float(mean[0]), **right, "lr": self._lr})
+            answers = {} if self._ends else {"accuracy": float(mean[1])}
+            self.log.epochs.append({"epoch": epoch, "loss": float(mean[0]), **answers, "lr": self._lr})
             self._sums = np.zeros(3)
         self.log.waited_s += waited
         self.log.seconds += time.perf_counter() - began

@@ -68,8 +68,8 @@ def with_trunk(model: onnx.ModelProto, trunk: onnx.ModelProto, host: Host) -> on
     old = [i for i in graph.initializer if i.name in needed or i.name not in _read_by(graph.node, gone)]
     known = [v for v in graph.value_info if v.name in needed or not _made_by(graph.node, gone, v.name)]
     for field, values in ((graph.node, [*new, *kept]), (graph.initializer, [*old, *stored]), (graph.value_info, known)):
-        del field[:]  # type: ignore[attr-defined]
-        field.extend(values)  # type: ignore[attr-defined]
+        del field[:]
+        field.extend(values)
     made.ir_version = max(made.ir_version, trunk.ir_version)
     return made
 
@@ -281,10 +281,10 @@ class _Session:
 
 
 def _zeros(entry: Any) -> Array:
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-    kinds |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8}
+    kinds = {"float": "float32", "float16": "float16", "double": "float64", "bool": "bool"}
     shape = [d if isinstance(d, int) else 1 for d in entry.shape]
-    return np.zeros(shape, kinds.get(entry.type, np.float32))
+    kind = str(entry.type).removeprefix("tensor(").removesuffix(")")
+    return np.zeros(shape, np.dtype(kinds.get(kind, kind)))
 
 
 def _compared(before: list[Array], after: list[Array], *, scores: bool) -> OutputParity:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
     from compress.data import load_dataset
     from compress.evaluate import evaluate
-    from compress.importers.module import from_module
+    from compress.importers.module import from_module, into_module
     from compress.prune import Budget, prune
     from compress.resnet import build_model
     from compress.train import train
@@ -41,6 +41,7 @@ _HOME = {
     "evaluate": ("compress.evaluate", "evaluate"),
     "export_onnx": ("rescompress.api", "export_onnx"),
     "from_module": ("compress.importers.module", "from_module"),
+    "into_module": ("compress.importers.module", "into_module"),
     "load_checkpoint": ("compress.checkpoints", "load_checkpoint"),
     "load_dataset": ("compress.data", "load_dataset"),
     "load_manifest": ("rescompress.core.manifest", "load_manifest"),
@@ -61,6 +62,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "from_module",
+    "into_module",
     "load_checkpoint",
     "load_dataset",
     "load_manifest",

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 
 class Program:
@@ -46,11 +49,17 @@ class Program:
         y = self.conv(self("Relu", self.conv(x, c, c)), c, c)
         return self("Relu", self("Add", x, y), out=out)
 
+    def reduced(self, op: str, x: str, *axes: int, out: str | None = None) -> str:
+        """A reduction, whose axes are an input from opset 18 on."""
+        if self.opset < 18:
+            return self(op, x, axes=list(axes), keepdims=0, out=out)
+        return self(op, x, self.constant(np.array(axes)), keepdims=0, out=out)
+
     def tokens(self, x: str, c: int, out: str = "answer", outputs: int = 5) -> str:
         """What no network here computes: pixels as tokens that see each other."""
         rows = self("Transpose", self("Reshape", x, self.constant(np.array([0, c, -1]))), perm=[0, 2, 1])
         mixed = self("MatMul", self("Softmax", self("MatMul", rows, self("Transpose", rows, perm=[0, 2, 1])), axis=-1), rows)
-        seen = self("ReduceMean", mixed, axes=[1], keepdims=0)
+        seen = self.reduced("ReduceMean", mixed, 1)
         return self("MatMul", seen, self.weight(c, outputs), out=out)
 
     def model(self, *outputs: str) -> onnx.ModelProto:
@@ -68,7 +77,7 @@ def two_scales(opset: int = 17, batch: int | str = "n") -> onnx.ModelProto:
     y = f("Relu", f.conv(x, 16, 32, stride=2))
     y = f.block(f.block(y, 32, "two"), 32, "coarse")
     f.tokens(y, 32, "class_scores")
-    f("ReduceL2", "fine", axes=[2, 3], keepdims=0, out="energy")
+    f.reduced("ReduceL2", "fine", 2, 3, out="energy")
     return f.model("class_scores", "energy")
 
 
@@ -116,3 +125,40 @@ def photos(folder: Path, count: int = 24, side: int = 16) -> Path:
         coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((side, side), Image.Resampling.BILINEAR).save(folder / f"{i:02}.png")
     return folder
+
+
+class Policy(nn.Module):
+    """A residual trunk with frozen statistics, then tokens that see each other, then an action."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), FrozenBatchNorm2d(width), nn.ReLU())
+        self.block1, self.block2 = Residual(width), Residual(width)
+        self.project = nn.Conv2d(width, 12, 1)
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True, dropout=0.0)
+        self.action = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        early = self.block1(self.stem(x))
+        tokens = self.project(self.block2(early)).flatten(2).transpose(1, 2)
+        return {"action": self.action(self.encoder(tokens).mean(1)), "early": torch.linalg.vector_norm(early, dim=(2, 3))}
+
+
+class Residual(nn.Module):
+    """Two convolutions with frozen BatchNorm, and what went in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, width, 3, 1, 1, bias=False), FrozenBatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), FrozenBatchNorm2d(width)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(x + y)
+
+
+def policy() -> Policy:
+    """The same on every call."""
+    torch.manual_seed(0)
+    return Policy().eval()

@@ -25,6 +25,7 @@ from compress.importers.finish import Source
 from compress.importers.module import brief, quiet, read_module, run_module
 from compress.importers.proof import random_images
 from rescompress.core.errors import CheckpointError, nearest
+from rescompress.core.host import HostFile
 
 COUNTER = ".num_batches_tracked"
 _MODULE = "rescompress_user_code"
@@ -61,7 +62,13 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
         notes.append(f"the network's keys stand behind {prefix!r}")
     notes.append(f"built by {code}")
     source = Source("code", path.name, type(module).__name__, opened.container, tuple(notes), input_stated=stated)
-    return read_module(module, dataclasses.replace(options, input_shape=shape), source)
+    made = read_module(module, dataclasses.replace(options, input_shape=shape), source)
+    if (host := made.host) is None:
+        return made
+    files = (HostFile.of(path), HostFile.of(split(code)[0]))
+    stated = {"code": code, **({"root": options.arch["root"]} if "root" in options.arch else {})}
+    host = host.model_copy(update={"kind": "code", "files": files, "options": {**host.options, **stated}})
+    return dataclasses.replace(made, provenance={**made.provenance, "host": host.model_dump(mode="json")})
 
 
 def split(code: str) -> tuple[Path, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from compress.importers.finish import Source, checkpoint_of
 from compress.importers.network import Read, read_trace
 from compress.importers.proof import Original
 from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value, broadcast
-from compress.importers.trunk import Call, Survey
+from compress.importers.trunk import SHARED, Call, Survey
 from rescompress.core.errors import CheckpointError
 
 QUANTIZED = (
@@ -34,6 +35,7 @@ QUANTIZED = (
 CONTROL = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 _GROWING = frozenset(("ConstantOfShape", "Expand", "Tile", "Range", "Pad", "Resize", "OneHot", "EyeLike", "Upsample"))
 MAX_CONSTANT = 2**24
+_WEIGHTED = frozenset(("Conv", "Gemm", "MatMul"))
 _MOVING = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Slice", "Gather", "Tile"))
 
 
@@ -81,9 +83,12 @@ class Reader:
         graph = self.model.graph
         found = Survey(self.trace, list(calls), [o.name for o in graph.output])
         lost = {i.name for i in graph.input if i.name not in self.stored and i.name not in self.values}
+        weights = Counter(node.input[1] for node in graph.node if node.op_type in _WEIGHTED and len(node.input) > 1)
         for node, call in zip(graph.node, calls, strict=True):
             if lost.isdisjoint(call.reads):
                 try:
+                    if node.op_type in _WEIGHTED and weights[node.input[1]] > 1 and node.input[1] in self.stored:
+                        raise Refused(SHARED)
                     self._node(node)
                 except Refused as e:
                     found.refused[call.name] = f"{call.name}: {e}"

@@ -92,7 +92,7 @@ def _entry(model: onnx.ModelProto, calls: Sequence[Call], wanted: Sequence[str])
         CheckpointError: There is none, or there are several.
     """
     stored = {i.name for i in model.graph.initializer}
-    entries = [i for i in model.graph.input if i.name not in stored]
+    entries: list[onnx.ValueInfoProto] = [i for i in model.graph.input if i.name not in stored]
     if wanted:
         needed = needs_of(calls, wanted)
         entries = [i for i in entries if i.name in needed] or entries

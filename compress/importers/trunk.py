@@ -16,6 +16,9 @@ from rescompress.core.errors import CheckpointError, nearest
 from rescompress.core.host import AUTO
 from rescompress.core.text import shown
 
+SHARED = "shares its weights with other steps: in a trunk each would have its own"
+"""Why the heads of a detector that work on every level, such as RetinaNet's, stay with the host."""
+
 
 @dataclass(frozen=True)
 class Call:

@@ -234,7 +234,7 @@ def divergence(quantized: ResNet, batches: Sequence[Tensor], wanted: Sequence[Te
     if sizes := feature_sizes(quantized):
         for x_NCHW, wanted_NF in zip(batches, wanted, strict=True):
             found_NF = log_probabilities(quantized, x_NCHW)
-            for a, b in zip(wanted_NF.split(sizes, 1), found_NF.split(sizes, 1), strict=True):
+            for a, b in zip(torch.split(wanted_NF, sizes, 1), torch.split(found_NF, sizes, 1), strict=True):
                 energy_N = a.double().square().sum(1).clamp_min(1e-12)
                 total += float(((b - a).double().square().sum(1) / energy_N).sum()) / len(sizes)
         return total / sum(len(x_NCHW) for x_NCHW in batches)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompress.cli import options, workspace
+from rescompress.cli import options
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 
 if TYPE_CHECKING:
@@ -17,16 +18,11 @@ app = typer.Typer()
 
 
 @app.command()
+@with_options
 def inspect(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)],
-    input_shape: options.InputShape = None,
-    preprocess: options.Preprocess = None,
-    arch_option: options.ArchOption = None,
-    code: options.Code = None,
-    like: options.Like = None,
-    trunk: options.Trunk = None,
-    allow_pickle: options.AllowPickle = False,
+    stated: Annotated[options.Stated, Options()],
     graph: Annotated[
         Path | None,
         typer.Option("--graph", help="Write the graph as a picture: .svg (needs graphviz), .html or .dot.", show_default=False),
@@ -40,20 +36,14 @@ def inspect(
     is told, and --input, --preprocess and --arch-option take its place.
     """
     output = output_of(ctx)
-    loaded = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like, trunk),
-        allow_pickle=allow_pickle,
-    ).load()  # the page holds the warnings
-    from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
+    loaded = stated.opening(checkpoint).load()  # the page holds the warnings
+    from rescompress.runs.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
     if graph is not None:
-        from rescompress.report.graph import draw
+        from rescompress.show.report.graph import draw
 
-        draw(loaded.network, graph)
+        draw(loaded.network, graph, loaded.host)
         document["graph"] = str(graph)
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 
@@ -103,6 +93,14 @@ def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:
         f"totals         {totals['params']:,} parameters, {totals['macs']:,} MACs, {totals['size_bytes'] / 1e6:.2f} MB, "
         f"{totals['blocks']} blocks",
     ]
+    if document["host"]:
+        sizes = {o["name"]: _shape(o["shape"]) for o in document["outputs"]}
+        host = document["host"]
+        of = Path(host["files"][0]["path"]).name if host["files"] else "a module"
+        lines.append(
+            f"trunk of       {of}, from '{host['input']}' on; these widths stay:" if host["input"] else f"trunk of       {of}"
+        )
+        lines += [f"  border       {tensor} ({sizes[name]})" for name, tensor in host["borders"].items()]
     if document["quantization"]:
         q = document["quantization"]
         lines.append(

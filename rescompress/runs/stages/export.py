@@ -1,0 +1,319 @@
+"""The stage that writes the ONNX file, recounts it and proves it equal to the torch network."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+
+from compress.checkpoints.base import Checkpoint
+from compress.evaluate import TorchRunner
+from compress.quantize import integer_model
+from edge_targets.fp8 import refusal
+from export.half import HalfCheck, check_half, has_float16
+from export.host import OutputParity, compare_hosts, fitting, is_scores, opset_of, relative_error, with_trunk
+from export.integers import in_integers
+from export.load import load_onnx, save_onnx
+from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
+from export.recount import recount
+from export.session import has_float16_scales
+from export.to_onnx import ExportOptions, Precision
+from rescompress.core.artifact import atomic_path
+from rescompress.core.details import ExportDetails, FileDetails
+from rescompress.core.errors import ModelFileError
+from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.metric import Metric, accuracy, counted
+from rescompress.core.settings import ExportSettings
+from rescompress.runs import code
+from rescompress.runs.fingerprint import key_of
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Context, Outcome, Source
+from rescompress.runs.stages.shared import (
+    dataset,
+    evaluate_runner,
+    network_of,
+    onnx_of,
+    outcomes_file,
+    prepare,
+    scores_classes,
+    write_onnx,
+)
+
+if TYPE_CHECKING:  # a step loads its work when it runs, so that the work may know the step by its type alone
+    from rescompress.runs.steps import Export
+
+PARITY_IMAGES = 1000
+
+
+def exported(context: Context, step: Export) -> Outcome:
+    """The ONNX file, recounted, checked and compared with the torch network."""
+    common = step.common
+    prepare(common)
+    chosen = export_options(step.settings)
+    checkpoint = as_exported(step.source.load(context), chosen)
+    path = context.folder / "model.onnx"
+    proto, metrics, details = file_for(context, step.source, checkpoint, chosen, path, common)
+    files = [("onnx", path)]
+    if checkpoint.host is not None:
+        details = in_host(context, checkpoint, chosen, path, common, details, files, metrics)
+    for note in details.notes:
+        context.reporter.note(note)
+    if common.data is not None and scores_classes(checkpoint.spec):
+        found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
+        metrics |= found.metrics
+        files.append(("outcomes", outcomes_file(context, "export", found)))
+    return Outcome(metrics, files, ExportDetails(**details.given()))
+
+
+HOST_IMAGES = 32
+"""Images that two hosts are compared on: much of a host runs once for each."""
+HOST_ERROR = 1e-4
+"""Most that a float trunk may differ inside of its host, relative to the norm of the numbers."""
+
+
+def in_host(
+    context: Context,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    path: Path,
+    common: Settings,
+    details: FileDetails,
+    files: list[tuple[str, Path]],
+    metrics: dict[str, Metric],
+) -> FileDetails:
+    """Write the host of a trunk with it inside, beside the trunk's own file; return the details with what that changes.
+
+    Args:
+        context: Has the folder.
+        checkpoint: The trunk, as it is exported.
+        options: Of the trunk's own file.
+        path: Where that lies.
+        common: The images.
+        details: Of the trunk's own file.
+        files: Takes the file.
+        metrics: Takes how often the host still gives an image the same class, where it scores classes.
+    """
+    host = checkpoint.host
+    assert host is not None
+    if host.kind != "onnx":
+        text = f"{host.name} is Python: put the trunk of {path.name} into it there; its outputs are {', '.join(host.borders)}"
+        return details.model_copy(update={"notes": [*details.notes, text]})
+    original = load_onnx(host.checked())
+    resolved = dataclasses.replace(options, precision=precision_of(checkpoint, options))
+    written = fitting(resolved, original, host)
+    proto = with_trunk(original, onnx_of(checkpoint, written), host)
+    place = path.with_name("host.onnx")
+    save_onnx(proto, place)
+    files.append(("host", place))
+    batches, images = parity_images(checkpoint, common, HOST_IMAGES)
+    borders = list(host.borders.values())
+    told: dict[str, Any] = {"onnx": place.relative_to(context.folder).as_posix(), "of": host.name, "images": images}
+    told["borders"] = dict(host.borders)
+    notes = []
+    if written.precision != resolved.precision:
+        notes.append(f"opset {written.opset} of the host has no float16 scales: the trunk in it is {written.precision}")
+    if opset_of(original) != opset_of(proto):
+        notes.append(f"the host is of opset {opset_of(original)}: converted to {opset_of(proto)}")
+    try:
+        outputs, seen = compare_hosts(original, proto, host, batches, extra=borders)
+    except ModelFileError as e:
+        notes.append(f"the outputs of the host were not compared: {e.what}")
+    else:
+        metrics |= _agreements(outputs)
+        runner = TorchRunner(network_of(checkpoint))
+        wanted = [[y[: len(s[borders[0]])] for y in runner.outputs(x)] for x, s in zip(batches, seen, strict=True)]
+        told["outputs"] = {name: found.document() for name, found in outputs.items()}
+        told["trunk_error"] = max(
+            relative_error(
+                np.concatenate([w[i] for w in wanted]),
+                np.concatenate([s[name][: len(w[i])] for s, w in zip(seen, wanted, strict=True)]),
+            )
+            for i, name in enumerate(borders)
+        )
+        if written.precision == "fp32" and told["trunk_error"] > HOST_ERROR:
+            notes.append(f"the trunk inside of the host differs from the torch network by {told['trunk_error']:.2g}")
+    return details.model_copy(update={"host": told, "notes": [*details.notes, *notes]})
+
+
+def agreement_of(checkpoint: Checkpoint, batches: Sequence[Floats]) -> dict[str, Metric]:
+    """Return how often the host of a trunk gives an image the same class with it inside; nothing where it scores none.
+
+    Args:
+        checkpoint: The trunk, of an ONNX file.
+        batches: Preprocessed images.
+
+    Raises:
+        ModelFileError: onnxruntime cannot run the host.
+        CheckpointError: The host is gone or was changed.
+    """
+    host = checkpoint.host
+    assert host is not None
+    original = load_onnx(host.checked())
+    names = [o.name for o in original.graph.output if is_scores(original, o.name)]
+    if not names:
+        return {}
+    written = onnx_of(checkpoint, fitting(ExportOptions(precision=precision_of(checkpoint, ExportOptions())), original, host))
+    return _agreements(compare_hosts(original, with_trunk(original, written, host), host, batches, only=names)[0])
+
+
+def _agreements(outputs: Mapping[str, OutputParity]) -> dict[str, Metric]:
+    """Return the lowest agreement of the outputs that score classes."""
+    found = [o for o in outputs.values() if o.agreement is not None and o.scored]
+    if not found:
+        return {}
+    worst = min(found, key=lambda o: o.agreement or 0.0)
+    assert worst.agreement is not None
+    return {"agreement": accuracy(round(worst.agreement * worst.scored), worst.scored, runtime="onnxruntime")}
+
+
+def export_options(settings: ExportSettings) -> ExportOptions:
+    """Return the file that is asked for; its opset is that of most runtimes where none is named.
+
+    Raises:
+        TargetError: No file of ours is in FP8.
+    """
+    if settings.precision == "fp8":
+        raise refusal()
+    usual = ExportOptions(settings.batch, precision=settings.precision)
+    return usual if settings.opset is None else dataclasses.replace(usual, opset=settings.opset)
+
+
+def as_exported(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
+    """Return the network that a file of these options holds: without quantizers where it is asked for in floating point."""
+    return checkpoint if "int8" in precision_of(checkpoint, options) else dataclasses.replace(checkpoint, quantization=None)
+
+
+def file_for(
+    context: Context, source: Source, checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings
+) -> tuple[onnx.ModelProto, dict[str, Metric], FileDetails]:
+    """Return an ONNX file that lies at `path` now, with its row and details; one that is there already is not made again.
+
+    A file is known by the network, the options, and the images that it was compared on. Whichever stage asks first writes,
+    recounts and compares it; another stage of the run gets a link to the same file, and what was found about it.
+
+    Args:
+        context: Has the stages before this one.
+        source: Where the network is from.
+        checkpoint: The network, as it is exported.
+        options: What kind of file.
+        path: Where the file is to lie.
+        common: The images.
+    """
+    network = source.identity
+    if source.stage is not None and (made := context.done.stage(source.stage)) is not None:
+        network = {"sha256": made.checkpoint_sha256}
+    resolved = dataclasses.replace(options, precision=precision_of(checkpoint, options))
+    parts = {"network": network, "options": dataclasses.asdict(resolved), "common": common.identity, "code": code.of()}
+    key = key_of({"what": "onnx", "version": version("rescompress"), **parts})
+    for stage in context.done.stages:
+        known, onnx_file = stage.details_as(FileDetails), stage.output("onnx")
+        if known is None or known.file_key != key or onnx_file is None or not onnx_file.intact(context.folder):
+            continue
+        here = context.folder / onnx_file.path
+        if here != path:
+            with atomic_path(path) as temporary:
+                shutil.copyfile(here, temporary)
+        metrics = {name: stage.metrics[name] for name in ("macs", "params", "size_bytes")}
+        found = {name: value for name, value in known.given().items() if name in FileDetails.model_fields}
+        return onnx.load(path), metrics, FileDetails(**found | {"notes": list(known.file_notes)})
+    proto, metrics, details = write_export(checkpoint, resolved, path, common, key)
+    return proto, metrics, details
+
+
+def write_export(
+    checkpoint: Checkpoint, options: ExportOptions, path: Path, common: Settings, key: str
+) -> tuple[onnx.ModelProto, dict[str, Metric], FileDetails]:
+    """Write the ONNX file, recount it, compare it with torch; return it with its row and details."""
+    proto = onnx_of(checkpoint, options)
+    write_onnx(proto, path)
+    parity, in_sums, images = check_parity(proto, checkpoint, common)
+    layers = walk(checkpoint.spec)
+    recounted = recount(proto).macs
+    if recounted != total_macs(layers):
+        raise AssertionError(f"the ONNX file has {recounted} MACs, the spec {total_macs(layers)}")
+    metrics = {
+        "macs": counted(recounted, "macs"),
+        "params": counted(total_params(layers), "params"),
+        "size_bytes": counted(path.stat().st_size, "bytes"),
+    }
+    few = noise_images(checkpoint)  # its graphs run unoptimised, one image at a time where the batch is fixed
+    half = check_half(proto, *parity_images(checkpoint, common, few)) if has_float16(proto) else None
+    notes = [] if half is None else half_notes(half)
+    same = parity if in_sums is None else in_sums
+    if not same.exact or parity.relative > MAX_MEAN_ERROR:
+        worst = same if not same.exact else parity
+        notes.append(
+            f"the file and the torch network agree on {100 * worst.top1_agreement:.2f} % of {images}, with a mean logit "
+            f"difference of {100 * worst.relative:.2f} % of the range; 99.9 % and 0.39 % are expected"
+        )
+    details = FileDetails(
+        parity=parity.document() | {"images": images, "exact": same.exact},
+        parity_in_integers=None if in_sums is None else in_sums.document(),
+        float16=None if half is None else half.document(),
+        notes=notes,
+        file_notes=list(notes),
+        file_key=key,
+        opset=options.opset,
+        batch=options.batch,
+        precision=precision_of(checkpoint, options),
+        profile=checkpoint.quantization.profile if checkpoint.quantization else None,
+        arch=checkpoint.spec.arch,
+        input_shape=list(checkpoint.spec.input_shape),
+    )
+    return proto, metrics, details
+
+
+def precision_of(checkpoint: Checkpoint, options: ExportOptions) -> Precision:
+    """Return what an exported file computes in."""
+    if options.precision != "auto":
+        return options.precision
+    return "int8" if checkpoint.quantization is not None else "fp32"
+
+
+def half_notes(check: HalfCheck) -> list[str]:
+    """Return what the user must know of a file that is float16 on the device and was run in float32 here."""
+    if not check.fits:
+        return [f"the file overflows on a device that computes in float16: {check.words()}"]
+    if check.top1_agreement < MIN_AGREEMENT:
+        return [f"rounding to float16 changes the class of {100 * (1 - check.top1_agreement):.2f} % of {check.images}"]
+    return []
+
+
+def noise_images(checkpoint: Checkpoint) -> int:
+    """Return how many images of noise a network is compared on."""
+    return 32 if checkpoint.spec.input_shape[1] > 64 else 256
+
+
+def parity_images(checkpoint: Checkpoint, common: Settings, most: int = PARITY_IMAGES) -> tuple[list[Floats], str]:
+    """Return at most so many images that a file and the torch network are compared on, and which they are, in words."""
+    if common.data is not None:
+        split = dataset(common, checkpoint.spec).val.take(most, common.seed)
+        batches = [x.numpy() for x, _ in split.batches(common.eval_batch(checkpoint.spec.input_shape))]
+        return batches, f"{len(split)} images of the evaluation split"
+    count = noise_images(checkpoint)
+    generator = torch.Generator().manual_seed(common.seed)
+    noise = torch.randn(count, *checkpoint.spec.input_shape, generator=generator)
+    batches = [x.numpy() for x in torch.split(noise, common.eval_batch(checkpoint.spec.input_shape))]
+    return batches, f"{count} images of random noise (no data was given)"
+
+
+def check_parity(proto: onnx.ModelProto, checkpoint: Checkpoint, common: Settings) -> tuple[Parity, Parity | None, str]:
+    """Return how far onnxruntime on the file is from torch, and on which images that was seen.
+
+    The first is of the file as onnxruntime runs it, against fake quantization; float sums in different orders count in it.
+    The second, of INT8 files, is of both in exact sums of integers: whether it is the same network.
+    """
+    batches, images = parity_images(checkpoint, common)
+    in_sums = None
+    int8 = checkpoint.quantization is not None and any(n.op_type == "QuantizeLinear" for n in proto.graph.node)
+    if int8 and not has_float16_scales(proto):
+        whole = OrtRunner(in_integers(proto), optimize=False)
+        in_sums = compare_outputs(TorchRunner(integer_model(checkpoint)), whole, batches)
+    return compare_outputs(TorchRunner(network_of(checkpoint)), OrtRunner(proto), batches), in_sums, images
