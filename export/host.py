@@ -74,6 +74,30 @@ def with_trunk(model: onnx.ModelProto, trunk: onnx.ModelProto, host: Host) -> on
     return made
 
 
+def joined(rest: onnx.ModelProto, trunk: onnx.ModelProto, host: Host) -> onnx.ModelProto:
+    """Return one model of a trunk and of a rest that has the trunk's outputs among its inputs.
+
+    Args:
+        rest: It reads `host.input` and `host.borders`; not changed.
+        trunk: Written with `fitting` options.
+        host: Where they meet.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(rest)
+    graph = made.graph
+    borders = list(host.borders.values())
+    inputs = [i for i in graph.input if i.name not in borders]
+    taken = {name for node in graph.node for name in (*node.input, *node.output)} | {host.input}
+    new, stored = _renamed(trunk, host, taken, {})
+    nodes = [*new, *graph.node]
+    del graph.input[:], graph.node[:]
+    graph.input.extend(inputs)
+    graph.node.extend(nodes)
+    graph.initializer.extend(stored)
+    made.ir_version = max(made.ir_version, trunk.ir_version)
+    return made
+
+
 def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """Return a copy whose operators are of a version that trunks can be written in."""
     if opset_of(model) < opset:

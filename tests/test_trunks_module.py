@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -105,5 +107,13 @@ def test_code_on_the_command_line(tmp_path: Path, rescompress: Run) -> None:
     assert reference(half.host).network.outputs == half.network.outputs
     with torch.no_grad():
         assert off(policy()(images(1))["action"], rc.into_module(Policy().eval(), half)(images(1))["action"]) > 0
+    written = rescompress("export", "half.st", "--target", "jetson", "-o", "out", "--json", "--precision", "fp32", cwd=tmp_path)
+    assert set(json.loads(written.stdout)["host"]["outputs"]) == {"action", "early"}
+    host = onnx.load(str(tmp_path / "out" / "host.onnx"))
+    session = onnxruntime.InferenceSession(host.SerializeToString(), providers=["CPUExecutionProvider"])
+    answers = session.run(["action", "early"], {"image": images(1).numpy()})
+    with torch.no_grad():
+        wanted = rc.into_module(policy(), half)(images(1))
+    assert [off(wanted[name], torch.from_numpy(a)) < 1e-5 for name, a in zip(("action", "early"), answers, strict=True)]
     (tmp_path / "model.py").write_text("def make(): return None\n")
     assert "was changed" in rescompress("evaluate", "half.st", "--data", "photos", cwd=tmp_path, code=5).stderr

@@ -45,15 +45,7 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
         CheckpointError: The code or its callable is missing, raises or makes no module, the weights do not fit it, or the
             network cannot be read.
     """
-    with quiet():
-        module = build(code)
-    tensors, notes = without_masks(flatten(opened))
-    prefix, chosen, more = fitting(tensors, module.state_dict(), options.arch.get("root"))
-    if more:
-        notes = [*notes, more]
-    values = read_values(chosen, notes)
-    state = {k: values.get(k, v) for k, v in module.state_dict().items()}
-    module.load_state_dict({k: v.to(state[k].dtype) for k, v in state.items()}, strict=True)
+    module, prefix, notes = module_with(opened, code, options)
     shape, stated = options.input_shape, options.input_shape is not None
     if shape is None:
         with quiet():
@@ -66,9 +58,31 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
     if (host := made.host) is None:
         return made
     files = (HostFile.of(path), HostFile.of(split(code)[0]))
-    stated = {"code": code, **({"root": options.arch["root"]} if "root" in options.arch else {})}
-    host = host.model_copy(update={"kind": "code", "files": files, "options": {**host.options, **stated}})
+    kept = {"code": code, **({"root": options.arch["root"]} if "root" in options.arch else {})}
+    host = host.model_copy(update={"kind": "code", "files": files, "options": {**host.options, **kept}})
     return dataclasses.replace(made, provenance={**made.provenance, "host": host.model_dump(mode="json")})
+
+
+def module_with(opened: Opened, code: str, options: LoadOptions) -> tuple[nn.Module, str, list[str]]:
+    """Return the network that a user's code builds with the weights of a file, the prefix of its keys there, and notes.
+
+    Args:
+        opened: The file.
+        code: ``FILE:CALLABLE``.
+        options: What the user states.
+
+    Raises:
+        CheckpointError: As `load_with_code` says.
+    """
+    with quiet():
+        module = build(code)
+    tensors, notes = without_masks(flatten(opened))
+    prefix, chosen, more = fitting(tensors, module.state_dict(), options.arch.get("root"))
+    told = [*notes, more] if more else [*notes]
+    values = read_values(chosen, told)
+    state = {k: values.get(k, v) for k, v in module.state_dict().items()}
+    module.load_state_dict({k: v.to(state[k].dtype) for k, v in state.items()}, strict=True)
+    return module, prefix, told
 
 
 def split(code: str) -> tuple[Path, str]:

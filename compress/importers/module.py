@@ -90,7 +90,7 @@ def read_module(
     with _in_evaluation(module), quiet():
         x_NCHW = random_images(options.input_shape, batch)
         check_runs(module, x_NCHW)
-        program = _exported(module, x_NCHW)
+        program = exported(module, x_NCHW)
         if "trunk" in options.arch:
             return _read_trunk(program, options, source, batch, images)
         read = read_program(program, x_NCHW.shape, arch=options.arch.get("arch", source.arch))
@@ -149,7 +149,7 @@ def into_module(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         raise CheckpointError("is no trunk of a module", remedy="take one out with from_module(..., trunk='auto')")
     shape = (host.batch or 1, *checkpoint.spec.input_shape)
     with _in_evaluation(module), quiet():
-        program = _exported(module, random_images(shape[1:], shape[0]))
+        program = exported(module, random_images(shape[1:], shape[0]))
         made = program.module()
     graph = made.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -248,7 +248,8 @@ def brief(e: BaseException) -> str:
     return f"{type(e).__name__}: {text[0][:200]}" if text else type(e).__name__
 
 
-def _exported(module: nn.Module, x_NCHW: Tensor) -> Any:
+def exported(module: nn.Module, x_NCHW: Tensor) -> Any:
+    """Return a module as a program of ``torch.export``; raises CheckpointError where it cannot be traced."""
     try:
         with torch.no_grad():
             return torch.export.export(module, (x_NCHW,), strict=False)
@@ -300,7 +301,7 @@ def _traced(program: Any, shape: Sequence[int]) -> tuple[Trace, list[tuple[str, 
     tensors = [(name, v) for name, v in zip(ends, found, strict=True) if isinstance(v, Value)]
     if not tensors:
         raise Refused("its outputs do not depend on the images")
-    names = _output_names(program, len(tensors))
+    names = output_names(program, len(tensors))
     return trace, [(names[i] or name, value) for i, (name, value) in enumerate(tensors)]
 
 
@@ -387,7 +388,7 @@ def held_tensors(program: Any) -> dict[str, Tensor]:
     return found
 
 
-def _output_names(program: Any, count: int) -> list[str]:
+def output_names(program: Any, count: int) -> list[str]:
     """Return what the module calls its outputs, where it returns a dictionary; numbers for several others."""
     spec = program.call_spec.out_spec
     keys = getattr(spec, "context", None)

@@ -20,7 +20,7 @@ from export.half import check_half, has_float16
 from export.load import load_onnx
 from export.parity import OrtRunner
 from export.to_onnx import read_metadata
-from rescompress.core.errors import BadInput, ModelFileError, nearest
+from rescompress.core.errors import BadInput, CheckpointError, ModelFileError, nearest
 from rescompress.core.runner import Runner
 from rescompress.runs.reporter import Reporter
 from rescompress.runs.settings import Settings
@@ -113,11 +113,11 @@ def _fidelity(
     torch_dense = TorchRunner(network_of(dense), settings.torch_device())
     progress = functools.partial(reporter.progress, f"compare ({runner.runtime})")
     found = fidelity(cast("Outputs", runner), torch_dense, images, names, batch_size=batch, progress=progress)
-    if checkpoint is None or checkpoint.host is None or checkpoint.host.kind != "onnx":
+    if checkpoint is None or checkpoint.host is None or not checkpoint.host.files:
         return found
     try:
         same = agreement_of(checkpoint, [x.numpy() for x, _ in images.batches(batch)])
-    except ModelFileError as e:
+    except (ModelFileError, CheckpointError) as e:
         return dataclasses.replace(found, notes=(*found.notes, f"the host's own outputs were not compared: {e.what}"))
     return dataclasses.replace(found, metrics=found.metrics | same)
 

@@ -15,10 +15,12 @@ import torch
 
 from compress.checkpoints.base import Checkpoint
 from compress.evaluate import TorchRunner
+from compress.importers.module_host import rest_of
+from compress.importers.reference import reference
 from compress.quantize import integer_model
 from edge_targets.fp8 import refusal
 from export.half import HalfCheck, check_half, has_float16
-from export.host import OutputParity, compare_hosts, fitting, is_scores, opset_of, relative_error, with_trunk
+from export.host import OutputParity, compare_hosts, fitting, is_scores, joined, opset_of, relative_error, with_trunk
 from export.integers import in_integers
 from export.load import load_onnx, save_onnx
 from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
@@ -27,7 +29,8 @@ from export.session import has_float16_scales
 from export.to_onnx import ExportOptions, Precision
 from rescompress.core.artifact import atomic_path
 from rescompress.core.details import ExportDetails, FileDetails
-from rescompress.core.errors import ModelFileError
+from rescompress.core.errors import CheckpointError, ModelFileError
+from rescompress.core.host import Host
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.core.settings import ExportSettings
@@ -100,12 +103,15 @@ def in_host(
         files: Takes the file.
         metrics: Takes how often the host still gives an image the same class, where it scores classes.
     """
-    host = checkpoint.host
-    assert host is not None
-    if host.kind != "onnx":
-        text = f"{host.name} is Python: put the trunk of {path.name} into it there; its outputs are {', '.join(host.borders)}"
+    assert checkpoint.host is not None
+    name = checkpoint.host.name
+    try:
+        original, host = host_program(checkpoint)
+    except CheckpointError as e:
+        if checkpoint.host.kind == "onnx":
+            raise
+        text = f"{name} is not written: {e.what} ({e.remedy}); the trunk's outputs are {', '.join(checkpoint.host.borders)}"
         return details.model_copy(update={"notes": [*details.notes, text]})
-    original = load_onnx(host.checked())
     resolved = dataclasses.replace(options, precision=precision_of(checkpoint, options))
     written = fitting(resolved, original, host)
     proto = with_trunk(original, onnx_of(checkpoint, written), host)
@@ -114,8 +120,8 @@ def in_host(
     files.append(("host", place))
     batches, images = parity_images(checkpoint, common, HOST_IMAGES)
     borders = list(host.borders.values())
-    told: dict[str, Any] = {"onnx": place.relative_to(context.folder).as_posix(), "of": host.name, "images": images}
-    told["borders"] = dict(host.borders)
+    told: dict[str, Any] = {"onnx": place.relative_to(context.folder).as_posix(), "of": name, "images": images}
+    told["borders"] = dict(checkpoint.host.borders)
     notes = []
     if written.precision != resolved.precision:
         notes.append(f"opset {written.opset} of the host has no float16 scales: the trunk in it is {written.precision}")
@@ -142,6 +148,22 @@ def in_host(
     return details.model_copy(update={"host": told, "notes": [*details.notes, *notes]})
 
 
+def host_program(checkpoint: Checkpoint) -> tuple[onnx.ModelProto, Host]:
+    """Return the host of a trunk as it came, as an ONNX model, and where the trunk is in that.
+
+    Raises:
+        CheckpointError: It is gone or was changed, lived in Python, or torch cannot write it as ONNX.
+    """
+    host = checkpoint.host
+    assert host is not None
+    if host.kind == "onnx":
+        return load_onnx(host.checked()), host
+    host.checked()
+    rest, there = rest_of(host)
+    dense = onnx_of(reference(host), fitting(ExportOptions(precision="fp32"), rest, there))
+    return joined(rest, dense, there), there
+
+
 def agreement_of(checkpoint: Checkpoint, batches: Sequence[Floats]) -> dict[str, Metric]:
     """Return how often the host of a trunk gives an image the same class with it inside; nothing where it scores none.
 
@@ -153,9 +175,7 @@ def agreement_of(checkpoint: Checkpoint, batches: Sequence[Floats]) -> dict[str,
         ModelFileError: onnxruntime cannot run the host.
         CheckpointError: The host is gone or was changed.
     """
-    host = checkpoint.host
-    assert host is not None
-    original = load_onnx(host.checked())
+    original, host = host_program(checkpoint)
     names = [o.name for o in original.graph.output if is_scores(original, o.name)]
     if not names:
         return {}
