@@ -159,8 +159,8 @@ def test_every_command_knows_networks_without_labels(place: Path, tmp_path: Path
         "data": str(place / "photos"),
         "preprocess": "rescale",
         "arch_options": {"trunk": "auto"},
-        "prune": {"macs": 0.6, "align": 1},
-        "finetune": {"epochs": 3, "batch_size": 6, "lr": 0.01, "augment": "none", "workers": 0},
+        "prune": {"macs": 0.6, "align": 1, "method": "magnitude"},
+        "finetune": {"epochs": 20, "batch_size": 6, "lr": 0.02, "augment": "none", "workers": 0},
         "quantize": {"mode": "qat", "epochs": 1, "batch_size": 6, "workers": 0, "augment": "none"},
         "targets": ["jetson"],
     }

@@ -228,6 +228,7 @@ def test_a_host_that_cannot_run_is_named(tmp_path: Path) -> None:
         compare_hosts(model, back(checkpoint, model), checkpoint.host, [images()])
 
 
+@pytest.mark.slow
 def test_the_command_line_prunes_and_writes_the_host(tmp_path: Path, rescompress: Run) -> None:
     model = two_scales()
     path, data = saved(model, tmp_path), photos(tmp_path / "photos")

@@ -42,7 +42,7 @@ def rest_of(host: Host) -> tuple[onnx.ModelProto, Host]:
         assert options.input_shape is not None
         x_NCHW = random_images(options.input_shape, host.batch or 1)
         program = exported(module, x_NCHW)
-        whole = program.module()
+        whole = _unguarded(program)
         rest, borders = _rest(whole, host, x_NCHW)
         names = {name: f"border_{i}" for i, name in enumerate(host.borders)}
         ends = [name or f"output_{i}" for i, name in enumerate(output_names(program, len(rest(x_NCHW, *borders))))]
@@ -63,6 +63,14 @@ def rest_of(host: Host) -> tuple[onnx.ModelProto, Host]:
         shape = list(x_NCHW.shape)
         model.graph.input.insert(0, onnx.helper.make_tensor_value_info(IMAGE, onnx.TensorProto.FLOAT, shape))
     return model, host.model_copy(update={"kind": "onnx", "borders": names, "input": IMAGE})
+
+
+def _unguarded(program: Any) -> Any:
+    """Return a program as a module that does not check its inputs: a tracer cannot follow the check."""
+    try:
+        return program.module(check_guards=False)
+    except TypeError:  # torch before 2.9 checks nothing
+        return program.module()
 
 
 class _Rest(nn.Module):
