@@ -560,7 +560,7 @@ def cost_function(
     """Return a function from layers to predicted milliseconds, for a budget in latency.
 
     The cost of a walk is the sum over its segments (a convolution with what fuses into it), so it can be called with
-    either. It takes some 0.3 ms for a ResNet-50.
+    either. It takes some 0.3 ms for a ResNet-50 (benchmarks/latency_cost.py).
 
     Raises:
         TargetError: As `rates`.

@@ -12,14 +12,14 @@ from compress.checkpoints.base import Checkpoint
 from compress.quantize import on_grid, ptq
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
-from rescompress.config import load_config
 from rescompress.core.layers import walk
 from rescompress.core.manifest import Manifest
-from rescompress.pipeline import folder_of, run_stages
-from rescompress.plan import run_plan
-from rescompress.reporter import Reporter, Silent
-from rescompress.settings import Settings
-from rescompress.stages.shared import onnx_of, write_onnx
+from rescompress.runs.config import load_config
+from rescompress.runs.pipeline import folder_of, run_stages
+from rescompress.runs.plan import run_plan
+from rescompress.runs.reporter import Reporter, Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stages.shared import onnx_of, write_onnx
 
 if TYPE_CHECKING:
     from edge_targets.latency import LatencyPrediction

@@ -27,13 +27,14 @@ from compress.prune import measure, picture
 from compress.quantize import sensitivity
 from edge_targets import benchmark, latency, onnx_kernels, remote, ssh
 from edge_targets.backends import onnxruntime
-from rescompress import api, gate, track
+from rescompress import api
 from rescompress.cli.app import COMMANDS
 from rescompress.core.details import KINDS
 from rescompress.core.errors import ToolMissing
 from rescompress.core.metric import accuracy, counted
-from rescompress.gate import render
-from rescompress.stage import Context, Outcome
+from rescompress.runs.stage import Context, Outcome
+from rescompress.show import gate, track
+from rescompress.show.gate import render
 
 COMMON = {"help", "json", "verbose", "quiet", "debug", "install_completion", "show_completion", "force"}
 """What every command takes, and what typer adds; what ``--force`` does stands in test_run_claims.py."""
@@ -63,7 +64,7 @@ class Seen:
             ("export", "exported"),
             ("target", "target"),
         ):
-            patch.setattr(importlib.import_module(f"rescompress.stages.{module}"), function, self._stage(function))
+            patch.setattr(importlib.import_module(f"rescompress.runs.stages.{module}"), function, self._stage(function))
 
     def _stage(self, function: str) -> Callable[..., Outcome]:
         def run(context: Context, step: Any) -> Outcome:
@@ -253,10 +254,11 @@ QUANTIZE = [
 EXPORT = [
     Case(
         "net.safetensors -t jetson --precision fp16 --batch 4 --opset 18 -o there --archive --require-engine "
-        f"{STATED} {NAMED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("target"),
             **shared("target"),
+            "skip_corrupt": (lambda seen: seen.shared("target").skip_corrupt, True),
             "target": (lambda seen: seen.stage("target")["target"].alias, "jetson"),
             "require_engine": (lambda seen: seen.stage("target")["require_engine"], True),
             "output": (lambda seen: seen.text("there/model.onnx"), "onnx of jetson-orin-nano-8gb-super"),

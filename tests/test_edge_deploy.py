@@ -38,9 +38,9 @@ from rescompress.cli.deploy import _folder
 from rescompress.core.artifact import file_sha256, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, TargetError
 from rescompress.core.manifest import StageResult, load_manifest, update_manifest
-from rescompress.pipeline import run_stages
-from rescompress.reporter import Silent
-from rescompress.stage import Outcome
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.reporter import Silent
+from rescompress.runs.stage import Outcome
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
 ROOT = Path(__file__).parents[1]

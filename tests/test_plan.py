@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rescompress.search.settings import PRECISION, default_space
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -16,13 +17,12 @@ from compress.checkpoints.path import states_int8
 from compress.quantize import ptq
 from edge_targets.catalog import load_target, target_names
 from export.to_onnx import ExportOptions
-from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput, TargetError
-from rescompress.plan import check_int8, run_plan
-from rescompress.search.settings import PRECISION, default_space
+from rescompress.runs.config import RunConfig
+from rescompress.runs.plan import check_int8, run_plan
+from rescompress.runs.settings import Settings
+from rescompress.runs.stages.target import for_target
 from rescompress.search.worker import check_space
-from rescompress.settings import Settings
-from rescompress.stages.target import for_target
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 

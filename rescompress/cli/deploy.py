@@ -85,7 +85,7 @@ def deploy(
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
-    from rescompress.stage import Opening
+    from rescompress.runs.stage import Opening
 
     output = output_of(ctx)
     sizes = _batches(batches)
@@ -159,14 +159,14 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
         BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
     """
     from compress.data import load_dataset
-    from rescompress.cli import workspace
+    from rescompress.cli.options import Common
     from rescompress.core.errors import ModelFileError
-    from rescompress.evaluation import onnx_inputs
+    from rescompress.runs.evaluation import onnx_inputs
 
     inputs = [onnx_inputs(job.onnx) for job in jobs]
     if any(i != inputs[0] for i in inputs):
         raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
-    settings = workspace.settings(data, labels=labels, seed=seed)
+    settings = Common(labels=labels, seed=seed).settings(data)
     assert settings.data is not None
     loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in loaded.notes:
@@ -321,9 +321,9 @@ def _export(
     They are the files that ``export`` writes for this target.
     """
     from export.to_onnx import ExportOptions
-    from rescompress.stage import Opening
-    from rescompress.stages.shared import onnx_of, write_onnx
-    from rescompress.stages.target import for_target, profile_notes
+    from rescompress.runs.stage import Opening
+    from rescompress.runs.stages.shared import onnx_of, write_onnx
+    from rescompress.runs.stages.target import for_target, profile_notes
 
     notes: list[str] = []
     opening = Opening(model, shape).fetched()
