@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rescompress.search.settings import PRECISION, default_space
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -20,6 +19,7 @@ from export.to_onnx import ExportOptions
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.runs.config import RunConfig
 from rescompress.runs.plan import check_int8, run_plan
+from rescompress.runs.search_settings import PRECISION, default_space
 from rescompress.runs.settings import Settings
 from rescompress.runs.stages.target import for_target
 from rescompress.search.worker import check_space
