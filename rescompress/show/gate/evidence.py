@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[str, str, float, float], ...] = (
     (r"params", "params", 1.0, 1e15),
     (r"size_bytes", "bytes", 1.0, 1e15),
     (r"(\w+_)?(p50|p90|p99|mean)_ms", "ms", 1e-6, 1e9),
-    (r"(end_to_end|contention|cold_start|first_frame)_ms", "ms", 1e-6, 1e9),
+    (r"(end_to_end|from_file|contention|cold_start|first_frame)_ms", "ms", 1e-6, 1e9),
     (r"jitter_ms", "ms", 0.0, 1e9),
     (r"(soak|build)_ratio", "ratio", 1e-6, 1e6),
     (r"(\w+_)?images_per_s", "images/s", 1e-9, 1e12),
