@@ -17,6 +17,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -66,7 +67,7 @@ def role_of(op: Operation) -> Role:
 
 def _role(op: Operation) -> Role:
     match op:
-        case Conv():
+        case Conv() | ChannelConv():
             return "conv"
         case Linear():
             return "linear"
@@ -180,6 +181,8 @@ def _is_summand(add: Layer, tensor: str, readers: dict[str, list[Layer]]) -> boo
 
 def _kernel(layer: Layer, role: Role, *, skip: bool, first: bool) -> Kernel:
     op, into, out = layer.operation, layer.in_shape, layer.out_shape
+    if isinstance(op, ChannelConv):  # one channel, as long as the line
+        return Kernel(layer.name, "conv", op.length, 1, 1, taps=op.kernel, in_pixels=op.length)
     taps, groups = (op.kernel[0] * op.kernel[1], op.groups) if isinstance(op, Conv) else (1, 1)
     return Kernel(
         layer.name,

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from PIL import Image
 from recorders import Spy, network, spy_on, watch_images, write_inputs
 from report_factory import write_run
 from test_settings import made_from_settings
@@ -358,7 +359,7 @@ DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
         "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
-        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback",
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback --photo photo.png",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -382,6 +383,7 @@ DEPLOY = [
             "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),
             "streams": (lambda seen: seen["deploy"]["options"].extras.streams, 4),
             "end_to_end": (lambda seen: seen["deploy"]["options"].extras.end_to_end, True),
+            "photo": (lambda seen: [f.name for f in seen["deploy"]["options"].extras.photos.files], ["photo.png"]),
         },
         4,
     ),
@@ -510,6 +512,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("candidate", "baseline"):
         write_run(folder / name)
     (folder / "model.py").write_text("")
+    Image.new("RGB", (20, 16)).save(folder / "photo.png")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
     written = {
         "checkpoint": "net.safetensors",

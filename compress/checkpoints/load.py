@@ -152,6 +152,10 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
         return checkpoint
     if opened.program is not None:
         checkpoint = _telling(checkpoint, programs.compare(opened.program, checkpoint))
+    if isinstance(opened.metadata.get("keras_config"), dict):
+        from compress.importers import keras_proof
+
+        checkpoint = _noting(checkpoint, keras_proof.compare(opened, checkpoint, options))
     contents = (opened.content, opened.metadata)
     facts.refuse_variant(contents, options)
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)

@@ -443,8 +443,8 @@ def _observed(program: Any, x_NCHW: Tensor, batch: int, *, whole: bool = False) 
     class Keeping(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
-            if isinstance(value, Tensor):
-                seen[n.name] = value if whole else value[:1]
+            if isinstance(value, Tensor) and value.ndim:  # a counter of batches has no images
+                seen[n.name] = (value if whole else value[:1]).clone()  # what follows may be done in its place
             return value
 
     inputs = [held_tensors(program).get(n.name, _filled(x_NCHW, batch)) for n in program.graph.nodes if n.op == "placeholder"]

@@ -151,6 +151,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("p99_ms", "p99", "lower", latency, per_target=True, brief=False),
     Column("jitter_ms", "p99 - p50", "lower", latency, per_target=True, brief=False),
     Column("end_to_end_ms", "p50 with copies", "lower", latency, per_target=True, brief=False),
+    Column("from_file_ms", "p50 from image file to classes", "lower", latency, per_target=True, brief=False),
     Column("contention_ms", "p50 beside other streams", "lower", latency, per_target=True, brief=False),
     Column("cold_start_ms", "cold start", "lower", latency, per_target=True, brief=False),
     Column("first_frame_ms", "first frame after idleness", "lower", latency, per_target=True, brief=False),

@@ -36,6 +36,7 @@ PER_PROCESS = {
     "first_frame": "first_frame_ms",
     "contention": "contention_ms",
     "end_to_end": "end_to_end_ms",
+    "from_file": "from_file_ms",
 }
 """As `EXACT`, for figures of a target that are compared by processes as latencies are: ``<metric>_runs`` in the details."""
 

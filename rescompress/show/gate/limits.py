@@ -37,6 +37,7 @@ class Limits(Frozen):
         max_first_frame: Ratio of the latencies after idleness.
         max_contention: Ratio of the latencies beside other streams.
         max_end_to_end: Ratio of the latencies with copies.
+        max_from_file: Ratio of the times from image files to classes.
         max_soak: Of the candidate alone: latency of a soak's last minute over its first.
         max_build_spread: Of the candidate alone: latency of the slowest build over that of the fastest.
         stage: Whose accuracy, size, MACs and parameters count; the last with accuracy by default.
@@ -56,6 +57,7 @@ class Limits(Frozen):
     max_first_frame: Annotated[Ratio | None, OFF] = None
     max_contention: Annotated[Ratio | None, OFF] = None
     max_end_to_end: Annotated[Ratio | None, OFF] = None
+    max_from_file: Annotated[Ratio | None, OFF] = None
     max_soak: Annotated[Ratio | None, OFF] = None
     max_build_spread: Annotated[Ratio | None, OFF] = None
     stage: Annotated[str | None, Flag(metavar="S", usual="last with accuracy or fidelity")] = None

@@ -111,7 +111,7 @@ def to_junit(report: GateReport, *, inconclusive_fails: bool) -> str:
     suite = ElementTree.SubElement(suites, "testsuite", {"name": "rescompress gate", "time": "0", **counts})
     for check in report.checks:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "rescompress.show.gate", "name": xml_text(check.name), "time": "0"}
+            suite, "testcase", {"classname": "rescompress.gate", "name": xml_text(check.name), "time": "0"}
         )
         if check.verdict == "fail" or (inconclusive_fails and check.verdict == "inconclusive"):
             failure = ElementTree.SubElement(case, "failure", {"type": check.verdict, "message": xml_text(check.message)})

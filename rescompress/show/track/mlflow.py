@@ -19,7 +19,7 @@ from rescompress.show.figures.columns import provenance
 from rescompress.show.track._curves import curves, figures, settings
 
 EXPERIMENT = "rescompress"
-RUN_TAG = "rescompress.runs"
+RUN_TAG = "rescompress.run"
 LONGEST_TEXT = 500
 """Of a parameter or tag: what every MLflow store takes."""
 BATCH = 100
