@@ -10,7 +10,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,7 @@ def into_module(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             after = graph.call_function(operator.getitem, (outputs, i))
         nodes[name].replace_all_uses_with(after)
     graph.eliminate_dead_code()
-    made.delete_all_unused_submodules()
-    made.recompile()
-    return cast(nn.Module, made)
+    return torch.fx.GraphModule(made, graph).eval()  # a plain one: torch's own can be put into no mode
 
 
 class _AllOutputs(nn.Module):

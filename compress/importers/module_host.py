@@ -43,11 +43,11 @@ def rest_of(host: Host) -> tuple[onnx.ModelProto, Host]:
         x_NCHW = random_images(options.input_shape, host.batch or 1)
         program = exported(module, x_NCHW)
         whole = _unguarded(program)
-        rest, borders = _rest(whole, host, x_NCHW)
         names = {name: f"border_{i}" for i, name in enumerate(host.borders)}
-        ends = [name or f"output_{i}" for i, name in enumerate(output_names(program, len(rest(x_NCHW, *borders))))]
         inputs = [IMAGE, *names.values()]
         try:
+            rest, borders = _rest(whole, host, x_NCHW)
+            ends = [name or f"output_{i}" for i, name in enumerate(output_names(program, len(rest(x_NCHW, *borders))))]
             with tempfile.TemporaryDirectory(prefix="rescompress-") as folder:
                 place = Path(folder) / "rest.onnx"
                 torch.onnx.export(
@@ -107,5 +107,4 @@ def _rest(whole: Any, host: Host, x_NCHW: Tensor) -> tuple[nn.Module, list[Tenso
             last = graph.placeholder(f"border_{i}")
         nodes[name].replace_all_uses_with(last)
     graph.eliminate_dead_code()
-    whole.recompile()
-    return _Rest(whole), [seen[name] for name in host.borders.values()]
+    return _Rest(torch.fx.GraphModule(whole, graph)), [seen[name] for name in host.borders.values()]
