@@ -59,6 +59,10 @@ def evaluate_file(
         raise BadInput("this needs images", where="--data", remedy="give --data")
     prepare(settings)
     runner, inputs, checkpoint = _open(opening, settings, runtime, reporter)
+    if inputs.outputs and reference is not None:
+        raise BadInput(
+            "the network scores classes: it is compared with labels", where="--reference", remedy="leave --reference out"
+        )
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in data.notes:
         reporter.note(note)
