@@ -476,11 +476,6 @@ SENSITIVITY = [
             "threads": (lambda seen: [call["threads"] for call in seen["set_num_threads"].calls], [3]),
         },
     ),
-    Case(
-        "net.safetensors --data data.npz --reference float.onnx",
-        {"reference": (lambda seen: "scores classes" in seen.out.stderr, True)},
-        5,
-    ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
 ]

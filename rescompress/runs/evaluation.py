@@ -63,6 +63,16 @@ def evaluate_file(
         raise BadInput(
             "the network scores classes: it is compared with labels", where="--reference", remedy="leave --reference out"
         )
+    if (
+        not inputs.outputs
+        and reference is None
+        and (checkpoint is None or checkpoint.host is None or not checkpoint.host.files)
+    ):
+        raise BadInput(
+            "the network has no class scores: its outputs are compared with those of the dense network",
+            where=str(opening.path),
+            remedy="name that with --reference",
+        )
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in data.notes:
         reporter.note(note)
@@ -101,14 +111,10 @@ def _fidelity(
     """
     if reference is not None:
         dense = opening.of(reference).load(reporter.note)
-    elif checkpoint is not None and checkpoint.host is not None and checkpoint.host.files:
-        dense = reference_trunk(checkpoint.host)
     else:
-        raise BadInput(
-            "the network has no class scores: its outputs are compared with those of the dense network",
-            where=str(opening.path),
-            remedy="name that with --reference",
-        )
+        assert checkpoint is not None
+        assert checkpoint.host is not None
+        dense = reference_trunk(checkpoint.host)
     if not hasattr(runner, "outputs"):
         raise BadInput(
             f"{runner.runtime} shows the first output alone", where="--runtime", remedy="compare in torch or onnxruntime"
