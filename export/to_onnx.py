@@ -241,8 +241,11 @@ class _Writer:
     def output(self, name: str, tensor: str, batch: int | str) -> ir.Value:
         """Return the value of an output, called as it is called."""
         value = self.values[tensor]
+        inside = next((v for node in self.nodes for v in node.outputs if v.name == name), None)
+        if inside is not None and (self.half or inside is not value):  # the layer is called so, and this is made of it
+            inside.name = f"{name}.inside"
         if self.half:
-            value = self.node("Cast", name, [value], to=ir.DataType.FLOAT)
+            value = self.node("Cast", name if inside is None else f"{name}.cast", [value], to=ir.DataType.FLOAT)
         elif value.producer() is None or value.type is not None:
             value = self.node("Identity", name, [value])  # the input itself, or an output already
         value.name = name

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from PIL import Image
 from recorders import Spy, network, spy_on, watch_images, write_inputs
 from report_factory import write_run
 from test_settings import made_from_settings
@@ -155,6 +156,7 @@ def opened(function: str) -> dict[str, tuple[Getter, Any]]:
         "arch_option": (lambda seen: seen.opening(function).arch_options[0], "stride_at=1"),
         "code": (lambda seen: seen.opening(function).facts["code"].rpartition("/")[2], "model.py:make"),
         "like": (lambda seen: seen.opening(function).facts["like"], "resnet20"),
+        "trunk": (lambda seen: seen.opening(function).facts["trunk"], "auto"),
         "allow_pickle": (lambda seen: seen.opening(function).allow_pickle, True),
     }
 
@@ -169,7 +171,7 @@ def shared(function: str, *left_out: str) -> dict[str, tuple[Getter, Any]]:
 
 
 STATED = "--input 3x16x16 --preprocess cifar --arch-option stride_at=1 --allow-pickle"
-NAMED = "--code model.py:make --like resnet20"
+NAMED = "--code model.py:make --like resnet20 --trunk auto"
 SHARED = "--data data.npz --labels a=1,b=2 --seed 5 --device cpu --threads 3 --batch-size 4"
 OPENED = {
     "input_shape": of("load_checkpoint", "input_shape", (3, 16, 16)),
@@ -181,6 +183,7 @@ OPENED = {
 BOTH = {
     "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
     "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
+    "trunk": (lambda seen: seen["load_checkpoint"]["arch_options"]["trunk"], "auto"),
 }
 
 PRUNE = [
@@ -290,6 +293,11 @@ EVALUATE = [
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
     Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
+    Case(
+        "net.safetensors --data data.npz --reference float.onnx",
+        {"reference": (lambda seen: "scores classes" in seen.out.stderr, True)},
+        5,
+    ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",
@@ -358,7 +366,7 @@ DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
         "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
-        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback",
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback --photo photo.png",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -382,6 +390,7 @@ DEPLOY = [
             "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),
             "streams": (lambda seen: seen["deploy"]["options"].extras.streams, 4),
             "end_to_end": (lambda seen: seen["deploy"]["options"].extras.end_to_end, True),
+            "photo": (lambda seen: [f.name for f in seen["deploy"]["options"].extras.photos.files], ["photo.png"]),
         },
         4,
     ),
@@ -510,6 +519,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("candidate", "baseline"):
         write_run(folder / name)
     (folder / "model.py").write_text("")
+    Image.new("RGB", (20, 16)).save(folder / "photo.png")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
     written = {
         "checkpoint": "net.safetensors",
