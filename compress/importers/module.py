@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
@@ -94,7 +95,12 @@ def read_module(
         if "trunk" in options.arch:
             return _read_trunk(program, options, source, batch, images)
         read = read_program(program, x_NCHW.shape, arch=options.arch.get("arch", source.arch))
-        original = Original("the module itself", lambda x: run_module(module, x), lambda x: _observed(program, x, batch))
+        original = Original(
+            "the module itself",
+            lambda x: run_module(module, x),
+            lambda x: _observed(program, x, batch),
+            lambda x: run_module(copy.deepcopy(module).double(), x),
+        )
         return checkpoint_of(read, original, options, source, images=images)
 
 
