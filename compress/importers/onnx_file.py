@@ -375,7 +375,8 @@ def _global(op: str) -> Callable[[Reader, _Node], Value]:
 def _reduce(op: str) -> Callable[[Reader, _Node], Value]:
     def handler(r: Reader, n: _Node) -> Value:
         axes = n.numbers("axes", 1)
-        return r.trace.reduce(n.x, axes or range(n.x.ndim), op, keep=bool(n.attributes.get("keepdims", 1)))
+        x = n.inputs[0] if isinstance(n.inputs[0], Stack) else n.x
+        return r.trace.reduce(x, axes or range(x.ndim), op, keep=bool(n.attributes.get("keepdims", 1)))
 
     return handler
 
@@ -416,8 +417,13 @@ def _pad(r: Reader, n: _Node) -> Value:
     return r.trace.pad(n.x, pairs, "zeros" if mode == "constant" else mode)
 
 
-def _concat(r: Reader, n: _Node) -> Value:
-    return r.trace.concat([_torch(v) for v in n.inputs], int(n.attributes.get("axis", 1)))
+def _concat(r: Reader, n: _Node) -> Value | Stack:
+    parts = n.inputs
+    axis = int(n.attributes.get("axis", 1))
+    if all(isinstance(p, Value) and p.ndim == 5 and p.shape[axis] == 1 for p in parts):  # how exporters write a stack of maps
+        axis %= 5
+        return Stack(tuple(p.move(lambda places: places.squeeze(axis)) for p in parts), axis)
+    return r.trace.concat([_torch(v) for v in parts], axis)
 
 
 def _moved(r: Reader, n: _Node) -> Any:
