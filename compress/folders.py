@@ -27,6 +27,8 @@ _EVALUATION = (
     frozenset({"test", "testing", "tst"}),
 )
 """Names of evaluation splits; where there are several, the first is used: choices were made on it, if on any."""
+UNLABELLED = "unlabelled"
+"""The one class of pictures whose labels nobody asks for."""
 _SUFFIXES = re.compile(r"(set|split|data|dataset|images|imgs|img|folder|dir)$")
 _LABELS = re.compile(r"labels?|annotations?", re.IGNORECASE)
 FORMS = (
@@ -71,6 +73,31 @@ class Splits:
     val: Samples
     train: Samples | None = None
     notes: tuple[str, ...] = ()
+
+
+def pictures_alone(root: Path) -> Splits:
+    """Return the splits of a folder for a network to which labels mean nothing: all pictures, wherever they lie.
+
+    Folders such as train/ and val/ are splits as ever; what else stands in the folder says nothing.
+
+    Raises:
+        DataError: There are no pictures.
+    """
+    ranks = {name: rank for name in folders_in(root) if (rank := rank_of(name)) is not None and _has_images(root / name)}
+    held = min((rank for rank in ranks.values() if rank), default=None)
+    if held is not None and 0 in ranks.values():
+        parts = [[n for n, r in ranks.items() if r == rank] for rank in (held, 0)]
+        val, train = (_unlabelled(root, [root / name for name in part]) for part in parts)
+        return Splits(val, train)
+    return Splits(_unlabelled(root, [root]))
+
+
+def _unlabelled(root: Path, folders: Sequence[Path]) -> Samples:
+    found = [e for folder in folders for e in walk(folder) if e.is_image]
+    _check_regular(found)
+    if not found:
+        raise DataError("holds no images", where=shown(root), remedy=f"give a folder of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return Samples(tuple(Path(e.path) for e in found), (UNLABELLED,) * len(found), root)
 
 
 def rank_of(name: str) -> int | None:

@@ -62,6 +62,33 @@ def class_weights(labels_N: NDArray[np.int64], classes: int) -> Tensor:
     return torch.tensor(np.where(counts > 0, weights, 0.0), dtype=torch.float32)
 
 
+def output_tensors(model: nn.Module) -> tuple[str, ...]:
+    """Return the outputs of a network without class scores, which learns by them alone; none of a classifier."""
+    if not isinstance(model, ResNet) or model.network.num_classes is not None:
+        return ()
+    return tuple(dict.fromkeys(output.tensor for output in model.network.outputs))
+
+
+def paired_outputs(student: nn.Module, teacher: nn.Module | None) -> tuple[tuple[str, str], ...]:
+    """Return the outputs that a network without class scores learns by, with the teacher's; none of a classifier.
+
+    Raises:
+        BadInput: There is no teacher, or its outputs are others.
+    """
+    mine = output_tensors(student)
+    if not mine:
+        return ()
+    theirs = output_tensors(teacher) if teacher is not None else ()
+    shapes = [
+        [tuple(m.network.by_name[name].out_shape) for name in names] if isinstance(m, ResNet) else []
+        for m, names in ((student, mine), (teacher, theirs))
+    ]
+    if not theirs or shapes[0] != shapes[1]:
+        what = "has outputs of other shapes" if theirs else "is needed: a network without class scores learns its outputs"
+        raise BadInput(f"a teacher {what}", where="teacher", remedy="give the dense network")
+    return tuple(zip(mine, theirs, strict=True))
+
+
 def shared_features(student: nn.Module, teacher: nn.Module | None) -> tuple[str, ...]:
     """Return the blocks' outputs that student and teacher both have, in the same shape.
 

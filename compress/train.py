@@ -31,7 +31,7 @@ from compress.data import Split
 from compress.data.augment import shifted
 from compress.data.loader import PHOTOS, Batches, cache_for, workers_for
 from compress.device import torch_device
-from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, shared_features
+from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, paired_outputs, shared_features
 from compress.pixels import normalise
 from compress.processes import Together
 from compress.prune.sparsity import has_pattern
@@ -131,7 +131,7 @@ def train(
     """Train `model` in place; it is left in eval mode on the CPU. Weights with the 2:4 pattern keep their zeros.
 
     Args:
-        model: The network; logits (N, K).
+        model: The network; logits (N, K). One without class scores learns the outputs of the teacher, and no labels.
         split: Training images.
         settings: How to train.
         teacher: A network whose softened output is learnt, besides the labels.
@@ -165,6 +165,7 @@ def train(
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
     watched = shared_features(model, teacher) if settings.features else ()
+    ends = paired_outputs(model, teacher)
     start_from = " ".join(_digest(network) for network in (model, teacher) if network is not None)
     trained = " ".join(name for name, p in model.named_parameters() if p.requires_grad)
     height, width, channels = split.size
@@ -202,7 +203,7 @@ def train(
         )
         settings = settings.model_copy(update={"lr": lr})
         batches = Batches(split, settings, batch_size, share, cache)
-        loop = _Loop(model, settings, accelerator, teacher, own, batches, steps, watched, share)
+        loop = _Loop(model, settings, accelerator, teacher, own, batches, steps, watched, ends, share)
         if known:
             loop.restore(known, note if main else None)
         log = loop.log
@@ -245,11 +246,12 @@ class _Loop:
         batches: Batches,
         steps: int,
         watched: Sequence[str],
+        ends: Sequence[tuple[str, str]],
         share: Together,
     ) -> None:
         """Move the network to the device and lay out the optimizer."""
         self._settings, self._accelerator, self._share = settings, accelerator, share
-        self._batches, self._steps, self._watched = batches, steps, watched
+        self._batches, self._steps, self._watched, self._ends = batches, steps, watched, ends
         self._own, self._teacher, self._model = own, teacher, model
         self._preprocessing, self._flips = batches.preprocessing, batches.flips
         device = accelerator.device
@@ -263,7 +265,7 @@ class _Loop:
         self._layout = torch.channels_last if on else torch.contiguous_format
         for network in (model, *([teacher] if teacher is not None else [])):
             network.to(memory_format=self._layout)
-        if settings.compile and not watched:
+        if settings.compile and not watched and not ends:
             self._wrapped = torch.compile(self._wrapped)
             self._teacher = torch.compile(teacher) if teacher is not None else None  # type: ignore[assignment]
         self._wrapped.train()
@@ -325,7 +327,15 @@ class _Loop:
             syncs = contextlib.nullcontext() if here.stop == len(y) else self._accelerator.no_sync(self._wrapped)
             with syncs:
                 loss, correct = _step(
-                    self._wrapped, self._teacher, inputs, target[here], settings, self._watched, seen, self._weights_K
+                    self._wrapped,
+                    self._teacher,
+                    inputs,
+                    target[here],
+                    settings,
+                    self._watched,
+                    seen,
+                    self._weights_K,
+                    self._ends,
                 )
                 if parts > 1:
                     loss = loss * (len(part) / len(y))
@@ -354,7 +364,8 @@ class _Loop:
         if self.at_end_of_epoch:
             mean = self._sums / self._sums[2]
             epoch = self.done / self._batches.per_epoch
-            self.log.epochs.append({"epoch": epoch, "loss": float(mean[0]), "accuracy": float(mean[1]), "lr": self._lr})
+            answers = {} if self._ends else {"accuracy": float(mean[1])}
+            self.log.epochs.append({"epoch": epoch, "loss": float(mean[0]), **answers, "lr": self._lr})
             self._sums = np.zeros(3)
         self.log.waited_s += waited
         self.log.seconds += time.perf_counter() - began
@@ -393,8 +404,8 @@ class _Loop:
 
             for value in self._model.buffers():
                 broadcast(value)
-        top1, loss = _score(self._model, held, self._accelerator, self._share)
-        self.log.epochs[-1] |= {"held_out_top1": top1, "held_out_loss": loss}
+        top1, loss = _score(self._model, held, self._accelerator, self._share, self._teacher, self._own, self._ends)
+        self.log.epochs[-1] |= {"held_out_loss": loss} if self._ends else {"held_out_top1": top1, "held_out_loss": loss}
         if self._best is None or (top1, -loss) > self._best[0]:
             state = {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
             self._best, self._since_best = ((top1, -loss), state), 0
@@ -483,12 +494,28 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, held: Split, accelerator: Accelerator, share: Together) -> tuple[float, float]:
-    """Return top-1 and mean cross-entropy on images, which the processes share out."""
+def _score(
+    model: nn.Module,
+    held: Split,
+    accelerator: Accelerator,
+    share: Together,
+    teacher: nn.Module | None = None,
+    own: Preprocessing | None = None,
+    ends: Sequence[tuple[str, str]] = (),
+) -> tuple[float, float]:
+    """Return top-1 and mean cross-entropy on images, which the processes share out; without classes 0 and the distance."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     mine = np.arange(share.rank, len(held), share.world)
-    for x, y in held.batches(_SCORED_TOGETHER, indices=mine):
+    for part in [mine[i : i + _SCORED_TOGETHER] for i in range(0, len(mine), _SCORED_TOGETHER)] if ends else []:
+        pixels = held.pixels(part)[0].to(accelerator.device)
+        inputs = normalise(pixels, held.preprocessing)
+        found, wanted = _Watch([a for a, _ in ends]), _Watch([b for _, b in ends])
+        assert teacher is not None
+        model(inputs, found)
+        teacher(inputs if own is None else normalise(pixels, own), wanted)
+        sums[1] += float(feature_loss(found.seen, {a: wanted.seen[b] for a, b in ends})) * len(part)
+    for x, y in [] if ends else held.batches(_SCORED_TOGETHER, indices=mine):
         logits = model(x.to(accelerator.device)).float().cpu()
         sums += torch.tensor([float(_right(logits, y)), float(label_loss(logits, y)) * len(y)], dtype=torch.float64)
     if share.world > 1:
@@ -545,7 +572,7 @@ def _peak(
         student = student.to(_accelerator(settings.device or "auto").device)
         accelerator = _accelerator(settings.device or "auto")
         share = Together(accelerator.process_index, accelerator.num_processes)
-        found[rate] = _score(student, held, accelerator, share)[1]
+        found[rate] = _score(student, held, accelerator, share, teacher, own, paired_outputs(student, teacher))[1]
     best = min(found, key=lambda rate: found[rate], default=None)
     if best is None or not math.isfinite(found[best]):
         raise BadInput("training diverged at every learning rate that was tried", where="lr", remedy="check the checkpoint")
@@ -659,10 +686,24 @@ def _step(
     watched: Sequence[str] = (),
     seen: Tensor | None = None,
     weights_K: Tensor | None = None,
+    ends: Sequence[tuple[str, str]] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the right answers of one batch; `seen` is what the teacher gets, `x` unless given."""
+    """Return the loss and the right answers of one batch; `seen` is what the teacher gets, `x` unless given.
+
+    With `ends`, pairs of tensors of student and teacher, the loss is the distance of those, and nothing is right or wrong.
+    """
     seen = x if seen is None else seen
-    mine, wanted = _Watch(watched), _Watch(watched)
+    mine, wanted = (_Watch((*watched, *(pair[side] for pair in ends))) for side in (0, 1))
+    if ends:
+        assert teacher is not None
+        with _autocast(x, settings):
+            model(x, mine)
+            with torch.no_grad():
+                teacher(seen, wanted)
+        loss = feature_loss(mine.seen, {a: wanted.seen[b] for a, b in ends})
+        if watched:
+            loss = loss + settings.features * feature_loss(mine.seen, {name: wanted.seen[name] for name in watched})
+        return loss, torch.zeros((), dtype=torch.int64, device=x.device)
     with _autocast(x, settings):
         logits = (model(x, mine) if watched else model(x)).float()
     correct = _right(logits.detach(), y)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export.graph import QUANTIZE, GraphView
+from export.metadata import read_metadata
 from export.parity import OrtRunner
-from export.to_onnx import read_metadata
 from rescompress.core.errors import BadInput, ModelFileError
 
 IMAGES = 4

@@ -17,7 +17,6 @@ Shape suffixes: N batch, C channels, O output channels, I input channels, K kern
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.metadata import metadata_of
 from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.graph import INPUT, Layer, Network
 from rescompress.core.operations import (
@@ -62,9 +62,9 @@ from rescompress.core.operations import (
     Softmax,
     Tanh,
 )
-from rescompress.core.quantizers import PROFILES, Profile, Quantization, Quantizer
+from rescompress.core.quantizers import Quantization, Quantizer
 from rescompress.core.recipe import network_of
-from rescompress.core.spec import ModelSpec, Preprocessing
+from rescompress.core.spec import ModelSpec
 
 Precision = Literal["auto", "fp32", "fp16", "int8", "int8+fp16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "int8", "int8+fp16")
@@ -73,12 +73,6 @@ OPSETS = range(13, 21)
 Slice of a pad shortcut, gives it the wrong type, and refuses the file."""
 FP16_SCALE_OPSET = 19
 """First opset whose QuantizeLinear takes float16 scales."""
-
-_META_SPEC = "rescompress.spec"
-_META_NETWORK = "rescompress.network"
-_META_LABELS = "rescompress.labels"
-_META_PREPROCESSING = "rescompress.preprocessing"
-_META_PROFILE = "rescompress.profile"
 
 Array = NDArray[Any]
 
@@ -170,51 +164,6 @@ def weight_integers(weight: Array, quantizer: Quantizer) -> NDArray[np.int8]:
 
 
 @dataclass(frozen=True)
-class ExportedModel:
-    """What a file of ours says about itself.
-
-    Attributes:
-        spec: The network, with labels and preprocessing.
-        profile: Placement profile of its quantizers, or None for a float file.
-    """
-
-    spec: ModelSpec | Network
-    profile: Profile | None
-
-
-def read_metadata(model: onnx.ModelProto) -> ExportedModel | None:
-    """Return what `to_onnx` stored in the model, or None where somebody else wrote it.
-
-    Raises:
-        BadInput: The metadata is ours but cannot be read.
-    """
-    props = {p.key: p.value for p in model.metadata_props}
-    key = next((key for key in (_META_SPEC, _META_NETWORK) if key in props), None)
-    if key is None:
-        return None
-    try:
-        stored = json.loads(props[key])
-        if not isinstance(stored, dict):
-            raise ValueError(f"{key} is no mapping")
-        kind: type[ModelSpec | Network] = ModelSpec if key == _META_SPEC else Network
-        spec = kind.model_validate(
-            {
-                **stored,
-                "labels": json.loads(props[_META_LABELS]) if _META_LABELS in props else None,
-                "preprocessing": Preprocessing.model_validate_json(props[_META_PREPROCESSING]),
-            }
-        )
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        lacks = f"it lacks {e}" if isinstance(e, KeyError) else e
-        raise BadInput(f"the metadata of the ONNX file cannot be read: {lacks}", remedy="export the checkpoint again") from e
-    named = props.get(_META_PROFILE)
-    profile = next((known for known in PROFILES if known == named), None)
-    if named is not None and profile is None:
-        raise BadInput(f"the ONNX file names a profile that is not known here: {named}", remedy="export the checkpoint again")
-    return ExportedModel(spec, profile)
-
-
-@dataclass(frozen=True)
 class _Folded:
     """A convolution or linear layer with its BatchNorm inside.
 
@@ -285,34 +234,24 @@ class _Writer:
             ir_version=onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.options.opset)]),
             producer_name="rescompress",
             producer_version=version("rescompress"),
-            metadata_props=self.metadata(),
+            metadata_props=metadata_of(self.spec, self.quantization),
         )
         return ir.to_proto(model)
 
     def output(self, name: str, tensor: str, batch: int | str) -> ir.Value:
         """Return the value of an output, called as it is called."""
         value = self.values[tensor]
+        inside = next((v for node in self.nodes for v in node.outputs if v.name == name), None)
+        if inside is not None and (self.half or inside is not value):  # the layer is called so, and this is made of it
+            inside.name = f"{name}.inside"
         if self.half:
-            value = self.node("Cast", name, [value], to=ir.DataType.FLOAT)
+            value = self.node("Cast", name if inside is None else f"{name}.cast", [value], to=ir.DataType.FLOAT)
         elif value.producer() is None or value.type is not None:
             value = self.node("Identity", name, [value])  # the input itself, or an output already
         value.name = name
         value.shape = ir.Shape([batch, *self.network.by_name[tensor].out_shape])
         value.type = ir.TensorType(ir.DataType.FLOAT)
         return value
-
-    def metadata(self) -> dict[str, str]:
-        spec = self.spec.model_dump(mode="json", exclude={"labels", "preprocessing"})
-        key = _META_SPEC if isinstance(self.spec, ModelSpec) else _META_NETWORK
-        props = {
-            key: json.dumps(spec, separators=(",", ":")),
-            _META_PREPROCESSING: self.spec.preprocessing.model_dump_json(),
-        }
-        if self.spec.labels is not None:
-            props[_META_LABELS] = json.dumps(self.spec.labels, separators=(",", ":"), ensure_ascii=False)
-        if self.quantization is not None:
-            props[_META_PROFILE] = self.quantization.profile
-        return props
 
     # ---- pieces of the graph
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.checkpoints import load_checkpoint, save_checkpoint
     from compress.checkpoints import load_checkpoint as load
     from compress.checkpoints.base import Checkpoint
-    from compress.importers.module import from_module
+    from compress.importers.module import from_module, into_module
     from compress.prune import Budget, PruneResult
     from compress.train import train
     from rescompress.api import (
@@ -59,6 +59,7 @@ _HOME = {
     "export_onnx": ("rescompress.api", "export_onnx"),
     "finetune": ("rescompress.api", "finetune"),
     "from_module": ("compress.importers.module", "from_module"),
+    "into_module": ("compress.importers.module", "into_module"),
     "lint": ("rescompress.api", "lint"),
     "load": ("compress.checkpoints", "load_checkpoint"),
     "load_checkpoint": ("compress.checkpoints", "load_checkpoint"),
@@ -87,6 +88,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "from_module",
+    "into_module",
     "lint",
     "load",
     "load_checkpoint",

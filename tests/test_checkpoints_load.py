@@ -496,5 +496,5 @@ def test_the_stride_of_an_unusual_stem_is_told(tmp_path: Path) -> None:
     model = torchvision.models.resnet18(num_classes=4)
     model.conv1 = torch.nn.Conv2d(3, 64, 5, 1, 2, bias=False)
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    notes = load_checkpoint(tmp_path / "net.pt", input_shape=(3, 64, 64)).provenance["notes"]
-    assert any("5x5 stem is taken to have stride 2" in n for n in notes)
+    told = load_checkpoint(tmp_path / "net.pt", input_shape=(3, 64, 64)).provenance["warnings"]
+    assert any("5x5 stem is taken to have stride 2" in n for n in told)

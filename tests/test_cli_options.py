@@ -156,6 +156,7 @@ def opened(function: str) -> dict[str, tuple[Getter, Any]]:
         "arch_option": (lambda seen: seen.opening(function).arch_options[0], "stride_at=1"),
         "code": (lambda seen: seen.opening(function).facts["code"].rpartition("/")[2], "model.py:make"),
         "like": (lambda seen: seen.opening(function).facts["like"], "resnet20"),
+        "trunk": (lambda seen: seen.opening(function).facts["trunk"], "auto"),
         "allow_pickle": (lambda seen: seen.opening(function).allow_pickle, True),
     }
 
@@ -170,7 +171,7 @@ def shared(function: str, *left_out: str) -> dict[str, tuple[Getter, Any]]:
 
 
 STATED = "--input 3x16x16 --preprocess cifar --arch-option stride_at=1 --allow-pickle"
-NAMED = "--code model.py:make --like resnet20"
+NAMED = "--code model.py:make --like resnet20 --trunk auto"
 SHARED = "--data data.npz --labels a=1,b=2 --seed 5 --device cpu --threads 3 --batch-size 4"
 OPENED = {
     "input_shape": of("load_checkpoint", "input_shape", (3, 16, 16)),
@@ -182,6 +183,7 @@ OPENED = {
 BOTH = {
     "code": (lambda seen: seen["load_checkpoint"]["arch_options"]["code"].rpartition("/")[2], "model.py:make"),
     "like": (lambda seen: seen["load_checkpoint"]["arch_options"]["like"], "resnet20"),
+    "trunk": (lambda seen: seen["load_checkpoint"]["arch_options"]["trunk"], "auto"),
 }
 
 PRUNE = [
@@ -291,6 +293,11 @@ EVALUATE = [
     ),
     Case("net.safetensors --data data.npz", {"split": (lambda seen: len(seen["evaluate"]["split"]), 12)}),
     Case(f"net.safetensors --data data.npz {NAMED}", BOTH),
+    Case(
+        "net.safetensors --data data.npz --reference float.onnx",
+        {"reference": (lambda seen: "scores classes" in seen.out.stderr, True)},
+        5,
+    ),
     Case("net.safetensors --data data.npz --device cuda:77", {"device": (lambda seen: "cuda:77" in seen.out.stderr, True)}, 5),
     Case(
         "dynamic.onnx --data data.npz --runtime onnxruntime --threads 3",

@@ -30,7 +30,8 @@ from compress.pixels import FORMATS, decode, fit, normalise, sampled
 from compress.preprocessing import KEYS, Statement
 from compress.resnet import build_model
 from edge_targets import infer
-from export.to_onnx import ExportOptions, read_metadata, to_onnx
+from export.metadata import read_metadata
+from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.errors import BadInput, ConfigError, DataError
 from rescompress.core.spec import ModelSpec, Preprocessing
 from rescompress.runs.config import validate

@@ -114,7 +114,6 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
         (2, ("cat", "bird"), None, "'dog' is no label"),
         (2, ("cat", "dog"), {"dog": "dgo"}, "no label 'dgo'"),
         (2, ("cat", "dog"), {"dg": "dog"}, "no class folder is called 'dg'"),
-        (0, None, None, "no classifier head"),
     ],
 )
 def test_classes_that_do_not_fit(
@@ -122,6 +121,12 @@ def test_classes_that_do_not_fit(
 ) -> None:
     with pytest.raises(DataError, match=message):
         load_dataset(str(folder), inputs(outputs, labels=labels), labels=mapping)
+
+
+def test_labels_mean_nothing_to_a_network_without_class_scores(folder: Path) -> None:
+    data = load_dataset(str(folder), inputs(0))
+    assert data.val.classes == ("unlabelled",)
+    assert len(data.train) > 0
 
 
 @pytest.mark.parametrize("source", ["missing", "empty", "text.txt", "bad.npz", "nothing.npz", "float.npz", "builtin:digit"])

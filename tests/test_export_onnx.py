@@ -20,9 +20,10 @@ from export_zoo import (
 )
 from onnx import numpy_helper
 
+from export.metadata import read_metadata
 from export.parity import OrtRunner, compare_logits
 from export.recount import recount
-from export.to_onnx import OPSETS, ExportOptions, Precision, read_metadata, to_onnx, weight_integers
+from export.to_onnx import OPSETS, ExportOptions, Precision, to_onnx, weight_integers
 from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.quantizers import PROFILES, Quantization

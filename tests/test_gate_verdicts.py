@@ -541,6 +541,37 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda s: s["outputs"].append({"kind": "onnx", "path": "m.onnx", "sha256": "0", "size_bytes": 7}),
         "size_bytes is 260000, the file m.onnx has 7 bytes",
     ),
+    "latency below its interval": (_metric("p50_ms", low=5.0), "outside of its own interval, whose low is 5"),
+    "latency above its interval": (_metric("p50_ms", high=0.5), r"outside of its own interval, whose high is 0\.5"),
+    "part of a byte": (_metric("size_bytes", value=260_000.5), r"size_bytes is 260000\.5 bytes, which is no whole number"),
+    "a number as text": (_metric("p50_ms", value="1.0"), "should be a number"),
+    "samples as a word": (_metric("top1", n=True), "should be a number"),
+    "top-5 below top-1": (
+        lambda s: s["metrics"].update(top5={"value": 0.5, "unit": "fraction", "provenance": "measured"}),
+        r"top5 is 50\.00 %, less than top1",
+    ),
+    "MACs of one network": (
+        lambda s: s.update(
+            of="finetune", metrics=s["metrics"] | {"macs": {"value": 7, "unit": "macs", "provenance": "counted"}}
+        ),
+        r"macs is 7, finetune has 34000000 of the same network",
+    ),
+    "files of the engine": (
+        lambda s: (
+            s["outputs"].append({"kind": "engine", "path": "m.xml", "sha256": "0", "size_bytes": 7}),
+            s["metrics"].update(engine_bytes={"value": 9, "unit": "bytes", "provenance": "counted"}),
+        ),
+        "engine_bytes is 9, its files have 7 bytes",
+    ),
+    "another target": (lambda s: s["details"].update(target="cpu-ort"), "is about 'cpu-ort' and about 'cpu'"),
+    "precision of the file": (
+        lambda s: (s["details"].update(precision="fp32"), s["metrics"]["p50_ms"].update(precision="int8+fp16")),
+        r"p50_ms is of int8\+fp16, the file of fp32",
+    ),
+    "copies of samples that are not there": (
+        lambda s: s["details"].update(outcomes=Outcomes.pack([True] * 9, "0", copies=[9]).model_dump()),
+        "outcomes are damaged",
+    ),
     "outcomes in the manifest": (
         lambda s: s["details"].update(outcomes=Outcomes.pack([True] * 1000, digest(1000), CLASSES).model_dump()),
         r"in the manifest \(1000 of 1000 right\) are not those in the file \(\d+ of 1000 right\)",

@@ -15,8 +15,9 @@ from compress.prune import PruningPlan, apply, prunable
 from compress.prune.apply import channels_kept
 from compress.prune.groups import Sizes, droppable
 from compress.resnet import build_model
+from export.metadata import read_metadata
 from export.recount import recount
-from export.to_onnx import ExportOptions, read_metadata, to_onnx
+from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs
 from rescompress.core.operations import OPERATIONS

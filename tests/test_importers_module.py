@@ -177,6 +177,41 @@ def test_a_wrong_reading_is_refused_and_the_first_tensor_named(monkeypatch: pyte
         rc.from_module(module, torch.zeros(1, *shape))
 
 
+class Chaos(nn.Module):
+    """A network whose outputs are the difference of nearly equal large numbers: rounding alone decides them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.two.weight.data = self.one.weight.data * (1 + 1e-5)
+        self.bn, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.bn(self.one(x)) * 3e4 - self.other(self.two(x)) * 3e4).mean((2, 3))
+
+
+def test_where_rounding_decides_double_precision_proves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.importers import proof
+
+    module = Chaos().eval()
+    monkeypatch.setattr(proof, "TOLERANCE", 1e-9)  # what single precision cannot keep, and double precision can
+    notes = rc.from_module(module, torch.zeros(1, 3, 16, 16)).provenance["notes"]
+    assert any("in double precision" in note for note in notes)
+
+
+def test_what_is_wrong_is_wrong_in_double_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.importers import trace
+
+    right = trace.Trace.affine
+
+    def wrong(self: trace.Trace, x: trace.Value, scale: torch.Tensor | None, shift: torch.Tensor | None) -> trace.Value:
+        return right(self, x, None if scale is None else scale * 1.001, shift)
+
+    monkeypatch.setattr(trace.Trace, "affine", wrong)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        rc.from_module(Chaos().eval(), torch.zeros(1, 3, 16, 16))
+
+
 def test_given_images_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     module, shape = made("chain")
     seen: list[int] = []

@@ -20,7 +20,7 @@ from compress.checkpoints.base import Checkpoint
 from compress.importers.onnx_file import Reader
 from compress.importers.proof import ENDS, difference
 from compress.resnet import build_model
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.operations import HardSwish, Linear, Silu
 
 
@@ -177,8 +177,15 @@ def test_files_of_torch_are_read_as_what_they_compute(name: str, dynamo: bool, t
         if dynamo:
             torch.onnx.export(module, (torch.randn(1, *shape),), path, dynamo=True, verbose=False)
         else:
-            torch.onnx.export(module, torch.randn(1, *shape), str(path), dynamo=False, opset_version=17)
+            try:
+                torch.onnx.export(module, torch.randn(1, *shape), str(path), dynamo=False, opset_version=17)
+            except torch.onnx.errors.SymbolicValueError as e:
+                pytest.skip(f"this exporter does not write it: {str(e).splitlines()[0][:100]}")
     model = onnx.load(path)
+    if any(node.op_type == "GatherND" for node in model.graph.node):  # an adaptive pool, window by window
+        with pytest.raises(CheckpointError, match="GatherND"):
+            rc.load_checkpoint(path)
+        return
     compared(rc.load_checkpoint(path), model, False, ["log_softmax"] if name == "odd pools" else [""])
 
 

@@ -7,7 +7,8 @@ import inspect
 
 from graph_zoo import Maker, random_checkpoint
 
-from export.to_onnx import ExportOptions, read_metadata, to_onnx
+from export.metadata import read_metadata
+from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.graph import INPUT
 from rescompress.core.operations import GlobalPool, Linear
 from rescompress.show.gate import render

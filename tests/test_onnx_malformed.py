@@ -30,7 +30,7 @@ from edge_targets.latency import predict_kernels
 from export.lint import lint
 from export.load import load_onnx
 from export.passes import repair
-from export.to_onnx import read_metadata
+from export.metadata import read_metadata
 from onnx_mutants import mutants
 from rescompress.core.errors import RescompressError
 from rescompress.runs.evaluation import onnx_inputs

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rescompress.core.graph import Network
+from rescompress.core.host import Host
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.quantizers import Quantization
 from rescompress.core.recipe import network_of
@@ -29,7 +30,7 @@ class Checkpoint(Showing):
         state_dict: Every tensor of the network, float32 (BatchNorm's counters int64), by its name there.
         quantization: Every quantizer with its scales, or None for a float network.
         provenance: Where it comes from: ``format``, ``path``, ``notes`` on what was assumed, and of them the ``warnings``, that
-            something in the file is no part of this network; JSON values.
+            something in the file is no part of this network; of a trunk its ``host``; JSON values.
     """
 
     spec: ModelSpec | Network
@@ -41,6 +42,12 @@ class Checkpoint(Showing):
     def network(self) -> Network:
         """The graph of the network."""
         return network_of(self.spec)
+
+    @property
+    def host(self) -> Host | None:
+        """What it is the trunk of, or None where it is whole."""
+        found = self.provenance.get("host")
+        return None if found is None else Host.model_validate(found)
 
     def shows(self) -> Mapping[str, str]:
         """Return what it is, how large, and in which precision."""

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from compress.checkpoints import pickles
 from compress.checkpoints.base import Shape
+from compress.checkpoints.path import MAX_SAFETENSORS_HEADER
 from rescompress.core.errors import CheckpointError
 
-MAX_SAFETENSORS_HEADER = 100_000_000
 MAX_EXPANSION = 50
 EXPORTED_TABLE = "_weights_config.json"
 """How the name of the member ends that lists the weights of an exported program."""

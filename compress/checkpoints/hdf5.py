@@ -25,9 +25,9 @@ from torch import Tensor
 
 from compress.checkpoints.base import Shape
 from compress.checkpoints.files import MAX_EXPANSION, Opened, read_member, unique_pairs
+from compress.checkpoints.keras_layers import MAX_DEPTH, children, leaves
 from rescompress.core.errors import CheckpointError, ToolMissing
 
-MAX_DEPTH = 24
 MAX_DATASETS = 100_000
 MAX_CONFIG_BYTES = 64 * 2**20
 _PARTS = {"kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance", "mean", "variance"}
@@ -211,12 +211,6 @@ def _snake(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _children(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    inner = config.get("config")
-    layers = inner.get("layers") if isinstance(inner, dict) else inner if isinstance(inner, list) else None
-    return [x for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
-
-
 def _names_from_config(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the layer's own name by its path in a Keras 3 weights file (``layers/conv2d_7``)."""
     found: dict[str, str] = {}
@@ -224,7 +218,7 @@ def _names_from_config(config: Mapping[str, Any]) -> dict[str, str]:
     while todo:
         prefix, model, depth = todo.pop()
         used: dict[str, int] = {}
-        for layer in _children(model):
+        for layer in children(model):
             base = _snake(str(layer.get("class_name", "")))
             n = used.get(base, 0)
             used[base] = n + 1
@@ -245,21 +239,15 @@ def layers_of(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]
     return [(kind, name, settings) for kind, name, settings, _ in calls_of(config)]
 
 
-def calls_of(config: Mapping[str, Any], depth: int = 0) -> list[tuple[str, str, dict[str, Any], object]]:
+def calls_of(config: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any], object]]:
     """Return class, name, settings and calls (``inbound_nodes``) of every layer, nested models spelt out, in order.
 
     Args:
         config: The model's configuration, as Keras writes it.
-        depth: Of nesting so far.
     """
     found: list[tuple[str, str, dict[str, Any], object]] = []
-    for layer in _children(config):
+    for layer in leaves(config):
         inner = layer.get("config")
         settings = inner if isinstance(inner, dict) else {}
-        if _children(layer) and depth < MAX_DEPTH:
-            found += calls_of(layer, depth + 1)
-        else:
-            found.append(
-                (str(layer.get("class_name", "")), str(settings.get("name", "")), settings, layer.get("inbound_nodes"))
-            )
+        found.append((str(layer.get("class_name", "")), str(settings.get("name", "")), settings, layer.get("inbound_nodes")))
     return found

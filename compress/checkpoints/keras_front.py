@@ -15,14 +15,10 @@ from typing import Any
 
 from compress import zoo
 from compress.checkpoints.base import Stored
+from compress.checkpoints.keras_layers import is_idle
 from rescompress.core.errors import CheckpointError
 from rescompress.core.spec import Preprocessing
 
-_IDLE = frozenset(
-    {"InputLayer", "Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization"}
-    | {"Identity", "AugMix", "CutMix", "MixUp", "RandAugment"}
-)
-"""Layers that hand their input on outside of training, beside all that are called ``Random...``."""
 _ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
     "Add": lambda a, b: a + b,
     "Subtract": lambda a, b: a - b,
@@ -119,7 +115,7 @@ def read_front(nodes: list[Node], channels: int, weights: Mapping[str, Mapping[s
             size = _resized(node, size, notes)
         elif node.kind == "RandomCrop":
             notes.append(f"RandomCrop '{node.name}' is taken to leave images as they are outside of training")
-        elif node.kind not in _IDLE and not node.kind.startswith("Random"):
+        elif not is_idle(node.kind):
             try:
                 current = _applied(node, current, values, weights)
             except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError):

@@ -71,6 +71,7 @@ class Layout:
         foreign: Keys inside the network that belong to nothing known here.
         ignored: Keys outside the network, which are left out.
         notes: Assumptions to tell.
+        guesses: Those of them that are as likely wrong: every command tells them.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
@@ -78,6 +79,7 @@ class Layout:
     foreign: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    guesses: list[str] = field(default_factory=list)
 
     def shape(self, name: str) -> Shape | None:
         """Return the shape of a tensor, or None where there is none."""
@@ -111,7 +113,9 @@ def assemble(raw: RawState, layout: Layout, facts: Facts, options: LoadOptions) 
     spec = _Reader(layout, facts, options).spec()
     tensors = _fit(spec, layout)
     notes = [*raw.notes, *layout.notes]
-    warnings = [] if layout.head else ["no classifier was found: the network ends in its pooled features"]
+    warnings = [*layout.guesses]
+    if not layout.head:
+        warnings.append("no classifier was found: the network ends in its pooled features")
     if layout.ignored:
         warnings.append(f"left out, as no part of the network: {_some(layout.ignored)}")
     state_dict = read_values(tensors, notes)
@@ -231,7 +235,7 @@ class _Reader:
                 "(else: --arch-option stem_stride=2, max_pool=yes)"
             )
         elif len(shapes) == 1 and shapes[0][2] not in (3, 7) and not {"stem_stride", "max_pool"} & set(self.options.arch):
-            self.note(
+            self.layout.guesses.append(
                 f"the {shapes[0][2]}x{shapes[0][2]} stem is taken to have stride {stride} and "
                 f"{'a' if pool else 'no'} max pool (else: --arch-option stem_stride=1, max_pool=no)"
             )

@@ -30,9 +30,19 @@ def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
     """Return the checkpoint in a file (see `compress.checkpoints.load_checkpoint`)."""
     check(options.arch)
     if is_onnx(path):
+        if "trunk" in options.arch:
+            from compress.importers.onnx_trunk import load_onnx_trunk
+
+            return load_onnx_trunk(path, options)
         from compress.importers.onnx_file import load_onnx_file
 
         return load_onnx_file(path, options)
+    if "trunk" in options.arch and "code" not in options.arch:
+        raise CheckpointError(
+            "holds no program that a trunk could be taken out of",
+            where=str(path),
+            remedy="give --trunk with an ONNX file, or with --code FILE:CALLABLE",
+        )
     try:
         opened = open_file(path, allow_pickle=allow_pickle)
         return _by_a_way(path, opened, options)
@@ -142,6 +152,10 @@ def _load(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
         return checkpoint
     if opened.program is not None:
         checkpoint = _telling(checkpoint, programs.compare(opened.program, checkpoint))
+    if isinstance(opened.metadata.get("keras_config"), dict):
+        from compress.importers import keras_proof
+
+        checkpoint = _noting(checkpoint, keras_proof.compare(opened, checkpoint, options))
     contents = (opened.content, opened.metadata)
     facts.refuse_variant(contents, options)
     checkpoint, warnings = facts.with_facts(checkpoint, contents, options)
@@ -174,7 +188,8 @@ def _noting(checkpoint: Checkpoint, lines: list[str], kinds: tuple[str, ...] = (
 
 
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
-    for name in plugins.names(FORMATS):
+    ours = opened.metadata.get("format") == "rescompress"  # its header says what it is, whatever its keys look like
+    for name in ["native"] if ours else plugins.names(FORMATS):
         format_ = cast("Format", plugins.load(FORMATS, name, what="format"))
         places = [Root("", tensors, {})] if name == "native" else roots(tensors, format_.MARKER)
         for root in places:

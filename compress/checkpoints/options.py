@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rescompress.core.errors import BadInput, nearest
+from rescompress.core.host import AUTO, wanted_tensors
 
 if TYPE_CHECKING:
     from compress.checkpoints.base import LoadOptions
@@ -26,6 +27,7 @@ KNOWN: dict[str, str] = {
     "root": "prefix of the network's keys, such as teacher.backbone",
     "arch": "name to show for the architecture",
     "code": "FILE:CALLABLE that builds the network of a state_dict (as --code)",
+    "trunk": "auto, or the tensors of a larger program in which the part ends that is wanted (as --trunk)",
     "like": "name of the network whose tensors a state_dict holds under other names (as --like)",
 }
 """Every architecture option, and what it means."""
@@ -48,6 +50,8 @@ def check(options: Mapping[str, str]) -> None:
             raise BadInput(f"unknown architecture option '{name}'", where="--arch-option", remedy=nearest(name, KNOWN))
         if name == "code" and not _CODE.fullmatch(value):
             raise BadInput(f"{value!r} is not FILE:CALLABLE", where="--code", remedy="write it like model.py:make_network")
+        if name == "trunk" and not wanted_tensors(value) and value.strip() != AUTO:
+            raise BadInput("names no tensor", where="--trunk", remedy=f"write {AUTO}, or tensors with commas between")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise BadInput(f"{name} is {value!r}", where="--arch-option", remedy=f"choose one of {', '.join(_CHOICES[name])}")
 

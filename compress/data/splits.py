@@ -579,6 +579,8 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
     """
     names = [set(part.names) for part in parts]
     union = sorted(set().union(*names))
+    if not inputs.outputs:  # labels mean nothing to it: they only spread the images that are taken
+        return Numbering({name: i for i, name in enumerate(union)}, tuple(map(shown, union)), frozenset())
     where = shown(parts[0].root if len(parts) == 1 else parts[0].root.parent)
     listed = all(part.listed for part in parts)
     free = labels is None and inputs.labels is None

@@ -25,6 +25,7 @@ from compress.importers.finish import Source
 from compress.importers.module import brief, quiet, read_module, run_module
 from compress.importers.proof import random_images
 from rescompress.core.errors import CheckpointError, nearest
+from rescompress.core.host import HostFile
 
 COUNTER = ".num_batches_tracked"
 _MODULE = "rescompress_user_code"
@@ -44,15 +45,7 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
         CheckpointError: The code or its callable is missing, raises or makes no module, the weights do not fit it, or the
             network cannot be read.
     """
-    with quiet():
-        module = build(code)
-    tensors, notes = without_masks(flatten(opened))
-    prefix, chosen, more = fitting(tensors, module.state_dict(), options.arch.get("root"))
-    if more:
-        notes = [*notes, more]
-    values = read_values(chosen, notes)
-    state = {k: values.get(k, v) for k, v in module.state_dict().items()}
-    module.load_state_dict({k: v.to(state[k].dtype) for k, v in state.items()}, strict=True)
+    module, prefix, notes = module_with(opened, code, options)
     shape, stated = options.input_shape, options.input_shape is not None
     if shape is None:
         with quiet():
@@ -61,7 +54,35 @@ def load_with_code(path: Path, opened: Opened, code: str, options: LoadOptions) 
         notes.append(f"the network's keys stand behind {prefix!r}")
     notes.append(f"built by {code}")
     source = Source("code", path.name, type(module).__name__, opened.container, tuple(notes), input_stated=stated)
-    return read_module(module, dataclasses.replace(options, input_shape=shape), source)
+    made = read_module(module, dataclasses.replace(options, input_shape=shape), source)
+    if (host := made.host) is None:
+        return made
+    files = (HostFile.of(path), HostFile.of(split(code)[0]))
+    kept = {"code": code, **({"root": options.arch["root"]} if "root" in options.arch else {})}
+    host = host.model_copy(update={"kind": "code", "files": files, "options": {**host.options, **kept}})
+    return dataclasses.replace(made, provenance={**made.provenance, "host": host.model_dump(mode="json")})
+
+
+def module_with(opened: Opened, code: str, options: LoadOptions) -> tuple[nn.Module, str, list[str]]:
+    """Return the network that a user's code builds with the weights of a file, the prefix of its keys there, and notes.
+
+    Args:
+        opened: The file.
+        code: ``FILE:CALLABLE``.
+        options: What the user states.
+
+    Raises:
+        CheckpointError: As `load_with_code` says.
+    """
+    with quiet():
+        module = build(code)
+    tensors, notes = without_masks(flatten(opened))
+    prefix, chosen, more = fitting(tensors, module.state_dict(), options.arch.get("root"))
+    told = [*notes, more] if more else [*notes]
+    values = read_values(chosen, told)
+    state = {k: values.get(k, v) for k, v in module.state_dict().items()}
+    module.load_state_dict({k: v.to(state[k].dtype) for k, v in state.items()}, strict=True)
+    return module, prefix, told
 
 
 def split(code: str) -> tuple[Path, str]:

@@ -16,28 +16,16 @@ from compress import zoo
 from compress.checkpoints.base import Checkpoint, LoadOptions, Stored
 from compress.checkpoints.files import Opened
 from compress.checkpoints.keras_front import Affine, preprocessing_of
+from compress.checkpoints.keras_layers import is_foreign, is_idle
 from compress.checkpoints.roots import flatten
 from compress.importers.aten import add, clamp, mul
 from compress.importers.finish import Source, checkpoint_of
-from compress.importers.network import read_trace
+from compress.importers.network import Read, read_trace
 from compress.importers.trace import NONE, Pads, Refused, Step, Trace, Value
 from rescompress.core.errors import CheckpointError
 from rescompress.core.spec import Preprocessing
 
 _MODELS = frozenset(("Functional", "Model", "Sequential", "Graph"))
-_IDLE = (
-    *(
-        "InputLayer",
-        "Dropout",
-        "SpatialDropout2D",
-        "GaussianNoise",
-        "GaussianDropout",
-        "AlphaDropout",
-        "ActivityRegularization",
-    ),
-    *("Identity", "AugMix", "CutMix", "MixUp", "RandAugment"),
-)
-_OWN = ("keras", "tensorflow.keras", "tensorflow.python.keras", "tf_keras", "tensorflow_core", "builtins")
 _ORDER = ("gamma", "beta", "moving_mean", "moving_variance")
 _UNPROVEN = "read from its configuration; Keras does not run here, so nothing proves it: compare some predictions"
 REMEDY = "export the model to ONNX (model.export(..., format='onnx') of Keras 3, or tf2onnx), and give that file"
@@ -53,6 +41,26 @@ def load_keras(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
 
     Raises:
         CheckpointError: A layer is none of Keras's own that are known here (it is named), or a weight is missing.
+    """
+    read, own, stated = traced(opened, options)
+    shape = read.network.input_shape
+    notes = [*opened.notes]
+    for output, end in zip(read.network.outputs, read.ends, strict=True):
+        if end:
+            notes.append(f"output '{output.name}' are logits: the {end} at the end is left to the reader")
+    preprocessing = zoo.preprocessing("rescale", shape, squash=True)
+    if own is not None:
+        ways = {key: getattr(preprocessing, key) for key in ("resize", "interpolation", "antialias")}
+        preprocessing = own.model_copy(update=ways)
+    source = Source("keras", path.name, read.network.arch, opened.container, tuple(notes), (_UNPROVEN,), stated, preprocessing)
+    return checkpoint_of(read, None, options, source)
+
+
+def traced(opened: Opened, options: LoadOptions) -> tuple[Read, Preprocessing | None, bool]:
+    """Return the network of a configuration, the preprocessing that it begins with, and whether its input's size is stated.
+
+    Raises:
+        CheckpointError: As `load_keras`.
     """
     config: Any = opened.metadata["keras_config"]
     weights: dict[str, dict[str, Stored]] = {}
@@ -76,16 +84,7 @@ def load_keras(path: Path, opened: Opened, options: LoadOptions) -> Checkpoint:
         raise CheckpointError(
             f"damaged: its configuration cannot be read ({type(e).__name__}: {e})", remedy="save the whole model again"
         ) from e
-    notes = [*opened.notes]
-    for output, end in zip(read.network.outputs, read.ends, strict=True):
-        if end:
-            notes.append(f"output '{output.name}' are logits: the {end} at the end is left to the reader")
-    preprocessing = zoo.preprocessing("rescale", shape, squash=True)
-    if own:
-        ways = {key: getattr(preprocessing, key) for key in ("resize", "interpolation", "antialias")}
-        preprocessing = own[0].model_copy(update=ways)
-    source = Source("keras", path.name, read.network.arch, opened.container, tuple(notes), (_UNPROVEN,), stated, preprocessing)
-    return checkpoint_of(read, None, options, source)
+    return read, own[0] if own else None, stated
 
 
 def _front(steps: Sequence[Step], found: list[Preprocessing]) -> None:
@@ -245,16 +244,13 @@ class _Model:
     def _call(self, layer: Mapping[str, Any], arguments: list[Any], path: str, extra: Mapping[str, Any] | None = None) -> Any:
         kind, settings = str(layer.get("class_name")), _settings(layer)
         name = str(settings.get("name") or layer.get("name") or kind)
-        module = str(layer.get("module") or "keras")
-        registered = layer.get("registered_name")
-        if ">" in f"{registered}{kind}" or not module.startswith(_OWN):
-            raise Refused(
-                f"the layer '{name}', of a class of its own ({registered or kind}): its code alone says what it computes"
-            )
+        if is_foreign(layer):
+            own = layer.get("registered_name") or kind
+            raise Refused(f"the layer '{name}', of a class of its own ({own}): its code alone says what it computes")
         if kind in _MODELS and "layers" in (layer.get("config") or {}):
             made = self.run(layer, arguments, f"{path}{name}.")
             return made if len(made) > 1 else made[0]
-        if kind in _IDLE or kind.startswith("Random"):
+        if is_idle(kind):
             return arguments if len(arguments) > 1 else arguments[0]
         handler = _LAYERS.get(kind)
         if handler is None:

@@ -40,6 +40,7 @@ def read_trace(
     *,
     arch: str,
     front: Callable[[Sequence[Step]], None] | None = None,
+    features: bool = False,
 ) -> Read:
     """Return the network of a trace.
 
@@ -48,12 +49,13 @@ def read_trace(
         outputs: Its results by name.
         arch: What to call the network.
         front: Takes steps out that are no part of the network: it changes what others read.
+        features: Whether the outputs are read by another program, as they are, and are no scores of classes.
 
     Raises:
         Refused: A step is no operation of a network.
     """
     last = [trace.settled(value) for _, value in outputs]
-    steps, last, ends = simplify(trace.steps, last)
+    steps, last, ends = simplify(trace.steps, last, features=features)
     if front is not None:
         front(steps)
         steps = needed(steps, last)
@@ -79,7 +81,7 @@ def read_trace(
             sources[name] = step.source
     found: list[Output] = []
     for label, step in zip(labels, last, strict=True):
-        found.append(Output(name=label, tensor=names[id(step)], classes=not step.is_map and has_scores(step)))
+        found.append(Output(name=label, tensor=names[id(step)], classes=not features and not step.is_map and has_scores(step)))
     c, h, w = trace.steps[0].shape
     try:
         network = Network(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from compress.importers.finish import Source, checkpoint_of
 from compress.importers.network import Read, read_trace
 from compress.importers.proof import Original
 from compress.importers.trace import NONE, Pads, Refused, Stack, Trace, Value, broadcast
+from compress.importers.trunk import SHARED, Call, Survey
 from rescompress.core.errors import CheckpointError
 
 QUANTIZED = (
@@ -33,26 +35,29 @@ QUANTIZED = (
 CONTROL = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 _GROWING = frozenset(("ConstantOfShape", "Expand", "Tile", "Range", "Pad", "Resize", "OneHot", "EyeLike", "Upsample"))
 MAX_CONSTANT = 2**24
+_WEIGHTED = frozenset(("Conv", "Gemm", "MatMul"))
 _MOVING = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Slice", "Gather", "Tile"))
 
 
 class Reader:
     """Calls a `Trace` node by node."""
 
-    def __init__(self, model: onnx.ModelProto, trace: Trace, images: Value) -> None:
+    def __init__(self, model: onnx.ModelProto, trace: Trace, images: Value, entry: str | None = None) -> None:
         """Take a model whose functions are written out.
 
         Args:
             model: The model; its nodes stand in order.
             trace: Takes the steps.
             images: What the model's input is.
+            entry: Name of that input; where there is one only, that one.
         """
         self.model, self.trace = model, trace
         self.opset = next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.stored = {i.name: i for i in model.graph.initializer}
         self.values: dict[str, Any] = {}
-        (entry,) = [i for i in model.graph.input if i.name not in self.stored]
-        self.values[entry.name] = images
+        if entry is None:
+            (entry,) = [i.name for i in model.graph.input if i.name not in self.stored]
+        self.values[entry] = images
 
     def run(self) -> list[tuple[str, Value]]:
         """Return the outputs by name; raises Refused with the node and the tensors around it."""
@@ -60,7 +65,7 @@ class Reader:
             try:
                 self._node(node)
             except Refused as e:
-                raise Refused(f"{_label(node)}: {e}") from e
+                raise Refused(f"{label(node)}: {e}") from e
         outputs = []
         for output in self.model.graph.output:
             value = self.get(output.name)
@@ -68,6 +73,34 @@ class Reader:
                 raise Refused(f"output '{output.name}' does not depend on the images")
             outputs.append((output.name, value))
         return outputs
+
+    def survey(self, calls: Sequence[Call]) -> Survey:
+        """Return what of the model can be read; what cannot, and what needs it, is left out.
+
+        Args:
+            calls: Its nodes.
+        """
+        graph = self.model.graph
+        found = Survey(self.trace, list(calls), [o.name for o in graph.output])
+        lost = {i.name for i in graph.input if i.name not in self.stored and i.name not in self.values}
+        weights = Counter(node.input[1] for node in graph.node if node.op_type in _WEIGHTED and len(node.input) > 1)
+        for node, call in zip(graph.node, calls, strict=True):
+            if lost.isdisjoint(call.reads):
+                try:
+                    if node.op_type in _WEIGHTED and weights[node.input[1]] > 1 and node.input[1] in self.stored:
+                        raise Refused(SHARED)
+                    self._node(node)
+                except Refused as e:
+                    found.refused[call.name] = f"{call.name}: {e}"
+                except Exception as e:  # an operator that is used in a way that no handler expects is the host's own
+                    found.refused[call.name] = f"{call.name}: cannot be read ({type(e).__name__})"
+            lost |= {name for name in call.makes if name not in self.values}
+        for name, value in self.values.items():
+            if isinstance(value, Value):
+                found.values[name] = value
+            elif not isinstance(value, Stack):
+                found.constants.add(name)
+        return found
 
     def get(self, name: str) -> Any:
         """Return what a tensor of the file is; constants as numpy arrays."""
@@ -129,10 +162,10 @@ class Reader:
         for name in node.input[1:]:
             if name in self.stored and re.search(r"[./](weight|gamma|kernel|W|w_0|scale)$", name):
                 return re.split(r"[./](?=[^./]*$)", name)[0].strip("/").replace("/", ".")
-        return _readable(node.output[0])
+        return readable(node.output[0])
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """Return a tensor's name as a path of modules: ``/layer1/layer1.0/conv1/Conv_output_0`` is ``layer1.0.conv1``."""
     match = re.fullmatch(r"/(.+)/([A-Za-z]+)(_\d+)?_output_\d+", name)
     if not match:
@@ -145,7 +178,8 @@ def _readable(name: str) -> str:
     return ".".join(parts)
 
 
-def _label(node: NodeProto) -> str:
+def label(node: NodeProto) -> str:
+    """Return a node, and the tensors around it, for people."""
     named = f" '{node.name}'" if node.name else ""
     return f"{node.op_type}{named} (reads {', '.join(repr(n) for n in node.input[:3])}, makes '{node.output[0]}')"
 
@@ -341,7 +375,8 @@ def _global(op: str) -> Callable[[Reader, _Node], Value]:
 def _reduce(op: str) -> Callable[[Reader, _Node], Value]:
     def handler(r: Reader, n: _Node) -> Value:
         axes = n.numbers("axes", 1)
-        return r.trace.reduce(n.x, axes or range(n.x.ndim), op, keep=bool(n.attributes.get("keepdims", 1)))
+        x = n.inputs[0] if isinstance(n.inputs[0], Stack) else n.x
+        return r.trace.reduce(x, axes or range(x.ndim), op, keep=bool(n.attributes.get("keepdims", 1)))
 
     return handler
 
@@ -382,8 +417,13 @@ def _pad(r: Reader, n: _Node) -> Value:
     return r.trace.pad(n.x, pairs, "zeros" if mode == "constant" else mode)
 
 
-def _concat(r: Reader, n: _Node) -> Value:
-    return r.trace.concat([_torch(v) for v in n.inputs], int(n.attributes.get("axis", 1)))
+def _concat(r: Reader, n: _Node) -> Value | Stack:
+    parts = n.inputs
+    axis = int(n.attributes.get("axis", 1))
+    if all(isinstance(p, Value) and p.ndim == 5 and p.shape[axis] == 1 for p in parts):  # how exporters write a stack of maps
+        axis %= 5
+        return Stack(tuple(p.move(lambda places: places.squeeze(axis)) for p in parts), axis)
+    return r.trace.concat([_torch(v) for v in parts], axis)
 
 
 def _moved(r: Reader, n: _Node) -> Any:
@@ -559,7 +599,7 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         ModelFileError: It is damaged, or its data are missing.
     """
     from export.load import load_onnx
-    from export.to_onnx import read_metadata
+    from export.metadata import read_metadata
 
     model = load_onnx(path)
     own = read_metadata(model)
@@ -578,7 +618,7 @@ def load_onnx_file(path: Path, options: LoadOptions, images: Tensor | None = Non
         "onnx", path.name, arch, "onnx", tuple(notes),
         preprocessing=own.spec.preprocessing if own is not None else None, labels=own.spec.labels if own is not None else None,
     )  # fmt: skip
-    return checkpoint_of(read, _Runtime(model, batch, last).original(), options, source, images=images)
+    return checkpoint_of(read, Runtime(model, batch, last, path).original(), options, source, images=images)
 
 
 REMEDY = "docs/bring-your-own.md lists the operations; cut the part away, or name a trunk that ends before it"
@@ -588,7 +628,7 @@ def _check_float(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type in QUANTIZED:
             raise CheckpointError(
-                f"is quantized already ({_label(node)})", remedy="give the float file: `rescompress quantize` does the rest"
+                f"is quantized already ({label(node)})", remedy="give the float file: `rescompress quantize` does the rest"
             )
 
 
@@ -612,14 +652,14 @@ def read_onnx(model: onnx.ModelProto, options: LoadOptions, arch: str) -> tuple[
             f"its input '{entry.name}' is {onnx.TensorProto.DataType.Name(kind).lower()}, not float",
             remedy="export it in float32",
         )
-    dims = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
+    dims = sizes_of(entry)
     if len(dims) != 4:
         raise CheckpointError(
             f"its input '{entry.name}' has {len(dims)} dimensions", remedy="supported: a batch of images, four"
         )
     refusal: Refused | None = None
-    for last in (False, True) if _channels_first(dims, options) else (True, False):
-        shape = _shape(dims, options, entry.name, last=last)
+    for last in (False, True) if channels_first(dims, options) else (True, False):
+        shape = image_shape(dims, options, entry.name, last=last)
         if shape is None:
             continue
         for batch in (dims[0],) if dims[0] else (2, 1):
@@ -634,7 +674,13 @@ def read_onnx(model: onnx.ModelProto, options: LoadOptions, arch: str) -> tuple[
     raise refusal
 
 
-def _channels_first(dims: Sequence[int | None], options: LoadOptions) -> bool:
+def sizes_of(entry: onnx.ValueInfoProto) -> list[int | None]:
+    """Return the sizes of an input; None where one is open."""
+    return [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in entry.type.tensor_type.shape.dim]
+
+
+def channels_first(dims: Sequence[int | None], options: LoadOptions) -> bool:
+    """Whether an input of these sizes likely has its channels in front of height and width."""
     c, h, w, last = dims[1], dims[2], dims[3], dims[3]
     if options.input_shape is not None and options.input_shape[0] in (c, last) and c != last:
         return options.input_shape[0] == c
@@ -643,12 +689,12 @@ def _channels_first(dims: Sequence[int | None], options: LoadOptions) -> bool:
     return not (c is not None and c == h != w)
 
 
-def _shape(dims: Sequence[int | None], options: LoadOptions, name: str, *, last: bool) -> tuple[int, int, int] | None:
+def image_shape(dims: Sequence[int | None], options: LoadOptions, name: str, *, last: bool) -> tuple[int, int, int] | None:
     """Return channels, height and width of the images; None where the file has others than stated."""
     found = [dims[3], dims[1], dims[2]] if last else [dims[1], dims[2], dims[3]]
     if options.input_shape is not None:
         if any(d is not None and d != s for d, s in zip(found, options.input_shape, strict=True)):
-            if last != _channels_first(dims, options):  # the likelier reading
+            if last != channels_first(dims, options):  # the likelier reading
                 raise CheckpointError(
                     f"its input '{name}' is fixed to {'x'.join(map(str, (d or '?' for d in found)))}, "
                     f"not {'x'.join(map(str, options.input_shape))}",
@@ -662,24 +708,29 @@ def _shape(dims: Sequence[int | None], options: LoadOptions, name: str, *, last:
     return c, h, w
 
 
-class _Runtime:
+class Runtime:
     """onnxruntime, for the proof."""
 
-    def __init__(self, model: onnx.ModelProto, batch: int | None, last: bool) -> None:
-        self._model, self._batch, self._last = model, batch, last
+    def __init__(self, model: onnx.ModelProto, batch: int | None, last: bool, path: Path | None = None) -> None:
+        self._model, self._path, self._batch, self._last = model, path, batch, last
         stored = {i.name for i in model.graph.initializer}
         self._input = next(i.name for i in model.graph.input if i.name not in stored)
         self._session: Any = None
 
     def original(self) -> Original:
+        """Return it as what a network is compared with."""
         return Original("the file in onnxruntime", self.run, self.observe)
 
     def run(self, x_NCHW: Tensor) -> list[Tensor]:
+        """Return the outputs for images."""
         if self._session is None:
-            self._session = self._open(self._model)
+            try:
+                self._session = self._open(self._path or self._model)  # it reads a file sooner than what is written for it
+            except CheckpointError:
+                self._session = self._open(self._model)  # sorted, its functions written out
         return self._outputs(self._session, x_NCHW)
 
-    def _open(self, model: onnx.ModelProto) -> Any:
+    def _open(self, model: onnx.ModelProto | Path) -> Any:
         from export.session import open_session
 
         try:

@@ -14,12 +14,13 @@ ENDS = ("softmax", "log_softmax", "sigmoid")
 _CLOSE = 1e-5
 
 
-def simplify(steps: Sequence[Step], outputs: list[Step]) -> tuple[list[Step], list[Step], list[str]]:
+def simplify(steps: Sequence[Step], outputs: list[Step], *, features: bool = False) -> tuple[list[Step], list[Step], list[str]]:
     """Return the steps that the outputs need, each an operation of a network, the outputs, and what each one ended in.
 
     Args:
         steps: In the order of computation.
         outputs: Among them.
+        features: Whether every output is wanted as it is, no logits in its place.
     """
     graph = _Graph(list(steps), list(outputs))
     graph.each(_activation)
@@ -31,7 +32,7 @@ def simplify(steps: Sequence[Step], outputs: list[Step]) -> tuple[list[Step], li
     graph.each(_placed)
     ends = []
     for i, output in enumerate(graph.outputs):
-        ends.append(output.op if output.op in ENDS and _is_logits(output.inputs[0]) else "")
+        ends.append(output.op if not features and output.op in ENDS and _is_logits(output.inputs[0]) else "")
         if ends[-1]:
             graph.outputs[i] = output.inputs[0]
     return graph.needed(), graph.outputs, ends

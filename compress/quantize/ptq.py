@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -226,19 +227,37 @@ def divergence(quantized: ResNet, batches: Sequence[Tensor], wanted: Sequence[Te
         quantized: In eval mode.
         batches: Images, each (N, C, H, W).
         wanted: The float network's `log_probabilities` for each batch.
+
+    Without class scores it is the mean squared distance of the outputs, relative to the float network's.
     """
     total = 0.0
+    if sizes := feature_sizes(quantized):
+        for x_NCHW, wanted_NF in zip(batches, wanted, strict=True):
+            found_NF = log_probabilities(quantized, x_NCHW)
+            for a, b in zip(torch.split(wanted_NF, sizes, 1), torch.split(found_NF, sizes, 1), strict=True):
+                energy_N = a.double().square().sum(1).clamp_min(1e-12)
+                total += float(((b - a).double().square().sum(1) / energy_N).sum()) / len(sizes)
+        return total / sum(len(x_NCHW) for x_NCHW in batches)
     for x_NCHW, wanted_NK in zip(batches, wanted, strict=True):
         total += float(F.kl_div(log_probabilities(quantized, x_NCHW), wanted_NK, reduction="sum", log_target=True))
     return total / sum(len(x_NCHW) for x_NCHW in batches)
+
+
+def feature_sizes(model: ResNet) -> list[int]:
+    """Return how many numbers each output of a network has that makes maps or several outputs; nothing of others."""
+    shapes = [model.network.by_name[output.tensor].out_shape for output in model.network.outputs]
+    return [math.prod(shape) for shape in shapes] if len(shapes) > 1 or len(shapes[0]) > 1 else []
 
 
 @torch.no_grad()
 def log_probabilities(model: ResNet, x_NCHW: Tensor) -> Tensor:
     """Return the log of the predicted distribution (N, K), float64.
 
-    Where the network has one output it is a logit against zero, so K is 2; a backbone's features are taken for logits.
+    Where the network has one output it is a logit against zero, so K is 2; a backbone's vector of features is taken for
+    logits. Maps, and several outputs, are returned one behind the other as they are (N, F), float32.
     """
+    if feature_sizes(model):
+        return torch.cat([value.flatten(1) for value in model.outputs(x_NCHW)], 1)
     logits_NK = model(x_NCHW).double()
     logits_NK = torch.cat([logits_NK, torch.zeros_like(logits_NK)], 1) if logits_NK.shape[1] == 1 else logits_NK
     return logits_NK.log_softmax(1)

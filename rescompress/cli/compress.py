@@ -14,6 +14,7 @@ from rescompress.cli.output import output_of
 from rescompress.core.described import Flag
 from rescompress.core.details import FinetuneDetails, PruneDetails, QuantizeDetails
 from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
+from rescompress.show.figures.columns import QUALITY, quality_of
 
 app = typer.Typer()
 
@@ -134,7 +135,9 @@ def finetune(
         return
     result = workspace.final(report.manifest, "finetune")
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
-    document = {"output": str(path), "top1": result.metrics["top1"].value, "n": result.metrics["top1"].n}
+    quality = quality_of(result.metrics)
+    assert quality is not None
+    document: dict[str, Any] = {"output": str(path), quality: result.metrics[quality].value, "n": result.metrics[quality].n}
     details = result.details_as(FinetuneDetails)
     document |= {"epochs": details.epochs if details is not None else []}
     out.result(document, workspace.trade_off(report.manifest, "finetune"), str(path))
@@ -175,7 +178,16 @@ def quantize(
     path = workspace.deliver(workspace.file_of(result, "checkpoint"), output)
     document: dict[str, Any] = {"output": str(path), "mode": settings.mode, "profile": placed}
     details = result.details_as(QuantizeDetails)
-    document |= {"top1_before": details.float_top1 if details is not None else None, "top1_after": result.metrics["top1"].value}
+    top1, infidelity = (result.metrics.get(name) for name in QUALITY)
+    document |= {
+        "top1_before": details.float_top1 if details is not None else None,
+        "top1_after": top1.value if top1 is not None else None,
+    }
+    if infidelity is not None:
+        document |= {
+            "infidelity_before": details.float_infidelity if details is not None else None,
+            "infidelity_after": infidelity.value,
+        }
     out.result(document, workspace.trade_off(report.manifest, "quantize"), str(path))
 
 
@@ -191,5 +203,8 @@ def _removed(details: PruneDetails) -> str:
 
 
 def _tops(before: Any, after: Any) -> dict[str, float]:
-    tops = {"top1_before": before.metrics.get("top1"), "top1_after": after.metrics.get("top1")}
-    return {k: v.value for k, v in tops.items() if v is not None}
+    """Return how good a network is before and after."""
+    found = {
+        f"{name}_{when}": stage.metrics.get(name) for name in QUALITY for when, stage in (("before", before), ("after", after))
+    }
+    return {k: v.value for k, v in found.items() if v is not None}

@@ -13,6 +13,7 @@ from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 from rescompress.core.details import TargetDetails
 from rescompress.core.settings import ExportSettings
+from rescompress.show.figures.columns import columns_of, percent, quality_of
 
 if TYPE_CHECKING:
     from rescompress.core.manifest import StageResult
@@ -113,12 +114,15 @@ def export(
         "lint": details.lint,
         "validity_gate": details.validity_gate,
         "latency": _latency(latency),
+        "host": {**details.host, "onnx": str(folder / "host.onnx")} if details.host is not None else None,
         "archive": str(packed) if packed else None,
         "files": files,
         "notes": details.notes,
     }
     if "top1" in result.metrics:
         document["top1"] = result.metrics["top1"].value
+    if "agreement" in result.metrics:
+        document["agreement"] = result.metrics["agreement"].value
     out.result(
         document,
         workspace.trade_off(report.manifest, stage.name),
@@ -192,10 +196,24 @@ def _words(document: dict[str, Any]) -> list[str]:
             f"float16: largest value {half['largest']:,.0f} of 65,504 on {half['images']}, "
             f"same class in {100 * half['top1_agreement']:.2f} %"
         )
+    if document["host"] is not None:
+        lines += _host_words(document["host"])
     if document["archive"]:
         lines.append(f"archive: {document['archive']}")
     lines += [f"lint: {f['severity']}: {f['rule']}: {f['message']}" for f in document["lint"]]
     return lines
+
+
+def _host_words(host: dict[str, Any]) -> list[str]:
+    """Return what became of a trunk's host, a line for each of its outputs."""
+    lines = [f"{host['onnx']}: {host['of']} with this trunk inside, all else as it was"]
+    for name, found in host.get("outputs", {}).items():
+        facts = [f"{100 * found['relative_error']:.2f} % relative error"] if found["relative_error"] is not None else []
+        facts += [f"cosine {found['cosine']:.4f}"] if found["cosine"] is not None else []
+        facts += [f"{100 * found['agreement']:.1f} % agreement"] if found["agreement"] is not None else []
+        before, after = ("x".join(map(str, shape)) for shape in found["shapes"])
+        lines.append(f"  output {name}: {', '.join(facts) or f'{after}, was {before}: not compared'}")
+    return [*lines, f"  on {host['images']}, in onnxruntime, against the host as it came"] if "outputs" in host else lines
 
 
 @app.command()
@@ -207,17 +225,24 @@ def evaluate(
     stated: Annotated[opt.Stated, Options()],
     common: Annotated[opt.Common, Options()],
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="CKPT", help="What outputs are compared with, without class scores.", show_default="its host"
+        ),
+    ] = None,
     runtime: Annotated[
         str,
         typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
     ] = "auto",
 ) -> None:
-    """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file.
+    """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file; without class scores how near it is to the dense one.
 
     Example: rescompress evaluate rescompress-out/cpu/model.onnx --data photos/
 
     An ONNX file holds its preprocessing; --preprocess takes the place of it.
     """
+    from compress.fidelity import Fidelity
     from rescompress.cli.progress import reporting
     from rescompress.core.errors import BadInput, nearest
     from rescompress.runs.evaluation import evaluate_file
@@ -228,17 +253,27 @@ def evaluate(
     opening = stated.opening(model)
     settings = common.settings(data)
     with reporting(out) as reporter:
-        found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
-    top1 = found.metrics["top1"]
-    document = {k: m.value for k, m in found.metrics.items()} | {
-        "n": top1.n,
-        "runtime": top1.runtime,
-        "std_error": top1.std_error,
+        found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter, reference=reference)
+    quality = quality_of(found.metrics)
+    assert quality is not None
+    figure = found.metrics[quality]
+    document: dict[str, Any] = {k: m.value for k, m in found.metrics.items()} | {
+        "n": figure.n,
+        "runtime": figure.runtime,
+        "std_error": figure.std_error,
         "split": split,
         "notes": list(found.notes),
     }
-    assert top1.std_error is not None
-    words = f"top-1 {100 * top1.value:.2f} ± {100 * top1.std_error:.2f} %  (n = {top1.n}, {top1.runtime})"
-    if "top5" in found.metrics:
-        words += f"   top-5 {100 * found.metrics['top5'].value:.2f} %"
-    out.result(document, words)
+    titles = {c.metric: c for c in columns_of(found.metrics)}
+    words = f"{titles[quality].title} {percent(figure)}  (n = {figure.n}, {figure.runtime})"
+    for name, column in titles.items():
+        if name != quality:
+            words += f"   {column.title} {column.text(found.metrics[name].model_copy(update={'std_error': None}))}"
+    lines = []
+    if isinstance(found, Fidelity):
+        document["outputs"] = found.outputs
+        lines = [
+            f"  output {name}: {100 * o['relative_error']:.2f} % relative error, cosine {o['cosine']:.4f}"
+            for name, o in found.outputs.items()
+        ]
+    out.result(document, words, *lines)

@@ -43,7 +43,7 @@ def inspect(
     if graph is not None:
         from rescompress.show.report.graph import draw
 
-        draw(loaded.network, graph)
+        draw(loaded.network, graph, loaded.host)
         document["graph"] = str(graph)
     output.result(document, *_pages(document, everything=output.verbosity > 0))
 
@@ -93,6 +93,14 @@ def _pages(document: dict[str, Any], *, everything: bool) -> list[Any]:
         f"totals         {totals['params']:,} parameters, {totals['macs']:,} MACs, {totals['size_bytes'] / 1e6:.2f} MB, "
         f"{totals['blocks']} blocks",
     ]
+    if document["host"]:
+        sizes = {o["name"]: _shape(o["shape"]) for o in document["outputs"]}
+        host = document["host"]
+        of = Path(host["files"][0]["path"]).name if host["files"] else "a module"
+        lines.append(
+            f"trunk of       {of}, from '{host['input']}' on; these widths stay:" if host["input"] else f"trunk of       {of}"
+        )
+        lines += [f"  border       {tensor} ({sizes[name]})" for name, tensor in host["borders"].items()]
     if document["quantization"]:
         q = document["quantization"]
         lines.append(

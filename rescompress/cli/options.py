@@ -138,6 +138,16 @@ Like = Annotated[
         rich_help_panel="Checkpoint and data",
     ),
 ]
+Trunk = Annotated[
+    str | None,
+    typer.Option(
+        "--trunk",
+        metavar="auto|TENSOR,...",
+        help="Take the known part of a larger program, up to these tensors; the rest stays as it is.",
+        show_default=False,
+        rich_help_panel="Checkpoint and data",
+    ),
+]
 NeededData = Annotated[
     str,
     typer.Option(
@@ -155,6 +165,7 @@ class Stated:
     arch_option: ArchOption = None
     code: Code = None
     like: Like = None
+    trunk: Trunk = None
     allow_pickle: AllowPickle = False
 
     def opening(self, path: Path) -> Opening:
@@ -181,6 +192,8 @@ class Stated:
             words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={self.code}")
         if self.like is not None:
             words.append(f"like={self.like}")
+        if self.trunk is not None:
+            words.append(f"trunk={self.trunk}")
         return tuple(words)
 
 

@@ -140,7 +140,9 @@ def _console(**options: Any) -> Console:
 
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
             for segment in super().render(renderable, options):
-                yield segment if segment.control else Segment(shown(segment.text), segment.style)
+                text = segment.text  # what a table holds comes by once for each thing around it
+                plain = segment.control or text == "\n" or (text.isascii() and text.isprintable())
+                yield segment if plain else Segment(shown(text), segment.style)
 
     return Console(markup=False, emoji=False, highlight=False, **options)
 

@@ -29,6 +29,7 @@ class Details(Frozen):
         notes: What the user should know.
         data_notes: What the user should know of the images.
         outcomes: Which samples were right, in a baseline that is one file.
+        fidelity: Of a network without class scores, how near each of its outputs is to the dense network's.
     """
 
     if not TYPE_CHECKING:  # a type checker is to find a key that no class has
@@ -38,6 +39,7 @@ class Details(Frozen):
     notes: list[str] = Field(default_factory=list)
     data_notes: list[str] = Field(default_factory=list)
     outcomes: dict[str, Any] | None = None
+    fidelity: dict[str, dict[str, float]] | None = None
 
     @model_serializer(mode="wrap")
     def _given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -49,6 +51,10 @@ class Details(Frozen):
     def with_data_notes(self, notes: list[str]) -> Self:
         """Return them with what is to be known of the images."""
         return self.model_copy(update={"data_notes": notes})
+
+    def with_fidelity(self, outputs: dict[str, dict[str, float]]) -> Self:
+        """Return them with how near each output is to the dense network's."""
+        return self.model_copy(update={"fidelity": outputs})
 
     def for_baseline(self, outcomes: dict[str, Any] | None) -> Self:
         """Return what a baseline keeps that is one file, with the outcomes inside."""
@@ -191,6 +197,8 @@ class QuantizeDetails(TrainedDetails):
         chosen: What calibration came to.
         float_top1: Accuracy before.
         ptq_top1: Accuracy before training.
+        float_infidelity: Before, of a network without class scores.
+        ptq_infidelity: Before training, likewise.
         keep_float: Layers in floating point.
         float_operations: How many of which operations no INT8 runtime computes in integers.
         kept: Which network is kept, ``qat`` or ``ptq``.
@@ -204,6 +212,8 @@ class QuantizeDetails(TrainedDetails):
     chosen: Any = None
     float_top1: float | None = None
     ptq_top1: float | None = None
+    float_infidelity: float | None = None
+    ptq_infidelity: float | None = None
     keep_float: list[str] = Field(default_factory=list)
     float_operations: dict[str, int] = Field(default_factory=dict)
     kept: str | None = None
@@ -224,6 +234,7 @@ class FileDetails(Details):
         input_shape: CxHxW.
         file_key: Hash of all that the file and its comparison are made of: what asks for the same gets this one.
         file_notes: Of `notes`, those of the file itself.
+        host: Of a trunk, the file of its host with it inside: where it is, and how far its outputs are from the original's.
     """
 
     parity: dict[str, Any] = Field(default_factory=dict)
@@ -237,6 +248,7 @@ class FileDetails(Details):
     input_shape: list[int] = Field(default_factory=list)
     file_key: str = ""
     file_notes: list[str] = Field(default_factory=list)
+    host: dict[str, Any] | None = None
 
 
 class ExportDetails(FileDetails):

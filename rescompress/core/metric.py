@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, field_validator
 
 from rescompress.core.spec import Frozen
 
@@ -51,6 +51,14 @@ class Metric(Frozen):
     power_mode: str | None = None
     model: str | None = None
     source: str | None = None
+
+    @field_validator("value", "n", "std_error", "low", "high", "threads", "batch", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        """Refuse what pydantic would make a number of."""
+        if isinstance(value, str | bytes | bool):
+            raise ValueError("should be a number")
+        return value
 
 
 def counted(value: int, unit: str) -> Metric:

@@ -26,7 +26,7 @@ Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "ham
 class Frozen(BaseModel):
     """An immutable pydantic model that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Preprocessing(Frozen):

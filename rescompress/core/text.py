@@ -20,8 +20,8 @@ _NEVER_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _RAW = re.compile("\\A[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 """Text whose lone surrogates are all bytes of a file's name."""
 
-_PLAIN = re.compile(r"[\n\t\x20-\x7e\xa1-\xac\xae-\u02ff]*")
-"""Text that is surely as it should be; a fast answer for nearly all of it."""
+_PLAIN = re.compile(r"[\n\t\x20-\x7e\xa1-\xac\xae-\u02ff\u2500-\u257f]*")
+"""Text that is surely as it should be, the lines of tables included; a fast answer for nearly all of it."""
 
 
 def shown(text: str) -> str:

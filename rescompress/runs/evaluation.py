@@ -5,27 +5,41 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 from onnx import ModelProto, TensorProto
 
+from compress.checkpoints.base import Checkpoint
 from compress.data import Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
+from compress.fidelity import Fidelity, Outputs, fidelity
+from compress.importers.reference import reference as reference_trunk
 from compress.preprocessing import Statement
 from edge_targets.backends import load_backend
 from export.half import check_half, has_float16
 from export.load import load_onnx
-from export.to_onnx import read_metadata
-from rescompress.core.errors import BadInput, ModelFileError, nearest
+from export.metadata import read_metadata
+from export.parity import OrtRunner
+from rescompress.core.errors import BadInput, CheckpointError, ModelFileError, nearest
 from rescompress.core.runner import Runner
 from rescompress.runs.reporter import Reporter
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening
 from rescompress.runs.stages import network_of
-from rescompress.runs.stages.shared import need_classes, prepare
+from rescompress.runs.stages.export import agreement_of
+from rescompress.runs.stages.shared import prepare
 
 
-def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: str, reporter: Reporter) -> Evaluation:
-    """Return the accuracy of a checkpoint or an ONNX file.
+def evaluate_file(
+    opening: Opening,
+    settings: Settings,
+    *,
+    split: str,
+    runtime: str,
+    reporter: Reporter,
+    reference: Path | None = None,
+) -> Evaluation | Fidelity:
+    """Return the accuracy of a checkpoint or an ONNX file; of one without class scores its fidelity.
 
     Args:
         opening: The file.
@@ -33,6 +47,7 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         split: ``val`` or ``train``.
         runtime: ``auto``, ``torch`` or a file of `edge_targets.backends`.
         reporter: Where progress goes.
+        reference: The dense network that outputs are compared with where there are no class scores; else its host's trunk.
 
     Raises:
         BadInput: The file, the data or the combination of file and runtime is wrong.
@@ -43,7 +58,21 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
     if settings.data is None:
         raise BadInput("this needs images", where="--data", remedy="give --data")
     prepare(settings)
-    runner, inputs = _open(opening, settings, runtime, reporter)
+    runner, inputs, checkpoint = _open(opening, settings, runtime, reporter)
+    if inputs.outputs and reference is not None:
+        raise BadInput(
+            "the network scores classes: it is compared with labels", where="--reference", remedy="leave --reference out"
+        )
+    if (
+        not inputs.outputs
+        and reference is None
+        and (checkpoint is None or checkpoint.host is None or not checkpoint.host.files)
+    ):
+        raise BadInput(
+            "the network has no class scores: its outputs are compared with those of the dense network",
+            where=str(opening.path),
+            remedy="name that with --reference",
+        )
     data = load_dataset(settings.data, inputs, seed=settings.seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
     for note in data.notes:
         reporter.note(note)
@@ -52,26 +81,70 @@ def evaluate_file(opening: Opening, settings: Settings, *, split: str, runtime: 
         reporter.note(note)
     progress = functools.partial(reporter.progress, f"evaluate ({runner.runtime})")
     images = data.train if split == "train" else data.val
+    batch = settings.eval_batch(inputs.shape)
+    if not inputs.outputs:
+        compared = _fidelity(opening, runner, checkpoint, images, batch, settings, reporter, reference)
+        for note in compared.notes:
+            reporter.note(note)
+        return dataclasses.replace(compared, notes=(*half, *compared.notes))
     with runner:
-        batch = settings.eval_batch(inputs.shape)
         found = evaluate(runner, images, batch_size=batch, outputs=inputs.outputs, progress=progress)
     for note in found.notes:
         reporter.note(note)
     return dataclasses.replace(found, notes=(*half, *found.notes))
 
 
-def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter) -> tuple[Runner, Inputs]:
+def _fidelity(
+    opening: Opening,
+    runner: Runner,
+    checkpoint: Checkpoint | None,
+    images: Split,
+    batch: int,
+    settings: Settings,
+    reporter: Reporter,
+    reference: Path | None,
+) -> Fidelity:
+    """Return how near a network without class scores is to the dense one, and how often its host still says the same.
+
+    Raises:
+        BadInput: It is open what it is to be compared with.
+    """
+    if reference is not None:
+        dense = opening.of(reference).load(reporter.note)
+    else:
+        assert checkpoint is not None
+        assert checkpoint.host is not None
+        dense = reference_trunk(checkpoint.host)
+    if not hasattr(runner, "outputs"):
+        raise BadInput(
+            f"{runner.runtime} shows the first output alone", where="--runtime", remedy="compare in torch or onnxruntime"
+        )
+    names = [o.name for o in dense.network.outputs]
+    torch_dense = TorchRunner(network_of(dense), settings.torch_device())
+    progress = functools.partial(reporter.progress, f"compare ({runner.runtime})")
+    found = fidelity(cast("Outputs", runner), torch_dense, images, names, batch_size=batch, progress=progress)
+    if checkpoint is None or checkpoint.host is None or not checkpoint.host.files:
+        return found
+    try:
+        same = agreement_of(checkpoint, [x.numpy() for x, _ in images.batches(batch)])
+    except (ModelFileError, CheckpointError) as e:
+        return dataclasses.replace(found, notes=(*found.notes, f"the host's own outputs were not compared: {e.what}"))
+    return dataclasses.replace(found, metrics=found.metrics | same)
+
+
+def _open(opening: Opening, settings: Settings, runtime: str, reporter: Reporter) -> tuple[Runner, Inputs, Checkpoint | None]:
     if opening.path.suffix == ".onnx" and not (runtime in ("auto", "torch") and _is_foreign(opening.path)):
         if runtime == "torch":
             raise BadInput("torch does not run ONNX files", where="--runtime", remedy="use onnxruntime or openvino")
         name = "onnxruntime" if runtime == "auto" else runtime
         inputs = _restated(onnx_inputs(opening.path), opening)
-        return load_backend(name).runner(opening.path, threads=settings.threads), inputs
+        if not inputs.outputs and name == "onnxruntime":
+            return OrtRunner(load_onnx(opening.path), threads=settings.threads or 1), inputs, None
+        return load_backend(name).runner(opening.path, threads=settings.threads), inputs, None
     if runtime not in ("auto", "torch"):
         raise BadInput(f"{runtime} runs ONNX files, not checkpoints", where="--runtime", remedy="`rescompress export` it first")
     checkpoint = opening.load(reporter.note)
-    need_classes(checkpoint.spec)
-    return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec)
+    return TorchRunner(network_of(checkpoint), settings.torch_device()), Inputs.of(checkpoint.spec), checkpoint
 
 
 def _is_foreign(path: Path) -> bool:

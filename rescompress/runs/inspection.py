@@ -57,6 +57,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": o.name, "tensor": o.tensor, "shape": list(network.by_name[o.tensor].out_shape), "classes": o.classes}
             for o in network.outputs
         ],
+        "host": checkpoint.host.model_dump(mode="json") if checkpoint.host is not None else None,
         "labels": list(spec.labels) if spec.labels else None,
         "notes": checkpoint.provenance.get("notes", []),
         "quantization": None

@@ -474,6 +474,8 @@ def _summary(result: StageResult) -> str:
     words = [f"{result.duration_s:.0f} s"]
     if "top1" in result.metrics:
         words.append(f"top-1 {100 * result.metrics['top1'].value:.2f} %")
+    if "infidelity" in result.metrics:
+        words.append(f"infidelity {100 * result.metrics['infidelity'].value:.2f} %")
     if "p50_ms" in result.metrics:
         latency = result.metrics["p50_ms"]
         words.append(f"{latency.value:.3g} ms {latency.provenance}")

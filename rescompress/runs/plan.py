@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.checkpoints.options import parse_shape
+from compress.checkpoints.path import states_int8
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import check_threads, cpu_name
 from edge_targets.catalog import load_target
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.quantizers import Profile
 from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.runs.config import RunConfig
@@ -119,7 +120,12 @@ class Builder:
         *,
         targets: Sequence[str] = (),
     ) -> Quantize:
-        """Return the quantization stage; the targets matter for a latency budget only."""
+        """Return the quantization stage; the targets matter for a latency budget only.
+
+        Raises:
+            TargetError: A target does not run INT8.
+        """
+        check_int8(targets, "`quantize` makes an INT8 network")
         mentor = teacher if config.mode == "qat" else None
         return Quantize(
             source=Source.of(source),
@@ -161,13 +167,48 @@ def profile_for(config: QuantizeSettings, targets: Sequence[str]) -> Profile:
     return "tensorrt" if "tensorrt" in profiles or not profiles else profiles[0]
 
 
+def check_int8(targets: Sequence[str], why: str) -> None:
+    """Make sure that targets run INT8: asked before anything is computed, not at their stages, hours later.
+
+    Raises:
+        TargetError: One does not; `why` says where INT8 comes from.
+    """
+    lacking = next((known for known in map(load_target, targets) if "int8" not in known.precisions), None)
+    if lacking is not None:
+        raise TargetError(
+            f"{lacking.device.title} does not run int8, and {why}",
+            where=f"target {lacking.alias or lacking.name}",
+            remedy="leave out the one or the other",
+        )
+
+
+def _check_float(config: RunConfig, opening: Opening) -> None:
+    """Make sure that a checkpoint that came quantized is given to nothing that takes floating point alone.
+
+    Raises:
+        BadInput: A stage, or a target, does not take it.
+    """
+    if not states_int8(opening.path):
+        return
+    stage = next((name for name in ("prune", "finetune", "quantize") if getattr(config, name) is not None), None)
+    if stage is not None:
+        raise BadInput(
+            f"is quantized already, and '{stage}' is for a network in floating point",
+            where=str(opening.path),
+            remedy=f"give the float checkpoint that it was made from, or leave out {stage}",
+        )
+    check_int8(config.targets, f"{opening.path.name} is an INT8 network")
+
+
 def run_plan(config: RunConfig, settings: Settings) -> list[Stage]:
     """Return the stages of a run.
 
     Raises:
-        BadInput: The checkpoint or a target is not there, or two stages would have one name.
+        BadInput: The checkpoint or a target is not there, two stages would have one name, or a stage or a target does not
+            take the network that it would be given.
     """
     opening = opening_of(config)
+    _check_float(config, opening)
     builder = Builder(opening, settings)
     stages: list[Stage] = [builder.dense()]
     last = "dense"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from edge_targets.catalog import load_target
 from rescompress.core.errors import ConfigError
 from rescompress.core.spec import Frozen
 
@@ -162,8 +163,9 @@ def default_space(document: Mapping[str, Any]) -> dict[str, Any]:
     space: dict[str, Any] = {
         BUDGET: {"macs": {"low": 0.15, "high": 1.0, "log": True}},
         "prune.scope": ["inner", "all"],
-        PRECISION: ["int8", "float"],
     }
+    if all("int8" in load_target(name).precisions for name in document.get("targets") or ()):
+        space[PRECISION] = ["int8", "float"]
     epochs = (document.get("finetune") or {}).get("epochs")
     if epochs:
         space["finetune.epochs"] = [epochs / 2, epochs]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.checkpoints.base import Checkpoint
 
 
-_OF_ONE_FILE = ("root", "weights", "arch", "code", "like")
+_OF_ONE_FILE = ("root", "weights", "arch", "code", "like", "trunk")
 """Architecture options that say where a network stands in its file, or its name, rather than what it is."""
 
 

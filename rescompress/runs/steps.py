@@ -272,7 +272,7 @@ class Export(Step):
     @property
     def writes(self) -> tuple[str, ...]:
         """The file, and its answers."""
-        return ("model.onnx", "export.outcomes.json")
+        return ("model.onnx", "host.onnx", "export.outcomes.json")
 
     def run(self, context: Context) -> Outcome:
         """Write it and check it."""
@@ -349,6 +349,7 @@ class ForTarget(Step):
 
 
 _TARGET_FILES = (
+    "host.onnx",  # of a trunk, what it belongs to
     "model.*",  # the ONNX file, what runtimes make of it, and the description of a bundle
     "float32-twin.onnx",
     "timing.cache",

@@ -26,7 +26,7 @@ from rescompress.runs.reporter import Reporter
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Context, Source
 from rescompress.runs.stages.network import align_of, latency_cost, shared_curves
-from rescompress.runs.stages.shared import dataset, network_of
+from rescompress.runs.stages.shared import dataset, need_classes, network_of
 from rescompress.runs.store import Store
 
 
@@ -56,6 +56,7 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
     make_folder(store.folder)
     context = Context(store.folder, Manifest(), reporter, store=store)
     checkpoint = Source(opening=opening_of(config)).load(context)
+    need_classes(checkpoint.spec)
     spec, error = checkpoint.spec, 0.0
     if config.prune is not None and config.prune.plan is None:
         images = None
@@ -110,6 +111,7 @@ def evaluate_file(path: Path, settings: Settings, reporter: Reporter) -> tuple[O
     How sure: the geometric mean of the probability that it gives the right class, which is exp(-log loss); from 0 to 1.
     """
     checkpoint = load_checkpoint(path)
+    need_classes(checkpoint.spec)
     split = dataset(settings, checkpoint.spec).val
     heard = _Listening(TorchRunner(network_of(checkpoint), settings.torch_device()))
     with heard:

@@ -428,6 +428,7 @@ def check_space(document: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: A key or a choice of the space is unknown or impossible; it is named.
+        TargetError: Candidates are quantized, and a target does not run INT8.
     """
     if document["search"]["boards"]:
         from edge_targets.catalog import load_target
@@ -436,7 +437,12 @@ def check_space(document: Mapping[str, Any]) -> None:
             raise ConfigError(
                 "no target is a board", where="search.boards", remedy="name what the boards are under `targets`, such as jetson"
             )
-    check_candidates(document, _corners(document["search"]["space"]))
+    for choices in _corners(document["search"]["space"]):
+        check_candidates(document, [choices])
+        if candidate(document, choices).get("quantize"):
+            from rescompress.runs.plan import check_int8
+
+            check_int8(document["targets"], "candidates of the space are quantized (space.precision, `quantize`)")
 
 
 def check_candidates(document: Mapping[str, Any], candidates: Iterable[Mapping[str, Any]]) -> None:

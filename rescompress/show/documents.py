@@ -90,6 +90,7 @@ class Inspect(Document):
     num_classes: int | None
     outputs: list[dict[str, Any]]
     labels: list[str] | None
+    host: dict[str, Any] | None = None
     notes: list[str]
     quantization: dict[str, Any] | None
     totals: Totals
@@ -179,13 +180,16 @@ class Prune(Document):
     plan: str
     top1_before: float | None = None
     top1_after: float | None = None
+    infidelity_before: float | None = None
+    infidelity_after: float | None = None
 
 
 class Finetune(Document):
-    """``finetune --json``."""
+    """``finetune --json``: top-1, or the infidelity of a network without class scores."""
 
     output: str
-    top1: float = Field(ge=0, le=1)
+    top1: float | None = Field(None, ge=0, le=1)
+    infidelity: float | None = None
     n: int
     epochs: list[dict[str, Any]]
 
@@ -198,6 +202,8 @@ class Quantize(Document):
     profile: str
     top1_before: float | None
     top1_after: float | None
+    infidelity_before: float | None = None
+    infidelity_after: float | None = None
 
 
 class Curve(Document):
@@ -257,6 +263,8 @@ class Export(Document):
     files: list[str]
     notes: list[str]
     top1: float | None = None
+    agreement: float | None = None
+    host: dict[str, Any] | None = None
 
 
 class Deploy(Document):
@@ -271,9 +279,13 @@ class Deploy(Document):
 
 
 class Evaluate(Document):
-    """``evaluate --json``."""
+    """``evaluate --json``: accuracy, or of a network without class scores its fidelity, by output, too."""
 
-    top1: float = Field(ge=0, le=1)
+    top1: float | None = Field(None, ge=0, le=1)
+    infidelity: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
+    outputs: dict[str, dict[str, float]] | None = None
     top5: float | None = None
     n: int
     runtime: str

@@ -22,6 +22,7 @@ from compress.checkpoints import heads
 from compress.checkpoints.base import Checkpoint, Derived, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.hdf5 import calls_of, layers_of
 from compress.checkpoints.keras_front import Front, Node, preprocessing_of, read_front
+from compress.checkpoints.keras_layers import every_layer, is_foreign, is_idle, leaves
 from compress.checkpoints.layout import Facts, Layout, assemble, zeros
 from rescompress.core.errors import CheckpointError
 
@@ -35,9 +36,6 @@ _BN = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving
 _NEW_EPS = 1.001e-5
 _OLD_EPS = 1e-3
 _STATISTICS = ("mean", "variance")  # of a Normalization
-_PASSIVE = ("InputLayer", "Dropout", "SpatialDropout2D", "GaussianNoise", "GaussianDropout", "AlphaDropout",
-            "ActivityRegularization", "Identity")  # fmt: skip
-"""Layers that hand their input on outside of training."""
 
 
 def matches(raw: RawState) -> bool:
@@ -154,6 +152,19 @@ class _Model:
     layers: list[tuple[str, str, dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
+        foreign = next(filter(is_foreign, leaves(self.config)), None)
+        if foreign is not None:
+            own = foreign.get("registered_name") or foreign.get("class_name")
+            raise CheckpointError(
+                f"holds a layer of a class of its own ({own}): its code alone says what it computes",
+                remedy="save the model without it",
+            )
+        again = next((layer for layer in every_layer(self.config) if _calls(layer) > 1), None)
+        if again is not None:
+            name = again.get("name") or again.get("config", {}).get("name")
+            raise CheckpointError(
+                f"is no chain of layers: '{name}' is called {_calls(again)} times", remedy="save the model without that"
+            )
         self.layers = layers_of(self.config)
         inner = self.config.get("config")
         for what, key in (("inputs", "input_layers"), ("outputs", "output_layers")):
@@ -207,6 +218,10 @@ class _Model:
         for kind, name, settings in self._behind_the_backbone():
             if kind == "ReLU":
                 _check_relu(name, settings)
+            if kind == "Softmax" and settings.get("axis", -1) not in (-1, 1, [-1], [1]):
+                raise CheckpointError(
+                    f"its Softmax '{name}' is over axis {settings['axis']}", remedy="supported: over the classes"
+                )
             if kind == "Dense":
                 if not active:
                     raise CheckpointError(f"its head has two dense layers without an activation between them (before '{name}')")
@@ -224,8 +239,17 @@ class _Model:
                 activation = _activation(settings)
                 active = activation != "linear"
             elif kind in ("Activation", "ReLU", "Softmax"):
-                activation = {"ReLU": "relu", "Softmax": "softmax"}.get(kind) or str(settings.get("activation"))
-                active = True
+                wanted = {"ReLU": "relu", "Softmax": "softmax"}.get(kind) or _activation(settings)
+                if wanted == "linear":
+                    continue
+                if waiting:
+                    raise CheckpointError(
+                        f"its head goes through '{wanted}' behind a BatchNorm that no linear layer can take in ('{name}')",
+                        remedy="supported: ReLU behind linear layers, with BatchNorm between or not",
+                    )
+                if activation not in ("", "linear", wanted) or (activation == wanted != "relu"):
+                    raise CheckpointError(f"its head goes through '{activation}' and then '{wanted}' ('{name}')")
+                activation, active = wanted, True
             elif kind == "BatchNormalization":
                 eps = float(settings.get("epsilon", 1e-3))
                 if name not in dense or not set(_BN) <= set(dense[name]):
@@ -249,7 +273,7 @@ class _Model:
                     "flattens the feature map instead of averaging it",
                     remedy="supported: GlobalAveragePooling2D before the head",
                 )
-            elif kind not in (*_PASSIVE, "Flatten"):
+            elif kind != "Flatten" and not is_idle(kind):
                 raise CheckpointError(f"its head holds a {kind} layer ('{name}'), which is not supported")
         if chain and not pooled:
             raise CheckpointError("its head is not pooled", remedy="supported: GlobalAveragePooling2D before the head")
@@ -268,6 +292,12 @@ class _Model:
 
 def _in_backbone(name: str) -> bool:
     return bool(re.match(r"conv\d_block\d+_|res\d[a-z]\d*_branch|bn\d[a-z]\d*_branch|conv1|bn_conv1|pool1_", name))
+
+
+def _calls(layer: Mapping[str, Any]) -> int:
+    """Return how often a layer is called; a layer of a sequence is called once."""
+    calls = layer.get("inbound_nodes")
+    return len(calls) if isinstance(calls, list) else 1
 
 
 def _ends(value: object) -> list[str]:
@@ -303,19 +333,41 @@ def _check_backbone(kind: str, name: str, settings: Mapping[str, Any], *, named:
         _check_relu(name, settings)
         fine = usual
     elif kind == "Conv2D":
-        fine = usual and _activation(settings) == "linear" and settings.get("dilation_rate", [1, 1]) in ([1, 1], (1, 1), 1)
+        fine = usual and _activation(settings) == "linear" and _is_usual(name, settings)
     elif kind == "MaxPooling2D":
         fine = usual and (settings.get("pool_size"), settings.get("strides")) == ([3, 3], [2, 2])
     elif kind == "ZeroPadding2D":
         pad = {"conv1_pad": [[3, 3], [3, 3]], "pool1_pad": [[1, 1], [1, 1]]}.get(name)
         fine = pad is not None and settings.get("padding") == pad
+    elif kind == "BatchNormalization":
+        fine = usual and settings.get("axis", -1) in (-1, 3, [-1], [3])
     else:
-        fine = (usual and kind in ("BatchNormalization", "Add")) or kind in _PASSIVE
+        fine = (usual and kind == "Add") or is_idle(kind)
     if not fine:
         raise CheckpointError(
             f"its backbone holds a {kind} layer ('{name}') that a ResNet of keras.applications does not have, or has otherwise",
             remedy="supported: ResNet50, ResNet101, ResNet152 of keras.applications, unchanged",
         )
+
+
+def _is_usual(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a convolution of the backbone strides, pads and spreads as it does in keras.applications."""
+    new, old = (
+        re.fullmatch(r"conv(\d)_block(\d+)_([0123])_conv", name),
+        re.fullmatch(r"res(\d)([a-z]\d*)_branch(1|2[abc])", name),
+    )
+    if new:
+        stage, first, index = int(new[1]), new[2] == "1", new[3]
+    elif old:
+        stage, first, index = int(old[1]), old[2] == "a", {"1": "0", "2a": "1", "2b": "2", "2c": "3"}[old[3]]
+    else:
+        stage, first, index = 1, True, "0"  # the stem
+    stride = 2 if first and index in "01" and stage != 2 else 1
+    usual = {"strides": (stride, stride), "dilation_rate": (1, 1), "groups": 1}
+    stated = {key: tuple(v) if isinstance(v := settings.get(key, default), list) else v for key, default in usual.items()}
+    padding = settings.get("padding", "valid")
+    padded = padding == ("same" if index == "2" else "valid") or (padding == "same" and index != "2" and stage != 1)
+    return stated == usual and padded and settings.get("data_format", "channels_last") == "channels_last"
 
 
 def _activation(settings: Mapping[str, Any]) -> str:

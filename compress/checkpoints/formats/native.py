@@ -15,6 +15,7 @@ from compress.preprocessing import Statement, for_input
 from rescompress.core.artifact import atomic_path
 from rescompress.core.errors import CheckpointError
 from rescompress.core.graph import Network
+from rescompress.core.host import Host
 from rescompress.core.quantizers import Quantization
 from rescompress.core.recipe import network_of
 from rescompress.core.spec import ModelSpec
@@ -53,6 +54,9 @@ def load(raw: RawState, root: Root, options: LoadOptions) -> Checkpoint:
         if quantization is not None:
             quantization.check(spec)
         provenance = json.loads(str(raw.metadata.get("provenance", "{}")))
+        if isinstance(provenance, dict) and "host" in provenance:
+            found = Host.model_validate(provenance["host"])
+            provenance["host"] = found.beside(raw.path.parent).model_dump(mode="json")
     except (ValidationError, ValueError, RecursionError) as e:
         first = str(e).splitlines()[0]
         raise CheckpointError(f"damaged: its header describes no network ({first})", remedy="make the file again") from e

@@ -38,7 +38,11 @@ def load(source: str, how: Reading) -> Dataset:
     from compress.data.splits import Dataset
 
     bunch = load_digits()
-    if how.inputs.outputs != 10:
+    if how.inputs.shape[0] not in (1, 3):
+        raise DataError(
+            f"are grey pictures, the network reads {how.inputs.shape[0]} channels", where=NAME, remedy="give your own --data"
+        )
+    if how.inputs.outputs not in (0, 10):
         raise DataError("are ten digits, the network has another number of classes", where=NAME, remedy="give your own --data")
     grey = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
     whole = array_split(grey, np.asarray(bunch.target), None, how.inputs, NAME)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.files import IMAGE_SUFFIXES, contents_of, suffix_of, walk
-from compress.folders import FORMS, files_elsewhere, read_splits, without_repeats
+from compress.folders import FORMS, files_elsewhere, pictures_alone, read_splits, without_repeats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def load(source: str, how: Reading) -> Dataset:
     """
     from compress.data.splits import assemble
 
-    found = read_splits(Path(source))
+    found = read_splits(Path(source)) if how.inputs.outputs else pictures_alone(Path(source))
     return assemble(found.train, without_repeats(found.val), source, how, in_files(how), found.notes)
 
 

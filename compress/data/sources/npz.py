@@ -109,7 +109,9 @@ def array_split(
         raise DataError("holds no images", where=where, remedy="x is uint8 of shape (N, H, W, C)")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
-    wanted = len(classes) if classes is not None else inputs.classes
+    if not inputs.outputs:  # labels mean nothing to it
+        y, classes = np.zeros(len(x), dtype=np.int64), None
+    wanted = len(classes) if classes is not None else inputs.classes or 1
     if y.min() < 0 or int(y.max()) >= wanted:
         whose = "the file names" if classes is not None else "the network has"
         raise DataError(

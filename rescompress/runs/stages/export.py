@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import torch
 
 from compress.checkpoints.base import Checkpoint
 from compress.evaluate import TorchRunner
+from compress.importers.module_host import rest_of
+from compress.importers.reference import reference
 from compress.quantize import integer_model
 from edge_targets.fp8 import refusal
 from export.half import HalfCheck, check_half, has_float16
+from export.host import OutputParity, compare_hosts, fitting, is_scores, joined, opset_of, relative_error, with_trunk
 from export.integers import in_integers
+from export.load import load_onnx, save_onnx
 from export.parity import MAX_MEAN_ERROR, MIN_AGREEMENT, Floats, OrtRunner, Parity, compare_outputs
 from export.recount import recount
 from export.session import has_float16_scales
 from export.to_onnx import ExportOptions, Precision
 from rescompress.core.artifact import atomic_path
 from rescompress.core.details import ExportDetails, FileDetails
+from rescompress.core.errors import CheckpointError, ModelFileError
+from rescompress.core.host import Host
 from rescompress.core.layers import total_macs, total_params, walk
-from rescompress.core.metric import Metric, counted
+from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.core.settings import ExportSettings
 from rescompress.runs import code
 from rescompress.runs.fingerprint import key_of
@@ -55,14 +63,134 @@ def exported(context: Context, step: Export) -> Outcome:
     checkpoint = as_exported(step.source.load(context), chosen)
     path = context.folder / "model.onnx"
     proto, metrics, details = file_for(context, step.source, checkpoint, chosen, path, common)
+    files = [("onnx", path)]
+    if checkpoint.host is not None:
+        details = in_host(context, checkpoint, chosen, path, common, details, files, metrics)
     for note in details.notes:
         context.reporter.note(note)
-    files = [("onnx", path)]
     if common.data is not None and scores_classes(checkpoint.spec):
         found = evaluate_runner(context, OrtRunner(proto), dataset(common, checkpoint.spec).val, common, checkpoint.spec)
         metrics |= found.metrics
         files.append(("outcomes", outcomes_file(context, "export", found)))
     return Outcome(metrics, files, ExportDetails(**details.given()))
+
+
+HOST_IMAGES = 32
+"""Images that two hosts are compared on: much of a host runs once for each."""
+HOST_ERROR = 1e-4
+"""Most that a float trunk may differ inside of its host, relative to the norm of the numbers."""
+
+
+def in_host(
+    context: Context,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    path: Path,
+    common: Settings,
+    details: FileDetails,
+    files: list[tuple[str, Path]],
+    metrics: dict[str, Metric],
+) -> FileDetails:
+    """Write the host of a trunk with it inside, beside the trunk's own file; return the details with what that changes.
+
+    Args:
+        context: Has the folder.
+        checkpoint: The trunk, as it is exported.
+        options: Of the trunk's own file.
+        path: Where that lies.
+        common: The images.
+        details: Of the trunk's own file.
+        files: Takes the file.
+        metrics: Takes how often the host still gives an image the same class, where it scores classes.
+    """
+    assert checkpoint.host is not None
+    name = checkpoint.host.name
+    try:
+        original, host = host_program(checkpoint)
+    except CheckpointError as e:
+        if checkpoint.host.kind == "onnx":
+            raise
+        text = f"{name} is not written: {e.what} ({e.remedy}); the trunk's outputs are {', '.join(checkpoint.host.borders)}"
+        return details.model_copy(update={"notes": [*details.notes, text]})
+    resolved = dataclasses.replace(options, precision=precision_of(checkpoint, options))
+    written = fitting(resolved, original, host)
+    proto = with_trunk(original, onnx_of(checkpoint, written), host)
+    place = path.with_name("host.onnx")
+    save_onnx(proto, place)
+    files.append(("host", place))
+    batches, images = parity_images(checkpoint, common, HOST_IMAGES)
+    borders = list(host.borders.values())
+    told: dict[str, Any] = {"onnx": place.relative_to(context.folder).as_posix(), "of": name, "images": images}
+    told["borders"] = dict(checkpoint.host.borders)
+    notes = []
+    if written.precision != resolved.precision:
+        notes.append(f"opset {written.opset} of the host has no float16 scales: the trunk in it is {written.precision}")
+    if opset_of(original) != opset_of(proto):
+        notes.append(f"the host is of opset {opset_of(original)}: converted to {opset_of(proto)}")
+    try:
+        outputs, seen = compare_hosts(original, proto, host, batches, extra=borders)
+    except ModelFileError as e:
+        notes.append(f"the outputs of the host were not compared: {e.what}")
+    else:
+        metrics |= _agreements(outputs)
+        runner = TorchRunner(network_of(checkpoint))
+        wanted = [[y[: len(s[borders[0]])] for y in runner.outputs(x)] for x, s in zip(batches, seen, strict=True)]
+        told["outputs"] = {name: found.document() for name, found in outputs.items()}
+        told["trunk_error"] = max(
+            relative_error(
+                np.concatenate([w[i] for w in wanted]),
+                np.concatenate([s[name][: len(w[i])] for s, w in zip(seen, wanted, strict=True)]),
+            )
+            for i, name in enumerate(borders)
+        )
+        if written.precision == "fp32" and told["trunk_error"] > HOST_ERROR:
+            notes.append(f"the trunk inside of the host differs from the torch network by {told['trunk_error']:.2g}")
+    return details.model_copy(update={"host": told, "notes": [*details.notes, *notes]})
+
+
+def host_program(checkpoint: Checkpoint) -> tuple[onnx.ModelProto, Host]:
+    """Return the host of a trunk as it came, as an ONNX model, and where the trunk is in that.
+
+    Raises:
+        CheckpointError: It is gone or was changed, lived in Python, or torch cannot write it as ONNX.
+    """
+    host = checkpoint.host
+    assert host is not None
+    if host.kind == "onnx":
+        return load_onnx(host.checked()), host
+    host.checked()
+    rest, there = rest_of(host)
+    dense = onnx_of(reference(host), fitting(ExportOptions(precision="fp32"), rest, there))
+    return joined(rest, dense, there), there
+
+
+def agreement_of(checkpoint: Checkpoint, batches: Sequence[Floats]) -> dict[str, Metric]:
+    """Return how often the host of a trunk gives an image the same class with it inside; nothing where it scores none.
+
+    Args:
+        checkpoint: The trunk, of an ONNX file.
+        batches: Preprocessed images.
+
+    Raises:
+        ModelFileError: onnxruntime cannot run the host.
+        CheckpointError: The host is gone or was changed.
+    """
+    original, host = host_program(checkpoint)
+    names = [o.name for o in original.graph.output if is_scores(original, o.name)]
+    if not names:
+        return {}
+    written = onnx_of(checkpoint, fitting(ExportOptions(precision=precision_of(checkpoint, ExportOptions())), original, host))
+    return _agreements(compare_hosts(original, with_trunk(original, written, host), host, batches, only=names)[0])
+
+
+def _agreements(outputs: Mapping[str, OutputParity]) -> dict[str, Metric]:
+    """Return the lowest agreement of the outputs that score classes."""
+    found = [o for o in outputs.values() if o.agreement is not None and o.scored]
+    if not found:
+        return {}
+    worst = min(found, key=lambda o: o.agreement or 0.0)
+    assert worst.agreement is not None
+    return {"agreement": accuracy(round(worst.agreement * worst.scored), worst.scored, runtime="onnxruntime")}
 
 
 def export_options(settings: ExportSettings) -> ExportOptions:

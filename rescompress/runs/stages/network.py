@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Split
 from compress.device import computing_on
+from compress.evaluate import TorchRunner
 from compress.processes import ALONE, Together, together
 from compress.prune import (
     Budget,
@@ -59,10 +60,11 @@ from rescompress.runs.stages.shared import (
     dataset,
     evaluate_model,
     finish,
-    need_classes,
+    measure_fidelity,
     network_of,
     onnx_of,
     prepare,
+    reference_of,
     scores_classes,
     write_onnx,
 )
@@ -305,10 +307,9 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
             "features": config.features if step.teacher else 0.0,
         }
     )
-    need_classes(checkpoint.spec)
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
-    mentor = teacher_network(context, step.teacher, checkpoint.spec, split)
+    mentor = teacher_network(context, step.teacher, checkpoint, split)
     trained, resume = train_network(context, name, model, split, settings, mentor)
     sharing = together()
     done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
@@ -321,16 +322,22 @@ def quantized(context: Context, step: Quantize) -> Outcome:
     common, config, profile = step.common, step.settings, step.profile
     prepare(common)
     checkpoint = step.source.load(context)
-    if config.mode == "qat":
-        need_classes(checkpoint.spec)
     data = dataset(common, checkpoint.spec)
     calibration = data.train.take(config.calib, common.seed)
     context.reporter.progress("calibrate", 0, 1)
-    float_top1 = ptq_top1 = kept = resume = None
+    kept = resume = None
     log = TrainedDetails()
     sharing = together() if config.mode == "qat" else ALONE
-    if scores_classes(checkpoint.spec):
-        float_top1 = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec, sharing).top1
+    whole = scores_classes(checkpoint.spec)
+
+    def good(model: ResNet, split: Split) -> float:
+        """Return top-1, or the infidelity of a network without class scores."""
+        if whole:
+            return evaluate_model(context, model, split, common, checkpoint.spec, sharing).top1
+        runner = TorchRunner(model, common.torch_device())
+        return measure_fidelity(context, runner, checkpoint, split, common, sharing).metrics["infidelity"].value
+
+    before, calibrated_only = good(network_of(checkpoint), data.val), None
     images = [x for x, _ in calibration.batches(64)]
     cost = float_cost(step.targets, checkpoint.spec) if config.max_slowdown is not None else None
     with computing_on(common.torch_device()) as device:
@@ -347,7 +354,7 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         named = ", ".join(f"{count} {name}" for name, count in stays.items())
         context.reporter.note(f"no INT8 runtime computes these in integers, they stay in floating point: {named}")
     if config.mode == "qat":
-        ptq_top1 = evaluate_model(context, fake_quant_model(int8), data.val, common, checkpoint.spec, sharing).top1
+        calibrated_only = good(fake_quant_model(int8), data.val)
         settings = TrainSettings(
             epochs=config.epochs,
             lr=config.lr,
@@ -365,10 +372,15 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         )
         seen, held = data.train.part(config.hold_out, common.seed) if config.hold_out else (data.train, None)
         model = prepare_qat(int8, learnable_scales=config.learnable_scales)
-        network = teacher_network(context, step.teacher, checkpoint.spec, seen)
+        network = teacher_network(context, step.teacher, checkpoint, seen)
         log, resume = train_network(context, "quantize", model, seen, settings, network)
         trained = sharing.lead(finish_qat(model, int8))
-        int8 = best_of([trained, int8], held.again(250)) if held else trained
+        if held is None:
+            int8 = trained
+        elif whole:
+            int8 = best_of([trained, int8], held.again(250))
+        else:
+            int8 = min((trained, int8), key=lambda candidate: good(fake_quant_model(candidate), held))
         kept = "qat" if int8 is trained else "ptq"
         if int8 is not trained:
             text = "training did no good on the held-out images: the network that was only calibrated is kept"
@@ -379,8 +391,11 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         mode=config.mode,
         calibration=config.calibration,
         chosen=chosen,
-        float_top1=float_top1,
-        ptq_top1=ptq_top1,
+        **(
+            {"float_top1": before, "ptq_top1": calibrated_only}
+            if whole
+            else {"float_infidelity": before, "ptq_infidelity": calibrated_only}
+        ),
         keep_float=keep_float,
         float_operations=stays,
         kept=kept,
@@ -458,8 +473,22 @@ def calibrated(
     return calibrate(frozenset(kept)) if kept else int8
 
 
-def teacher_network(context: Context, teacher: Source | None, spec: ModelSpec | Network, split: Split) -> Teacher | None:
-    """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher."""
+def teacher_network(context: Context, teacher: Source | None, student: Checkpoint, split: Split) -> Teacher | None:
+    """Return the network to distil from, once it means what the student's outputs and inputs mean; None without a teacher.
+
+    One without class scores has nothing but a teacher to learn from: it gets the dense network unless another is named.
+
+    Raises:
+        BadInput: There is none, or its inputs, outputs or classes are others.
+    """
+    spec = student.spec
+    if teacher is None and not scores_classes(spec):
+        dense = reference_of(context, student)
+        if dense is student:
+            raise BadInput(
+                "a network without class scores learns from a teacher", where="teacher", remedy="name the dense network"
+            )
+        return Teacher(network_of(dense), spec.preprocessing)
     if teacher is None:
         return None
     checkpoint, notes = match_teacher(teacher.load(context), spec, split.classes)
@@ -474,7 +503,8 @@ def train_network(
     """Train `model` in place; return what happened, as details of a stage, and the file that its state was kept in."""
 
     def tell(state: TrainState) -> None:
-        text = f"loss {state.loss:.3f}  train top-1 {100 * state.accuracy:.1f} %  waiting for data {100 * state.waiting:.0f} %"
+        right = f"  train top-1 {100 * state.accuracy:.1f} %" if scores_classes(model.network) else ""
+        text = f"loss {state.loss:.3f}{right}  waiting for data {100 * state.waiting:.0f} %"
         context.reporter.progress(name, state.step, state.steps, text)
 
     resume = context.resume_file(name)

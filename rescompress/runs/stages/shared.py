@@ -10,10 +10,12 @@ from pathlib import Path
 import onnx
 import torch
 
-from compress.checkpoints import save_checkpoint
+from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
+from compress.fidelity import Fidelity, Outputs, fidelity
+from compress.importers.reference import reference
 from compress.processes import ALONE, Together
 from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model
@@ -24,6 +26,7 @@ from rescompress.core.errors import BadInput
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
+from rescompress.core.recipe import network_of as graph_of
 from rescompress.core.runner import Runner
 from rescompress.core.spec import ModelSpec
 from rescompress.runs.settings import Settings
@@ -82,8 +85,41 @@ def dataset(common: Settings, spec: ModelSpec | Network) -> Dataset:
 
 
 def scores_classes(spec: ModelSpec | Network) -> bool:
-    """Whether a network can be measured against labels; a graph says which of its outputs holds class scores."""
-    return isinstance(spec, ModelSpec) or spec.num_classes is not None
+    """Whether a network can be measured against labels; else its outputs are compared with the dense network's."""
+    return spec.num_classes is not None
+
+
+def reference_of(context: Context, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the dense network that the outputs of one without class scores are compared with.
+
+    That is the trunk of its host as it came; without a host the stage ``dense``, and without that the network itself.
+
+    Raises:
+        CheckpointError: The host is gone or was changed.
+    """
+    if checkpoint.host is not None and checkpoint.host.files:
+        return reference(checkpoint.host)
+    dense = context.done.stage("dense")
+    if dense is not None and dense.output("checkpoint") is not None:
+        with context.held("dense", "checkpoint") as path:
+            return load_checkpoint(path)
+    return checkpoint
+
+
+def measure_fidelity(
+    context: Context,
+    runner: Outputs,
+    checkpoint: Checkpoint,
+    split: Split,
+    common: Settings,
+    sharing: Together = ALONE,
+) -> Fidelity:
+    """Return how near anything that runs a checkpoint is to the dense network; progress is told."""
+    progress = functools.partial(context.reporter.progress, f"compare ({runner.runtime})")
+    dense = TorchRunner(network_of(reference_of(context, checkpoint)), common.torch_device())
+    names = [o.name for o in checkpoint.network.outputs]
+    size = common.eval_batch(checkpoint.spec.input_shape)
+    return fidelity(runner, dense, split, names, batch_size=size, progress=progress, sharing=sharing)
 
 
 def need_classes(spec: ModelSpec | Network) -> None:
@@ -92,11 +128,12 @@ def need_classes(spec: ModelSpec | Network) -> None:
     Raises:
         BadInput: It has none; the message names what it has.
     """
-    if isinstance(spec, Network) and not scores_classes(spec):
-        made = ", ".join(f"{o.name} ({'x'.join(map(str, spec.by_name[o.tensor].out_shape))})" for o in spec.outputs)
+    if not scores_classes(spec):
+        network = graph_of(spec)
+        made = ", ".join(f"{o.name} ({'x'.join(map(str, network.by_name[o.tensor].out_shape))})" for o in network.outputs)
         raise BadInput(
             f"the network has no class scores that labels could be compared with: it makes {made}",
-            remedy="prune, export and inspect work without labels; accuracy and training need a classifier",
+            remedy="all but `search` works without labels",
         )
 
 
@@ -109,7 +146,6 @@ def evaluate_runner(
     sharing: Together = ALONE,
 ) -> Evaluation:
     """Return the accuracy of anything that runs; progress is told."""
-    need_classes(spec)
     progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
     with runner:
         size = common.eval_batch(spec.input_shape)
@@ -141,7 +177,7 @@ def finish(
     transient: Sequence[Path] = (),
     sharing: Together = ALONE,
 ) -> Outcome:
-    """Save and evaluate a stage's checkpoint and return its row: accuracy, MACs, parameters, size as an ONNX file.
+    """Save and evaluate a stage's checkpoint and return its row: accuracy or fidelity, MACs, parameters, size as an ONNX file.
 
     Args:
         context: Of the stage.
@@ -153,10 +189,17 @@ def finish(
         transient: Files that are no longer needed.
         sharing: The processes that evaluate together; the main one writes.
     """
-    found = None
+    found: Evaluation | Fidelity | None = None
+    whole = scores_classes(checkpoint.spec)
+
+    def measured(split: Split, sharing: Together = ALONE) -> Evaluation | Fidelity:
+        model = network_of(checkpoint)
+        if whole:
+            return evaluate_model(context, model, split, common, checkpoint.spec, sharing)
+        return measure_fidelity(context, TorchRunner(model, common.torch_device()), checkpoint, split, common, sharing)
+
     if sharing.world > 1 and common.data is not None:
-        split = dataset(common, checkpoint.spec).val
-        found = evaluate_model(context, network_of(checkpoint), split, common, checkpoint.spec, sharing)
+        found = measured(dataset(common, checkpoint.spec).val, sharing)
     if not context.main:
         return Outcome()
     path = context.folder / f"{stage}.safetensors"
@@ -169,12 +212,15 @@ def finish(
         "params": counted(total_params(layers), "params"),
         "size_bytes": counted(size, "bytes"),
     }
-    if common.data is not None and scores_classes(checkpoint.spec):
+    if common.data is not None:
         data = dataset(common, checkpoint.spec)
         if found is None:
-            found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
+            found = measured(data.val)
         metrics |= found.metrics
-        written.append(("outcomes", outcomes_file(context, stage, found)))
+        if isinstance(found, Evaluation):
+            written.append(("outcomes", outcomes_file(context, stage, found)))
+        else:
+            details = details.with_fidelity(found.outputs)
         notes = (*data.notes, *found.notes)
         details = details.with_data_notes(list(notes))
         for note in notes if stage == "dense" else ():

@@ -27,7 +27,7 @@ from rescompress.core.metric import Metric, counted
 from rescompress.runs.file_check import lint_findings, validity_gate
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Context, Outcome
-from rescompress.runs.stages.export import as_exported, export_options, file_for
+from rescompress.runs.stages.export import as_exported, export_options, file_for, in_host
 from rescompress.runs.stages.shared import (
     dataset,
     evaluate_runner,
@@ -68,6 +68,9 @@ def target(context: Context, step: ForTarget) -> Outcome:
     details.device, details.runtime = chosen.device.title, chosen.runtime
     details.notes = [*of_file.notes, *alias_notes(chosen), *profile_notes(checkpoint, chosen)]
     files = [("onnx", path)]
+    if checkpoint.host is not None:
+        found = in_host(context, checkpoint, chosen_options, path, common, of_file, files, metrics)
+        details.host, details.notes = found.host, [*details.notes, *found.notes[len(of_file.notes) :]]
     if chosen.builds_here:
         _build_and_measure(context, chosen, checkpoint, common, chosen_options, path, metrics, files, details)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +10,10 @@ from rescompress.core.metric import Metric
 
 Better = Literal["higher", "lower"]
 Comparison = Literal["difference", "ratio", "none"]
+
+
+QUALITY = ("top1", "infidelity")
+"""How good a network is: where it scores classes its accuracy, else how far its outputs are from the dense network's."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Column:
     @property
     def is_cost(self) -> bool:
         """Whether it counts when rows are weighed against each other: what a table shows and less of is better."""
-        return self.brief and self.better == "lower"
+        return self.brief and self.better == "lower" and self.metric not in QUALITY
 
 
 def percent(metric: Metric) -> str:
@@ -122,9 +126,22 @@ def ratio(metric: Metric) -> str:
     return f"{metric.value:.3f}"
 
 
+def similarity(metric: Metric) -> str:
+    """Return a cosine: ``0.9987``."""
+    return f"{metric.value:.4f}"
+
+
+def quality_of(metrics: Mapping[str, Metric]) -> str | None:
+    """Return the name of the figure that says how good a network is, or None where it has none."""
+    return next((name for name in QUALITY if name in metrics), None)
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("top1", "top-1", "higher", percent, "difference"),
     Column("top5", "top-5", "higher", percent, "difference", brief=False),
+    Column("infidelity", "infidelity", "lower", percent, "none"),
+    Column("cosine", "cosine", "higher", similarity, "none"),
+    Column("agreement", "same class", "higher", percent, "none"),
     Column("macs", "MACs", "lower", count),
     Column("params", "parameters", "lower", count),
     Column("size_bytes", "ONNX size", "lower", size),

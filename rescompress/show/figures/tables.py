@@ -15,7 +15,7 @@ from rescompress.core.details import DenseDetails, DeployDetails, FileDetails, M
 from rescompress.core.manifest import Manifest, StageResult, Status
 from rescompress.core.metric import Metric
 from rescompress.core.text import markdown, spreadsheet_cell
-from rescompress.show.figures.columns import COLUMNS, Column, columns_of, conditions, duration, provenance
+from rescompress.show.figures.columns import COLUMNS, QUALITY, Column, columns_of, conditions, duration, provenance, quality_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -87,14 +87,14 @@ def rows_of(manifest: Manifest, run: str = "") -> list[Row]:
 
 
 def run_row(manifest: Manifest, run: str) -> Row:
-    """Return a whole run as one row: the figures of its last stage with accuracy, and its latency on every target.
+    """Return a whole run as one row: the figures of its last stage with accuracy or fidelity, and its latency on every target.
 
     Args:
         manifest: The run.
         run: Its name.
     """
     done = [s for s in manifest.stages if s.status == "done"]
-    last = next((s for s in reversed(done) if "top1" in s.metrics), done[-1] if done else None)
+    last = next((s for s in reversed(done) if quality_of(s.metrics)), done[-1] if done else None)
     metrics: dict[str, Metric] = {}
     base: dict[str, Metric] = {}
     if last is not None:
@@ -170,7 +170,7 @@ def precision_of(stage: StageResult) -> str | None:
     details = stage.details
     told = details.precision if isinstance(details, FileDetails | DeployDetails) else None
     if told is None:
-        told = next((m.precision for m in map(stage.metrics.get, ("top1", "p50_ms")) if m is not None and m.precision), None)
+        told = next((m.precision for m in map(stage.metrics.get, (*QUALITY, "p50_ms")) if m is not None and m.precision), None)
     if told is None:
         told = INT8 if stage.kind == "quantize" else "fp32" if stage.kind in (DENSE, "prune", "finetune") else None
     return INT8 if told is not None and INT8 in told else told
@@ -252,8 +252,8 @@ def processes(result: StageResult) -> str:
 def dominated(rows: Sequence[Row]) -> set[int]:
     """Return the positions of rows that another row beats (Pareto).
 
-    Row A beats row B when its top-1 on as many samples is at least as high, every cost that B has (MACs, parameters, size,
-    latency) A has under the same conditions and is no higher, and something is strictly better.
+    Row A beats row B when its top-1 on as many samples is at least as high (or its infidelity as low), every cost that B has
+    (MACs, parameters, size, latency) A has under the same conditions and is no higher, and something is strictly better.
 
     Sets of rows are bits of integers here: one walk along each figure, in order of its values, leaves for every row the set
     of those that are at least as good in all of its figures, and the set of those that are as good in all.
@@ -261,12 +261,13 @@ def dominated(rows: Sequence[Row]) -> set[int]:
     figures: dict[tuple[object, ...], list[tuple[float, int]]] = {}
     found: dict[int, tuple[object, ...]] = {}
     for i, row in enumerate(rows):
-        top1 = row.metrics.get("top1")
+        quality = quality_of(row.metrics)
         costs = [c.metric for c in columns_of(row.metrics) if c.is_cost]
-        if top1 is None or math.isnan(top1.value):
+        if quality is None or math.isnan(row.metrics[quality].value):
             continue
-        group = conditions(top1)
-        figures.setdefault(("top1", group), []).append((-top1.value, i))
+        value = row.metrics[quality].value
+        group = (quality, *conditions(row.metrics[quality]))
+        figures.setdefault(("quality", group), []).append((-value if quality == "top1" else value, i))
         for name in costs:
             metric = row.metrics[name]
             figures.setdefault((name, group, conditions(metric)), []).append((metric.value, i))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any, Literal
 
 from rescompress.core.details import MeasuredDetails
@@ -14,7 +14,7 @@ from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
-from rescompress.show.figures.columns import count, duration, provenance, size
+from rescompress.show.figures.columns import count, duration, percent, provenance, quality_of, size
 from rescompress.show.figures.tables import DENSE, figure, mixed, precision_of
 from rescompress.show.gate import evidence, ratios, tango
 from rescompress.show.gate.evidence import outcomes_of, processes
@@ -64,10 +64,10 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: ``accuracy``, ``accuracy:<target>``, ``latency:<target>`` (as ``p99:<target>`` and so on),
+        name: ``accuracy``, ``accuracy:<target>``, ``infidelity``, ``latency:<target>`` (as ``p99:<target>`` and so on),
             ``size``, ``macs``, ``params``, ``target:<target>``, ``stage:<stage>``.
         verdict: The answer.
-        value: The drop in points, or the ratio candidate / baseline; None when it could not be computed.
+        value: The drop in points, the ratio candidate / baseline, or a relative error; None when it could not be computed.
         limit: What it may be at most.
         unit: ``points`` or ``ratio``.
         interval: Two-sided 95 % interval of `value`; None for exact and predicted figures.
@@ -83,7 +83,7 @@ class Check:
     verdict: Verdict
     value: float | None
     limit: float
-    unit: Literal["points", "ratio"] = "ratio"
+    unit: Literal["points", "ratio", "fraction"] = "ratio"
     interval: tuple[float, float] | None = None
     bounds: tuple[float, float] | None = None
     baseline: str = ""
@@ -150,7 +150,18 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
     checks: list[Check] = []
     notes: list[str] = []
     stages = _stage_of(candidate, limits.stage), _stage_of(baseline, limits.stage)
-    if limits.max_drop is not None:
+    labelled = ["top1" in stage.metrics for stage in stages]
+    if limits.max_drop is not None and labelled[0] != labelled[1]:
+        raise BadInput(
+            "one run has an accuracy, the other the fidelity of a network without class scores",
+            where=candidate.name,
+            remedy="compare runs of one network",
+        )
+    if limits.max_infidelity is not None:
+        checks.append(_infidelity(stages[0], limits.max_infidelity, candidate.name, stages[1]))
+    elif not labelled[0]:
+        notes.append("fidelity is not judged: --max-infidelity sets a limit")
+    if limits.max_drop is not None and labelled[0]:
         checks.append(_told_precision(_accuracy(candidate, baseline, stages, limits.max_drop), *stages, notes))
         if limits.stage is None:
             checks += _other_accuracies(candidate, baseline, stages, limits.max_drop, notes)
@@ -183,11 +194,12 @@ def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:
 
 
 def _stage_of(run: Run, name: str | None) -> StageResult:
-    """Return the stage whose figures count: the named one, or the last with accuracy."""
-    with_accuracy = [s for s in run.manifest.stages if s.status == "done" and "top1" in s.metrics]
+    """Return the stage whose figures count: the named one, or the last with accuracy, in networks without labels fidelity."""
+    judged = [s for s in run.manifest.stages if s.status == "done" and quality_of(s.metrics)]
+    with_accuracy = [s for s in judged if "top1" in s.metrics] or judged
     if name is None:
         if not with_accuracy:
-            raise BadInput("no stage of the run has an accuracy", where=run.name, remedy="run it on data with labels")
+            raise BadInput("no stage of the run has an accuracy", where=run.name, remedy="run it with --data")
         return with_accuracy[-1]
     result = next((s for s in with_accuracy if s.stage == name), None)
     if result is None:
@@ -321,6 +333,37 @@ def _accuracy(candidate: Run, baseline: Run, stages: tuple[StageResult, StageRes
 def points(value: float) -> str:
     """Return a number of points of accuracy: ``1 point``, ``0.5 points``."""
     return f"{value:g} point" if value == 1 else f"{value:g} points"
+
+
+def _infidelity(stage: StageResult, limit: float, name: str, baseline: StageResult) -> Check:
+    """Return the check of a relative error; its one-sided bounds decide."""
+    metric = stage.metrics.get("infidelity")
+    if metric is None:
+        return _inconclusive(
+            "infidelity", limit, f"{name} has no infidelity of {stage.stage}: its network scores classes", "", ""
+        )
+    if not (0 <= metric.value < math.inf and 0 <= (metric.std_error or 0.0) < math.inf):
+        raise BadInput(f"the candidate's infidelity is {metric.value:g}", where=name, remedy="run the pipeline again")
+    error = metric.std_error or 0.0
+    lower, upper = (metric.value + sign * NormalDist().inv_cdf(CONFIDENCE) * error for sign in (-1, 1))
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    verdict: Verdict = "pass" if upper <= limit else "fail" if lower > limit else "inconclusive"
+    before = baseline.metrics.get("infidelity")
+    return Check(
+        name="infidelity",
+        verdict=verdict,
+        value=metric.value,
+        limit=limit,
+        unit="fraction",
+        interval=(max(0.0, metric.value - half), metric.value + half),
+        bounds=(lower, upper),
+        baseline=percent(before) if before is not None else "",
+        candidate=percent(metric),
+        message=(
+            f"the outputs of {stage.stage} are off by {percent(metric)} of the dense network's on {metric.n} images; "
+            f"the limit is {100 * limit:g} %" + ("" if verdict != "inconclusive" else "; more images would decide")
+        ),
+    )
 
 
 def _share(stage: StageResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from rescompress.core.artifact import Artifact
-from rescompress.core.details import MeasuredDetails
+from rescompress.core.details import MeasuredDetails, TargetDetails
 from rescompress.core.errors import BadInput
-from rescompress.core.manifest import Manifest, StageResult
+from rescompress.core.manifest import TARGET_PREFIX, Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
 
@@ -32,6 +33,8 @@ _KINDS: tuple[tuple[str, str, float, float], ...] = (
     (r"(\w+_)?images_per_s", "images/s", 1e-9, 1e12),
 )
 
+WHOLE = ("bytes", "macs", "params")
+"""Units that are counted: nothing is a part of one."""
 NEAR = 0.1
 """How far a latency may lie beyond the medians of its processes, as a share; it is the median of all their samples."""
 
@@ -48,6 +51,7 @@ def check(name: str, folder: Path, manifest: Manifest) -> None:
         BadInput: It does; both values are named.
     """
     seen: set[str] = set()
+    counts: dict[tuple[str, str], tuple[float, str]] = {}
     for stage in manifest.stages:
         where = f"{name}: {stage.stage}"
         if stage.stage in seen:
@@ -56,6 +60,8 @@ def check(name: str, folder: Path, manifest: Manifest) -> None:
         for key, metric in stage.metrics.items():
             _possible(key, metric, where)
         _size(stage, where)
+        _counts(stage, counts, where)
+        _target(stage, where)
         _latencies(stage, where)
         if "top1" in stage.metrics:
             _accuracy(stage, folder, name)
@@ -75,6 +81,12 @@ def _possible(key: str, metric: Metric, where: str) -> None:
         value = getattr(metric, part)
         if value is not None and not (math.isfinite(value) and value >= 0):
             _refuse(f"{part} of {key} is {value:g} {metric.unit}, which is impossible", where)
+    if metric.unit in WHOLE and metric.value != int(metric.value):
+        _refuse(f"{key} is {metric.value:.16g} {metric.unit}, which is no whole number", where)
+    for part, beyond in (("low", 1), ("high", -1)):
+        end = getattr(metric, part)
+        if end is not None and (end - metric.value) * beyond > NEAR * metric.value:
+            _refuse(f"{key} is {metric.value:.4g} {metric.unit}, outside of its own interval, whose {part} is {end:.4g}", where)
     for part in ("n", "threads", "batch"):
         value = getattr(metric, part)
         if value is not None and value < 1:
@@ -92,6 +104,40 @@ def _size(stage: StageResult, where: str) -> None:
         onnx = stage.output("onnx")
         assert onnx is not None
         _refuse(f"size_bytes is {size.value:.0f}, the file {onnx.path} has {onnx.size_bytes} bytes", where)
+
+
+def _counts(stage: StageResult, counts: dict[tuple[str, str], tuple[float, str]], where: str) -> None:
+    """Make sure that what is counted of one network is the same wherever it stands, and files as large as is told."""
+    for key in ("macs", "params"):
+        metric = stage.metrics.get(key)
+        if metric is not None and stage.of:
+            value, other = counts.setdefault((stage.of, key), (metric.value, stage.stage))
+            if value != metric.value:
+                _refuse(f"{key} is {metric.value:.0f}, {other} has {value:.0f} of the same network ({stage.of})", where)
+    told, engines = stage.metrics.get("engine_bytes"), [a.size_bytes for a in stage.outputs if a.kind == "engine"]
+    if told is not None and engines and told.value != sum(engines):
+        _refuse(f"engine_bytes is {told.value:.0f}, its files have {sum(engines)} bytes", where)
+    first, fifth = stage.metrics.get("top1"), stage.metrics.get("top5")
+    if first is not None and fifth is not None and fifth.value < first.value:
+        _refuse(f"top5 is {100 * fifth.value:.2f} %, less than top1 with {100 * first.value:.2f} %", where)
+
+
+def _target(stage: StageResult, where: str) -> None:
+    """Make sure that what a target's stage says of its target and its precision is said once."""
+    details = stage.details_as(TargetDetails)
+    if details is None:
+        return
+    for told in (details.target, stage.stage.removeprefix(TARGET_PREFIX)):
+        if told and told != stage.target:
+            _refuse(f"is about '{told}' and about '{stage.target}'", where)
+    p50 = stage.metrics.get("p50_ms")
+    if p50 is not None and p50.precision and details.precision and _base(p50.precision) != _base(details.precision):
+        _refuse(f"p50_ms is of {p50.precision}, the file of {details.precision}", where)
+
+
+def _base(precision: str) -> str:
+    """Return what most layers compute in: ``int8`` of ``int8+fp16``."""
+    return precision.partition("+")[0]
 
 
 def _latencies(stage: StageResult, where: str) -> None:
@@ -197,6 +243,8 @@ def _read(source: object, where: str) -> Outcomes:
         packed = base64.b64decode(outcomes.bits, validate=True)
     except (ValidationError, UnicodeDecodeError, binascii.Error, ValueError, OSError) as e:
         raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again") from e
-    if outcomes.n < 1 or len(packed) != (outcomes.n + 7) // 8 or packed[-1] & ((1 << (-outcomes.n % 8)) - 1):
+    whole = outcomes.n >= 1 and len(packed) == (outcomes.n + 7) // 8 and not packed[-1] & ((1 << (-outcomes.n % 8)) - 1)
+    rising = all(a < b for a, b in itertools.pairwise((0, *outcomes.copies, outcomes.n)))  # the first sample copies none
+    if not whole or not rising:
         raise BadInput("the outcomes are damaged", where=where, remedy="restore the file, or run the pipeline again")
     return outcomes

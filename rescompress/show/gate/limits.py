@@ -26,6 +26,7 @@ class Limits(Frozen):
 
     Attributes:
         max_drop: Points of top-1 that may be lost.
+        max_infidelity: Of the candidate alone: relative error of its outputs, 0.05 for 5 %.
         max_latency: Ratio of latencies, for every target or, in a file, by target; those not named keep the default.
         max_size: Ratio of file sizes.
         max_macs: Ratio of multiply-accumulates.
@@ -45,6 +46,7 @@ class Limits(Frozen):
     """
 
     max_drop: Annotated[Annotated[float, Field(ge=0)] | None, Flag(metavar="PTS")] = 1.0
+    max_infidelity: Annotated[Ratio | None, Flag(metavar="ERROR", usual="off")] = None
     max_latency: Annotated[Ratio | dict[str, Ratio | None] | None, RATIO] = USUAL_RATIO
     max_size: Annotated[Ratio | None, RATIO] = USUAL_RATIO
     max_macs: Annotated[Ratio | None, OFF] = None
@@ -58,7 +60,7 @@ class Limits(Frozen):
     max_from_file: Annotated[Ratio | None, OFF] = None
     max_soak: Annotated[Ratio | None, OFF] = None
     max_build_spread: Annotated[Ratio | None, OFF] = None
-    stage: Annotated[str | None, Flag(metavar="S", usual="last with accuracy")] = None
+    stage: Annotated[str | None, Flag(metavar="S", usual="last with accuracy or fidelity")] = None
     on_inconclusive: Annotated[OnInconclusive, Flag(usual="exit 6")] = "inconclusive"
     on_missing: OnMissing = "fail"
 

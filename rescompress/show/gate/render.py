@@ -21,6 +21,8 @@ def value_text(check: Check) -> str:
     """Return the value with its unit: ``+0.35 points``, ``1.02x``; empty if there is none."""
     if check.value is None:
         return ""
+    if check.unit == "fraction":
+        return f"{100 * check.value:.2f} %"
     return f"{check.value:+.2f} points" if check.unit == "points" else f"{check.value:.3f}x"
 
 
@@ -29,6 +31,8 @@ def interval_text(check: Check) -> str:
     if check.interval is None:
         return "" if check.value is None else "exact"
     low, high = check.interval
+    if check.unit == "fraction":
+        return f"{100 * low:.2f} to {100 * high:.2f} %"
     return f"{low:+.2f} to {high:+.2f}" if check.unit == "points" else f"{low:.3f} to {high:.3f}"
 
 
@@ -36,6 +40,8 @@ def limit_text(check: Check) -> str:
     """Return the limit with its unit."""
     if check.name.startswith(("stage:", "target:")):
         return ""
+    if check.unit == "fraction":
+        return f"{100 * check.limit:g} %"
     return points(check.limit) if check.unit == "points" else f"{check.limit:g}x"
 
 

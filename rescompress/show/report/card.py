@@ -79,7 +79,8 @@ def described(manifest: Manifest) -> str:
         if any(s.kind == kind and s.status == "done" for s in manifest.stages)
     ]
     row = run_row(manifest, "")
-    text = f"A {arch or 'ResNet'} for image classification" + (f", {', '.join(made)}." if made else ".")
+    use = "for image classification" if "infidelity" not in row.metrics else "that makes features for a larger program"
+    text = f"A {arch or 'ResNet'} {use}" + (f", {', '.join(made)}." if made else ".")
     macs = row.metrics.get("macs")
     params = row.metrics.get("params")
     if macs is not None and params is not None:
@@ -96,6 +97,9 @@ def _origins(manifest: Manifest) -> list[str]:
             f"- Accuracies are measured on {measured.n or 'an unknown number of'} samples"
             + (f" of {code_span(_shown(data))}." if data else ".")
         )
+    compared = next((s.metrics["infidelity"] for s in reversed(manifest.stages) if "infidelity" in s.metrics), None)
+    if compared is not None:
+        lines.append(f"- Infidelity is the relative error of the outputs against the dense network's, on {compared.n} images.")
     for stage in manifest.stages:
         latency = stage.metrics.get("p50_ms")
         if latency is not None:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from rescompress.core.manifest import Manifest, StageResult
-from rescompress.show.figures.columns import duration, percent, size
+from rescompress.show.figures.columns import duration, percent, quality_of, size
 from rescompress.show.figures.tables import DENSE, figure, precision_of
 
 
@@ -20,7 +20,7 @@ def closing_lines(manifest: Manifest, folder: Path, *, example: bool) -> list[st
     """
     done = [s for s in manifest.stages if s.status == "done"]
     dense = manifest.stage(DENSE)
-    last = next((s for s in reversed(done) if s.target is None and "top1" in s.metrics and s.stage != DENSE), None)
+    last = next((s for s in reversed(done) if s.target is None and quality_of(s.metrics) and s.stage != DENSE), None)
     if dense is None or last is None:
         return []
     gained = [*_smaller(manifest, dense, last), *_faster(done)]
@@ -37,8 +37,9 @@ def closing_lines(manifest: Manifest, folder: Path, *, example: bool) -> list[st
 
 
 def _network(manifest: Manifest, last: StageResult) -> str:
-    top1, bytes_ = last.metrics["top1"], figure(manifest, last, "size_bytes")
-    facts = [precision_of(last) or "", f"top-1 {percent(top1)}", size(bytes_) if bytes_ is not None else ""]
+    quality, bytes_ = quality_of(last.metrics) or "top1", figure(manifest, last, "size_bytes")
+    good = f"{'top-1' if quality == 'top1' else quality} {percent(last.metrics[quality])}"
+    facts = [precision_of(last) or "", good, size(bytes_) if bytes_ is not None else ""]
     file = next((a.path for a in reversed(last.outputs) if a.kind in ("onnx", "checkpoint")), last.stage)
     return f"{file} ({', '.join(f for f in facts if f)})"
 
@@ -48,8 +49,8 @@ def _smaller(manifest: Manifest, dense: StageResult, last: StageResult) -> list[
     before, after = dense.metrics.get("size_bytes"), figure(manifest, last, "size_bytes")
     if before is not None and after is not None and after.value:
         found.append(f"{_times(before.value / after.value, 'smaller')} ({size(before)} to {size(after)})")
-    first, now = dense.metrics.get("top1"), last.metrics["top1"]
-    if first is not None:
+    first, now = dense.metrics.get("top1"), last.metrics.get("top1")
+    if first is not None and now is not None:
         if first.n == now.n:
             found.append(f"top-1 {100 * (now.value - first.value):+.2f} points")
         else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed, ToolMissing
 from rescompress.core.graph import Layer, Network
+from rescompress.core.host import Host
 from rescompress.show.report.markup import NOTHING, Markup, html, joined
 
 SUFFIXES = (".svg", ".html", ".dot")
@@ -25,11 +26,12 @@ _STYLE = (
 )
 
 
-def draw(network: Network, path: Path) -> None:
+def draw(network: Network, path: Path, host: Host | None = None) -> None:
     """Write a picture of a network's graph.
 
     Args:
         network: The network.
+        host: What it is the trunk of, or None.
         path: ``.svg`` (needs graphviz), ``.dot`` (its input), or ``.html`` (with graphviz's picture where it is installed).
 
     Raises:
@@ -43,15 +45,15 @@ def draw(network: Network, path: Path) -> None:
             f"is no picture of a graph: '{path.suffix}'", where=f"--graph {path}", remedy="name it .svg, .html or .dot"
         )
     if suffix == ".dot":
-        write_text(path, dot_of(network))
+        write_text(path, dot_of(network, host))
         return
     tool = shutil.which("dot")
     if suffix == ".svg" and tool is None:
         raise ToolMissing(
             "an .svg needs graphviz's dot, which is not installed", remedy="install graphviz, or name an .html file"
         )
-    svg = _svg(tool, dot_of(network)) if tool is not None else None
-    write_text(path, svg if suffix == ".svg" and svg is not None else page_of(network, svg))
+    svg = _svg(tool, dot_of(network, host)) if tool is not None else None
+    write_text(path, svg if suffix == ".svg" and svg is not None else page_of(network, svg, host))
 
 
 def _svg(tool: str, text: str) -> str:
@@ -62,8 +64,8 @@ def _svg(tool: str, text: str) -> str:
     return done.stdout
 
 
-def dot_of(network: Network) -> str:
-    """Return the graph in graphviz's language: one box per residual block."""
+def dot_of(network: Network, host: Host | None = None) -> str:
+    """Return the graph in graphviz's language: one box per residual block; behind a trunk's borders, its host as one box."""
     lines = [
         "digraph network {",
         '  node [shape=box, fontname="sans-serif", fontsize=10, style="rounded,filled", fillcolor=white];',
@@ -81,11 +83,22 @@ def dot_of(network: Network) -> str:
     for output in network.outputs:
         lines.append(f'  "output {_quoted(output.name)}" [shape=plaintext, fillcolor=none, label="{_quoted(output.name)}"];')
         lines.append(f'  "{_quoted(output.tensor)}" -> "output {_quoted(output.name)}";')
+        if host is not None:
+            lines.append(
+                f'  "output {_quoted(output.name)}" -> "host of the trunk" [label="{_quoted(_border(host, output.name))}"];'
+            )
+    if host is not None:
+        lines.append(f'  "host of the trunk" [label="the rest of {_quoted(host.name)}", style="rounded,dashed"];')
     return "\n".join([*lines, "}", ""])
 
 
 def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+
+
+def _border(host: Host, output: str) -> str:
+    """Return what a host calls an output of its trunk."""
+    return host.borders.get(output, output)
 
 
 def text_of(layer: Layer) -> str:
@@ -101,13 +114,16 @@ def text_of(layer: Layer) -> str:
     return f"{' '.join(words)}, {'x'.join(map(str, layer.out_shape))}"
 
 
-def page_of(network: Network, svg: str | None) -> str:
+def page_of(network: Network, svg: str | None, host: Host | None = None) -> str:
     """Return a page of HTML that needs nothing else: the picture, if there is one, and the layers as nested lists."""
     picture = NOTHING
     if svg is not None:
         data = base64.b64encode(svg.encode()).decode()
         picture = html('<p><img alt="" src="data:image/svg+xml;base64,{}"></p>', data)
     outputs = ", ".join(f"{o.name} ({o.tensor})" for o in network.outputs)
+    if host is not None:
+        borders = ", ".join(f"{_border(host, o.name)} ({o.tensor})" for o in network.outputs)
+        outputs = f"{borders}: what the rest of {host.name} reads, so these widths stay"
     return html(
         "<!doctype html>\n<html lang=en><meta charset=utf-8><title>{}</title><style>{}</style>\n<h1>{}</h1>\n{}\n"
         "<ul>\n{}\n</ul>\n"
