@@ -95,7 +95,7 @@ EDITS: tuple[tuple[str, str, Any] | None, ...] = (
     ("conv2_block1_3_conv", "use_bias", False),
 )
 BEHIND = ("pool", "max pool", "flatten", "dense", "dense relu", "dense tanh", "bn", "relu", "relu6", "leaky", "tanh", "softmax")
-BEHIND += ("softmax layer", "softmax 0", "sigmoid", "dropout", "linear", "norm", "rescaling")
+BEHIND += ("softmax layer", "softmax 0", "sigmoid", "dropout", "linear", "norm", "rescaling", "threshold")
 
 
 def layers_behind(layers: Any, what: str) -> Any:
@@ -112,6 +112,7 @@ def layers_behind(layers: Any, what: str) -> Any:
         "relu": lambda: layers.ReLU(),
         "relu6": lambda: layers.ReLU(max_value=0.1),
         "leaky": lambda: layers.LeakyReLU(),
+        "threshold": lambda: layers.ReLU(threshold=0.5),
         "tanh": lambda: layers.Activation("tanh"),
         "softmax": lambda: layers.Activation("softmax"),
         "softmax layer": lambda: layers.Softmax(),
