@@ -73,6 +73,12 @@ class Cell:
     held: float = 0.0
 
 
+def parted(train: Split, held: int) -> tuple[Split, Split]:
+    """Return the training images that networks see, and those that settings are chosen by."""
+    order = np.random.default_rng(0).permutation(len(train))
+    return train.subset(order[held:]), train.subset(order[:held])
+
+
 def top1(checkpoint: Checkpoint, split: Split) -> float:
     """Return the accuracy in percent."""
     return 100 * evaluate(TorchRunner(build_model(checkpoint.spec, checkpoint.state_dict)), split).top1
@@ -186,18 +192,6 @@ def peer_network(
     return recalibrate(best, x)
 
 
-def peer_best(dense: Checkpoint, fraction: float, scope: Scope, calibration: Split, held: Split) -> tuple[Checkpoint, str]:
-    """Return the best of Torch-Pruning's settings on the held-out images, and its name."""
-    x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
-    found: dict[str, tuple[float, Checkpoint]] = {}
-    for setting in [(i, r) for i in IMPORTANCES for r in RANKINGS]:
-        network = peer_network(dense, fraction, setting, scope, x, y)
-        if network is not None:
-            found["/".join(setting)] = (top1(network, held), network)
-    chosen = max(found, key=lambda name: found[name][0])
-    return found[chosen][1], chosen
-
-
 class Results:
     """Cells by key, kept in a JSON file; beside it lie pruned networks and the states of trainings."""
 
@@ -226,6 +220,40 @@ class Results:
     def file(self, key: str, suffix: str) -> Path | None:
         """Return where something that belongs to a cell is kept."""
         return None if self.folder is None else self.folder / (key.replace(" ", "_").replace("=", "") + suffix)
+
+
+def peer_best(
+    dense: Checkpoint, fraction: float, scope: Scope, calibration: Split, held: Split, results: Results, key: str
+) -> tuple[Checkpoint, str]:
+    """Return the best of Torch-Pruning's settings on the held-out images, and its name; each is a cell of `key`'s."""
+    x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
+    found: dict[str, float] = {}
+    networks: dict[str, Checkpoint] = {}
+    for setting in [(i, r) for i in IMPORTANCES for r in RANKINGS]:
+        name = "/".join(setting)
+        made: list[Checkpoint] = []
+
+        def make(setting: tuple[str, str] = setting, made: list[Checkpoint] = made) -> Cell:
+            start = time.perf_counter()
+            network = peer_network(dense, fraction, setting, scope, x, y)
+            if network is None:
+                return Cell(0.0, 0.0, time.perf_counter() - start)
+            made.append(network)
+            left = fraction_left(network.spec, dense.spec)
+            return Cell(left, 0.0, time.perf_counter() - start, held=top1(network, held))
+
+        cell = results.get(f"{key} {name}", make)
+        if cell.macs:
+            found[name] = cell.held
+            if made:
+                networks[name] = made[0]
+    chosen = max(found, key=lambda name: found[name])
+    if chosen not in networks:  # its cell is from an earlier process
+        importance, ranking = chosen.split("/")
+        again = peer_network(dense, fraction, (importance, ranking), scope, x, y)
+        assert again is not None
+        networks[chosen] = again
+    return networks[chosen], chosen
 
 
 @dataclass(frozen=True)
@@ -288,7 +316,7 @@ class Bench:
         calibration = self.rest.take(self.args.calib, seed)
         start, chosen, before = time.perf_counter(), "", 0.0
         if method == PEER:
-            network, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held)
+            network, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held, self.results, key)
         else:
             x, name = calibration.tensor(), method.removesuffix(NO_REPAIR)
             curves, before = self.curves(name, seed, x)
@@ -358,10 +386,9 @@ def main() -> None:
     if args.scope == "all":
         dense = with_projections(dense)
     data = load_dataset(args.data, dense.spec)
-    order = np.random.default_rng(0).permutation(len(data.train))
     name = f"{Path(args.checkpoint).stem} {args.scope}"
     results = Results(args.work)
-    held, rest = data.train.subset(order[: args.held]), data.train.subset(order[args.held :])
+    rest, held = parted(data.train, args.held)
     bench = Bench(name, dense, rest, held, data.val, results, args)
     whole = results.get(f"{name} dense", lambda: Cell(1.0, top1(dense, data.val), 0.0))
     print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} calibration images, align 1")
