@@ -11,7 +11,7 @@ Each cell is kept in OUT, so a run that was stopped goes on where it was; ``--ce
 
 A drop is in points, of an INT8 network below the float network it was made from, on the same images; its mean over the
 seeds is compared with a limit. Its one-sided 95 % lower bound is taken over the images, each with its mean over the seeds,
-since the seeds share the images; the bound of each single seed is Tango's (`rescompress.gate.tango`). The table says
+since the seeds share the images; the bound of each single seed is Tango's (`rescompress.show.gate.tango`). The table says
 whether the mean is within the limit, or only the bound: then the images do not show that the limit is missed.
 """
 
@@ -42,7 +42,7 @@ from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.settings import TrainSettings
-from rescompress.gate import tango
+from rescompress.show.gate import tango
 
 HELD_OUT = 0.04
 CONFIDENCE = 0.95

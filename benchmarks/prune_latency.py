@@ -25,7 +25,7 @@ from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
 from rescompress.core.errors import BudgetError
 from rescompress.core.layers import total_macs, walk
-from rescompress.stages.shared import onnx_of, write_onnx
+from rescompress.runs.stages.shared import onnx_of, write_onnx
 
 
 def predicted(args: argparse.Namespace) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.outcomes import Outcomes
-from rescompress.report.html import page
-from rescompress.search.settings import Rung, SearchConfig, anchors
+from rescompress.runs.search_settings import Rung, SearchConfig, anchors
 from rescompress.search.show import front_document, search_document, status_document
 from rescompress.search.study import Answer, create, join, storage_of
 from rescompress.search.worker import work
+from rescompress.show.report.html import page
 
 SPACE = {"budget": {"macs": {"low": 0.1, "high": 1.0}}, "precision": ["int8", "float"]}
 

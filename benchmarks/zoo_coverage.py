@@ -1,11 +1,17 @@
-"""How many of the ResNets that torchvision and timm know are read, proven, and can be pruned and exported.
+"""How many of the ResNets that torchvision and timm know are read, proven, pruned and exported with parity.
 
 Random weights, small inputs, `rc.from_module`; what is not read is named with the operation that is the reason::
 
-    python benchmarks/zoo_coverage.py [--names PATTERN] [--side 64] [--all-steps] [--json FILE]
+    python benchmarks/zoo_coverage.py --rows rows.jsonl [--names PATTERN] [--seconds 150] [--most 120] [--table]
 
-Names that differ in their weights alone (timm's tags behind a dot) count once. Without ``--all-steps`` a network is read and
-proven; with it, it is also pruned to 0.7 of its MACs by magnitude and written as ONNX.
+Names that differ in their weights alone (timm's tags behind a dot) count once. Each row is appended to the file as it is
+found, and names that are in the file are not tried again: a run that was stopped goes on where it ended. Exit code 0 means that
+every name has its row, 3 that the time was up before.
+
+* loaded: read, and its outputs proven against the module's own on random images, 64 pixels high and wide or the network's own
+  size where it takes no other;
+* pruned: to at most 0.7 of the MACs by magnitude;
+* exported: the pruned network as ONNX, its outputs in onnxruntime within 1e-4 of the largest number of torch's.
 """
 
 from __future__ import annotations
@@ -22,121 +28,167 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import timm
 import torch
 import torchvision
+from torch import Tensor
 
 import rescompress as rc
+from compress.importers.proof import difference, random_images
+from compress.resnet import build_model
+from export.parity import OrtRunner
 from rescompress.core.errors import RescompressError
 
 FAMILIES = (
-    *(
-        "resnet",
-        "resnext",
-        "wide_resnet",
-        "seresnet",
-        "seresnext",
-        "ecaresnet",
-        "resnetv2",
-        "resnetaa",
-        "resnetblur",
-        "resnetrs",
-    ),
-    *("skresnet", "skresnext", "regnet"),
+    *("resnetaa", "resnetblur", "resnetrs", "resnetv2", "resnet", "resnext", "wide_resnet"),
+    *("seresnext", "seresnet", "ecaresnext", "ecaresnet", "skresnext", "skresnet", "regnet"),
 )
+SIDE = 64
+BUDGET = 0.7
+TOLERANCE = 1e-4
+STEPS = ("loaded", "pruned", "exported")
 
 
 def names() -> Iterator[tuple[str, str]]:
     """Yield library and name of every network."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        if name.startswith(("resnet", "resnext", "wide_resnet", "regnet")):
+        if name.startswith(FAMILIES):
             yield "torchvision", name
     for name in timm.list_models():
         if name.startswith(FAMILIES):
             yield "timm", name
 
 
+def family(name: str) -> str:
+    """Return the family that a name begins with."""
+    return next(f for f in FAMILIES if name.startswith(f))
+
+
 def parameters(library: str, name: str) -> float:
-    """Return how many parameters a network has, without the memory for them; where that fails, as its name suggests."""
-    make = timm.create_model if library == "timm" else torchvision.models.get_model
-    try:
-        with torch.device("meta"):
-            return float(sum(p.numel() for p in make(name).parameters()))
-    except (NotImplementedError, RuntimeError):  # an initialisation that computes
-        sizes = [int(n) for n in re.findall(r"\d+", name)]
-        return 1e9 if max(sizes, default=0) >= 160 else 0.0
+    """Return how many parameters a network has, without the memory for them."""
+    if library == "torchvision":
+        return float(torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
+    with torch.device("meta"):
+        return float(sum(p.numel() for p in timm.create_model(name).parameters()))
 
 
-def network(library: str, name: str) -> torch.nn.Module:
-    """Return a network with random weights and statistics, on which nothing is zero or one by chance."""
+def network(library: str, name: str) -> tuple[torch.nn.Module, int]:
+    """Return a network with random weights, on which nothing is zero or one by chance, and the height of its images.
+
+    The statistics are those of random images: with others a gate of a deep network sees numbers so large that single bits
+    decide whether it opens, and no two programs agree.
+    """
     torch.manual_seed(0)
-    make = timm.create_model if library == "timm" else torchvision.models.get_model
-    made = make(name, num_classes=10)
+    made = timm.create_model(name, num_classes=10) if library == "timm" else torchvision.models.get_model(name, num_classes=10)
     for part in made.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = None  # the statistics of all images seen, not those of the first ones
             for key, value in part.state_dict().items():
-                if value.is_floating_point():
-                    value.copy_(torch.rand_like(value) * 0.5 + (0.75 if key in ("weight", "running_var") else -0.25))
-    return made.eval()
+                if key in ("weight", "bias"):
+                    value.copy_(torch.rand_like(value) * 0.5 + (0.75 if key == "weight" else -0.25))
+    own = int(made.pretrained_cfg["input_size"][-1]) if library == "timm" else 224
+    with torch.no_grad():
+        try:
+            made.train()(torch.randn(2, 3, SIDE, SIDE))
+            return made.eval(), SIDE
+        except (RuntimeError, ValueError, AssertionError):  # too small for it
+            made.train()(torch.randn(2, 3, own, own))
+            return made.eval(), own
 
 
-def tried(library: str, name: str, side: int, *, all_steps: bool) -> dict[str, Any]:
+def loaded(library: str, name: str) -> Any:
+    """Return a network as a checkpoint, for small images where it takes them."""
+    module, side = network(library, name)
+    return rc.from_module(module, torch.zeros(1, 3, side, side), arch=name)
+
+
+def parity(checkpoint: Any) -> float:
+    """Return how far the outputs of a checkpoint's ONNX file are from torch's, relative to the largest number."""
+    x_NCHW = random_images(checkpoint.network.input_shape, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = rc.export_onnx(checkpoint, Path(folder) / "net.onnx")
+        with OrtRunner(onnx.load(path), optimize=False) as runner:
+            found = runner.outputs(x_NCHW.numpy())
+    with torch.no_grad():
+        wanted: tuple[Tensor, ...] = build_model(checkpoint.network, checkpoint.state_dict).outputs(x_NCHW)
+    return max(difference(torch.from_numpy(a), b) for a, b in zip(found, wanted, strict=True))
+
+
+def tried(library: str, name: str) -> dict[str, Any]:
     """Return how far a network comes."""
     start = time.perf_counter()
-    row: dict[str, Any] = {"library": library, "name": name, "loaded": False, "pruned": None, "exported": None, "reason": ""}
-    step = "loaded"
+    row: dict[str, Any] = {"library": library, "name": name, **dict.fromkeys(STEPS, False), "reason": ""}
     try:
-        made = network(library, name)
-        row["params"] = sum(p.numel() for p in made.parameters())
-        try:
-            checkpoint = rc.from_module(made, torch.zeros(1, 3, side, side), arch=name)
-        except RescompressError as e:
-            if "does not run" not in str(e):
-                raise
-            checkpoint = rc.from_module(made, torch.zeros(1, 3, 224, 224), arch=name)
-        row |= {"loaded": True, "blocks": len(checkpoint.network.blocks), "layers": len(checkpoint.network.layers)}
-        if all_steps:
-            step = "pruned"
-            smaller = rc.prune(checkpoint, method="magnitude", budget=rc.Budget(kind="macs", value=0.7)).checkpoint
-            row["pruned"] = True
-            step = "exported"
-            with tempfile.TemporaryDirectory() as folder:
-                rc.export_onnx(smaller, Path(folder) / "net.onnx")
-            row["exported"] = True
+        checkpoint = loaded(library, name)
+        dense = checkpoint.network
+        row |= {"loaded": True, "side": dense.input_shape[1], "blocks": len(dense.blocks), "seconds_loaded": _since(start)}
+        smaller = rc.prune(checkpoint, method="magnitude", budget=rc.Budget(kind="macs", value=BUDGET)).checkpoint
+        kept = sum(layer.macs for layer in smaller.network.layers) / sum(layer.macs for layer in dense.layers)
+        row |= {"pruned": kept <= BUDGET, "macs": round(kept, 4)}
+        off = parity(smaller)
+        row |= {"exported": off <= TOLERANCE, "off": float(f"{off:.2g}")}
     except Exception as e:
-        row |= {step: False, "reason": f"{'' if isinstance(e, RescompressError) else type(e).__name__ + ': '}{str(e)[:300]}"}
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+        row["reason"] = f"{'' if isinstance(e, RescompressError) else type(e).__name__ + ': '}{str(e)[:300]}"
+    return row | {"seconds": _since(start)}
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 1)
+
+
+def refusal(row: dict[str, Any]) -> str:
+    """Return the operation that is the reason, and why; else the whole reason."""
+    reason = str(row["reason"])
+    found = re.search(r"not known here: (.*?)(?: in \S+)? \(reads .*?\): (.*)", reason)
+    return (
+        f"{found[1]}: {found[2]}" if found else reason.removeprefix("the network computes something that is not known here: ")
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the counts by family as a Markdown table."""
+    lines = ["| family | names | load | prune | export | too large | refused |", "|---|---|---|---|---|---|---|"]
+    found = {f: [r for r in rows if family(r["name"]) == f] for f in sorted(FAMILIES)}
+    for title, group in {**found, "all": rows}.items():
+        if not group:
+            continue
+        small = [r for r in group if not r.get("large")]
+        counts = [sum(bool(r[step]) for r in small) for step in STEPS]
+        reasons = Counter(refusal(r) for r in small if r["reason"]) if title != "all" else {}
+        told = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        numbers = " | ".join(str(n) for n in (len(small), *counts, len(group) - len(small)))
+        lines.append(f"| {title} | {numbers} | {told} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Try every network and print how many come through."""
+    """Try every network that has no row yet, until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines: one for each name")
     parser.add_argument("--names", default="*")
-    parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--most", type=float, default=120.0, help="millions of parameters; larger networks are left out")
-    parser.add_argument("--all-steps", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--most", type=float, default=120.0, help="millions of parameters; larger networks count apart")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no network after so many")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows that there are, and try nothing")
     args = parser.parse_args()
-    rows, large = [], []
-    for library, name in names():
-        if not fnmatch.fnmatch(name, args.names):
-            continue
-        if parameters(library, name) > args.most * 1e6:
-            large.append(name)
-            continue
-        rows.append(tried(library, name, args.side, all_steps=args.all_steps))
-        row = rows[-1]
-        done = "".join(letter if row[key] else "-" for letter, key in zip("lpe", ("loaded", "pruned", "exported"), strict=True))
-        print(f"{done} {row['seconds']:6.1f}s {library:11} {name:40} {row['reason']}", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1))
-    for step in ("loaded", *(("pruned", "exported") if args.all_steps else ())):
-        good = sum(bool(r[step]) for r in rows)
-        print(f"{step}: {good} of {len(rows)} ({100 * good / max(len(rows), 1):.1f} %)")
-    print("left out as too large:", ", ".join(large) or "none")
-    for reason, count in Counter(r["reason"].split("(")[0][:120] for r in rows if r["reason"]).most_common():
-        print(f"{count:4}  {reason}")
-    sys.exit(0 if sum(r["loaded"] for r in rows) >= 0.85 * len(rows) else 1)
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    if args.table:
+        print(table(rows))
+        return
+    start, have = time.perf_counter(), {(r["library"], r["name"]) for r in rows}
+    with args.rows.open("a") as out:
+        for library, name in names():
+            if not fnmatch.fnmatch(name, args.names) or (library, name) in have:
+                continue
+            if _since(start) > args.seconds:
+                sys.exit(3)
+            size = parameters(library, name)
+            large = {"library": library, "name": name, "large": True, **dict.fromkeys(STEPS), "reason": ""}
+            row = (large if size > args.most * 1e6 else tried(library, name)) | {"params": size}
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            done = "".join(letter if row[key] else "-" for letter, key in zip("lpe", STEPS, strict=True))
+            print(f"{done} {row.get('seconds', 0):6.1f}s {library:11} {name:30} {row['reason']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,12 +19,13 @@ from rescompress.core.errors import DataError
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.runner import Runner
+from rescompress.core.showing import Showing
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Showing):
     """What a model got right.
 
     Attributes:
@@ -43,6 +44,12 @@ class Evaluation:
     def top1(self) -> float:
         """Fraction of right answers."""
         return self.metrics["top1"].value
+
+    def shows(self) -> Mapping[str, str]:
+        """Return accuracies with their standard error, and on how many images."""
+        found = {name: f"{100 * m.value:.2f} ± {100 * (m.std_error or 0.0):.2f} %" for name, m in self.metrics.items()}
+        top1 = self.metrics["top1"]
+        return {**found, "images": str(top1.n), "runtime": top1.runtime or ""}
 
 
 class TorchRunner:

@@ -23,6 +23,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -153,7 +154,7 @@ class ResNet(nn.Module):
         """Return what one layer makes of its inputs, for those who run the network piece by piece."""
         x = inputs[0]
         match layer.operation:
-            case Conv() | BatchNorm() | GroupNorm() | Affine() | PRelu() | Linear():
+            case Conv() | BatchNorm() | GroupNorm() | Affine() | PRelu() | Linear() | ChannelConv():
                 result: Tensor = self.get_submodule(layer.name)(x)
                 return result
             case Relu():
@@ -290,6 +291,27 @@ class AffineLayer(nn.Module):
         return x if self.bias is None else x + self.bias.view(shape)
 
 
+class ChannelConv1d(nn.Conv1d):
+    """A convolution over the channels of a vector.
+
+    Attributes:
+        op: The operation.
+    """
+
+    def __init__(self, op: ChannelConv) -> None:
+        """Start with torch's initialisation."""
+        super().__init__(1, 1, op.kernel, padding=op.kernel // 2, bias=op.bias)
+        self.op = op
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of (N, C)."""
+        if self.op.places == tuple(range(self.op.length)):
+            return super().forward(input[:, None])[:, 0]
+        places = torch.tensor(self.op.places, device=input.device)
+        line = input.new_zeros(len(input), self.op.length).index_copy(1, places, input)
+        return super().forward(line[:, None])[:, 0].index_select(1, places)
+
+
 class PaddedConv2d(nn.Conv2d):
     """A convolution whose padding differs from side to side.
 
@@ -348,6 +370,8 @@ def _module(layer: Layer) -> nn.Module | None:
             return nn.PReLU(1 if op.shared else channels)
         case Linear() as op:
             return nn.Linear(channels, op.width, bias=op.bias)
+        case ChannelConv() as op:
+            return ChannelConv1d(op)
         case _:
             return None
 

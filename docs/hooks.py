@@ -45,7 +45,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
             if path.is_file():
                 files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
     sys.path.insert(0, str(ROOT))
-    from rescompress.documents import SCHEMAS, described, schema_of
+    from rescompress.show.documents import SCHEMAS, described, schema_of
 
     lines = ["# JSON Schemas", "", "`rescompress schema NAME` prints the same.", "", "| document | what it is |", "|---|---|"]
     lines += [f"| [{row['name']}](schemas/{row['name']}.json) | {row['description']} |" for row in described()]

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rescompress.report.history import load_runs
-from rescompress.report.html import page
+from rescompress.show.report.history import load_runs
+from rescompress.show.report.html import page
 
 IMAGE = Path(__file__).parent / "images" / "report.png"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

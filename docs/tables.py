@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from rescompress.config import RunConfig
 from rescompress.core.described import members, table
+from rescompress.runs.config import RunConfig
 
 PAGE = Path(__file__).with_name("run.md")
 

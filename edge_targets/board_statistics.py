@@ -4,26 +4,30 @@
 * cold start: a new process that loads the engine and runs it once;
 * first frame: a run after a second of idleness, when clocks have fallen;
 * contention: latency while other streams run the same engine;
-* end to end: latency with the copies to and from the GPU.
+* end to end: latency with the copies to and from the GPU;
+* from files: from image files to classes, with decoding and preprocessing on the board's CPU.
 
 Each is measured only where it is asked for, on the engine that is kept, in processes of its own: gates compare processes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from edge_targets import infer
 from edge_targets.benchmark import percentile, summarize
 from edge_targets.tegrastats import Reading, parse_trace
 from edge_targets.tensorrt_versions import Capabilities
-from edge_targets.trtexec import TimingOptions, timing_command
+from edge_targets.trtexec import TimingOptions, quoted, timing_command
 from edge_targets.trtexec_log import read_times
+from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.metric import Metric
 
@@ -49,8 +53,26 @@ IDLE_MS = 1000
 IDLE_FRAMES = 10
 """Frames after idleness in each process; the one before the first of them is not."""
 
+ABOUT = "model.json"
+"""What ``infer.py`` reads of the network."""
+
 SLOWER_CLOCK = 0.98
 """A GPU clock below this share of its first minute's counts as throttled."""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Image files to classify on the board.
+
+    Attributes:
+        files: Taken in turn.
+        about: How their pixels become the network's input, as ``infer.py`` reads it.
+        what: Kinds, sizes and a digest of them, for the conditions: other files take other times.
+    """
+
+    files: tuple[Path, ...]
+    about: Mapping[str, Any]
+    what: str
 
 
 @dataclass(frozen=True)
@@ -62,12 +84,14 @@ class Extras:
         cold_start: Time new processes, and frames after idleness.
         streams: Streams at once; 1 leaves contention out.
         end_to_end: Time runs with their copies.
+        photos: Time the way from these image files to the classes.
     """
 
     soak_s: int = 0
     cold_start: bool = False
     streams: int = 1
     end_to_end: bool = False
+    photos: Photos | None = None
 
     @property
     def asked(self) -> bool:
@@ -80,7 +104,7 @@ class Step:
     """One process on the board.
 
     Attributes:
-        what: ``soak``, ``cold_start``, ``first_frame``, ``contention``, ``end_to_end``.
+        what: ``soak``, ``cold_start``, ``first_frame``, ``contention``, ``end_to_end``, ``from_file``.
         number: Of its kind, from 1.
         command: Its command line.
         times: The file on the board with a record of each run; None where there is none.
@@ -155,6 +179,13 @@ def steps(
             file = f"{stem}.end_to_end.times.json"
             line = command(timing, file, *([on] if on else []), without=["--noDataTransfers"])
             found.append(Step("end_to_end", i, line, file, timing.duration_s))
+    if extras.photos is not None:
+        folder, file = PurePosixPath(engine).parent, f"{stem}.from_file.times.json"
+        names = [f"{folder}/{name}" for name in names_there(extras.photos)]
+        line = ("python3", f"{folder}/infer.py", engine, *names, f"--about={folder}/{ABOUT}", f"--batch={timing.batch}")
+        line += (f"--time={timing.duration_s}", f"--times={file}")
+        line += () if timing.dla_core is None else (f"--dla={timing.dla_core}",)
+        found += [Step("from_file", i, line, file, timing.duration_s) for i in range(1, runs + 1)]
     if extras.streams > 1:
         flag = "--infStreams" if has("--infStreams", since=(8, 6)) else "--streams"
         for i in range(1, runs + 1):
@@ -185,11 +216,20 @@ def steps(
     return found, notes
 
 
+def names_there(photos: Photos) -> list[str]:
+    """Return the names of the image files in the work folder of the board; their kinds are told by their content."""
+    return [f"photo{i}" for i in range(len(photos.files))]
+
+
 def conditions(extras: Extras) -> dict[str, str]:
     """Return how each figure comes about, by the name of its metric; gates compare figures of equal conditions."""
     told = {
         "end_to_end_ms": "median latency of a run with its copies to and from the GPU, page-locked memory; no decoding, no "
         "preprocessing",
+        "from_file_ms": "median time of a batch from image files in the page cache to probabilities, by infer.py: decoding "
+        f"and preprocessing on the board's CPU (Pillow, numpy), copies, run; {extras.photos.what}"
+        if extras.photos is not None
+        else "",
         "contention_ms": f"median latency of a run while {extras.streams} streams run the same engine at once",
         "cold_start_ms": "median over new processes, from their start to their end: CUDA, loading the engine, one run; an "
         "upper bound of the time to the first result, with the engine in the page cache",
@@ -201,6 +241,7 @@ def conditions(extras: Extras) -> dict[str, str]:
     }
     measured = {
         "end_to_end_ms": extras.end_to_end,
+        "from_file_ms": extras.photos is not None,
         "contention_ms": extras.streams > 1,
         "cold_start_ms": extras.cold_start,
         "first_frame_ms": extras.cold_start,
@@ -249,32 +290,43 @@ def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, r
     files: list[Path] = []
     traces: list[str] = []
     parts: list[tuple[float, float]] = []
+    parts_ms: list[dict[str, float]] = []
+    if extras.photos is not None:
+        send(session, extras.photos)
     for step in todo:
         session.say(f"{step.what.replace('_', ' ')} of {result.precision}, process {step.number}")
         stem = session.out / f"{Path(engine).stem}.{step.what}.{step.number}"
         log = stem.with_name(stem.name + ".log")
         watched = f"{session.work}/{stem.name}.tegrastats" if step.what == "soak" and session.found.tegrastats else None
-        said = session.run(
-            list(step.command),
-            log,
-            timeout_s=step.seconds * 4 + 120,
-            watch=watched,
-            interval_ms=round(1000 * TRACE_S),
-            clocked=step.what == "cold_start",
-        )
+        limit = step.seconds * 4 + 120
+        said = None
+        if step.what == "from_file":
+            session.ran.append(quoted(step.command))
+            write_text(log, session.infer(step.command, timeout_s=limit))
+        else:
+            said = session.run(
+                list(step.command),
+                log,
+                timeout_s=limit,
+                watch=watched,
+                interval_ms=round(1000 * TRACE_S),
+                clocked=step.what == "cold_start",
+            )
         files.append(log)
         samples: list[float] = []
         if step.times is not None:
             times = stem.with_name(stem.name + ".times.json")
             session.board.get(step.times, times)
             files.append(times)
-            samples = read_times(times, "latencyMs" if step.what == "end_to_end" else "computeMs")
+            samples = read_times(times, "latencyMs" if step.what in ("end_to_end", "from_file") else "computeMs")
+            if step.what == "from_file":
+                parts_ms.append({part: statistics.median(read_times(times, part)) for part in infer.PARTS})
         if step.what == "cold_start":
             samples = [wall_ms(log)]
         elif step.what == "first_frame":
             samples = samples[1:]
         elif step.what == "soak":
-            median = said.gpu_compute.median if said.gpu_compute is not None else None
+            median = said.gpu_compute.median if said is not None and said.gpu_compute is not None else None
             if not samples and median is not None:
                 samples = [median]
             traces.append(session.board.run(["cat", watched]).output if watched is not None else "")
@@ -296,8 +348,27 @@ def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, r
         )
         metrics[f"{what}_ms"] = value if len(medians) > 1 else value.model_copy(update={"low": None, "high": None})
         kept[f"{what}_ms_runs"] = medians
+    if parts_ms:
+        kept["from_file_parts_ms"] = {
+            part.removesuffix("Ms"): statistics.median(each[part] for each in parts_ms) for part in infer.PARTS
+        }
     kept["conditions"] = {name: text for name, text in conditions(extras).items() if name in metrics}
     return replace(result, metrics=metrics, statistics=kept, files=(*result.files, *files))
+
+
+def send(session: _Session, photos: Photos) -> None:
+    """Copy what `Step`s of kind ``from_file`` read to the work folder of the board.
+
+    Raises:
+        ToolMissing: The board has no Python with numpy and TensorRT.
+        EnvironmentFailed: The connection failed.
+    """
+    session.send_infer()
+    for file, name in zip(photos.files, names_there(photos), strict=True):
+        session.board.put(file, f"{session.work}/{name}")
+    about = session.out / ABOUT
+    write_text(about, json.dumps(dict(photos.about)) + "\n")
+    session.board.put(about, f"{session.work}/{ABOUT}")
 
 
 def wall_ms(log: Path) -> float:

@@ -32,7 +32,7 @@ def load_device(name: str) -> Device:
     """
     from pydantic import ValidationError
 
-    from rescompress import strict_yaml
+    from rescompress.core import strict_yaml
 
     path = DEVICES / f"{name}.yaml"
     if name not in target_names() or not path.is_file():

@@ -9,6 +9,7 @@ images. ``model.json`` beside the engine says how pixels become the network's in
 ``model.engine.json``, written by ``build.sh``, says which board and which TensorRT the engine was built with.
 
     python3 infer.py model.engine photo.jpg               # the five best classes of each image; both, where there are two
+    python3 infer.py model.engine photo.jpg --time 10      # and how long that takes, from the file to the classes
     python3 infer.py model.engine --npy x.npy --out y.npy  # logits of preprocessed images (N, C, H, W)
 """
 
@@ -18,6 +19,7 @@ import importlib
 import json
 import os
 import sys
+import time
 
 import numpy as np
 
@@ -25,6 +27,11 @@ HOST_TO_DEVICE = 1
 DEVICE_TO_HOST = 2
 EXIT_MISSING = 4
 EXIT_BAD = 5
+
+WARM_UP_S = 0.5
+LEAST_RUNS = 10
+PARTS = ("decodeMs", "preprocessMs", "runMs")
+"""Of a timed run: opening and decoding the file; resizing, cutting out and normalising; copies, engine and probabilities."""
 
 
 class EngineError(RuntimeError):
@@ -250,7 +257,7 @@ MOST_PIXELS = 1 << 27
 
 
 def open_image(name):
-    """Return the image file as Pillow opens it, if it is of one of `FORMATS`: others might be handed to another program."""
+    """Return the image file (a path, or open) as Pillow opens it, if it is of one of `FORMATS`: others might run a program."""
     from PIL import Image
 
     Image.init()
@@ -338,15 +345,26 @@ def preprocess(image, about):
     return np.ascontiguousarray((pixels * gain + shift).transpose(2, 0, 1))
 
 
-def read_image(name, about):
-    """Return (C, H, W) float32 for an image file, or say which file is no image."""
+def decoded(name):
+    """Return a Pillow image with its pixels in memory, or say which file is no image."""
     from PIL import Image
 
     try:
-        with open_image(name) as image:
-            return preprocess(image, about)
+        with open(name, "rb") as f:  # a closed image of an old Pillow has no pixels; a closed file does it no harm
+            image = open_image(f)
+            image.load()
+            return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise EngineError("%s: no readable image: %s" % (name, e))  # noqa: B904 (tracebacks are not shown)
+
+
+def read_image(name, about):
+    """Return (C, H, W) float32 for an image file, or say which file is no image."""
+    image = decoded(name)
+    try:
+        return preprocess(image, about)
+    except (OSError, ValueError) as e:
+        raise EngineError("%s: no readable image: %s" % (name, e))  # noqa: B904
 
 
 def probabilities(logits):
@@ -355,6 +373,43 @@ def probabilities(logits):
         logits = np.array([0.0, logits[0]])
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
+
+
+def timed_run(engine, names, about):
+    """Return how long one batch of image files takes from the files to the probabilities, in ms, whole and in `PARTS`."""
+    marks = [time.perf_counter()]
+    images = [decoded(name) for name in names]
+    marks.append(time.perf_counter())
+    pixels = np.stack([preprocess(image, about) for image in images])
+    marks.append(time.perf_counter())
+    for logits in engine(pixels):
+        probabilities(logits)
+    marks.append(time.perf_counter())
+    record = {part: 1000.0 * (b - a) for part, a, b in zip(PARTS, marks, marks[1:])}  # noqa: B905
+    record["latencyMs"] = 1000.0 * (marks[-1] - marks[0])
+    return record
+
+
+def timed(engine, names, about, seconds, batch):
+    """Return a record of each run, for at least so many seconds after a warm-up; every run takes the next `batch` images."""
+    records = []
+    turn = 0
+    warm = time.perf_counter() + WARM_UP_S
+    end = None
+    while end is None or len(records) < LEAST_RUNS or time.perf_counter() < end:
+        record = timed_run(engine, [names[(turn + i) % len(names)] for i in range(batch)], about)
+        turn += batch
+        if end is not None:
+            records.append(record)
+        elif time.perf_counter() >= warm:
+            end = time.perf_counter() + seconds
+    return records
+
+
+def median(values):
+    """Return the median."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2.0
 
 
 def main():
@@ -366,6 +421,9 @@ def main():
     parser.add_argument("--out", help="write the logits of --npy here")
     parser.add_argument("--about", help="model.json (beside the engine by default)")
     parser.add_argument("--dla", type=int, help="deep-learning accelerator that the engine was built for")
+    parser.add_argument("--time", type=float, metavar="S", help="time the way from the files to the classes so many seconds")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time, for --time")
+    parser.add_argument("--times", help="write one record a run of --time here, as JSON")
     given = parser.parse_args()
     try:
         with Engine(given.engine, **({} if given.dla is None else {"dla": given.dla})) as engine:
@@ -376,6 +434,16 @@ def main():
             about_path = given.about or os.path.join(os.path.dirname(os.path.abspath(given.engine)), "model.json")
             with open(about_path, encoding="utf-8") as f:
                 about = json.load(f)
+            if given.time is not None:
+                if not given.images or given.batch < 1 or not 0 <= given.time < float("inf"):
+                    raise EngineError("--time wants an image, a number of seconds, and a --batch of at least 1")
+                records = timed(engine, given.images, about, given.time, given.batch)
+                if given.times:
+                    with open(given.times, "w") as f:
+                        json.dump(records, f)
+                for part in PARTS + ("latencyMs",):
+                    print("%s\t%.4f" % (part, median([r[part] for r in records])))
+                return 0
             for name in given.images:
                 share = probabilities(engine(read_image(name, about)[None])[0])
                 labels = about.get("labels")

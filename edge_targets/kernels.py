@@ -9,8 +9,7 @@ Shape suffixes: none here; sizes are per image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 from rescompress.core.graph import INPUT, Layer
 from rescompress.core.operations import (
@@ -18,6 +17,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -46,14 +46,28 @@ from rescompress.core.operations import (
     Tanh,
 )
 
+LINEAR_PER_CHANNEL = (BatchNorm, Affine)
+"""What a kernel takes in beside an activation behind it."""
+
 KernelKind = Literal["conv", "linear", "pool", "move"]
 Role = Literal["conv", "linear", "pool", "move", "input", "add", "pointwise", "nothing"]
 
 
+_roles: dict[type[Operation], Role] = {}
+"""By class, as they are asked for: a search over widths asks for the role of the same few classes a million times."""
+
+
 def role_of(op: Operation) -> Role:
     """Return what an operation is to a runtime: a kernel of some kind, part of the one before, or nothing."""
+    role = _roles.get(type(op))
+    if role is None:
+        role = _roles[type(op)] = _role(op)
+    return role
+
+
+def _role(op: Operation) -> Role:
     match op:
-        case Conv():
+        case Conv() | ChannelConv():
             return "conv"
         case Linear():
             return "linear"
@@ -75,8 +89,7 @@ def role_of(op: Operation) -> Role:
             assert_never(never)
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One kernel, with its sizes for one image.
 
     A convolution is the matrix product of (pixels, reduce) and (reduce, width), where reduce is taps x (in_width /
@@ -139,7 +152,7 @@ def fuse(layers: Sequence[Layer], *, add_fuses: bool = True) -> list[Kernel]:
         skip = False
         if role in ("conv", "linear", "add", "pointwise"):
             skip = _absorb(layer, readers, absorbed, add_fuses=add_fuses)
-        kernels.append(_kernel(layer, skip=skip, first=layer.inputs[:1] == (INPUT,)))
+        kernels.append(_kernel(layer, role, skip=skip, first=layer.inputs[:1] == (INPUT,)))
     return kernels
 
 
@@ -156,7 +169,7 @@ def _absorb(layer: Layer, readers: dict[str, list[Layer]], absorbed: set[str], *
         skip = skip or joins
         absorbed.add(after.name)
         tail = after
-        if role == "pointwise" and not isinstance(after.operation, BatchNorm | Affine):
+        if role == "pointwise" and not isinstance(after.operation, LINEAR_PER_CHANNEL):
             break
     return skip
 
@@ -166,20 +179,20 @@ def _is_summand(add: Layer, tensor: str, readers: dict[str, list[Layer]]) -> boo
     return add.inputs[0] == tensor or len(readers.get(add.inputs[0], ())) > 1
 
 
-def _kernel(layer: Layer, *, skip: bool, first: bool) -> Kernel:
-    out = layer.out_shape
-    pixels = out[1] * out[2] if len(out) == 3 else 1
-    in_pixels = layer.in_shape[1] * layer.in_shape[2] if len(layer.in_shape) == 3 else 1
-    op, role = layer.operation, role_of(layer.operation)
+def _kernel(layer: Layer, role: Role, *, skip: bool, first: bool) -> Kernel:
+    op, into, out = layer.operation, layer.in_shape, layer.out_shape
+    if isinstance(op, ChannelConv):  # one channel, as long as the line
+        return Kernel(layer.name, "conv", op.length, 1, 1, taps=op.kernel, in_pixels=op.length)
+    taps, groups = (op.kernel[0] * op.kernel[1], op.groups) if isinstance(op, Conv) else (1, 1)
     return Kernel(
         layer.name,
         role if role == "conv" or role == "linear" or role == "pool" else "move",
-        pixels,
-        layer.in_shape[0],
+        out[1] * out[2] if len(out) == 3 else 1,
+        into[0],
         out[0],
-        taps=op.kernel[0] * op.kernel[1] if isinstance(op, Conv) else 1,
-        groups=op.groups if isinstance(op, Conv) else 1,
-        in_pixels=in_pixels,
-        skip=skip or role == "add" or isinstance(op, Multiply),
-        first=first,
+        taps,
+        groups,
+        into[1] * into[2] if len(into) == 3 else 1,
+        skip or role == "add" or isinstance(op, Multiply),
+        first,
     )

@@ -34,6 +34,7 @@ from edge_targets.likeness import Profile, alike, profile_of
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.layers import Layer
 from rescompress.core.metric import Metric
+from rescompress.core.showing import Showing
 
 CONSTANTS = Path(__file__).parent / "data" / "latency_constants.json"
 
@@ -153,8 +154,8 @@ class KernelTime:
     memory_ms: float
 
 
-@dataclass(frozen=True)
-class LatencyPrediction:
+@dataclass(frozen=True, repr=False)
+class LatencyPrediction(Showing):
     """Predicted latency of one call.
 
     Attributes:
@@ -186,6 +187,17 @@ class LatencyPrediction:
     emc_mhz: float
     model: str
     notes: tuple[str, ...] = ()
+
+    def shows(self) -> Mapping[str, str]:
+        """Return the latency with its band, and of what."""
+        return {
+            "predicted": f"{self.p50_ms:.3g} ms ({self.low_ms:.3g} to {self.high_ms:.3g})",
+            "device": self.device,
+            "precision": self.precision,
+            "batch": str(self.batch),
+            "mode": self.power_mode,
+            **({"notes": "; ".join(self.notes)} if self.notes else {}),
+        }
 
     def metric(self) -> Metric:
         """Return the latency as a predicted `Metric` with its band."""
@@ -560,7 +572,7 @@ def cost_function(
     """Return a function from layers to predicted milliseconds, for a budget in latency.
 
     The cost of a walk is the sum over its segments (a convolution with what fuses into it), so it can be called with
-    either. It takes some 0.3 ms for a ResNet-50.
+    either. It takes some 0.3 ms for a ResNet-50 (benchmarks/latency_cost.py).
 
     Raises:
         TargetError: As `rates`.

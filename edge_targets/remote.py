@@ -348,8 +348,11 @@ def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scor
         todo, _ = board_statistics.steps(
             known, frozenset(), options.extras, engine, timing, runs=options.runs, executable="trtexec"
         )
+        if options.extras.photos is not None:
+            names = board_statistics.names_there(options.extras.photos)
+            lines.append(f"cat > $WORK/infer.py    # likewise {board_statistics.ABOUT}, {', '.join(names)}")
         lines += [" ".join(step.command) for step in todo]
-    if scored:
+    if scored and options.extras.photos is None:
         lines.append("cat > $WORK/infer.py")
     for job in jobs if scored else ():
         lines.append("cat > $WORK/images.npy    # and the next line: for each piece of the images")
@@ -682,6 +685,12 @@ class _Session:
         batch = self.options.batches[0]
         engine = f"{self.work}/model_{job.precision}.engine"
         found = board_statistics.measure(self, engine, batch, timing_of(job, self.options, batch), result)
+        parts = found.statistics.get("from_file_parts_ms")
+        if parts is not None:
+            told = ", ".join(f"{part} {ms:.3f} ms" for part, ms in parts.items())
+            self.notes.append(
+                f"{job.precision}: of the {found.metrics['from_file_ms'].value:.3f} ms from file to classes: {told}"
+            )
         if "soak" in found.statistics:
             self.notes.append(board_statistics.soak_note(found.statistics["soak"], found.metrics["soak_ratio"].value))
         return found
@@ -733,19 +742,49 @@ class _Session:
             ToolMissing: The board has no Python with numpy and TensorRT.
             EnvironmentFailed: Connection, disk or inference failed.
         """
-        asked = self.board.run(["python3", "-c", "import numpy, tensorrt; print(tensorrt.__version__)"])
-        if asked.code != 0:
-            said = (asked.output.strip().splitlines() or ["no reason given"])[-1]
-            raise ToolMissing(
-                f"no Python with TensorRT there to measure accuracy with: {said}",
-                where=self.board.host,
-                remedy="on the board: sudo apt install python3-libnvinfer python3-numpy; timings are kept",
-            )
-        self.board.put(Path(infer.__file__), f"{self.work}/infer.py")
+        self.send_infer()
         for job in jobs:
             self.say(f"accuracy of {job.precision} on the board")
             with _BoardRunner(self, job.precision) as runner:
                 score(job.precision, runner)
+
+    def send_infer(self) -> None:
+        """Copy ``infer.py`` to the work folder.
+
+        Raises:
+            ToolMissing: The board has no Python with numpy and TensorRT.
+            EnvironmentFailed: The connection failed.
+        """
+        asked = self.board.run(["python3", "-c", "import numpy, tensorrt; print(tensorrt.__version__)"])
+        if asked.code != 0:
+            said = (asked.output.strip().splitlines() or ["no reason given"])[-1]
+            raise ToolMissing(
+                f"no Python with TensorRT there to run images with: {said}",
+                where=self.board.host,
+                remedy="on the board: sudo apt install python3-libnvinfer python3-numpy; timings are kept",
+            )
+        self.board.put(Path(infer.__file__), f"{self.work}/infer.py")
+
+    def infer(self, command: Sequence[str], *, timeout_s: float) -> str:
+        """Run ``infer.py`` there; return what it prints.
+
+        Raises:
+            ToolMissing: The board lacks a library that it needs.
+            EnvironmentFailed: Connection, disk or inference failed.
+        """
+        done = self.board.run(list(command), timeout_s=timeout_s)
+        if done.code == 0:
+            return done.output
+        said = (done.output.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+        where = f"{self.board.host}: {' '.join(command[:3])}"
+        if done.code == infer.EXIT_MISSING:
+            raise ToolMissing(said, where=where, remedy="install it on the board; timings are kept")
+        full = "the disk of the board is full: " if "No space left on device" in done.output else ""
+        raise EnvironmentFailed(
+            f"{full}infer.py failed (exit code {done.code}): {said}",
+            where=where,
+            remedy="repair it on the board; timings are kept",
+        )
 
     def time(self, name: str, batch: int, command: Sequence[str], number: int) -> Timed:
         """Time an engine at one batch; once more where the spread is large, and keep the calmer of the two and its files."""
@@ -819,16 +858,7 @@ class _BoardRunner:
         images, logits = folder / "images.npy", folder / "logits.npy"
         np.save(images, np.ascontiguousarray(batch_NCHW, np.float32), allow_pickle=False)
         session.board.put(images, f"{session.work}/{images.name}")
-        done = session.board.run(self._command, timeout_s=PIECE_TIMEOUT_S)
-        if done.code != 0:
-            said = (done.output.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-            where = f"{session.board.host}: {' '.join(self._command[:3])}"
-            if done.code == infer.EXIT_MISSING:
-                raise ToolMissing(said, where=where, remedy="install it on the board; timings are kept")
-            full = "the disk of the board is full: " if "No space left on device" in done.output else ""
-            raise EnvironmentFailed(
-                f"{full}no logits (exit code {done.code}): {said}", where=where, remedy="mend it on the board; timings are kept"
-            )
+        session.infer(self._command, timeout_s=PIECE_TIMEOUT_S)
         session.board.get(f"{session.work}/{logits.name}", logits)
         try:
             found: NDArray[np.float32] = np.load(logits, allow_pickle=False)

@@ -35,6 +35,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -503,6 +504,8 @@ class _Writer:
                 return self.global_pool(layer, op, inputs[0])
             case ChannelSelect() as op:
                 return self.channel_select(layer, op, inputs[0])
+            case ChannelConv() as op:
+                return self.channel_conv(layer, op, inputs[0])
             case Pad() as op:
                 top, left, bottom, right = op.pads
                 pads_of = self.constant(f"{name}.pads", np.asarray([0, 0, top, left, 0, 0, bottom, right], np.int64))
@@ -649,6 +652,27 @@ class _Writer:
             return x
         x.name = name
         return x
+
+    def channel_conv(self, layer: Layer, op: ChannelConv, x: ir.Value) -> ir.Value:
+        """Append a one-dimensional convolution over the channels of a vector, each at its place in a line of zeros."""
+        name, whole = layer.name, op.places == tuple(range(op.length))
+        if not whole:
+            index = np.full(op.length, len(op.places), np.int64)
+            index[list(op.places)] = np.arange(len(op.places))
+            padded = self.pad_channels(f"{name}.pad", x, 0, 1, 1)
+            x = self.node("Gather", f"{name}.line", [padded, self.constant(f"{name}.map", index)], axis=1)
+        axis = self.constant("axis", np.asarray([1], np.int64))
+        parts = [
+            self.floats(f"{name}.{part}", self.tensor(f"{name}.{part}", shape))
+            for part, shape in op.parameters(layer.in_shapes).items()
+        ]
+        row = self.node("Unsqueeze", f"{name}.row", [x, axis])
+        made = self.node("Conv", name, [row, *parts], out=f"{name}.made", kernel_shape=[op.kernel], pads=[op.kernel // 2] * 2)
+        flat = self.node("Squeeze", f"{name}.flat", [made, axis], out=name if whole else f"{name}.flat")
+        if whole:
+            return flat
+        places = self.constant(f"{name}.places", np.asarray(op.places, np.int64))
+        return self.node("Gather", f"{name}.chosen", [flat, places], out=name, axis=1)
 
     def pad_channels(self, name: str, x: ir.Value, front: int, back: int, axes: int) -> ir.Value:
         """Append zero channels before and after, to a map (3 axes) or a vector (1)."""

@@ -16,6 +16,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -174,6 +175,11 @@ class _Random(Maker):
             y = self.add(GlobalPool(kind=self.choice("avg", "max")), x)
             y = self.act(self.add(Linear(width=3), y))
             y = self.add(Linear(width=c, bias=bool(self.rng.random() < 0.5)), y)
+        elif roll < 0.55:
+            length = c + int(self.rng.integers(0, 3))
+            places = tuple(int(i) for i in self.rng.permutation(length)[:c])
+            op = ChannelConv(kernel=int(self.choice(1, 3, 5)), length=length, places=places, bias=bool(self.rng.random() < 0.5))
+            y = self.add(op, self.add(GlobalPool(), x))
         elif roll < 0.8:
             y = self.add(GlobalPool(keep=True), x)
             y = self.conv(self.act(self.conv(y, 3, 1, bias=True)), c, 1, bias=True)

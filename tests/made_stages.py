@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rescompress.stage import Context, Outcome
+from rescompress.runs.stage import Context, Outcome
 
 
 @dataclass(frozen=True)
 class Made:
-    """What `rescompress.stage.Stage` asks for, given by hand.
+    """What `rescompress.runs.stage.Stage` asks for, given by hand.
 
     Attributes:
         name: Of the stage.

@@ -72,7 +72,7 @@ class Spy:
 def _places() -> dict[int, list[tuple[Any, str]]]:
     """Return where each function is known by a name: every module of the product is imported, so that none keeps a stand-in."""
     for found in pkgutil.walk_packages(rescompress.__path__, "rescompress."):
-        if not found.name.startswith("rescompress.track.") and not found.name.endswith("__main__"):
+        if not found.name.startswith("rescompress.show.track.") and not found.name.endswith("__main__"):
             importlib.import_module(found.name)
     places: dict[int, list[tuple[Any, str]]] = {}
     for name, module in list(sys.modules.items()):

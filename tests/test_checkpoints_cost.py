@@ -18,7 +18,7 @@ import torch
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 from compress.checkpoints import load_checkpoint
-from rescompress.inspection import describe
+from rescompress.runs.inspection import describe
 found = describe(load_checkpoint(sys.argv[1]))
 print(json.dumps({"ratio": (peak() - before) / found["totals"]["size_bytes"], "arch": found["arch"]}))
 """

@@ -303,9 +303,9 @@ def test_commands_and_configs_take_a_name(
     rescompress("init", "timm/resnet18.a1_in1k", "--data", "builtin:digits", cwd=tmp_path)
     assert f"\ncheckpoint: timm/resnet18.a1_in1k@{COMMIT}\n" in (tmp_path / "rescompress.yaml").read_text()
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)  # it is pinned, and in the cache
-    from rescompress.config import load_config
-    from rescompress.plan import opening_of, run_plan
-    from rescompress.settings import Settings
+    from rescompress.runs.config import load_config
+    from rescompress.runs.plan import opening_of, run_plan
+    from rescompress.runs.settings import Settings
 
     loaded = load_config(tmp_path / "rescompress.yaml")
     opening = opening_of(loaded)

@@ -18,7 +18,7 @@ from export.parity import OrtRunner, compare_logits
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
-from rescompress.inspection import describe
+from rescompress.runs.inspection import describe
 
 SLOW = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from compress.checkpoints.base import Checkpoint
 from compress.resnet import build_model, tensors_of
 from edge_targets.bundle import write_bundle
 from edge_targets.catalog import load_target
-from rescompress.stage import Opening
-from rescompress.starter import starter_config
+from rescompress.runs.stage import Opening
+from rescompress.runs.starter import starter_config
 
 EVIL = "resnet20\nallow_pickle: true\nlabels: {'0': '9'}\r\x85\u2028x: 1\x1b[31m"
 

@@ -34,10 +34,10 @@ from edge_targets.catalog import target_names
 from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
-from rescompress.config import RunConfig, load_config
 from rescompress.core.described import flag_of
 from rescompress.core.settings import PruneSettings
-from rescompress.stage import Opening
+from rescompress.runs.config import RunConfig, load_config
+from rescompress.runs.stage import Opening
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")

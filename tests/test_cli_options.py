@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from PIL import Image
 from recorders import Spy, network, spy_on, watch_images, write_inputs
 from report_factory import write_run
 from test_settings import made_from_settings
@@ -27,13 +28,14 @@ from compress.prune import measure, picture
 from compress.quantize import sensitivity
 from edge_targets import benchmark, latency, onnx_kernels, remote, ssh
 from edge_targets.backends import onnxruntime
-from rescompress import api, gate, track
+from rescompress import api
 from rescompress.cli.app import COMMANDS
 from rescompress.core.details import KINDS
 from rescompress.core.errors import ToolMissing
 from rescompress.core.metric import accuracy, counted
-from rescompress.gate import render
-from rescompress.stage import Context, Outcome
+from rescompress.runs.stage import Context, Outcome
+from rescompress.show import gate, track
+from rescompress.show.gate import render
 
 COMMON = {"help", "json", "verbose", "quiet", "debug", "install_completion", "show_completion", "force"}
 """What every command takes, and what typer adds; what ``--force`` does stands in test_run_claims.py."""
@@ -63,7 +65,7 @@ class Seen:
             ("export", "exported"),
             ("target", "target"),
         ):
-            patch.setattr(importlib.import_module(f"rescompress.stages.{module}"), function, self._stage(function))
+            patch.setattr(importlib.import_module(f"rescompress.runs.stages.{module}"), function, self._stage(function))
 
     def _stage(self, function: str) -> Callable[..., Outcome]:
         def run(context: Context, step: Any) -> Outcome:
@@ -253,10 +255,11 @@ QUANTIZE = [
 EXPORT = [
     Case(
         "net.safetensors -t jetson --precision fp16 --batch 4 --opset 18 -o there --archive --require-engine "
-        f"{STATED} {NAMED} {SHARED}",
+        f"--skip-corrupt {STATED} {NAMED} {SHARED}",
         {
             **opened("target"),
             **shared("target"),
+            "skip_corrupt": (lambda seen: seen.shared("target").skip_corrupt, True),
             "target": (lambda seen: seen.stage("target")["target"].alias, "jetson"),
             "require_engine": (lambda seen: seen.stage("target")["require_engine"], True),
             "output": (lambda seen: seen.text("there/model.onnx"), "onnx of jetson-orin-nano-8gb-super"),
@@ -356,7 +359,7 @@ DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
         "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
-        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback",
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback --photo photo.png",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -380,6 +383,7 @@ DEPLOY = [
             "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),
             "streams": (lambda seen: seen["deploy"]["options"].extras.streams, 4),
             "end_to_end": (lambda seen: seen["deploy"]["options"].extras.end_to_end, True),
+            "photo": (lambda seen: [f.name for f in seen["deploy"]["options"].extras.photos.files], ["photo.png"]),
         },
         4,
     ),
@@ -508,6 +512,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("candidate", "baseline"):
         write_run(folder / name)
     (folder / "model.py").write_text("")
+    Image.new("RGB", (20, 16)).save(folder / "photo.png")
     (folder / "limits.yaml").write_text("max_drop: 30\nmax_macs: 31\n")
     written = {
         "checkpoint": "net.safetensors",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rescompress.config import load_config
 from rescompress.core.errors import ConfigError
-from rescompress.starter import starter_config
+from rescompress.runs.config import load_config
+from rescompress.runs.starter import starter_config
 
 GOOD = "checkpoint: net.pt\ndata: builtin:digits\nprune: {macs: 0.5}\nquantize: {mode: ptq}\ntargets: [cpu]\n"
 

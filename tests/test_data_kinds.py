@@ -23,8 +23,8 @@ from compress.data.sources import PACKAGE
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput, DataError, ToolMissing
 from rescompress.core.spec import Preprocessing
-from rescompress.fingerprint import data_identity
-from rescompress.settings import Settings
+from rescompress.runs.fingerprint import data_identity
+from rescompress.runs.settings import Settings
 
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, resize=None)
 INPUTS = Inputs((3, 8, 8), 2, HALF, ("cat", "dog"))
@@ -388,6 +388,6 @@ def test_data_is_known_again_without_torch(tmp_path: Path) -> None:
     import subprocess
 
     sources = [as_shards(tmp_path / "shards"), as_folder(tmp_path / "folder"), as_table(tmp_path / "table")]
-    code = "import sys; from rescompress.fingerprint import data_identity\n"
+    code = "import sys; from rescompress.runs.fingerprint import data_identity\n"
     code += "for source in sys.argv[1:]: data_identity(source)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *sources], check=True, cwd=Path(__file__).parents[1])

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from compress.data import CachedStore, Dataset, Inputs, Split, _View, load_dataset, match_classes
 from compress.evaluate import evaluate
-from rescompress.config import load_config
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.labels import parse_labels
 from rescompress.core.outcomes import samples_digest
 from rescompress.core.spec import Preprocessing
-from rescompress.fingerprint import data_identity
-from rescompress.labels import parse_labels
+from rescompress.runs.config import load_config
+from rescompress.runs.fingerprint import data_identity
 
 RAW = Preprocessing(name="raw", mean=(0.5, 0.25, 0.125), std=(0.5, 0.25, 2.0), resize=None)
 

@@ -31,13 +31,13 @@ from compress.preprocessing import KEYS, Statement
 from compress.resnet import build_model
 from edge_targets import infer
 from export.to_onnx import ExportOptions, read_metadata, to_onnx
-from rescompress.config import validate
 from rescompress.core.errors import BadInput, ConfigError, DataError
 from rescompress.core.spec import ModelSpec, Preprocessing
-from rescompress.evaluation import _open
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Opening
+from rescompress.runs.config import validate
+from rescompress.runs.evaluation import _open
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: its pixels are not compared")
 from torchvision import transforms  # noqa: E402

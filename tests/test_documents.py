@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 from report_factory import write_run
 
 from rescompress.cli.app import COMMANDS
-from rescompress.documents import FILES, OUTPUTS, SCHEMAS, schema_of
+from rescompress.show.documents import FILES, OUTPUTS, SCHEMAS, schema_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[1]

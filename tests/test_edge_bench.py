@@ -22,10 +22,10 @@ from edge_targets.backends import load_backend
 from edge_targets.benchmark import Candidate, Effort, measure_processes, time_runner
 from edge_targets.catalog import load_target
 from edge_targets.latency import Overrides, clocks
-from rescompress.config import RunConfig
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError
-from rescompress.plan import run_plan
-from rescompress.settings import Settings
+from rescompress.runs.config import RunConfig
+from rescompress.runs.plan import run_plan
+from rescompress.runs.settings import Settings
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 RUNTIMES = ["onnxruntime", "openvino"]

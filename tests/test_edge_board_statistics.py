@@ -18,6 +18,8 @@ from edge_targets.board_statistics import (
     PART_S,
     TRACE_ROWS,
     Extras,
+    Photos,
+    conditions,
     jitter,
     median_of_builds,
     parse_duration,
@@ -130,6 +132,24 @@ def test_a_figure_that_this_trtexec_cannot_give_is_named():
     todo, notes = planned("10.3", frozenset({"--infStreams"}))
     assert not [s for s in todo if s.what == "first_frame"]
     assert "--idleTime" in notes[0]
+
+
+@pytest.mark.parametrize("dla", [None, 1])
+def test_the_way_from_files_is_timed_by_what_classifies_there(tmp_path, dla):
+    photos = Photos((tmp_path / "a b.jpg", tmp_path / "c.png"), {}, "image files: 2 of 640x480 pixels, digest 0123")
+    timing = TimingOptions(duration_s=10, batch=4, dla_core=dla)
+    extras = Extras(photos=photos)
+    assert extras.asked
+    todo, notes = steps(capabilities("10.3"), frozenset(), extras, "/w/m.engine", timing, runs=3, executable="trtexec")
+    assert notes == []
+    assert [(s.what, s.number) for s in todo] == [("from_file", 1), ("from_file", 2), ("from_file", 3)]
+    words = todo[0].command
+    assert words[:5] == ("python3", "/w/infer.py", "/w/m.engine", "/w/photo0", "/w/photo1")
+    assert {"--about=/w/model.json", "--batch=4", "--time=10", f"--times={todo[0].times}"} <= set(words)
+    assert ("--dla=1" in words) == (dla is not None)
+    ((name, told),) = conditions(extras).items()
+    assert name == "from_file_ms"
+    assert "digest 0123" in told
 
 
 def test_nothing_is_planned_that_was_not_asked_for():

@@ -16,7 +16,7 @@ from edge_targets.tensorrt_versions import Capabilities, capabilities, parse_rel
 from edge_targets.trtexec import BuildOptions, build_command
 from rescompress.cli.app import main
 from rescompress.core.errors import TargetError
-from rescompress.file_check import facts_of
+from rescompress.runs.file_check import facts_of
 
 
 @pytest.mark.parametrize("target", catalog.all_targets(), ids=lambda t: t.name)

@@ -25,8 +25,9 @@ import pytest
 import torch
 from made_stages import Made
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
-from edge_targets import ssh
+from edge_targets import infer, ssh
 from edge_targets.benchmark import summarize
 from edge_targets.catalog import load_target
 from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats, probe
@@ -38,9 +39,9 @@ from rescompress.cli.deploy import _folder
 from rescompress.core.artifact import file_sha256, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, TargetError
 from rescompress.core.manifest import StageResult, load_manifest, update_manifest
-from rescompress.pipeline import run_stages
-from rescompress.reporter import Silent
-from rescompress.stage import Outcome
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.reporter import Silent
+from rescompress.runs.stage import Outcome
 
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
 ROOT = Path(__file__).parents[1]
@@ -1000,6 +1001,90 @@ def test_what_was_asked_for_beside_the_latency_is_measured_and_kept(fresh, tmp_p
     assert any(n.startswith("soak of 120 s") for n in found["notes"])
     assert json.loads(Path(found["engine"]).read_bytes().split(b"\n")[0].removeprefix(b"STAND-IN"))["tactics"] == 1.0
     assert fresh.left_behind() == []
+
+
+def photographs(folder):
+    """Write two image files of different sizes and kinds."""
+    rng, files = np.random.default_rng(0), [folder / "it's.jpg", folder / "b.png"]
+    for file, (height, width) in zip(files, [(48, 64), (30, 20)], strict=True):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file)
+    return files
+
+
+@needs_sshd
+@pytest.mark.parametrize("trtexec", [True, False], ids=["trtexec", "builder"])
+def test_the_way_from_image_files_is_timed_on_the_board(fresh, tmp_path, trtexec):
+    if not trtexec:  # one module builds and times, the other runs images
+        (fresh.tools / "trtexec").unlink()
+        both = tmp_path / "modules"
+        both.mkdir()
+        (both / "tensorrt.py").write_text(
+            "import os, sys\n"
+            "which = 'python' if os.path.basename(sys.argv[0]) == 'infer.py' else 'builder'\n"
+            f"__file__ = {str(Path(__file__).parent)!r} + '/edge_standin_' + which + '/tensorrt.py'\n"
+            "exec(compile(open(__file__).read(), __file__, 'exec'))\n"
+        )
+        fresh.install_python(both)
+    model, _, _ = labelled(tmp_path)
+    files = photographs(tmp_path)
+    words = [w for f in files for w in ("--photo", f)]
+    done = deploy(fresh, model, "-o", tmp_path / "out", *words, "--runs", "2")
+    assert done.returncode == 0, done.stderr
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    details, metric = stage["details"], stage["metrics"]["from_file_ms"]
+    assert metric["provenance"] == "measured"
+    assert len(details["from_file_ms_runs"]) == 2
+    assert metric["n"] >= 2 * infer.LEAST_RUNS
+    parts = details["from_file_parts_ms"]
+    assert set(parts) == {"decode", "preprocess", "run"}
+    assert all(v > 0 for v in parts.values())
+    told = details["conditions"]["from_file_ms"]
+    assert "image files: 2 of 20x30, 64x48 pixels" in told
+    assert any("ms from file to classes: decode " in n for n in details["notes"])
+    assert any("infer.py" in c and "photo1" in c for c in details["commands"])
+    times = [f for f in stage["outputs"] if f["path"].endswith(".times.json") and "from_file" in f["path"]]
+    assert len(times) == 2
+    files[1].write_bytes(files[0].read_bytes())
+    again = deploy(fresh, model, "-o", tmp_path / "again", *words)
+    assert json.loads(again.stdout)["conditions"]["from_file_ms"] != told, "other files, other conditions"
+    assert fresh.left_behind() == []
+
+
+@needs_sshd
+def test_a_board_without_pillow_keeps_the_latency(fresh, tmp_path):
+    shadow = tmp_path / "modules"
+    shutil.copytree(STANDIN_PYTHON, shadow)
+    (shadow / "PIL.py").write_text("raise ImportError('No module named PIL')\n")
+    fresh.install_python(shadow)
+    model, _, _ = labelled(tmp_path)
+    done = deploy(fresh, model, "-o", tmp_path / "out", "--photo", photographs(tmp_path)[0])
+    assert done.returncode == 4, done.stderr
+    assert "PIL" in done.stderr
+    (stage,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]
+    assert stage["metrics"]["p50_ms"]["provenance"] == "measured"
+    assert "from_file_ms" not in stage["metrics"]
+    assert fresh.left_behind() == []
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no image", "absent"])
+def test_a_photo_that_cannot_be_read_is_refused_before_anything_is_built(tmp_path, damage):
+    model, _, _ = labelled(tmp_path)
+    file = photographs(tmp_path)[1]
+    if damage == "absent":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-300] if damage == "cut off" else b"text")
+    done = deploy(None, model, "-o", tmp_path / "out", "--photo", file, "--dry-run")
+    assert done.returncode == 5, done.stderr
+    assert "b.png" in done.stderr
+
+
+def test_a_file_that_does_not_say_how_images_are_read_is_not_timed_from_files(tmp_path):
+    done = deploy(
+        None, write_onnx(tmp_path / "m.onnx"), "-o", tmp_path / "out", "--photo", photographs(tmp_path)[0], "--dry-run"
+    )
+    assert done.returncode == 5, done.stderr
+    assert "preprocessed" in done.stderr
 
 
 @needs_sshd

@@ -22,10 +22,10 @@ from rescompress.cli.deploy import _jobs
 from rescompress.cli.workspace import deliver
 from rescompress.core.quantizers import PROFILES
 from rescompress.core.settings import ExportSettings, QuantizeSettings
-from rescompress.plan import profile_for
-from rescompress.stages.export import export_options
-from rescompress.stages.shared import onnx_of, write_onnx
-from rescompress.stages.target import for_target, profile_notes
+from rescompress.runs.plan import profile_for
+from rescompress.runs.stages.export import export_options
+from rescompress.runs.stages.shared import onnx_of, write_onnx
+from rescompress.runs.stages.target import for_target, profile_notes
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"

@@ -208,7 +208,7 @@ def test_one_file_and_a_device_add_a_runtime(tmp_path):
 def test_another_profile_costs_something_neutral_where_the_runtime_says_nothing(monkeypatch):
     from types import SimpleNamespace
 
-    from rescompress.stages.target import profile_notes
+    from rescompress.runs.stages.target import profile_notes
 
     monkeypatch.setattr("edge_targets.backends.openvino.COST_OF_PROFILE", {})
     (note,) = profile_notes(SimpleNamespace(quantization=SimpleNamespace(profile="tensorrt")), load_target("cpu"))

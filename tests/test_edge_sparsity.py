@@ -18,7 +18,7 @@ from edge_targets.sparsity import gain_note, gain_of, weights_note
 from rescompress.core.errors import ModelFileError, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.settings import ExportSettings
-from rescompress.stages.export import export_options
+from rescompress.runs.stages.export import export_options
 
 ORIN = "jetson-orin-nano-8gb-super"
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,7 @@ from edge_targets.onnx_kernels import kernels_of
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trt_build import Recipe, build_engine, recipe_for
 from edge_targets.trtexec import InputShapes
+from edge_targets.trtexec_log import read_times
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.errors import ModelFileError, TargetError, ToolMissing
 from rescompress.core.layers import walk
@@ -271,6 +273,72 @@ def test_a_single_logit_tells_two_classes_apart(tmp_path, monkeypatch, capsys, l
     one = 1 / (1 + np.exp(-logit))
     expected = [[names[1], f"{one:.4f}"], [names[0], f"{1 - one:.4f}"]]
     assert rows == (expected if logit > 0 else expected[::-1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_each_part_of_the_way_from_a_file_is_timed_and_nothing_else(monkeypatch, batch, seconds):
+    now, taken = [0.0], []
+
+    def takes(ms, value):
+        now[0] += ms / 1000
+        return value
+
+    def decoded(name):
+        taken.append(name)
+        return takes(50, name)
+
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(infer, "decoded", decoded)
+    monkeypatch.setattr(infer, "preprocess", lambda image, about: takes(30, np.zeros((3, 2, 2), np.float32)))
+
+    def engine(pixels):
+        assert pixels.shape == (batch, 3, 2, 2)
+        return takes(20, np.zeros((batch, 5), np.float32))
+
+    records = infer.timed(engine, ["a", "b"], {}, seconds, batch)
+    part = {"decodeMs": 50 * batch, "preprocessMs": 30 * batch, "runMs": 20, "latencyMs": 80 * batch + 20}
+    for record in records:
+        assert record == pytest.approx(part)
+    assert len(records) == max(infer.LEAST_RUNS, -(-1000 * seconds // (80 * batch + 20)))
+    assert taken == (["a", "b"] * len(taken))[: len(taken)], "files are taken in turn"
+    warm_up = len(taken) / batch - len(records)
+    assert warm_up >= 1
+    assert warm_up * (80 * batch + 20) >= 1000 * infer.WARM_UP_S
+
+
+@pytest.mark.parametrize("values", [[3.0], [4.0, 1.0], [5.0, 1.0, 9.0], [2.0, 8.0, 4.0, 6.0]])
+def test_the_median_on_the_board_is_that_of_everyone(values):
+    assert infer.median(values) == statistics.median(values)
+
+
+def test_the_way_from_a_file_is_timed_by_the_command_line(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    about = {"input_shape": [3, 8, 8], "preprocessing": Preprocessing().model_dump(mode="json")}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    Image.new("RGB", (9, 8)).save(tmp_path / "photo.png")
+    seen = []
+
+    def engine(images):
+        seen.append(images)
+        return np.zeros((len(images), 2), np.float32)
+
+    monkeypatch.setattr(infer, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(infer, "Engine", lambda path: contextlib.nullcontext(engine))
+    times, words = tmp_path / "times.json", ["infer.py", str(tmp_path / "m.engine")]
+    timing = ["--time", "0", "--times", str(times), "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "photo.png"), *timing])
+    assert infer.main() == 0
+    assert len(read_times(times, "latencyMs")) == infer.LEAST_RUNS == len(seen) - 1
+    wanted = infer.read_image(str(tmp_path / "photo.png"), about)
+    assert all(np.array_equal(images, [wanted, wanted]) for images in seen)
+    shown = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert set(shown) == {*infer.PARTS, "latencyMs"}
+    for wrong in ("--time=1", "p.png --time=-1", "p.png --time=nan", "p.png --time=1 --batch=0"):
+        monkeypatch.setattr(sys, "argv", [*words, *wrong.split()])
+        assert infer.main() == infer.EXIT_BAD
+        assert "--time wants" in capsys.readouterr().err
 
 
 def test_an_engine_of_another_board_or_version_is_refused(tmp_path):

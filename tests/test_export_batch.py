@@ -17,7 +17,7 @@ from edge_targets.trt_build import build_engine
 from edge_targets.trtexec import InputShapes
 from export.parity import Parity
 
-stage = import_module("rescompress.stages.target")  # the package has a function of this name
+stage = import_module("rescompress.runs.stages.target")  # the package has a function of this name
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 
 
@@ -43,7 +43,7 @@ def test_engines_have_the_batch_that_was_asked_for(
 
     monkeypatch.setattr(stage, "measure_processes", measure)
     same = Parity(1, 0.0, 0.0, 1.0, 1.0, 1)
-    monkeypatch.setattr(import_module("rescompress.stages.export"), "check_parity", lambda *_: (same, None, "no images"))
+    monkeypatch.setattr(import_module("rescompress.runs.stages.export"), "check_parity", lambda *_: (same, None, "no images"))
     rescompress("export", DIGITS, "--target", target, "--batch", asked, "-o", "out", cwd=tmp_path)
     assert [first_dimension(tmp_path / "out" / name) for name in ("model.onnx", engine)] == [delivered, delivered]
     assert [c.batch for c in candidates] == [measured]

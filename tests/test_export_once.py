@@ -12,13 +12,13 @@ from recorders import write_inputs
 from rescompress.core.details import FileDetails
 from rescompress.core.manifest import Manifest
 from rescompress.core.settings import ExportSettings
-from rescompress.pipeline import run_stages
-from rescompress.plan import Builder
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Opening
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.plan import Builder
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening
 
-FILE: Any = importlib.import_module("rescompress.stages.export")
+FILE: Any = importlib.import_module("rescompress.runs.stages.export")
 
 
 def run(folder: Path, settings: dict[str, ExportSettings]) -> Manifest:

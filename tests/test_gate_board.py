@@ -11,10 +11,10 @@ from edge_targets.board_statistics import soak_details
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy
-from rescompress.gate import Limits, Run, judge, load_run
-from rescompress.gate.checks import OF_ITSELF, PER_PROCESS, baseline_of
-from rescompress.report.columns import COLUMNS
-from rescompress.report.html import page
+from rescompress.show.figures.columns import COLUMNS
+from rescompress.show.gate import Limits, Run, judge, load_run
+from rescompress.show.gate.checks import OF_ITSELF, PER_PROCESS, baseline_of
+from rescompress.show.report.html import page
 
 
 def board(**changes: Any) -> Run:

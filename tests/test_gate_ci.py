@@ -160,7 +160,7 @@ def test_every_limit_is_an_option_an_input_and_documented() -> None:
     import typer
 
     from rescompress.cli import gate
-    from rescompress.gate import Limits
+    from rescompress.show.gate import Limits
 
     command = typer.main.get_command(gate.app)
     flags = {name.replace("_", "-") for name in Limits.model_fields}

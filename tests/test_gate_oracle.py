@@ -17,7 +17,7 @@ from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate import Limits, judge, load_run
+from rescompress.show.gate import Limits, judge, load_run
 
 scipy_optimize = pytest.importorskip("scipy.optimize")
 scipy_stats = pytest.importorskip("scipy.stats")

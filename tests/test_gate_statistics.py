@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from rescompress.gate import ratios, tango
-from rescompress.gate.tango import Paired
+from rescompress.show.gate import ratios, tango
+from rescompress.show.gate.tango import Paired
 
 MARGIN = 0.01
 
@@ -240,7 +240,7 @@ def test_a_slowdown_is_found() -> None:
 
 def test_drift_between_sessions_does_not_fail_a_repetition() -> None:
     """A/A with sessions that differ by 10 %: in multiples of the dense network the gate at 1.05 keeps its level."""
-    from rescompress.gate.checks import _measured
+    from rescompress.show.gate.checks import _measured
 
     rng = np.random.default_rng(5)
     raw, relative = [], []

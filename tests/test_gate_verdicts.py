@@ -23,9 +23,9 @@ from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import accuracy, counted
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate import GateReport, Limits, Run, judge, limits_of, load_limits, load_run
-from rescompress.gate.checks import _outcomes, baseline_of
-from rescompress.gate.render import gitlab_code_quality, to_junit, to_markdown
+from rescompress.show.gate import GateReport, Limits, Run, judge, limits_of, load_limits, load_run
+from rescompress.show.gate.checks import _outcomes, baseline_of
+from rescompress.show.gate.render import gitlab_code_quality, to_junit, to_markdown
 
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
 

@@ -13,7 +13,7 @@ from compress import zoo
 from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from rescompress.core.recipe import network_of
-from rescompress.inspection import describe, one_line
+from rescompress.runs.inspection import describe, one_line
 
 
 def test_a_graph_is_described_as_its_recipe_is() -> None:

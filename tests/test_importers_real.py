@@ -21,8 +21,8 @@ from compress.importers.proof import difference
 from compress.resnet import build_model
 from export.to_onnx import ExportOptions
 from rescompress.core.layers import total_macs
-from rescompress.settings import Settings
-from rescompress.stages.export import write_export
+from rescompress.runs.settings import Settings
+from rescompress.runs.stages.export import write_export
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -15,9 +15,9 @@ from report_factory import write_run
 from rescompress.core.details import KINDS, DeployDetails, Details, PruneDetails, TargetDetails
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import SCHEMA_VERSION, Manifest, StageResult, load_manifest
-from rescompress.gate import judge, load_run
-from rescompress.gate.limits import Limits
-from rescompress.report.tables import rows_of, to_document
+from rescompress.show.figures.tables import rows_of, to_document
+from rescompress.show.gate import judge, load_run
+from rescompress.show.gate.limits import Limits
 
 OLD = Path(__file__).parent / "data" / "layout1"
 

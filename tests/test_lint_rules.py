@@ -805,7 +805,7 @@ def test_command_line_refuses_what_is_no_onnx(tmp_path: Path) -> None:
 
 def test_export_of_a_bottleneck_for_a_real_target_has_no_error() -> None:
     from edge_targets.catalog import load_target
-    from rescompress.file_check import facts_of
+    from rescompress.runs.file_check import facts_of
 
     spec = imagenet_bottleneck()
     model = network(spec)

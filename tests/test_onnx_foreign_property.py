@@ -26,10 +26,10 @@ from export.recount import recount
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.errors import RescompressError
 from rescompress.core.spec import Head
-from rescompress.evaluation import evaluate_file
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Opening
+from rescompress.runs.evaluation import evaluate_file
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening
 
 SCORES = 5  # of `Net`
 

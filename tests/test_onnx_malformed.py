@@ -33,8 +33,8 @@ from export.passes import repair
 from export.to_onnx import read_metadata
 from onnx_mutants import mutants
 from rescompress.core.errors import RescompressError
-from rescompress.evaluation import onnx_inputs
-from rescompress.file_check import facts_of
+from rescompress.runs.evaluation import onnx_inputs
+from rescompress.runs.file_check import facts_of
 
 target = load_target("jetson")
 facts = facts_of(target)

@@ -21,12 +21,12 @@ from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import counted
 from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
-from rescompress.fingerprint import data_identity
-from rescompress.pipeline import _key, run_stages
-from rescompress.plan import Builder
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Context, Opening, Outcome, Stage
+from rescompress.runs.fingerprint import data_identity
+from rescompress.runs.pipeline import _key, run_stages
+from rescompress.runs.plan import Builder
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Context, Opening, Outcome, Stage
 
 
 def writer(
@@ -125,7 +125,7 @@ def test_a_skipped_stage_says_so_when_it_is_read_again(tmp_path: Path) -> None:
 
 def test_a_stage_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.5])
-    monkeypatch.setattr("rescompress.pipeline.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("rescompress.runs.pipeline.time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert run_stages([writer("one", "a")], tmp_path, {}, reporter=Silent()).manifest.stages[0].duration_s == 2.5
 
 
@@ -142,7 +142,7 @@ def test_a_run_remembers_when_it_was_made_and_its_newest_settings(tmp_path: Path
 def test_a_run_is_not_replaced_by_another_config_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rescompress: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    monkeypatch.setattr("rescompress.plan.run_plan", lambda config, _: [writer("one", str(config.seed))])
+    monkeypatch.setattr("rescompress.runs.plan.run_plan", lambda config, _: [writer("one", str(config.seed))])
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "net.yaml").write_text("checkpoint: x.pt\ndata: builtin:digits\n")
@@ -174,7 +174,7 @@ def test_a_stage_runs_again_when_an_onnx_file_before_it_or_the_version_of_the_pa
     assert ran("a") == ("export", "reader")
     assert ran("b") == ("export", "reader")
     assert ran("b") == ()
-    monkeypatch.setattr("rescompress.pipeline.version", lambda package: "99.0")
+    monkeypatch.setattr("rescompress.runs.pipeline.version", lambda package: "99.0")
     assert ran("b") == ("export", "reader")
 
 
@@ -251,8 +251,8 @@ def test_the_key_of_a_stage_changes_with_everything_its_outcome_depends_on(
 ) -> None:
     machine = {"cpu": "a cpu", "runtime": "1.0"}
     backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
-    monkeypatch.setattr("rescompress.plan.load_backend", lambda name: backend)
-    monkeypatch.setattr("rescompress.plan.cpu_name", lambda: machine["cpu"])
+    monkeypatch.setattr("rescompress.runs.plan.load_backend", lambda name: backend)
+    monkeypatch.setattr("rescompress.runs.plan.cpu_name", lambda: machine["cpu"])
     for name in FILES:
         (tmp_path / name).write_text(f"the content of {name}")
     before = _keys(tmp_path)

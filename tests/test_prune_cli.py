@@ -14,9 +14,9 @@ from compress.prune.picture import draw
 from rescompress.core.errors import BadInput
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.settings import PruneSettings, TrainSettings
-from rescompress.plan import Builder
-from rescompress.settings import Settings
-from rescompress.stage import Opening
+from rescompress.runs.plan import Builder
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 

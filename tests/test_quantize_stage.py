@@ -25,8 +25,8 @@ from rescompress.core.errors import BudgetError, ConfigError, TargetError
 from rescompress.core.layers import walk
 from rescompress.core.manifest import load_manifest
 from rescompress.core.settings import QuantizeSettings
-from rescompress.report.card import model_card
-from rescompress.stages.network import calibrated, float_cost
+from rescompress.runs.stages.network import calibrated, float_cost
+from rescompress.show.report.card import model_card
 
 torch.set_num_threads(1)
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"

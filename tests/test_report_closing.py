@@ -13,7 +13,7 @@ from rescompress.cli.report import opened
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
-from rescompress.report.closing import closing_lines
+from rescompress.show.report.closing import closing_lines
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

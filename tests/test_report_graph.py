@@ -16,7 +16,7 @@ from rescompress.core.errors import BadInput, ToolMissing
 from rescompress.core.graph import Network, Node, Output
 from rescompress.core.operations import Add, Conv, Input, Relu
 from rescompress.core.recipe import network_of
-from rescompress.report.graph import dot_of, draw
+from rescompress.show.report.graph import dot_of, draw
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 

@@ -22,12 +22,12 @@ from report_factory import latency, write_run
 
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
 from rescompress.core.metric import accuracy, counted
-from rescompress.gate import GateReport, render
-from rescompress.report import charts
-from rescompress.report.card import model_card
-from rescompress.report.charts import Axis, Point, scatter, ticks
-from rescompress.report.html import _step, page
-from rescompress.report.tables import rows_of, run_row, to_markdown
+from rescompress.show.figures.tables import rows_of, run_row, to_markdown
+from rescompress.show.gate import GateReport, render
+from rescompress.show.report import charts
+from rescompress.show.report.card import model_card
+from rescompress.show.report.charts import Axis, Point, scatter, ticks
+from rescompress.show.report.html import _step, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 SVG_LEAVES = {"line", "path", "circle", "rect"}

@@ -17,9 +17,8 @@ from report_factory import latency, write_run
 
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
-from rescompress.report.columns import COLUMNS, conditions, duration, scaled
-from rescompress.report.history import trends
-from rescompress.report.tables import (
+from rescompress.show.figures.columns import COLUMNS, conditions, duration, scaled
+from rescompress.show.figures.tables import (
     Row,
     best,
     dominated,
@@ -33,6 +32,7 @@ from rescompress.report.tables import (
     to_markdown,
     to_rich,
 )
+from rescompress.show.report.history import trends
 
 
 def cli(*args: str) -> subprocess.CompletedProcess[str]:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import write_run
 
-from rescompress import track
 from rescompress.core.errors import BadInput, ToolMissing
-from rescompress.track import tensorboard
+from rescompress.show import track
+from rescompress.show.track import tensorboard
 
 
 def records(content: bytes) -> Iterator[bytes]:

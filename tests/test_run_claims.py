@@ -20,7 +20,6 @@ from made_stages import Made
 from manifest_mutants import mutants
 from report_factory import write_run
 
-from rescompress import claims
 from rescompress.core.artifact import (
     PARTIAL_PREFIX,
     atomic_path,
@@ -32,12 +31,13 @@ from rescompress.core.artifact import (
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.manifest import load_manifest
 from rescompress.core.metric import counted
-from rescompress.fingerprint import file_identity, held_to
-from rescompress.pipeline import run_stages
-from rescompress.plan import Builder
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Context, Opening, Outcome, Stage
+from rescompress.runs import claims
+from rescompress.runs.fingerprint import file_identity, held_to
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.plan import Builder
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Context, Opening, Outcome, Stage
 
 DIGITS = Path(__file__).parents[1] / "examples" / "resnet20_digits.safetensors"
 
@@ -422,7 +422,7 @@ def test_every_stage_keeps_the_environment_that_made_it(tmp_path: Path, monkeypa
     import torch
 
     place = {"cpu": "a cpu", "packages": {"torch": "1.0"}}
-    monkeypatch.setattr("rescompress.pipeline.environment", lambda: dict(place))
+    monkeypatch.setattr("rescompress.runs.pipeline.environment", lambda: dict(place))
     threads = torch.get_num_threads()
     notes = Notes()
     run_stages([writer("one")], tmp_path, {}, reporter=notes)
@@ -552,7 +552,7 @@ def test_a_library_that_meets_a_full_disk_is_understood(tmp_path: Path, monkeypa
     with pytest.raises(RuntimeError):
         go(tmp_path, writer("one"), stage)
     assert [s.status for s in load_manifest(tmp_path).stages] == ["done", "failed"]
-    monkeypatch.setattr("rescompress.pipeline._is_full", lambda folder: True)
+    monkeypatch.setattr("rescompress.runs.pipeline._is_full", lambda folder: True)
     with pytest.raises(EnvironmentFailed, match="the disk is full"):
         go(tmp_path, writer("one"), stage)
     assert not list(tmp_path.glob(f"{PARTIAL_PREFIX}*"))

@@ -121,7 +121,8 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(
     calm, _ = finished
     folder = tmp_path / "rough"
     often = (  # save the training's state after every step, so that kills fall between savings, too
-        "import sys; import rescompress.stages.network as n; n.SAVE_EVERY_S = 0.2\nfrom rescompress.cli.app import main; main()"
+        "import sys; import rescompress.runs.stages.network as n; n.SAVE_EVERY_S = 0.2\n"
+        "from rescompress.cli.app import main; main()"
     )
     args = [sys.executable, "-c", often, *command(folder)[3:]]
     chance = random.Random(0)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from rescompress.core.errors import BadInput, BudgetError, EnvironmentFailed
 from rescompress.core.outcomes import Outcomes
+from rescompress.runs.search_settings import RUNGS, SearchConfig, anchors, candidate, default_space, dimensions, grid, planned
 from rescompress.search import study as searches
 from rescompress.search import worker
 from rescompress.search.front import front, good_enough, hypervolume, p_value, surely_beats
 from rescompress.search.ladder import beats, climbs, paired, rank_correlation, surely_better
-from rescompress.search.settings import RUNGS, SearchConfig, anchors, candidate, default_space, dimensions, grid, planned
 from rescompress.search.study import Answer, Trial, Trials, create, join, storage_of
 from rescompress.search.worker import own_folder, work
 
@@ -531,7 +531,7 @@ def test_copies_make_neither_the_front_nor_the_best_surer() -> None:
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(120, 2000))
 def test_surely_better_is_the_lower_bound_of_the_gate(lost: int, won: int, n: int) -> None:
-    from rescompress.gate.tango import lower_bound
+    from rescompress.show.gate.tango import lower_bound
 
     a = [True] * lost + [False] * won + [True] * (n - lost - won)
     b = [False] * lost + [True] * won + [True] * (n - lost - won)
@@ -675,8 +675,8 @@ def test_rungs_stand_in_order() -> None:
 def test_the_page_of_a_search_shows_the_front(tmp_path: Path) -> None:
     from rescompress.core.manifest import Manifest, StageResult
     from rescompress.core.metric import accuracy
-    from rescompress.report.html import page
     from rescompress.search.show import search_document
+    from rescompress.show.report.html import page
 
     trials = begin(tmp_path, 30, sampler="random")
     work(trials, Synthetic(), tmp_path / "trials", beat_s=1)
@@ -700,7 +700,7 @@ def test_the_page_of_a_search_shows_the_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize("document", [3, [], {}, {"candidates": 3}, {"candidates": [3, {"accuracy": "x"}], "units": {"a": 1}}])
 def test_a_search_of_another_form_breaks_no_page(document: object) -> None:
     from rescompress.core.manifest import Manifest, StageResult
-    from rescompress.report.html import page
+    from rescompress.show.report.html import page
 
     stage = StageResult(stage="dense", status="done", details={"search": document})
     assert "<html" in page([("s", Manifest(stages=(stage,)))])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from command_line import run_command
 
-from rescompress.config import load_config
 from rescompress.core.errors import BudgetError
 from rescompress.core.manifest import load_manifest
-from rescompress.search.settings import SearchConfig, anchors
+from rescompress.runs.config import load_config
+from rescompress.runs.search_settings import SearchConfig, anchors
+from rescompress.runs.store import Store
 from rescompress.search.study import create, storage_of
 from rescompress.search.worker import Pipeline, agree, conclude, settings_of, work
-from rescompress.store import Store
 
 pytest.importorskip("optuna")
 
@@ -79,9 +79,9 @@ def test_work_is_shared_and_the_evaluation_split_is_read_once_at_the_end(
 
 @pytest.mark.slow
 def test_shared_curves_change_no_bit(tmp_path: Path) -> None:
-    from rescompress.pipeline import run_stages
-    from rescompress.plan import run_plan
-    from rescompress.reporter import Silent
+    from rescompress.runs.pipeline import run_stages
+    from rescompress.runs.plan import run_plan
+    from rescompress.runs.reporter import Silent
 
     _, pipeline = begin(tmp_path, 1)
     config = pipeline.config({"budget.macs": 0.4, "precision": "float"})

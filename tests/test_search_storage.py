@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_search import SPACE, Synthetic, assert_nothing_lost, begin, document, kill_at_random, start_workers
 
-from rescompress.search.settings import anchors
+from rescompress.runs.search_settings import anchors
 from rescompress.search.show import front_document
 from rescompress.search.study import create, join, storage_of
 from rescompress.search.worker import work

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import runpy
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.from_settings import Options, settings_from, with_options
-from rescompress.config import RunConfig, validate
 from rescompress.core.described import bound, choices_of, default_of, flag_of, help_of, parts_of, plain, table
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.settings import (
@@ -31,8 +31,9 @@ from rescompress.core.settings import (
     SensitivitySettings,
     TrainSettings,
 )
-from rescompress.gate.limits import Limits
-from rescompress.starter import starter_config
+from rescompress.runs.config import RunConfig, validate
+from rescompress.runs.starter import starter_config
+from rescompress.show.gate.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_OF = {
@@ -59,7 +60,7 @@ def made_from_settings(command: str) -> Iterator[tuple[type[BaseModel], str, str
     function = inspect.unwrap(getattr(importlib.import_module(f"rescompress.cli.{COMMANDS[command][0]}"), command))
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         kind, *more = get_args(parameter.annotation) or (None,)
-        for options in (m for m in more if isinstance(m, Options)):
+        for options in (m for m in more if isinstance(m, Options) and not is_dataclass(kind)):
             for name in options.fields(kind):
                 yield kind, name, options.flag(kind, name).name.removeprefix("--").replace("-", "_")
 

@@ -30,15 +30,15 @@ from edge_targets import benchmark, latency
 from edge_targets.backends import onnxruntime
 from export import to_onnx
 from rescompress import api
-from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import write_text
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest
 from rescompress.core.settings import PruneSettings, QuantizeSettings, TrainSettings
-from rescompress.pipeline import run_stages
-from rescompress.plan import run_plan
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
+from rescompress.runs.config import RunConfig, validate
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.plan import run_plan
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
 
 SEED = 5
 LR = 0.0123

@@ -10,16 +10,16 @@ import pytest
 from made_stages import Made
 
 from edge_targets.catalog import load_target
-from rescompress import code
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput
 from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
-from rescompress.pipeline import run_stages
-from rescompress.plan import Builder
-from rescompress.reporter import Silent
-from rescompress.settings import Settings
-from rescompress.stage import Opening, Outcome, Source
-from rescompress.steps import RESOLVED, Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize, Step
+from rescompress.runs import code
+from rescompress.runs.pipeline import run_stages
+from rescompress.runs.plan import Builder
+from rescompress.runs.reporter import Silent
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening, Outcome, Source
+from rescompress.runs.steps import RESOLVED, Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize, Step
 
 
 def steps(folder: Path) -> list[Step]:

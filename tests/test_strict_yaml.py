@@ -14,11 +14,11 @@ from command_line import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescompress.config import load_config
 from rescompress.core.errors import BadInput, ConfigError, shown
-from rescompress.gate import load_limits
-from rescompress.labels import parse_labels
-from rescompress.strict_yaml import StrictYamlError, load, parse
+from rescompress.core.labels import parse_labels
+from rescompress.core.strict_yaml import StrictYamlError, load, parse
+from rescompress.runs.config import load_config
+from rescompress.show.gate import load_limits
 
 NUMBERS = st.integers(-(10**12), 10**12) | st.integers(-(10**9), 10**9).map(lambda n: n / 1024)  # written without exponents
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=8)

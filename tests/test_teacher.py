@@ -23,7 +23,7 @@ from compress.train import train
 from rescompress.core.errors import BadInput
 from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
-from rescompress.stage import Opening
+from rescompress.runs.stage import Opening
 
 CLASSES = ("ant", "bee", "cow", "dog")
 SPEC = ModelSpec(

@@ -28,7 +28,7 @@ from rescompress.cli.workspace import peers
 from rescompress.core.errors import BadInput
 from rescompress.core.manifest import Manifest, StageResult, json_of, load_manifest
 from rescompress.core.text import code_span, log_line, markdown, one_line, shown, spreadsheet_cell, xml_text
-from rescompress.report.html import page
+from rescompress.show.report.html import page
 
 HOSTILE = (
     "\x1b]0;OWNED\x07\x1b[2J\x1b]52;c;cHdu\x07\x9b31m\u202egnp.exe\u200b\u2066\ufeff\x7f\r\n::error file=a::pwned\n"
@@ -347,8 +347,9 @@ def _base(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def check_views(change: tuple[int, str, Any]) -> None:
-    from rescompress.report import history, tables
-    from rescompress.report.card import model_card
+    from rescompress.show.figures import tables
+    from rescompress.show.report import history
+    from rescompress.show.report.card import model_card
 
     manifest = manifest_with(change)
     if manifest is not None:

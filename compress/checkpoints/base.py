@@ -11,15 +11,17 @@ from typing import Protocol
 from torch import Tensor
 
 from rescompress.core.graph import Network
+from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.quantizers import Quantization
 from rescompress.core.recipe import network_of
+from rescompress.core.showing import Showing, prefixed
 from rescompress.core.spec import ModelSpec
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Showing):
     """A network and its tensors.
 
     Attributes:
@@ -39,6 +41,19 @@ class Checkpoint:
     def network(self) -> Network:
         """The graph of the network."""
         return network_of(self.spec)
+
+    def shows(self) -> Mapping[str, str]:
+        """Return what it is, how large, and in which precision."""
+        layers = walk(self.spec)
+        classes = self.spec.num_classes
+        return {
+            "network": self.spec.arch or "graph",
+            "input": "x".join(map(str, self.spec.input_shape)),
+            "outputs": str(classes) if classes else "no class scores",
+            "parameters": prefixed(total_params(layers)),
+            "MACs": prefixed(total_macs(layers)),
+            "precision": f"INT8 ({self.quantization.profile})" if self.quantization is not None else "float32",
+        }
 
 
 def on_device(checkpoint: Checkpoint, device: str) -> Checkpoint:

@@ -35,6 +35,7 @@ from compress.pixels import Pixels, Reduce, decode, dimensions, normalise, pictu
 from rescompress.core.errors import DataError, nearest
 from rescompress.core.graph import Network
 from rescompress.core.outcomes import samples_digest
+from rescompress.core.showing import Showing
 from rescompress.core.spec import ModelSpec, Preprocessing
 
 MEMORY_BUDGET_BYTES = 4 << 30
@@ -212,8 +213,8 @@ class CachedStore:
         return self.pixels[index_N]
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Split(Showing):
     """Images with labels.
 
     Attributes:
@@ -234,6 +235,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def shows(self) -> Mapping[str, str]:
+        """Return how many images of how many classes there are."""
+        return {"images": str(len(self)), "classes": _named(self.classes)}
 
     @functools.cached_property
     def identity(self) -> str:
@@ -348,8 +353,8 @@ class _View:
         return self.store.read(self.index[index_N])
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dataset(Showing):
     """A training and an evaluation split.
 
     Attributes:
@@ -361,6 +366,21 @@ class Dataset:
     train: Split
     val: Split
     notes: tuple[str, ...] = ()
+
+    def shows(self) -> Mapping[str, str]:
+        """Return how many images its splits have."""
+        return {
+            "train": f"{len(self.train)} images",
+            "val": f"{len(self.val)} images",
+            "classes": _named(self.val.classes),
+            **({"notes": "; ".join(self.notes)} if self.notes else {}),
+        }
+
+
+def _named(classes: Sequence[str], most: int = 3) -> str:
+    """Return how many classes there are, and the names of the first."""
+    names = ", ".join(classes[:most]) + (", ..." if len(classes) > most else "")
+    return f"{len(classes)} ({names})" if classes else "none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -285,8 +285,8 @@ def _observed(program: Any, x_NCHW: Tensor, batch: int) -> Mapping[str, Tensor]:
     class Keeping(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
-            if isinstance(value, Tensor):
-                seen[n.name] = value[:1]
+            if isinstance(value, Tensor) and value.ndim:  # a counter of batches has no images
+                seen[n.name] = value[:1].clone()  # what follows may be done in its place
             return value
 
     inputs = [

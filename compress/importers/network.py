@@ -182,6 +182,9 @@ def operation_of(step: Step) -> tuple[Operation, dict[str, Tensor]]:
             return ops.GlobalPool(kind="avg"), {}
         case "global_max":
             return ops.GlobalPool(kind="max"), {}
+        case "channel_conv":
+            places = tuple(a["places"])
+            return ops.ChannelConv(kernel=t["weight"].shape[2], length=a["length"], places=places, bias="bias" in t), dict(t)
         case "select":
             return ops.ChannelSelect(channels=a["channels"], stride=a["stride"]), {}
         case "pad":

@@ -28,6 +28,7 @@ def simplify(steps: Sequence[Step], outputs: list[Step]) -> tuple[list[Step], li
     graph.each(_joined_linear)
     graph.each(_chosen_early)
     graph.each(_selects)
+    graph.each(_placed)
     ends = []
     for i, output in enumerate(graph.outputs):
         ends.append(output.op if output.op in ENDS and _is_logits(output.inputs[0]) else "")
@@ -235,6 +236,22 @@ def _chosen_early(graph: _Graph, step: Step) -> Step | None:
         tensors = {k: v[chosen] for k, v in before.tensors.items()}
         return Step("linear", before.name, before.inputs, step.shape, before.attributes, tensors)
     return None
+
+
+def _placed(graph: _Graph, step: Step) -> Step | None:
+    """Give the channels of a convolution over channels their places, where a choice spreads them and another gathers them."""
+    conv = step.inputs[0] if step.op == "select" else None
+    spread = conv.inputs[0] if conv is not None and conv.op == "channel_conv" and graph.alone(conv) else None
+    if conv is None or spread is None or spread.op != "select" or not graph.alone(spread):
+        return None
+    (source,) = spread.inputs
+    found = [(c, i) for i, c in enumerate(spread.attributes["channels"]) if c >= 0]
+    if sorted(c for c, _ in found) != list(range(source.shape[0])):
+        return None
+    places = tuple(i for _, i in sorted(found))
+    if step.attributes["channels"] != places:
+        return None
+    return Step("channel_conv", conv.name, [source], step.shape, {**conv.attributes, "places": places}, conv.tensors)
 
 
 def _selects(graph: _Graph, step: Step) -> Step | None:

@@ -327,19 +327,31 @@ class Trace:
         return Value(self, made_step)
 
     def conv1d(self, x: Value, weight_OIK: Tensor, bias: Tensor | None, padding: int) -> Value:
-        """Return a convolution over the channels of a vector (N, 1, C), as efficient channel attention has: a band matrix."""
+        """Return a convolution over the channels of a vector (N, 1, C), as efficient channel attention has."""
         if x.ndim != 3 or x.shape[1] != 1 or tuple(weight_OIK.shape[:2]) != (1, 1):
             raise Refused("is a one-dimensional convolution")
-        c, k = x.shape[2], weight_OIK.shape[2]
-        band = torch.zeros(c, c + 2 * padding)
-        for row in range(c):
-            band[row, row : row + k] = weight_OIK[0, 0].float()
-        if c + 2 * padding - k + 1 != c:
-            raise Refused("is a one-dimensional convolution that changes the length")
-        made = self.linear(x.move(lambda p: p.reshape(self.batch, c)), band[:, padding : padding + c], None)
-        if bias is not None:
-            made = self.affine(made, None, bias.reshape(1))
-        return made.move(lambda p: p.reshape(self.batch, 1, c))
+        length, half = x.shape[2], weight_OIK.shape[2] // 2
+        if weight_OIK.shape[2] % 2 == 0 or padding > half or length <= 2 * (half - padding):
+            raise Refused(f"is a one-dimensional convolution of {weight_OIK.shape[2]} places with a padding of {padding}")
+        tensors = {"weight": weight_OIK} | ({"bias": bias} if bias is not None else {})
+        made = self.emit(
+            "channel_conv", [self._line(x)], (length,), tensors, length=length, places=tuple(range(length))
+        )  # fmt: skip
+        short = half - padding
+        return Value(self, made).move(lambda p: p.reshape(self.batch, 1, length)[:, :, short : length - short])
+
+    def _line(self, x: Value) -> Step:
+        """Return the step whose output are the features of a tensor (N, 1, F) in order, with its zeros."""
+        rows, size = x.all_places().reshape(self.batch, -1), math.prod(x.step.shape)
+        images = size * torch.arange(self.batch)[:, None]
+        if x.shape[0] != self.batch or not torch.equal(rows, torch.where(rows[:1] < 0, rows[:1], rows[:1] + images)):
+            raise Refused("mixes the images of a batch")
+        if bool((rows[0] >= size).any()) or not bool((rows[0] >= 0).any()):
+            raise Refused("reads nothing of its image")
+        step = self._moved(x, "flatten", x.step, (size,)) if x.step.is_map else x.step
+        if torch.equal(rows[0], torch.arange(size)):
+            return step
+        return self._moved(x, "select", step, (rows.shape[1],), channels=tuple(int(i) for i in rows[0]), stride=(1, 1))
 
     def linear(self, x: Value, weight_OI: Tensor, bias: Tensor | None, *, own: bool = False) -> Value:
         """Return a linear layer over the last dimension; over the channels of a map that is a convolution of one pixel."""

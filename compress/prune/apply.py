@@ -11,7 +11,7 @@ from compress.checkpoints.base import Checkpoint
 from compress.prune.groups import Sizes, narrowed
 from compress.prune.plan import PruningPlan
 from rescompress.core.graph import Layer, Network, Node
-from rescompress.core.operations import ChannelSelect, Operation
+from rescompress.core.operations import ChannelConv, ChannelSelect, Operation
 from rescompress.core.recipe import network_of
 from rescompress.core.spec import ModelSpec
 
@@ -78,6 +78,8 @@ def _narrowed(layer: Layer, makes: Sequence[int], reads: Sequence[Sequence[int]]
     if isinstance(layer.operation, ChannelSelect):
         position = {c: i for i, c in enumerate(reads[0])}
         selected = tuple(position.get(layer.operation.channels[c], -1) for c in makes)
+    elif isinstance(layer.operation, ChannelConv):
+        selected = tuple(layer.operation.places[c] for c in makes)
     return narrowed(layer, len(reads[0]), len(makes), selected)
 
 

@@ -23,13 +23,14 @@ from rescompress.core import plugins
 from rescompress.core.errors import BadInput, DataError
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.showing import Showing, prefixed
 from rescompress.core.spec import ModelSpec
 
 PACKAGE = "compress.prune.methods"
 
 
-@dataclass(frozen=True)
-class PruneResult:
+@dataclass(frozen=True, repr=False)
+class PruneResult(Showing):
     """What pruning made.
 
     Attributes:
@@ -63,6 +64,18 @@ class PruneResult:
     error: float
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def shows(self) -> Mapping[str, str]:
+        """Return what went, what stays, and what to know."""
+        return {
+            "network": self.checkpoint.spec.arch or "graph",
+            "method": self.plan.method,
+            "MACs": f"{prefixed(self.macs_before)} -> {prefixed(self.macs_after)} ({self.macs_after / self.macs_before:.2f})",
+            "parameters": f"{prefixed(self.params_before)} -> {prefixed(self.params_after)}",
+            "channels removed": f"{100 * self.ratio:.1f} %",
+            "seconds": f"{self.seconds:.1f}",
+            **({"notes": "; ".join(self.notes)} if self.notes else {}),
+        }
 
 
 def method_names() -> list[str]:

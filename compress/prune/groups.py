@@ -29,6 +29,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -289,6 +290,8 @@ def _runs_of(layer: Layer, ties: _Ties) -> list[_Run]:
             return ties.same(tied)
         case Add() | BatchNorm() | Affine() | MaxPool() | AvgPool() | Pad() | Dropout() | Resize():
             return ties.same(layer.inputs)
+        case ChannelConv():  # a channel that goes leaves its place in the line empty, so its neighbours see a zero there
+            return ties.same(layer.inputs)
         case Relu() | Clip() | LeakyRelu() | Elu() | PRelu() | Silu() | Gelu() | HardSwish() | HardSigmoid() | Sigmoid():
             return ties.same(layer.inputs)
         case Tanh():
@@ -423,6 +426,8 @@ def begins_segment(layer: Layer) -> bool:
     match layer.operation:
         case Conv() | Linear() | MaxPool() | AvgPool() | GlobalPool() | ChannelSelect() | Concat() | Pad() | Resize() | Input():
             return True
+        case ChannelConv():
+            return True
         case BatchNorm() | GroupNorm() | Affine() | Add() | Multiply() | Dropout() | Flatten() | Softmax() | Tanh():
             return False
         case Relu() | Clip() | LeakyRelu() | Elu() | PRelu() | Silu() | Gelu() | HardSwish() | HardSigmoid() | Sigmoid():
@@ -438,7 +443,8 @@ def narrowed(layer: Layer, reads: int, makes: int, selected: tuple[int, ...]) ->
         layer: As it is.
         reads: Channels of its first input.
         makes: Channels of its output.
-        selected: For a channel selection: the channel that each of its output channels takes.
+        selected: For a channel selection: the channel that each of its output channels takes; for a convolution over channels:
+            the place of each.
     """
     op = layer.operation
     match op:
@@ -451,6 +457,8 @@ def narrowed(layer: Layer, reads: int, makes: int, selected: tuple[int, ...]) ->
             return op.model_copy(update={"groups": op.groups * reads // layer.in_shape[0]})
         case ChannelSelect():
             return op.model_copy(update={"channels": selected})
+        case ChannelConv():
+            return op.model_copy(update={"places": selected})
         case Input() | BatchNorm() | Affine() | Add() | Multiply() | Concat() | MaxPool() | AvgPool() | GlobalPool() | Pad():
             return op
         case Flatten() | Dropout() | Resize() | Softmax() | Tanh() | Relu() | Clip() | LeakyRelu() | Elu() | PRelu() | Silu():

@@ -18,6 +18,7 @@ from compress.finite import all_finite
 from compress.prune.groups import ChannelGroup
 from compress.prune.plan import PruningPlan
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.showing import Showing
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much is done, and how much there is."""
@@ -110,8 +111,8 @@ class Context:
         return x
 
 
-@dataclass(frozen=True)
-class Curves:
+@dataclass(frozen=True, repr=False)
+class Curves(Showing):
     """What a method found out.
 
     Attributes:
@@ -123,6 +124,13 @@ class Curves:
     groups: Mapping[str, ErrorCurve]
     blocks: Mapping[str, float] = field(default_factory=dict)
     unit: str = "share"
+
+    def shows(self) -> Mapping[str, str]:
+        """Return the groups by what losing half of their channels costs, most first."""
+        half = {name: c.error[len(c.order) // 2] for name, c in self.groups.items()}
+        worst = sorted(half, key=half.__getitem__, reverse=True)
+        costly = ", ".join(f"{name} {half[name]:.3g}" for name in worst[:3])
+        return {"groups": str(len(half)), "half gone costs most in": costly, "unit": self.unit}
 
 
 class Method(Protocol):

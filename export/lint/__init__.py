@@ -15,6 +15,7 @@ import onnx
 
 from export.graph import GraphView
 from rescompress.core import plugins
+from rescompress.core.showing import Showing
 
 PACKAGE = "export.lint"
 Severity = Literal["error", "warning", "note"]
@@ -74,8 +75,8 @@ class TargetFacts:
         return self.compute_capability >= capability
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(Showing):
     """One thing that is wrong, or could be better.
 
     Attributes:
@@ -91,6 +92,15 @@ class Finding:
     node: str
     message: str
     remedy: str
+
+    def shows(self) -> Mapping[str, str]:
+        """Return what was found, how bad it is, and what to do."""
+        return {
+            self.severity: self.rule,
+            **({"node": self.node} if self.node else {}),
+            "says": self.message,
+            "remedy": self.remedy,
+        }
 
     def document(self) -> dict[str, str]:
         """Return the values for JSON."""

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from rescompress.cli.output import Output, guarded
-from rescompress.siblings import check_siblings
+from rescompress.cli.siblings import check_siblings
 
 COMPRESS = "Compress"
 DEPLOY = "Deploy"

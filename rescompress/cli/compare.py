@@ -13,7 +13,7 @@ from rescompress.cli.output import output_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rescompress.report.history import Trend
+    from rescompress.show.report.history import Trend
 
 app = typer.Typer()
 
@@ -48,8 +48,8 @@ def compare(
     Example: rescompress compare runs/half runs/third --format md
     """
     from rescompress.core.errors import BadInput, nearest
-    from rescompress.report import history as past
-    from rescompress.report import tables
+    from rescompress.show.figures import tables
+    from rescompress.show.report import history as past
 
     output = output_of(ctx)
     loaded = past.history(runs) if history else past.load_runs(runs)

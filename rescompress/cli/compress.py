@@ -30,31 +30,21 @@ def prune(
     checkpoint: opt.Checkpoint,
     settings: Annotated[PruneSettings, Options()],
     tuning: Annotated[TrainSettings, Options(only=("epochs", "batch_size"), flags={"epochs": EPOCHS})],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     target: opt.Target = None,
     data: opt.Data = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Copy the plan here.", show_default=False)] = None,
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Remove channels and let the rest make up for them.
 
     Example: rescompress prune --ratio 0.3 resnet50.pt
     Example: rescompress prune resnet32.th --macs 0.5 --data photos/ --target jetson -o half.safetensors
     """
-    from rescompress.claims import check_outputs
     from rescompress.core.errors import BadInput
-    from rescompress.plan import Builder
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     own = [workspace.WORKSPACE / name for name in ("prune.safetensors", "finetune.safetensors", "plan.json")]
@@ -81,16 +71,8 @@ def prune(
         )
     if by_weights:
         out.hint("no --data: channels are chosen by their weights alone; with images their loss would be made up for")
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     builder = Builder(opening, shared)
     stages = [builder.dense(), *builder.prune_and_tune(settings, tuning if tune else None, [target] if target else [])]
     last = stages[-1].name
@@ -129,41 +111,23 @@ def finetune(
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
     settings: Annotated[TrainSettings, Options(instead={"teacher": None}, only=OF_TRAINING)],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Train a pruned network back; interrupted, it goes on where it was.
 
     Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
     Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
     """
-    from rescompress.claims import check_outputs
-    from rescompress.plan import Builder
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     stage = Builder(opening, shared).finetune(settings, opening, opening.of(teacher) if teacher else None)
     report, prints = workspace.run_here([stage], out)
     if not prints:
@@ -183,41 +147,23 @@ def quantize(
     checkpoint: opt.Checkpoint,
     data: opt.NeededData,
     settings: Annotated[QuantizeSettings, Options(instead={"mode": "ptq", "teacher": None}, flags={"teacher": MENTOR})],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     target: opt.Target = None,
     output: opt.OutFile = None,
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Quantize to INT8, so that what was calibrated or trained is what runs.
 
     Example: rescompress quantize half.safetensors --data photos/ --mode qat --epochs 1 --teacher resnet32.th
     """
-    from rescompress.claims import check_outputs
-    from rescompress.plan import Builder, profile_for
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.plan import Builder, profile_for
 
     out = output_of(ctx)
     teacher = Path(settings.teacher) if settings.teacher else None
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     builder = Builder(opening, shared)
     placed = profile_for(settings, [target] if target else [])
     mentor = opening.of(teacher) if teacher else opening

@@ -32,12 +32,12 @@ def demo(
 
     Example: rescompress demo
     """
-    from rescompress import claims
     from rescompress.cli.report import opened
     from rescompress.cli.run import run
     from rescompress.core.artifact import write_text
-    from rescompress.report.history import load_runs
-    from rescompress.report.html import page
+    from rescompress.runs import claims
+    from rescompress.show.report.history import load_runs
+    from rescompress.show.report.html import page
 
     config = demo_config()
     folder = output or workspace.WORKSPACE / config.stem

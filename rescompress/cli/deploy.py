@@ -12,10 +12,10 @@ from rescompress.cli.options import Data, InputShape, Labels, Seed
 from rescompress.cli.output import Output, output_of
 
 if TYPE_CHECKING:
-    from compress.data import Split
+    from compress.data import Inputs, Split
     from compress.evaluate import Evaluation
     from edge_targets.device import Precision, Target
-    from edge_targets.remote import Deployment, Job
+    from edge_targets.remote import Deployment, DeployOptions, Job
     from rescompress.core.manifest import StageResult
 
 app = typer.Typer()
@@ -66,6 +66,10 @@ def deploy(
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Also time runs with their copies to and from the GPU.")
     ] = False,
+    photo: Annotated[
+        list[Path] | None,
+        typer.Option("--photo", metavar="FILE", help="Also time the way from this image file to the classes; may be repeated."),
+    ] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port of ssh.", show_default="ssh's")] = None,
     ssh_config: Annotated[Path | None, typer.Option("--ssh-config", help="Instead of ~/.ssh/config.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands for the board and stop.")] = False,
@@ -85,7 +89,7 @@ def deploy(
     from rescompress.core.artifact import file_sha256
     from rescompress.core.errors import BadInput
     from rescompress.core.manifest import MANIFEST_NAME, load_manifest, update_manifest
-    from rescompress.stage import Opening
+    from rescompress.runs.stage import Opening
 
     output = output_of(ctx)
     sizes = _batches(batches)
@@ -101,6 +105,7 @@ def deploy(
         assumed = named or load_target("jetson")
         jobs, notes = _jobs(model, baseline, sizes, input_shape, _folder(out, assumed), assumed)
         notes += _advice(assumed, jobs, dla) + (_sparsity(assumed, jobs) if sparsity else [])
+        options = _with_photos(options, jobs, photo)
         lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         output.result({"target": assumed.name, "commands": lines, "notes": notes}, *lines, *notes)
@@ -116,6 +121,7 @@ def deploy(
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
     notes += _advice(on_board, jobs, dla) + (_sparsity(on_board, jobs) if sparsity else [])
     notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
+    options = _with_photos(options, jobs, photo)
     images = _images(jobs, data, limit, labels, seed, output) if data is not None else None
     scores: dict[Precision, Evaluation] = {}
     score = _scorer(*images, scores, output) if images is not None else None
@@ -159,20 +165,57 @@ def _images(jobs: list[Job], data: str, limit: int | None, labels: str | None, s
         BadInput: The data cannot be read, or a file does not say how its images are preprocessed.
     """
     from compress.data import load_dataset
-    from rescompress.cli import workspace
+    from rescompress.cli.options import Common
+
+    inputs = _inputs(jobs)
+    settings = Common(labels=labels, seed=seed).settings(data)
+    assert settings.data is not None
+    loaded = load_dataset(settings.data, inputs, seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
+    for note in loaded.notes:
+        output.hint(note)
+    images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
+    return images, inputs.outputs
+
+
+def _inputs(jobs: list[Job]) -> Inputs:
+    """Return how images become the input of all files.
+
+    Raises:
+        BadInput: A file does not say how its images are preprocessed, or they differ.
+    """
     from rescompress.core.errors import ModelFileError
-    from rescompress.evaluation import onnx_inputs
+    from rescompress.runs.evaluation import onnx_inputs
 
     inputs = [onnx_inputs(job.onnx) for job in jobs]
     if any(i != inputs[0] for i in inputs):
         raise ModelFileError("the two files preprocess images differently", where="--baseline", remedy="export both again")
-    settings = workspace.settings(data, labels=labels, seed=seed)
-    assert settings.data is not None
-    loaded = load_dataset(settings.data, inputs[0], seed=seed, labels=settings.labels, skip_corrupt=settings.skip_corrupt)
-    for note in loaded.notes:
-        output.hint(note)
-    images = loaded.val if limit is None or limit >= len(loaded.val) else loaded.val.take(limit, seed)
-    return images, inputs[0].outputs
+    return inputs[0]
+
+
+def _with_photos(options: DeployOptions, jobs: list[Job], files: list[Path] | None) -> DeployOptions:
+    """Return the options with the image files from which the way to the classes is timed; each is decoded here first.
+
+    Raises:
+        BadInput: One is no readable image, or a file does not say how its images are preprocessed.
+    """
+    if not files:
+        return options
+    import hashlib
+
+    from compress.pixels import decode, dimensions
+    from edge_targets.board_statistics import Photos
+    from rescompress.core.artifact import file_sha256
+
+    inputs = _inputs(jobs)
+    digest, sizes = hashlib.sha256(), set()
+    for file in files:
+        decode(file, inputs.shape, inputs.preprocessing)
+        digest.update(bytes.fromhex(file_sha256(file)))
+        sizes.add("x".join(map(str, reversed(dimensions(file)))))
+    what = f"image files: {len(files)} of {', '.join(sorted(sizes))} pixels, digest {digest.hexdigest()[:12]}"
+    about = {"input_shape": list(inputs.shape), "preprocessing": inputs.preprocessing.model_dump(mode="json")}
+    extras = dataclasses.replace(options.extras, photos=Photos(tuple(files), about, what))
+    return dataclasses.replace(options, extras=extras)
 
 
 def _scorer(images: Split, outputs: int, scores: dict[Precision, Evaluation], output: Output) -> Any:
@@ -321,9 +364,9 @@ def _export(
     They are the files that ``export`` writes for this target.
     """
     from export.to_onnx import ExportOptions
-    from rescompress.stage import Opening
-    from rescompress.stages.shared import onnx_of, write_onnx
-    from rescompress.stages.target import for_target, profile_notes
+    from rescompress.runs.stage import Opening
+    from rescompress.runs.stages.shared import onnx_of, write_onnx
+    from rescompress.runs.stages.target import for_target, profile_notes
 
     notes: list[str] = []
     opening = Opening(model, shape).fetched()

@@ -66,10 +66,10 @@ def doctor(ctx: typer.Context) -> None:
 
     from edge_targets.backends import PACKAGE as BACKENDS
     from edge_targets.backends import load_backend
+    from rescompress.cli.siblings import check_siblings
     from rescompress.core import plugins
     from rescompress.core.errors import RescompressError, ToolMissing
-    from rescompress.fingerprint import environment
-    from rescompress.siblings import check_siblings
+    from rescompress.runs.fingerprint import environment
 
     rows: list[dict[str, Any]] = []
     extras: dict[str, str | None] = dict(dependencies(_stated()))

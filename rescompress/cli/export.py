@@ -36,6 +36,8 @@ def _runtimes(incomplete: str) -> list[str]:
 def export(
     ctx: typer.Context,
     settings: Annotated[ExportSettings, Options()],
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default="newest of ./rescompress-out")
     ] = None,
@@ -48,17 +50,6 @@ def export(
     require_engine: Annotated[
         bool, typer.Option("--require-engine", help="Fail (exit 4) where no engine can be built.", show_default=False)
     ] = False,
-    labels: opt.Labels = None,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace files in the -o folder that no export wrote.", show_default=False)
     ] = False,
@@ -70,9 +61,9 @@ def export(
     Example: rescompress export --target jetson -o bundle.tar.gz
     """
     from edge_targets.bundle import OPTIONAL
-    from rescompress import claims
     from rescompress.core.errors import BadInput
-    from rescompress.plan import Builder
+    from rescompress.runs import claims
+    from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
     path = checkpoint or newest_checkpoint(workspace.WORKSPACE)
@@ -84,14 +75,8 @@ def export(
         raise BadInput(
             f"{' and '.join(target)}: one target at a time", where="--target", remedy="export for each, or `run` with targets"
         )
-    opening = workspace.opening(
-        path,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size)
+    opening = stated.opening(path)
+    shared = common.settings(data)
     stage = Builder(opening, shared).target(target[0] if target else "cpu", opening, settings, require_engine=require_engine)
     packed = output if output is not None and output.name.endswith((".tar.gz", ".tgz")) else None
     claims.check_outputs({"--output": packed}, [path])
@@ -214,27 +199,18 @@ def _words(document: dict[str, Any]) -> list[str]:
 
 
 @app.command()
+@with_options
 def evaluate(
     ctx: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint or .onnx file.", show_default=False)],
     data: opt.NeededData,
+    stated: Annotated[opt.Stated, Options()],
+    common: Annotated[opt.Common, Options()],
     split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
     runtime: Annotated[
         str,
         typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
     ] = "auto",
-    labels: opt.Labels = None,
-    skip_corrupt: opt.SkipCorrupt = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    threads: opt.Threads = None,
-    batch_size: opt.BatchSize = None,
 ) -> None:
     """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file.
 
@@ -244,21 +220,13 @@ def evaluate(
     """
     from rescompress.cli.progress import reporting
     from rescompress.core.errors import BadInput, nearest
-    from rescompress.evaluation import evaluate_file
+    from rescompress.runs.evaluation import evaluate_file
 
     if runtime not in (known := _runtimes("")):
         raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))
     out = output_of(ctx)
-    opening = workspace.opening(
-        model,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    settings = workspace.settings(
-        data, labels=labels, seed=seed, device=device, threads=threads, batch_size=batch_size, skip_corrupt=skip_corrupt
-    )
+    opening = stated.opening(model)
+    settings = common.settings(data)
     with reporting(out) as reporter:
         found = evaluate_file(opening, settings, split=split, runtime=runtime, reporter=reporter)
     top1 = found.metrics["top1"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -60,15 +60,22 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with an option for every field of the settings objects among its parameters.
 
     Args:
-        command: Its parameters that are annotated with ``Annotated[SettingsClass, Options(...)]`` are made from options.
+        command: Its parameters that are annotated with ``Annotated[SettingsClass, Options(...)]`` are made from options; of a
+            dataclass the fields are parameters as they stand, each annotated with its option.
     """
     parameters: list[inspect.Parameter] = []
     made: dict[str, tuple[type[BaseModel], Options]] = {}
+    groups: dict[str, tuple[type[Any], list[inspect.Parameter]]] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         kind, *more = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else (None,)
         options = next((m for m in more if isinstance(m, Options)), None)
         if options is None:
             parameters.append(parameter)
+            continue
+        if is_dataclass(kind):
+            members = _members(cast(type[Any], kind), options.only)
+            groups[parameter.name] = cast(type[Any], kind), members
+            parameters += members
             continue
         model = cast(type[BaseModel], kind)
         made[parameter.name] = model, options
@@ -79,6 +86,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         for name, (model, options) in made.items():
             typed = {n: given.pop(_word(options.flag(model, n))) for n in options.fields(model)}
             given[name] = settings_from(model, options, {n: v for n, v in typed.items() if v is not None})
+        for name, (group, members) in groups.items():
+            given[name] = group(**{member.name: given.pop(member.name) for member in members})
         command(**given)
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]  # one without a default may follow
@@ -112,6 +121,14 @@ def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, 
         where = options.flag(model, place).name if place in model.model_fields else "options"
         raise BadInput(sentence(error), where=where, remedy="see --help") from e
     return model.model_construct(_fields_set=set(values), **dict(made))
+
+
+def _members(group: type[Any], only: tuple[str, ...]) -> list[inspect.Parameter]:
+    """Return the parameters that the fields of a dataclass stand for."""
+    hints = get_type_hints(group, include_extras=True)
+    chosen = [f for f in fields(group) if f.name in (only or hints)]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in chosen]
 
 
 def _parameter(model: type[BaseModel], name: str, options: Options) -> inspect.Parameter:

@@ -11,10 +11,10 @@ import typer
 from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import Output, output_of
-from rescompress.gate.limits import Limits
+from rescompress.show.gate.limits import Limits
 
 if TYPE_CHECKING:
-    from rescompress.gate import GateReport, Run
+    from rescompress.show.gate import GateReport, Run
 
 app = typer.Typer()
 
@@ -52,9 +52,9 @@ def gate(
 
     Example: rescompress gate rescompress-out/quickstart --baseline baseline.json --max-drop 1 --summary gate.md
     """
-    from rescompress import claims
     from rescompress.core.errors import BadInput
-    from rescompress.gate import judge, load_run
+    from rescompress.runs import claims
+    from rescompress.show.gate import judge, load_run
 
     output = output_of(ctx)
     claims.check_outputs({"--junit": junit, "--summary": summary, "--save-baseline": save_baseline}, [limits])
@@ -93,7 +93,7 @@ def gate(
 
 def _save(candidate: Run, path: Path, output: Output) -> None:
     from rescompress.core.artifact import write_text
-    from rescompress.gate.checks import baseline_of
+    from rescompress.show.gate.checks import baseline_of
 
     write_text(path, baseline_of(candidate).model_dump_json(exclude_defaults=True) + "\n")
     output.hint(f"baseline written: {path}")
@@ -101,7 +101,7 @@ def _save(candidate: Run, path: Path, output: Output) -> None:
 
 def _limits(path: Path | None, flags: dict[str, object]) -> Limits:
     """Return the limits: flags over the file over the defaults."""
-    from rescompress.gate import limits_of, load_limits
+    from rescompress.show.gate import limits_of, load_limits
 
     base = load_limits(path).model_dump(exclude_unset=True) if path is not None else {}
     return limits_of({**base, **flags}, where="command line")
@@ -117,8 +117,8 @@ def _write(
     output: Output,
 ) -> None:
     from rescompress.core.artifact import write_text
-    from rescompress.gate import render
-    from rescompress.report.tables import rows_of, to_markdown
+    from rescompress.show.figures.tables import rows_of, to_markdown
+    from rescompress.show.gate import render
 
     text = render.to_markdown(report, trade_off=to_markdown(rows_of(candidate.manifest)))
     if summary is not None:
@@ -161,7 +161,7 @@ def _append(variable: str, text: str) -> None:
 
 
 def _show(output: Output, report: GateReport) -> None:
-    from rescompress.gate import render
+    from rescompress.show.gate import render
 
     marks = [f"{c.name}: {c.message}" for c in report.checks]
     notes = [f"note: {n}" for n in report.notes]

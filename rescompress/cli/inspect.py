@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompress.cli import options, workspace
+from rescompress.cli import options
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 
 if TYPE_CHECKING:
@@ -17,15 +18,11 @@ app = typer.Typer()
 
 
 @app.command()
+@with_options
 def inspect(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.", show_default=False)],
-    input_shape: options.InputShape = None,
-    preprocess: options.Preprocess = None,
-    arch_option: options.ArchOption = None,
-    code: options.Code = None,
-    like: options.Like = None,
-    allow_pickle: options.AllowPickle = False,
+    stated: Annotated[options.Stated, Options()],
     graph: Annotated[
         Path | None,
         typer.Option("--graph", help="Write the graph as a picture: .svg (needs graphviz), .html or .dot.", show_default=False),
@@ -39,18 +36,12 @@ def inspect(
     is told, and --input, --preprocess and --arch-option take its place.
     """
     output = output_of(ctx)
-    loaded = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    ).load()  # the page holds the warnings
-    from rescompress.inspection import describe  # after what may refuse the file: it takes seconds to import
+    loaded = stated.opening(checkpoint).load()  # the page holds the warnings
+    from rescompress.runs.inspection import describe  # after what may refuse the file: it takes seconds to import
 
     document = {"path": str(checkpoint), **describe(loaded)}
     if graph is not None:
-        from rescompress.report.graph import draw
+        from rescompress.show.report.graph import draw
 
         draw(loaded.network, graph)
         document["graph"] = str(graph)

@@ -34,8 +34,8 @@ def lint_command(
     from export.lint import lint
     from export.load import load_onnx, save_onnx
     from export.passes import repair
-    from rescompress import claims
-    from rescompress.file_check import facts_of
+    from rescompress.runs import claims
+    from rescompress.runs.file_check import facts_of
 
     output = output_of(ctx)
     claims.check_outputs({"--fix": fix})  # over its input it may go: that is a repair in place

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rescompress.runs.settings import Settings
+    from rescompress.runs.stage import Opening
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="Checkpoint file or name (timm/resnet50.a1_in1k).", show_default=False)
@@ -139,3 +144,68 @@ NeededData = Annotated[
         "--data", "-d", metavar="DATA", help="Image folder, .npz, shards, hf:NAME or builtin:digits.", show_default=False
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What a user may state about a checkpoint file; `rescompress.cli.from_settings.with_options` makes it of its fields."""
+
+    input_shape: InputShape = None
+    preprocess: Preprocess = None
+    arch_option: ArchOption = None
+    code: Code = None
+    like: Like = None
+    allow_pickle: AllowPickle = False
+
+    def opening(self, path: Path) -> Opening:
+        """Return the checkpoint file, fetched where `path` is a name, and what is stated about it.
+
+        Raises:
+            BadInput: The shape, the preprocessing or an option is malformed, unknown or impossible.
+            EnvironmentFailed: A named network is not in the cache, and there is no connection.
+        """
+        from compress.checkpoints.options import parse, parse_shape
+        from compress.preprocessing import Statement
+        from rescompress.runs.stage import Opening
+
+        parse(words := self._words())  # what is wrong with them is said before any work
+        shape = parse_shape(self.input_shape) if self.input_shape else None
+        preprocess = str(Statement.parse(self.preprocess)) if self.preprocess is not None else None
+        return Opening(path, shape, preprocess, words, self.allow_pickle).fetched()
+
+    def _words(self) -> tuple[str, ...]:
+        """Return all of it as words of ``--arch-option``; the path of a file of code becomes absolute."""
+        words = list(self.arch_option or ())
+        if self.code is not None:
+            file, colon, name = self.code.rpartition(":")
+            words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={self.code}")
+        if self.like is not None:
+            words.append(f"like={self.like}")
+        return tuple(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """How data is read and where is computed: what the commands for one stage share."""
+
+    labels: Labels = None
+    skip_corrupt: SkipCorrupt = False
+    seed: Seed = 0
+    device: Device = "auto"
+    threads: Threads = None
+    batch_size: BatchSize = None
+
+    def settings(self, data: str | None) -> Settings:
+        """Return them with the data as settings of a run.
+
+        Raises:
+            BadInput: The labels cannot be read, or there is no such device.
+        """
+        from compress.data.sources import is_name
+        from rescompress.core.labels import parse_labels
+        from rescompress.runs.settings import Settings
+
+        if data is not None and not is_name(data):
+            data = str(Path(data).expanduser().resolve())
+        labels = parse_labels(self.labels)
+        return Settings(data, labels, self.seed, self.device, self.threads, self.batch_size, skip_corrupt=self.skip_corrupt)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rescompress.cli.output import Output
 from rescompress.core.text import log_line
-from rescompress.reporter import Reporter, Silent
+from rescompress.runs.reporter import Reporter, Silent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -39,17 +39,17 @@ def report(
 
     Example: rescompress report rescompress-out/quickstart -o report.html --model-card README.md
     """
-    from rescompress import claims
     from rescompress.core.artifact import write_text
-    from rescompress.report import history as past
-    from rescompress.report.html import page
+    from rescompress.runs import claims
+    from rescompress.show.report import history as past
+    from rescompress.show.report.html import page
 
     output = output_of(ctx)
     claims.check_outputs({"--output": out, "--model-card": model_card})
     claims.check_foreign(out, claims.PAGE, "--output", force=force)
     claims.check_foreign(model_card, claims.CARD, "--model-card", force=force)
     if track is not None:
-        from rescompress.track import check
+        from rescompress.show.track import check
 
         check(track)
     loaded = past.history(runs) if history else past.load_runs(runs)
@@ -60,12 +60,12 @@ def report(
     write_text(out, text)
     document: dict[str, Any] = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}
     if model_card is not None:
-        from rescompress.report.card import model_card as card
+        from rescompress.show.report.card import model_card as card
 
         write_text(model_card, card(*loaded[-1]))
         document["model_card"] = str(model_card)
     if track is not None:
-        from rescompress.track import log
+        from rescompress.show.track import log
 
         folders = past.find_all(runs) if history else [path if path.is_dir() else path.parent for path in runs]
         document["tracked"] = [log(track, folder) for folder in folders]

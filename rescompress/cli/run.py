@@ -9,6 +9,7 @@ import typer
 
 from rescompress.cli import options as opt
 from rescompress.cli import workspace
+from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 
 app = typer.Typer()
@@ -51,12 +52,12 @@ def run(
 
     from compress.data.sources import is_name
     from rescompress.cli.progress import reporting
-    from rescompress.config import load_config
     from rescompress.core.manifest import json_of
-    from rescompress.pipeline import folder_of, run_stages
-    from rescompress.plan import run_plan
-    from rescompress.report.tables import rows_of, to_document, to_markdown, to_rich
-    from rescompress.settings import Settings
+    from rescompress.runs.config import load_config
+    from rescompress.runs.pipeline import folder_of, run_stages
+    from rescompress.runs.plan import run_plan
+    from rescompress.runs.settings import Settings
+    from rescompress.show.figures.tables import rows_of, to_document, to_markdown, to_rich
 
     out = output_of(ctx)
     loaded = load_config(config, tuple(overrides or ()))
@@ -65,7 +66,7 @@ def run(
     folder = output or folder_of(config, workspace.WORKSPACE)
     settings = Settings(loaded.data, loaded.labels, loaded.seed, device, threads, batch_size, skip_corrupt=loaded.skip_corrupt)
     if track is not None:
-        from rescompress.track import check
+        from rescompress.show.track import check
 
         check(track)
     stages = run_plan(loaded, settings)
@@ -88,14 +89,14 @@ def run(
         return
     rows = rows_of(report.manifest)
     if report.ran:
-        from rescompress.claims import TABLE
         from rescompress.core.artifact import write_text
+        from rescompress.runs.claims import TABLE
 
         write_text(folder / TABLE, to_markdown(rows), follow=False)
     else:
         out.hint(f"nothing to do: all {len(report.reused)} stages are up to date")
     if track is not None:
-        from rescompress.track import log
+        from rescompress.show.track import log
 
         out.hint(f"recorded: {log(track, folder)}")
     document = {
@@ -108,35 +109,31 @@ def run(
     }
     out.result(document, to_rich(rows, title=str(folder)))
     if not report.manifest.unfinished:
-        from rescompress.report.closing import closing_lines
+        from rescompress.show.report.closing import closing_lines
 
         for line in closing_lines(report.manifest, folder, example=loaded.data.startswith("builtin:")):
             out.hint(line)
 
 
 @app.command()
+@with_options
 def init(
     ctx: typer.Context,
+    stated: Annotated[opt.Stated, Options()],
     checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="Checkpoint file.", show_default=False)] = None,
     target: opt.Target = None,
     data: opt.Data = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Config to write.")] = Path("rescompress.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.", show_default=False)] = False,
-    input_shape: opt.InputShape = None,
-    preprocess: opt.Preprocess = None,
-    arch_option: opt.ArchOption = None,
-    code: opt.Code = None,
-    like: opt.Like = None,
-    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Write a commented config for a checkpoint.
 
     Example: rescompress init resnet50.pt --data photos/ --target jetson
     """
-    from rescompress.claims import check_outputs
     from rescompress.core.artifact import write_text
     from rescompress.core.errors import BadInput
-    from rescompress.starter import starter_config
+    from rescompress.runs.claims import check_outputs
+    from rescompress.runs.starter import starter_config
 
     out = output_of(ctx)
     check_outputs({"--output": output}, [checkpoint] if checkpoint is not None else [])
@@ -144,13 +141,7 @@ def init(
         raise BadInput("is there already", where=str(output), remedy="choose another -o, or --force")
     opening = None
     if checkpoint is not None:
-        opening = workspace.opening(
-            checkpoint,
-            input_shape=input_shape,
-            preprocess=preprocess,
-            arch_options=workspace.stated(arch_option, code, like),
-            allow_pickle=allow_pickle,
-        )
+        opening = stated.opening(checkpoint)
     text = starter_config(opening, data, target, output.parent, tell=lambda text: out.hint(f"note: {text}"))
     write_text(output, text)
     out.result({"output": str(output), "config": text}, f"{output} is written; next: rescompress run {output}")

@@ -29,7 +29,7 @@ def schema(
     """
     from rescompress.core.artifact import write_text
     from rescompress.core.errors import BadInput, nearest
-    from rescompress.documents import SCHEMAS, described, schema_of
+    from rescompress.show.documents import SCHEMAS, described, schema_of
 
     out = output_of(ctx)
     if name is not None and name not in SCHEMAS:

@@ -94,10 +94,10 @@ def start(
 
     Example: rescompress search examples/search_digits.yaml --trials 30 --jobs 2
     """
-    from rescompress.config import load_config
     from rescompress.core.artifact import make_folder
     from rescompress.core.errors import ConfigError
-    from rescompress.search.settings import SearchConfig, default_space, planned
+    from rescompress.runs.config import load_config
+    from rescompress.runs.search_settings import SearchConfig, default_space, planned
     from rescompress.search.study import create, storage_of
     from rescompress.search.worker import check_candidates, check_space, own_folder
 
@@ -251,8 +251,8 @@ def _work(
     """Work on a search with one or more processes, and conclude it when nothing is left."""
     from rescompress.cli.progress import reporting
     from rescompress.core.artifact import make_folder
+    from rescompress.runs.store import Store
     from rescompress.search.worker import Pipeline, agree, conclude, settings_of, work
-    from rescompress.store import Store
 
     make_folder(folder)
     until = time.monotonic() + 60 * minutes if minutes is not None else None

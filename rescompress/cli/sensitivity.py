@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rescompress.cli import options, workspace
+from rescompress.cli import options
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
 from rescompress.core.settings import SensitivitySettings
@@ -14,7 +14,7 @@ from rescompress.core.settings import SensitivitySettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rescompress.sensitivity import Sensitivity
+    from rescompress.runs.sensitivity import Sensitivity
 
 app = typer.Typer()
 
@@ -25,22 +25,13 @@ def sensitivity(
     ctx: typer.Context,
     checkpoint: options.Checkpoint,
     settings: Annotated[SensitivitySettings, Options()],
+    stated: Annotated[options.Stated, Options()],
+    common: Annotated[options.Common, Options(only=("labels", "skip_corrupt", "seed", "device", "threads"))],
     data: options.Data = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.", show_default=False),
     ] = None,
-    labels: options.Labels = None,
-    skip_corrupt: options.SkipCorrupt = False,
-    input_shape: options.InputShape = None,
-    preprocess: options.Preprocess = None,
-    arch_option: options.ArchOption = None,
-    code: options.Code = None,
-    like: options.Like = None,
-    allow_pickle: options.AllowPickle = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
 ) -> None:
     """Show what removing channels of each group would cost, and with -o draw it.
 
@@ -49,8 +40,8 @@ def sensitivity(
     """
     from pathlib import Path
 
-    from rescompress.claims import check_outputs
     from rescompress.core.errors import BadInput
+    from rescompress.runs.claims import check_outputs
 
     sink = output_of(ctx)
     picture = Path(output).expanduser() if output else None
@@ -59,16 +50,10 @@ def sensitivity(
     if settings.int8 and data is None:
         raise BadInput("what INT8 does shows on images only", where="--int8", remedy="give --data")
     check_outputs({"--output": picture}, [checkpoint])
-    opening = workspace.opening(
-        checkpoint,
-        input_shape=input_shape,
-        preprocess=preprocess,
-        arch_options=workspace.stated(arch_option, code, like),
-        allow_pickle=allow_pickle,
-    )
-    shared = workspace.settings(data, labels=labels, seed=seed, device=device, threads=threads, skip_corrupt=skip_corrupt)
+    opening = stated.opening(checkpoint)
+    shared = common.settings(data)
     from rescompress.cli.progress import reporting
-    from rescompress.sensitivity import measure_sensitivity  # takes seconds to import
+    from rescompress.runs.sensitivity import measure_sensitivity  # takes seconds to import
 
     if data is None and "method" not in settings.model_fields_set:
         sink.hint("no --data: weights only; with images, reconstruct says what the rest of the network can repair")

@@ -192,7 +192,7 @@ def _kernels(
         read = kernels_of(path, input_shape=shape)
         # A float32 file leaves the choice to the builder, which may use FP16; any other file has made it.
         return list(read.kernels), device.best_float if read.precision == "fp32" else read.precision, read.batch
-    from rescompress.stage import Opening
+    from rescompress.runs.stage import Opening
 
     checkpoint = Opening(path, shape).fetched().load(lambda text: output.hint(f"note: {text}"))
     return fuse(walk(checkpoint.spec)), "int8" if checkpoint.quantization else None, None

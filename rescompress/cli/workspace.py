@@ -13,76 +13,10 @@ from rescompress.cli.output import Output
 
 if TYPE_CHECKING:
     from rescompress.core.manifest import Manifest, StageResult
-    from rescompress.pipeline import Peers, RunReport
-    from rescompress.settings import Settings
-    from rescompress.stage import Opening, Stage
+    from rescompress.runs.pipeline import Peers, RunReport
+    from rescompress.runs.stage import Stage
 
 WORKSPACE = Path("rescompress-out")
-
-
-def settings(
-    data: str | None,
-    *,
-    labels: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int | None = None,
-    batch_size: int | None = None,
-    skip_corrupt: bool = False,
-) -> Settings:
-    """Return the settings that options stand for.
-
-    Raises:
-        BadInput: The labels cannot be read, or there is no such device.
-    """
-    from compress.data.sources import is_name
-    from rescompress.labels import parse_labels
-    from rescompress.settings import Settings
-
-    if data is not None and not is_name(data):
-        data = str(Path(data).expanduser().resolve())
-    return Settings(data, parse_labels(labels), seed, device, threads, batch_size, skip_corrupt=skip_corrupt)
-
-
-def stated(arch_option: Sequence[str] | None, code: str | None, like: str | None) -> tuple[str, ...]:
-    """Return what the user states about a network as words of ``--arch-option``.
-
-    Args:
-        arch_option: Such words.
-        code: ``FILE:CALLABLE``; the file's path becomes absolute.
-        like: Name of a network.
-    """
-    words = list(arch_option or ())
-    if code is not None:
-        file, colon, name = code.rpartition(":")
-        words.append(f"code={Path(file).expanduser().resolve()}:{name}" if colon and file else f"code={code}")
-    if like is not None:
-        words.append(f"like={like}")
-    return tuple(words)
-
-
-def opening(
-    path: Path,
-    *,
-    input_shape: str | None = None,
-    preprocess: str | None = None,
-    arch_options: Sequence[str] = (),
-    allow_pickle: bool = False,
-) -> Opening:
-    """Return the checkpoint file, fetched where `path` is a name, and what the user states about it.
-
-    Raises:
-        BadInput: The shape, the preprocessing or an option is malformed, unknown or impossible.
-        EnvironmentFailed: A named network is not in the cache, and there is no connection.
-    """
-    from compress.checkpoints.options import parse, parse_shape
-    from compress.preprocessing import Statement
-    from rescompress.stage import Opening
-
-    parse(arch_options)  # what is wrong with them is said before any work
-    shape = parse_shape(input_shape) if input_shape else None
-    stated = str(Statement.parse(preprocess)) if preprocess is not None else None
-    return Opening(path, shape, stated, tuple(arch_options), allow_pickle).fetched()
 
 
 def peers() -> Peers | None:
@@ -111,7 +45,7 @@ def run_here(stages: Sequence[Stage], output: Output) -> tuple[RunReport, bool]:
         BadInput: A stage would replace a file that it reads by what it makes of it, so that the command could not be repeated.
     """
     from rescompress.cli.progress import reporting
-    from rescompress.pipeline import run_stages
+    from rescompress.runs.pipeline import run_stages
 
     folder = WORKSPACE
     together = peers()
@@ -157,7 +91,7 @@ def deliver(source: Path, wanted: Path | None) -> Path:
 
 def trade_off(manifest: Manifest, last: str) -> Any:
     """Return the trade-off table of a stage and of the stages that its network went through."""
-    from rescompress.report.tables import rows_of, to_rich
+    from rescompress.show.figures.tables import rows_of, to_rich
 
     names = manifest.lineage(last)
     chosen = manifest.model_copy(update={"stages": tuple(s for s in manifest.stages if s.stage in names)})

@@ -258,6 +258,8 @@ class MeasuredDetails(Details):
         first_frame_ms_runs: After idleness.
         contention_ms_runs: Beside other streams.
         end_to_end_ms_runs: With copies.
+        from_file_ms_runs: From image files to classes.
+        from_file_parts_ms: Medians of what that consists of: ``decode``, ``preprocess``, ``run``.
         runtime_version: Of what ran it.
         conditions: How figures beside the latency came about, by metric.
         soak: What a soak measured in the course of time.
@@ -272,6 +274,8 @@ class MeasuredDetails(Details):
     first_frame_ms_runs: Processes = Field(default_factory=list)
     contention_ms_runs: Processes = Field(default_factory=list)
     end_to_end_ms_runs: Processes = Field(default_factory=list)
+    from_file_ms_runs: Processes = Field(default_factory=list)
+    from_file_parts_ms: dict[str, Real] | None = None
     runtime_version: Annotated[str | None, KEPT] = None
     conditions: Annotated[dict[str, str], KEPT] = Field(default_factory=dict)
     soak: dict[str, Any] | None = None
@@ -292,6 +296,7 @@ class MeasuredDetails(Details):
             "first_frame_ms": self.first_frame_ms_runs,
             "contention_ms": self.contention_ms_runs,
             "end_to_end_ms": self.end_to_end_ms_runs,
+            "from_file_ms": self.from_file_ms_runs,
         }[metric]
 
 

@@ -51,6 +51,7 @@ from rescompress.core.operations import (
     ACTIVATIONS,
     Add,
     BatchNorm,
+    ChannelConv,
     Conv,
     Dropout,
     Input,
@@ -148,6 +149,8 @@ class Layer:
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one input."""
+        if isinstance(self.operation, ChannelConv):
+            return self.weights * self.operation.length
         return self.weights * math.prod(self.out_shape[1:]) if isinstance(self.operation, Weighted) else 0
 
     @property

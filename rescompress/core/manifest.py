@@ -16,6 +16,7 @@ from rescompress.core.details import KINDS, D, Details
 from rescompress.core.errors import BadInput
 from rescompress.core.locks import folder_held
 from rescompress.core.metric import Metric
+from rescompress.core.showing import Showing, prefixed
 from rescompress.core.spec import Frozen
 from rescompress.core.text import storable
 
@@ -112,6 +113,19 @@ class StageResult(Frozen):
         return self.details if isinstance(self.details, kind) else None
 
     @property
+    def headline(self) -> str:
+        """Its status where it is not done, else accuracy, MACs, size and latency, as far as they are known."""
+        if self.status != "done":
+            return f"{self.status}: {self.reason}" if self.reason else self.status
+        known = [
+            f"{100 * self.metrics['top1'].value:.2f} %" if "top1" in self.metrics else "",
+            f"{prefixed(self.metrics['macs'].value)}MACs" if "macs" in self.metrics else "",
+            f"{self.metrics['size_bytes'].value / 1e6:.2f} MB" if "size_bytes" in self.metrics else "",
+            f"{self.metrics['p50_ms'].value:.3g} ms {self.metrics['p50_ms'].provenance}" if "p50_ms" in self.metrics else "",
+        ]
+        return " ".join(text for text in known if text) or "done"
+
+    @property
     def is_deployment(self) -> bool:
         """Whether it was built and measured on a board, by `deploy`, which is part of no run."""
         return self.kind == DEPLOY
@@ -138,7 +152,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-class Manifest(Frozen):
+class Manifest(Showing, Frozen):
     """All stages of one run, in order.
 
     Attributes:
@@ -160,6 +174,10 @@ class Manifest(Frozen):
     environment: dict[str, Any] = Field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     unfinished: tuple[str, ...] = ()
+
+    def shows(self) -> Mapping[str, str]:
+        """Return the stages with their main figures."""
+        return {s.stage: s.headline for s in self.stages} | {name: "not reached yet" for name in self.unfinished}
 
     @property
     def unfinished_targets(self) -> frozenset[str]:

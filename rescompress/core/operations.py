@@ -473,6 +473,46 @@ class Linear(_Operation):
         return weight | {"bias": (self.width,)} if self.bias else weight
 
 
+class ChannelConv(_Operation):
+    """A one-dimensional convolution over the channels of a vector (the gate of efficient channel attention).
+
+    Each channel has a place in a line, and the places that no channel has hold zeros. So a channel that pruning takes away
+    leaves a zero behind, and its neighbours keep their distance.
+
+    Attributes:
+        kernel: Its length, odd; zeros around the line keep the number of channels.
+        length: Places in the line.
+        places: Of each channel.
+        bias: Whether there is a ``.bias``: one number for all.
+    """
+
+    op: Literal["channel_conv"] = "channel_conv"
+    kernel: Count
+    length: Count
+    places: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _in_line(self) -> Self:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"has a kernel of {self.kernel} places, which has no middle")
+        if len(set(self.places)) < len(self.places) or max(self.places) >= self.length:
+            raise ValueError(f"puts two channels at one place, or one beyond the {self.length} that there are")
+        return self
+
+    def out_shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Return the vector's shape."""
+        shape = _only(shapes)
+        if shape != (len(self.places),):
+            raise ValueError(f"reads a vector of {len(self.places)} channels, not {_text(shapes)}")
+        return shape
+
+    def parameters(self, shapes: Sequence[Shape]) -> dict[str, Shape]:
+        """Return the weight (1, 1, K) and the bias (1)."""
+        weight: dict[str, Shape] = {"weight": (1, 1, self.kernel)}
+        return weight | {"bias": (1,)} if self.bias else weight
+
+
 class Dropout(_Operation):
     """Zeros at random, in training only.
 
@@ -515,7 +555,7 @@ Weighted = Conv | Linear
 
 Operation = (
     Input | Conv | Linear | BatchNorm | GroupNorm | Affine | Activation | Add | Multiply | Concat | Pool | ChannelSelect | Pad
-    | Flatten | Dropout | Resize
+    | Flatten | Dropout | Resize | ChannelConv
 )  # fmt: skip
 """Every operation there is."""
 
@@ -541,7 +581,7 @@ def non_negative(op: Operation) -> bool | None:
             return None
         case Input() | Conv() | Linear() | BatchNorm() | GroupNorm() | Affine():
             return False
-        case LeakyRelu() | Elu() | PRelu() | Silu() | Gelu() | HardSwish() | Tanh():
+        case LeakyRelu() | Elu() | PRelu() | Silu() | Gelu() | HardSwish() | Tanh() | ChannelConv():
             return False
         case never:
             assert_never(never)

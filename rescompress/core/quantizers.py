@@ -42,6 +42,7 @@ from rescompress.core.operations import (
     Affine,
     AvgPool,
     BatchNorm,
+    ChannelConv,
     ChannelSelect,
     Clip,
     Concat,
@@ -277,6 +278,8 @@ def _float_name(op: Operation) -> str | None:
             return None
         case GroupNorm():
             return "GroupNorm"
+        case ChannelConv():
+            return "convolutions over channels"
         case Silu():
             return "SiLU"
         case Gelu():

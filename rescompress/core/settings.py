@@ -1,9 +1,10 @@
 """The settings of the engines: one object each, from the YAML of a run to the function that works.
 
 A field is the one place of a setting. Its name is the key in a config; its type and bounds are what may be given; its line
-under ``Attributes`` is its help. From these come the sections of `rescompress.config.RunConfig`, the options of the command
-line (`rescompress.cli.from_settings`), the tables of docs/run.md and the starter config (`rescompress.core.described`). The
-stages hash all fields into their keys. What was given rather than left at its default stands in ``model_fields_set``.
+under ``Attributes`` is its help. From these come the sections of `rescompress.runs.config.RunConfig`, the options of the
+command line (`rescompress.cli.from_settings`), the tables of docs/run.md and the starter config
+(`rescompress.core.described`). The stages hash all fields into their keys. What was given rather than left at its default
+stands in ``model_fields_set``.
 """
 
 from __future__ import annotations

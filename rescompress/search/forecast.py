@@ -14,20 +14,20 @@ from compress.prune import Budget, choose
 from compress.prune.apply import pruned_network
 from compress.prune.groups import droppable
 from edge_targets.catalog import load_target
-from rescompress.config import RunConfig
 from rescompress.core.artifact import make_folder
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.spec import ModelSpec
-from rescompress.plan import opening_of
-from rescompress.reporter import Reporter
-from rescompress.settings import Settings
-from rescompress.stage import Context, Source
-from rescompress.stages.network import align_of, latency_cost, shared_curves
-from rescompress.stages.shared import dataset, network_of
-from rescompress.store import Store
+from rescompress.runs.config import RunConfig
+from rescompress.runs.plan import opening_of
+from rescompress.runs.reporter import Reporter
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Context, Source
+from rescompress.runs.stages.network import align_of, latency_cost, shared_curves
+from rescompress.runs.stages.shared import dataset, network_of
+from rescompress.runs.store import Store
 
 
 @dataclass(frozen=True)

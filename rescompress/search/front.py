@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate.tango import Paired, score
 from rescompress.search.ladder import CONFIDENCE, paired, surely_better
 from rescompress.search.study import Answer, Trial
+from rescompress.show.gate.tango import Paired, score
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from statistics import NormalDist
 
 from rescompress.core.errors import BadInput
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate.pairing import pair
-from rescompress.gate.tango import Paired, score
 from rescompress.search.study import Answer, Trial
+from rescompress.show.gate.pairing import pair
+from rescompress.show.gate.tango import Paired, score
 
 CONFIDENCE = 0.95
 _SURE = NormalDist().inv_cdf(CONFIDENCE)

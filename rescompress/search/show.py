@@ -13,10 +13,10 @@ from typing import Any
 from rescompress.core.errors import BadInput, nearest
 from rescompress.core.manifest import load_manifest
 from rescompress.core.outcomes import Outcomes
-from rescompress.gate.tango import interval
 from rescompress.search.front import Point, front, good_enough, hypervolume, points_of, unjudged
 from rescompress.search.ladder import CONFIDENCE, paired, rank_correlation
 from rescompress.search.study import Answer, Trials
+from rescompress.show.gate.tango import interval
 
 MOST_LOOKS = 60
 """Points of the history of the hypervolume."""

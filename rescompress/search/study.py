@@ -32,7 +32,7 @@ from pydantic import Field
 from rescompress.core.errors import BadInput, EnvironmentFailed, ToolMissing
 from rescompress.core.outcomes import Outcomes
 from rescompress.core.spec import Frozen
-from rescompress.search.settings import RUNGS, Range, Rung, SearchConfig, dimensions
+from rescompress.runs.search_settings import RUNGS, Range, Rung, SearchConfig, dimensions
 
 if TYPE_CHECKING:
     import optuna

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rescompress.config import RunConfig, validate
 from rescompress.core.artifact import Artifact, make_folder, write_text
 from rescompress.core.details import DenseDetails, Details, TrialDetails
 from rescompress.core.errors import BadInput, ConfigError, RescompressError
@@ -25,11 +24,15 @@ from rescompress.core.locks import FileLock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
-from rescompress.fingerprint import environment
-from rescompress.reporter import Reporter, Silent
+from rescompress.runs.config import RunConfig, validate
+from rescompress.runs.fingerprint import environment
+from rescompress.runs.reporter import Reporter, Silent
+from rescompress.runs.search_settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Opening
+from rescompress.runs.store import Store
 from rescompress.search.front import Point, front, good_enough, unjudged
 from rescompress.search.ladder import climbs, latest
-from rescompress.search.settings import BUDGET, RUNGS, Range, Rung, candidate, dimensions
 from rescompress.search.study import (
     DONE,
     IMPOSSIBLE,
@@ -43,9 +46,6 @@ from rescompress.search.study import (
     hidden,
     patiently,
 )
-from rescompress.settings import Settings
-from rescompress.stage import Opening
-from rescompress.store import Store
 
 if TYPE_CHECKING:
     from edge_targets.device import Target
@@ -184,7 +184,7 @@ class Pipeline:
         Raises:
             BadInput: One of them is not here.
         """
-        from rescompress.fingerprint import file_identity
+        from rescompress.runs.fingerprint import file_identity
 
         opening = Opening(Path(self.document["checkpoint"])).fetched()
         return {"checkpoint": file_identity(str(opening.path)), "data": self.settings.data_identity}
@@ -237,8 +237,8 @@ class Pipeline:
         return config.model_copy(update={"finetune": tune, "quantize": quantize, "prune": prune})
 
     def _run(self, config: RunConfig, folder: Path, *, targets: bool) -> Manifest:
-        from rescompress.pipeline import run_stages
-        from rescompress.plan import run_plan
+        from rescompress.runs.pipeline import run_stages
+        from rescompress.runs.plan import run_plan
 
         stages = run_plan(config, self.settings)
         wanted = [s for s in stages if targets or s.kind not in ("export", "target")]

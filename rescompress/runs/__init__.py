@@ -1,0 +1,1 @@
+"""What is done with a network: configs, plans, the pipeline of stages, and what each stage does."""

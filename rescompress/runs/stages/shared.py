@@ -1,0 +1,182 @@
+"""What the stages share: opening checkpoints and data, evaluating, and the row every stage ends with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+
+from compress.checkpoints import save_checkpoint
+from compress.checkpoints.base import Checkpoint
+from compress.data import Dataset, Inputs, Split, load_dataset
+from compress.evaluate import Evaluation, TorchRunner, evaluate
+from compress.processes import ALONE, Together
+from compress.quantize import fake_quant_model
+from compress.resnet import ResNet, build_model
+from export.to_onnx import ExportOptions, to_onnx
+from rescompress.core.artifact import atomic_path, write_text
+from rescompress.core.details import Details
+from rescompress.core.errors import BadInput
+from rescompress.core.graph import Network
+from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.metric import Metric, counted
+from rescompress.core.runner import Runner
+from rescompress.core.spec import ModelSpec
+from rescompress.runs.settings import Settings
+from rescompress.runs.stage import Context, Outcome
+
+
+def network_of(checkpoint: Checkpoint) -> ResNet:
+    """Return the torch network of a checkpoint: fake-quantized if it is quantized, in eval mode."""
+    if checkpoint.quantization is not None:
+        return fake_quant_model(checkpoint)
+    return build_model(checkpoint.spec, checkpoint.state_dict)
+
+
+def onnx_of(checkpoint: Checkpoint, options: ExportOptions) -> onnx.ModelProto:
+    """Return a checkpoint as an ONNX model."""
+    tensors = {k: v.numpy() for k, v in checkpoint.state_dict.items()}
+    return to_onnx(checkpoint.spec, tensors, checkpoint.quantization, options)
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Check the model and write it, whole or not at all."""
+    onnx.checker.check_model(model, full_check=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def prepare(common: Settings) -> None:
+    """Make sure that the device is there, and give torch the threads that the user wants it to have."""
+    common.torch_device()
+    if common.threads is not None:
+        torch.set_num_threads(common.threads)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_dataset(
+    source: str,
+    identity: str | None,
+    inputs: Inputs,
+    seed: int,
+    labels: tuple[tuple[str, str], ...] | None,
+    skip_corrupt: bool,
+) -> Dataset:
+    return load_dataset(source, inputs, seed=seed, labels=dict(labels) if labels else None, skip_corrupt=skip_corrupt)
+
+
+def dataset(common: Settings, spec: ModelSpec | Network) -> Dataset:
+    """Return the data set; the stages of one process share the decoded images."""
+    if common.data is None:
+        raise BadInput("this needs images", where="--data", remedy="give --data")
+    labels = tuple(sorted((common.labels or {}).items())) or None
+    data = _load_dataset(common.data, common.data_identity, Inputs.of(spec), common.seed, labels, common.skip_corrupt)
+    if not common.hold_out:
+        return data
+    seen, held = data.train.part(common.hold_out, common.seed)
+    return dataclasses.replace(data, train=seen, val=held)
+
+
+def scores_classes(spec: ModelSpec | Network) -> bool:
+    """Whether a network can be measured against labels; a graph says which of its outputs holds class scores."""
+    return isinstance(spec, ModelSpec) or spec.num_classes is not None
+
+
+def need_classes(spec: ModelSpec | Network) -> None:
+    """Refuse a network without class scores where labels are asked for.
+
+    Raises:
+        BadInput: It has none; the message names what it has.
+    """
+    if isinstance(spec, Network) and not scores_classes(spec):
+        made = ", ".join(f"{o.name} ({'x'.join(map(str, spec.by_name[o.tensor].out_shape))})" for o in spec.outputs)
+        raise BadInput(
+            f"the network has no class scores that labels could be compared with: it makes {made}",
+            remedy="prune, export and inspect work without labels; accuracy and training need a classifier",
+        )
+
+
+def evaluate_runner(
+    context: Context,
+    runner: Runner,
+    split: Split,
+    common: Settings,
+    spec: ModelSpec | Network,
+    sharing: Together = ALONE,
+) -> Evaluation:
+    """Return the accuracy of anything that runs; progress is told."""
+    need_classes(spec)
+    progress = functools.partial(context.reporter.progress, f"evaluate ({runner.runtime})")
+    with runner:
+        size = common.eval_batch(spec.input_shape)
+        return evaluate(runner, split, batch_size=size, outputs=spec.num_classes, progress=progress, sharing=sharing)
+
+
+def evaluate_model(
+    context: Context, model: ResNet, split: Split, common: Settings, spec: ModelSpec | Network, sharing: Together = ALONE
+) -> Evaluation:
+    """Return the accuracy of a torch network; progress is told."""
+    return evaluate_runner(context, TorchRunner(model, common.torch_device()), split, common, spec, sharing)
+
+
+def outcomes_file(context: Context, stage: str, found: Evaluation) -> Path:
+    """Write which samples were right, and return the file."""
+    path = context.folder / f"{stage.replace(':', '-')}.outcomes.json"
+    write_text(path, found.outcomes.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def finish(
+    context: Context,
+    stage: str,
+    checkpoint: Checkpoint,
+    common: Settings,
+    details: Details,
+    *,
+    files: Sequence[tuple[str, Path]] = (),
+    transient: Sequence[Path] = (),
+    sharing: Together = ALONE,
+) -> Outcome:
+    """Save and evaluate a stage's checkpoint and return its row: accuracy, MACs, parameters, size as an ONNX file.
+
+    Args:
+        context: Of the stage.
+        stage: Its name.
+        checkpoint: What it made; in every process that of the main one.
+        common: Settings of the run.
+        details: JSON values.
+        files: Kind and path of other files that were written.
+        transient: Files that are no longer needed.
+        sharing: The processes that evaluate together; the main one writes.
+    """
+    found = None
+    if sharing.world > 1 and common.data is not None:
+        split = dataset(common, checkpoint.spec).val
+        found = evaluate_model(context, network_of(checkpoint), split, common, checkpoint.spec, sharing)
+    if not context.main:
+        return Outcome()
+    path = context.folder / f"{stage}.safetensors"
+    save_checkpoint(checkpoint, path)
+    written = [("checkpoint", path), *files]
+    layers = walk(checkpoint.spec)
+    size = len(onnx_of(checkpoint, ExportOptions()).SerializeToString())
+    metrics: dict[str, Metric] = {
+        "macs": counted(total_macs(layers), "macs"),
+        "params": counted(total_params(layers), "params"),
+        "size_bytes": counted(size, "bytes"),
+    }
+    if common.data is not None and scores_classes(checkpoint.spec):
+        data = dataset(common, checkpoint.spec)
+        if found is None:
+            found = evaluate_model(context, network_of(checkpoint), data.val, common, checkpoint.spec)
+        metrics |= found.metrics
+        written.append(("outcomes", outcomes_file(context, stage, found)))
+        notes = (*data.notes, *found.notes)
+        details = details.with_data_notes(list(notes))
+        for note in notes if stage == "dense" else ():
+            context.reporter.note(note)
+    return Outcome(metrics, written, details, transient=transient)
