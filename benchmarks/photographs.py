@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from prune_quality import peer_best
+from prune_quality import Results, parted, peer_best
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -30,11 +30,9 @@ from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, prune
 from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
-from compress.train import hold_out, train
+from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.settings import TrainSettings
-
-HELD = 0.1
 
 
 class Book:
@@ -91,7 +89,7 @@ class Bench:
         shape = parse_shape(args.input) if args.input else None
         self.dense = load_checkpoint(args.checkpoint, input_shape=shape)
         self.data: Dataset = load_dataset(args.data, self.dense.spec)
-        self.rest, self.held = hold_out(self.data.train, HELD, 0)
+        self.rest, self.held = parted(self.data.train, args.held)
 
     def start(self, fraction: float, who: str, seed: int) -> Checkpoint:
         """Return the network pruned to a fraction of the MACs, by ours or by Torch-Pruning."""
@@ -99,7 +97,8 @@ class Bench:
         def make() -> Checkpoint:
             images = self.rest.take(512, seed)
             if who == "torch-pruning":
-                return peer_best(self.dense, fraction, "inner", images, self.held)[0]
+                key = f"{fraction:g} torch-pruning seed={seed}"
+                return peer_best(self.dense, fraction, "inner", images, self.held, Results(self.book.folder), key)[0]
             budget = Budget(kind="macs", value=fraction)
             return prune(self.dense, budget=budget, align=1, calibration_x=images.tensor(), seed=seed).checkpoint
 
@@ -241,6 +240,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True)
     parser.add_argument("--input", help="shape, such as 3x128x128")
+    parser.add_argument("--held", type=int, default=600, help="training images that alone choose settings")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--macs", type=float, nargs="+", default=[0.3, 0.15])

@@ -1,13 +1,14 @@
 """Pruning quality side by side: ours and Torch-Pruning, on the same data, at the same MACs, with the same fine-tuning.
 
     python benchmarks/prune_quality.py CKPT --data CIFAR10 [--macs 0.5 0.3] [--seeds 0 1 2] [--epochs 1] [--work FOLDER]
+    python benchmarks/prune_quality.py resnet18_imagenette.pt --data imagenette --input 3x128x128 --held 600 --macs 0.5 0.3 0.2
 
 Torch-Pruning (``pip install --no-deps torch-pruning==1.6.1``) gets every combination of importance (L2, LAMP, Taylor) and
 ranking (over the whole network, per layer), each with BatchNorm measured again on the calibration images; the best on
-2,000 images of the training set that nothing else sees is the one that counts. By the same images each method gets the best
-of several learning rates of the fine-tuning. Torch-Pruning cannot prune the residual streams of pad shortcuts, so ``--scope
-all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same function, some MACs more.
-``val`` is read for the figures of the table alone.
+2,000 images (``--held``) of the training set that nothing else sees is the one that counts. By the same images each method
+gets the best of several learning rates of the fine-tuning. Torch-Pruning cannot prune the residual streams of pad shortcuts,
+so ``--scope all`` writes them as 1x1 projections with fixed zeros and ones first, for everybody: the same function, some MACs
+more. ``val`` is read for the figures of the table alone.
 
 With ``--work`` every figure is in ``results.json`` as soon as it is there, and a run that is started again goes on from
 it, from the pruned networks and from the states of unfinished trainings beside it.
@@ -21,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,11 @@ from torch import nn
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
+from compress.checkpoints.options import parse_shape
 from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, Scope, prune
+from compress.prune import Budget, Scope, measure, prune
+from compress.prune.method import Curves
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.train import train
@@ -45,8 +48,10 @@ from rescompress.core.spec import ModelSpec
 PEER = "torch-pruning"
 NO_REPAIR = "-no-repair"
 IMPORTANCES = ("l2", "lamp", "taylor")
+_NEEDS_IMAGES = ("taylor",)
 RANKINGS = ("global", "layer")
-HELD = 2000
+_TOGETHER = 64
+"""Images of one backward pass: 512 photographs at a time would need 16 GB."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,12 @@ class Cell:
     seconds: float
     chosen: str = ""
     held: float = 0.0
+
+
+def parted(train: Split, held: int) -> tuple[Split, Split]:
+    """Return the training images that networks see, and those that settings are chosen by."""
+    order = np.random.default_rng(0).permutation(len(train))
+    return train.subset(order[held:]), train.subset(order[:held])
 
 
 def top1(checkpoint: Checkpoint, split: Split) -> float:
@@ -148,19 +159,25 @@ def gradients(dense: Checkpoint, x: torch.Tensor, y: torch.Tensor) -> dict[str, 
     """Return the gradient of the labels' cross-entropy over all calibration images, computed once per set."""
     if id(x) not in _GRADIENTS:
         model = build_model(dense.spec, dense.state_dict)
-        nn.functional.cross_entropy(model(x), y).backward()
+        for some, right in zip(x.split(_TOGETHER), y.split(_TOGETHER), strict=True):
+            (nn.functional.cross_entropy(model(some), right, reduction="sum") / len(x)).backward()
         _GRADIENTS.clear()
         _GRADIENTS[id(x)] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return _GRADIENTS[id(x)]
+
+
+_BLIND: dict[tuple[int, float, tuple[str, str], Scope], Checkpoint] = {}
+"""Networks of importances that look at no images: the same for every seed until BatchNorm is measured again."""
 
 
 def peer_network(
     dense: Checkpoint, fraction: float, setting: tuple[str, str], scope: Scope, x: torch.Tensor, y: torch.Tensor
 ) -> Checkpoint | None:
     """Return Torch-Pruning's network nearest to the fraction of MACs, BatchNorm measured again; None off by over 1 %."""
+    key = id(dense), fraction, setting, scope
+    best = _BLIND.get(key)
     low, high = 0.0, 1.0
-    best: Checkpoint | None = None
-    for _ in range(14):
+    for _ in range(14 if best is None else 0):
         ratio = (low + high) / 2
         found = peer_at(dense, ratio, setting, scope, x, y)
         left = fraction_left(found.spec, dense.spec)
@@ -168,21 +185,11 @@ def peer_network(
             best = found
         low, high = (ratio, high) if left > fraction else (low, ratio)
     assert best is not None
+    if setting[0] not in _NEEDS_IMAGES:
+        _BLIND[key] = best
     if abs(fraction_left(best.spec, dense.spec) / fraction - 1) > 0.01:
         return None
     return recalibrate(best, x)
-
-
-def peer_best(dense: Checkpoint, fraction: float, scope: Scope, calibration: Split, held: Split) -> tuple[Checkpoint, str]:
-    """Return the best of Torch-Pruning's settings on the held-out images, and its name."""
-    x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
-    found: dict[str, tuple[float, Checkpoint]] = {}
-    for setting in [(i, r) for i in IMPORTANCES for r in RANKINGS]:
-        network = peer_network(dense, fraction, setting, scope, x, y)
-        if network is not None:
-            found["/".join(setting)] = (top1(network, held), network)
-    chosen = max(found, key=lambda name: found[name][0])
-    return found[chosen][1], chosen
 
 
 class Results:
@@ -215,6 +222,40 @@ class Results:
         return None if self.folder is None else self.folder / (key.replace(" ", "_").replace("=", "") + suffix)
 
 
+def peer_best(
+    dense: Checkpoint, fraction: float, scope: Scope, calibration: Split, held: Split, results: Results, key: str
+) -> tuple[Checkpoint, str]:
+    """Return the best of Torch-Pruning's settings on the held-out images, and its name; each is a cell of `key`'s."""
+    x, y = calibration.tensor(), torch.from_numpy(calibration.labels)
+    found: dict[str, float] = {}
+    networks: dict[str, Checkpoint] = {}
+    for setting in [(i, r) for i in IMPORTANCES for r in RANKINGS]:
+        name = "/".join(setting)
+        made: list[Checkpoint] = []
+
+        def make(setting: tuple[str, str] = setting, made: list[Checkpoint] = made) -> Cell:
+            start = time.perf_counter()
+            network = peer_network(dense, fraction, setting, scope, x, y)
+            if network is None:
+                return Cell(0.0, 0.0, time.perf_counter() - start)
+            made.append(network)
+            left = fraction_left(network.spec, dense.spec)
+            return Cell(left, 0.0, time.perf_counter() - start, held=top1(network, held))
+
+        cell = results.get(f"{key} {name}", make)
+        if cell.macs:
+            found[name] = cell.held
+            if made:
+                networks[name] = made[0]
+    chosen = max(found, key=lambda name: found[name])
+    if chosen not in networks:  # its cell is from an earlier process
+        importance, ranking = chosen.split("/")
+        again = peer_network(dense, fraction, (importance, ranking), scope, x, y)
+        assert again is not None
+        networks[chosen] = again
+    return networks[chosen], chosen
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all cells share."""
@@ -226,6 +267,15 @@ class Bench:
     val: Split
     results: Results
     args: argparse.Namespace
+    measured: dict[tuple[str, int], tuple[Curves, float]] = field(default_factory=dict)
+
+    def curves(self, method: str, seed: int, x: torch.Tensor) -> tuple[Curves, float]:
+        """Return what a method of ours says of the dense network, and the seconds that took; one set serves all fractions."""
+        if (method, seed) not in self.measured:
+            start = time.perf_counter()
+            found = measure(self.dense, method=method, scope=self.args.scope, calibration_x=x, seed=seed)
+            self.measured[method, seed] = found, time.perf_counter() - start
+        return self.measured[method, seed]
 
     def cell(self, method: str, fraction: float, seed: int, lr: float) -> Cell:
         """Return the figures of one network, before or after fine-tuning."""
@@ -242,7 +292,10 @@ class Bench:
             return rates[0]
         cells = {lr: self.cell(method, fraction, self.args.seeds[0], lr) for lr in rates}
         tried = ", ".join(f"{lr:g}: {cell.held:.2f}" for lr, cell in cells.items())
-        print(f"{method} at {fraction:g}: learning rates by top-1 on {HELD} held-out training images: {tried}", flush=True)
+        print(
+            f"{method} at {fraction:g}: learning rates by top-1 on {len(self.held)} held-out training images: {tried}",
+            flush=True,
+        )
         return max(cells, key=lambda lr: cells[lr].held)
 
     def tuning(self, lr: float) -> str:
@@ -261,21 +314,25 @@ class Bench:
         if path is not None and path.is_file() and key in self.results.cells:
             return self.results.cells[key], load_checkpoint(path)
         calibration = self.rest.take(self.args.calib, seed)
-        start, chosen = time.perf_counter(), ""
+        start, chosen, before = time.perf_counter(), "", 0.0
         if method == PEER:
-            network, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held)
+            network, chosen = peer_best(self.dense, fraction, self.args.scope, calibration, self.held, self.results, key)
         else:
+            x, name = calibration.tensor(), method.removesuffix(NO_REPAIR)
+            curves, before = self.curves(name, seed, x)
+            start = time.perf_counter()
             network = prune(
                 self.dense,
-                method=method.removesuffix(NO_REPAIR),
+                method=name,
                 repair=not method.endswith(NO_REPAIR),
                 budget=Budget(kind="macs", value=fraction),
                 scope=self.args.scope,
                 align=1,
-                calibration_x=calibration.tensor(),
+                calibration_x=x,
                 seed=seed,
+                curves=curves,
             ).checkpoint
-        seconds = time.perf_counter() - start
+        seconds = before + time.perf_counter() - start
         left = fraction_left(network.spec, self.dense.spec)
         if abs(left / fraction - 1) > 0.01:
             raise SystemExit(f"{method} left {left:.4f} of the MACs instead of {fraction}: not comparable")
@@ -307,6 +364,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--input", help="shape, such as 3x128x128, where the checkpoint does not tell")
+    parser.add_argument(
+        "--held", type=int, default=2000, help="training images that settings are chosen by, kept from all else"
+    )
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["reconstruct", PEER], help=f"one of ours may end in {NO_REPAIR}")
@@ -321,14 +382,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
-    dense = load_checkpoint(args.checkpoint)
+    dense = load_checkpoint(args.checkpoint, input_shape=parse_shape(args.input) if args.input else None)
     if args.scope == "all":
         dense = with_projections(dense)
     data = load_dataset(args.data, dense.spec)
-    order = np.random.default_rng(0).permutation(len(data.train))
     name = f"{Path(args.checkpoint).stem} {args.scope}"
     results = Results(args.work)
-    bench = Bench(name, dense, data.train.subset(order[HELD:]), data.train.subset(order[:HELD]), data.val, results, args)
+    rest, held = parted(data.train, args.held)
+    bench = Bench(name, dense, rest, held, data.val, results, args)
     whole = results.get(f"{name} dense", lambda: Cell(1.0, top1(dense, data.val), 0.0))
     print(f"{name}: dense {whole.top1:.2f} on {len(data.val)} images of val; {args.calib} calibration images, align 1")
     print(f"fine-tuning: {bench.tuning(args.lr[0]) or 'none'}" + (f", lr of {args.lr}" if len(args.lr) > 1 else ""))
@@ -336,7 +397,7 @@ def main() -> None:
         version = importlib.metadata.version("torch-pruning")
         print(
             f"Torch-Pruning {version}: BasePruner, one step, best of {'/'.join(IMPORTANCES)} x {'/'.join(RANKINGS)} ranking on "
-            f"{HELD} training images, BatchNorm recalibrated on the calibration images; MACs within 1 %"
+            f"{args.held} training images, BatchNorm recalibrated on the calibration images; MACs within 1 %"
         )
     print(f"{'MACs':>5} {'reached':>8} {'method':21} {'top-1':>6} {'spread':>6} {'below dense':>11} {'s':>6}  per seed")
     for fraction in args.macs:

@@ -36,12 +36,12 @@ def normalise(x_NCHW: Tensor, p: Preprocessing, layout: torch.memory_format = to
         p: The preprocessing.
         layout: Order of the result in memory.
     """
-    x = x_NCHW.to(torch.float32)
-    if p.channel_order == "bgr":
-        x = x.flip(1)
+    x = x_NCHW.flip(1) if p.channel_order == "bgr" else x_NCHW
+    there = x.is_contiguous(memory_format=layout)  # then its strides stay, also where a channel alone makes them ambiguous
+    x = x.to(torch.float32, copy=True, memory_format=torch.preserve_format if there else layout)
     gain = torch.tensor([p.scale / s for s in p.std], device=x.device)[:, None, None]
     shift = torch.tensor([-m / s for m, s in zip(p.mean, p.std, strict=True)], device=x.device)[:, None, None]
-    return torch.addcmul(shift, x, gain).contiguous(memory_format=layout)
+    return torch.addcmul(shift, x, gain, out=x)  # in place: memory for one more batch costs more than the sum
 
 
 @functools.cache

@@ -57,6 +57,22 @@ def test_normalise_against_numpy_both_channel_orders() -> None:
         np.testing.assert_allclose(normalise(torch.from_numpy(x), p).numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])  # mixed images are float already
+def test_normalise_leaves_the_pixels_alone_and_has_the_bits_of_the_plain_formula(
+    layout: torch.memory_format, kind: torch.dtype
+) -> None:
+    p = RAW.model_copy(update={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "scale": 1 / 255})
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3).permute(0, 3, 1, 2).to(kind)
+    before = x.clone()
+    found = normalise(x, p, layout)
+    gain = torch.tensor([p.scale / s for s in p.std])[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(p.mean, p.std, strict=True)])[:, None, None]
+    assert torch.equal(found, torch.addcmul(shift, x.float(), gain))
+    assert torch.equal(x, before)
+    assert found.is_contiguous(memory_format=layout)
+
+
 def test_one_folder_is_split_by_seed_and_says_so(tmp_path: Path) -> None:
     for i in range(10):
         paint(tmp_path / "a" / f"{i}.png", (i, 0, 0))

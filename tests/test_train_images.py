@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -157,25 +161,21 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_image() -> None:
     assert abs(np.mean([s >> 63 for s in seeds]) - 0.5) < 0.06
 
 
-def test_the_order_of_a_million_images_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn once an epoch, that is under a millisecond a step."""
+def test_the_order_of_a_million_images_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it costs under a millisecond a step (benchmarks/loader.py)."""
     labels = np.zeros(1_281_167, np.int64)
     split = Split(MemoryStore(np.zeros((1, 1, 1, 3), np.uint8)), labels, ("a",), HALF, "test")
     batches = Batches(split, how(augment="none"), 256)
-    seconds: list[float] = []
+    drawn: list[int] = []
 
-    def drawn(*given: object) -> np.ndarray:
-        began = time.process_time()
-        order = epoch_order(*given)  # type: ignore[arg-type]
-        seconds.append(time.process_time() - began)
-        return order
+    def counted(labels: np.ndarray, seed: int, epoch: int, *given: object) -> np.ndarray:
+        drawn.append(epoch)
+        return epoch_order(labels, seed, epoch, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loading, "epoch_order", drawn)
-    began = time.process_time()
+    monkeypatch.setattr(loading, "epoch_order", counted)
     for step in range(batches.per_epoch - 10, batches.per_epoch + 10):
         batches.of(step)
-    assert len(seconds) == 2
-    assert (time.process_time() - began - sum(seconds)) / 20 + seconds[0] / batches.per_epoch < 1e-3
+    assert drawn == [0, 1]
 
 
 @pytest.mark.parametrize("counts", [(16, 278, 90), (1, 7), (5,), (3, 3, 3, 100), (5, 6, 9)])
@@ -226,6 +226,74 @@ def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, 
         for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
     assert not list(tmp_path.glob("pixels-*")), "the decoded images went with the training"
+
+
+def train_aloud(folder: str, state: str, result: str, workers: int, linger: int) -> None:
+    """Train in a process of its own, say every step, and write down the weights' hash at the end.
+
+    Args:
+        folder: The images.
+        state: Where the training's state is saved, after every step.
+        result: For the hash.
+        workers: Processes that read.
+        linger: The step after which it waits to be killed.
+    """
+
+    def say(at: TrainState) -> None:
+        print(at.step, flush=True)
+        time.sleep(60.0 if at.step == linger else 0.0)
+
+    torch.set_num_threads(1)
+    split = load_dataset(folder, SPEC).train
+    settings = how(epochs=LONG, workers=workers, augment="photo+", ema=0.9, hold_out=0.2)
+    torch.manual_seed(0)
+    model = build_model(SPEC)
+    train(model, split, settings, resume_file=Path(state), save_every_s=0.0, progress=say)
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+    Path(result).write_text(digest)
+
+
+LONG = 10
+"""Epochs of two steps."""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_early_and_late_it_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    code = "import sys; from test_train_images import train_aloud; train_aloud(*sys.argv[1:4], *map(int, sys.argv[4:]))"
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join([here, str(Path(here).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def start(name: str, workers: int, linger: int = 0) -> subprocess.Popen[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        state, result = tmp_path / name / "state", tmp_path / name / "digest"
+        args = [sys.executable, "-c", code, str(folder), str(state), str(result), str(workers), str(linger)]
+        return subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+
+    calm = start("calm", 0)
+    steps = [int(line) for line in calm.communicate()[0].split()]
+    assert steps == list(range(1, 2 * LONG + 1))
+    late = [2 * LONG - 1, 2 * LONG, 2 * LONG]  # before the last step, and after it, before its end is written down
+    first: list[int] = []
+    for number, stop in enumerate(sorted(chance.sample(range(1, 2 * LONG - 1), 7)) + late):
+        process = start("rough", number % 3, stop if stop in late else 0)
+        assert process.stdout is not None
+        seen = []
+        for line in process.stdout:
+            seen.append(int(line))
+            if seen[-1] >= stop:
+                time.sleep(chance.uniform(0.0, 0.01))
+                break
+        process.kill()
+        process.communicate()
+        first.append(seen[0])
+        assert not (tmp_path / "rough" / "digest").exists(), "it was killed before its end"
+    assert first == sorted(first)
+    assert first[-1] > 2 * LONG - 3, "each goes on near where the one before was killed"
+    last = start("rough", 2)
+    last.communicate()
+    assert last.returncode == 0
+    assert (tmp_path / "rough" / "digest").read_text() == (tmp_path / "calm" / "digest").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
