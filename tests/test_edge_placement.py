@@ -219,6 +219,36 @@ def test_deploy_without_trtexec_takes_the_builder_along(fresh: Any, tmp_path: Pa
     assert fresh.left_behind() == []
 
 
+@pytest.mark.slow
+@needs_sshd
+def test_every_figure_beside_the_latency_is_measured_without_trtexec_too(fresh: Any, tmp_path: Path) -> None:  # noqa: F811
+    (fresh.tools / "trtexec").unlink()
+    fresh.install_python(STANDIN_BUILDER)
+    (fresh.tools / "tegrastats").write_text(
+        "#!/bin/sh\nwhile :; do echo 'RAM 4/9MB GR3D_FREQ 99%@[1020] GPU@61.5C VDD_IN 9000mW/9000mW'; sleep 0.1; done\n"
+    )
+    (fresh.tools / "tegrastats").chmod(0o755)
+    model, out = write_onnx(tmp_path / "m.onnx", quantized=True), tmp_path / "out"
+    more = ("--builds", "2", "--soak", "10s", "--cold-start", "--streams", "2", "--end-to-end", "--runs", "2")
+    done = deploy(fresh, model, "-o", out, *more)
+    assert done.returncode == 0, done.stderr
+    (stage,) = json.loads((out / "manifest.json").read_text())["stages"]
+    value, details = {name: m["value"] for name, m in stage["metrics"].items()}, stage["details"]
+    assert value["p50_ms"] == pytest.approx(1.0, rel=0.02), "between the two events around a run"
+    assert value["end_to_end_ms"] == pytest.approx(3.0, rel=0.02), "with a copy before and one behind it"
+    for name in ("contention_ms", "first_frame_ms", "soak_p50_ms"):
+        assert value[name] == pytest.approx(1.0, rel=0.02), name
+    assert value["soak_ratio"] == pytest.approx(1.0, rel=0.02)
+    assert value["build_ratio"] == pytest.approx(1.0, rel=0.02)
+    assert value["cold_start_ms"] > 1
+    assert value["power_w"] == 9.0
+    assert len(details["cold_start_ms_runs"]) == 5
+    assert details["soak"]["clock_mhz"] == [1020, 1020]
+    assert set(details["conditions"]) == {"end_to_end_ms", "contention_ms", "cold_start_ms", "first_frame_ms", "soak_ratio"}
+    assert details["engine"]["builder"] == "trt_builder"
+    assert fresh.left_behind() == []
+
+
 @needs_sshd
 @pytest.mark.parametrize(
     ("trouble", "text"),
