@@ -242,14 +242,14 @@ FIGURES = (
     ),
     Figure(
         "CIFAR-10 run, quantize, %",
-        "README.md",
+        "docs/cifar10.md",
         rf"ResNet-32 on CIFAR-10 \(JPEG[\s\S]*?^\| quantize \| {_N} ",
         "cifar10",
         r"@quantize:top1",
     ),
     Figure(
         "CIFAR-10 run, OpenVINO, ms",
-        "README.md",
+        "docs/cifar10.md",
         rf"ResNet-32 on CIFAR-10 \(JPEG[\s\S]*?^\| target:cpu \|.*\| {_N} ms \(",
         "cifar10",
         r"@target:cpu:p50_ms",

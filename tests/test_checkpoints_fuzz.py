@@ -93,6 +93,7 @@ def limits(what: str) -> Iterator[None]:
     def late(signum: int, frame: object) -> None:
         raise TimeoutError(f"{what}: hangs")
 
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # other tests ran in this process
     previous = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS_PER_CASE)
     try:
@@ -100,7 +101,8 @@ def limits(what: str) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MEMORY_LIMIT, f"{what}: too much memory"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown * 1024 < MEMORY_LIMIT, f"{what}: too much memory"
 
 
 # Damage to bytes: the file may still load, and then holds what an independent reader finds in it.

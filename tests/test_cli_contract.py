@@ -309,8 +309,15 @@ def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
 def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path: Path) -> None:
     rescompress("export", DIGITS, "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
     words = [sys.executable, "-m", "rescompress", "bench", "out/model.onnx", "-t", "cpu-ort", "--seconds", "60"]
+
+    def heard() -> None:
+        """Hear the interrupt although the tests may run in the background, where a shell has it ignored."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, process_group=0, preexec_fn=heard
+    ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         end = time.monotonic() + 60
         while not children.read_text() and time.monotonic() < end:

@@ -206,11 +206,11 @@ def test_the_hub_is_read_through_its_library(tmp_path: Path, monkeypatch: pytest
 
 
 def test_names_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rescompress.cli.workspace import settings
+    from rescompress.cli.options import Common
 
     hub(monkeypatch)
-    assert settings("hf:somebody/pets:small").data == "hf:somebody/pets:small"
-    assert settings("photos").data == str(Path("photos").resolve())
+    assert Common().settings("hf:somebody/pets:small").data == "hf:somebody/pets:small"
+    assert Common().settings("photos").data == str(Path("photos").resolve())
 
 
 def test_a_name_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:

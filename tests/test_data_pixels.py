@@ -442,7 +442,7 @@ def test_what_is_stated_about_an_onnx_file_counts(network: Path, tmp_path: Path,
     model.write_bytes(to_onnx(loaded.spec, loaded.state_dict, None, ExportOptions()).SerializeToString())
     seen = {}
     for name, stated in itertools.product(("net.safetensors", "m.onnx"), (None, "half", "geometry=squash", OWN)):
-        runner, inputs = _open(Opening(tmp_path / name, preprocess=stated), Settings(None), "auto", Silent())
+        runner, inputs, _ = _open(Opening(tmp_path / name, preprocess=stated), Settings(None), "auto", Silent())
         with runner:
             seen[name, stated] = inputs
     for stated in (None, "half", "geometry=squash", OWN):

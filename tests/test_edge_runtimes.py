@@ -154,7 +154,7 @@ architecture: host
 runtime: echo
 precisions: [fp32, int8]
 align: {fp32: 8, int8: 16}
-align_source: a test
+align_source: written for a test
 """
 
 
