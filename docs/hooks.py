@@ -21,7 +21,7 @@ FOLDERS = ("examples/ci", "examples/notebooks")
 def on_config(config: Any, **_: Any) -> Any:
     """Build the navigation: tutorials and pages as the index has them, then decisions by number."""
     index = (DOCS / "README.md").read_text(encoding="utf-8")
-    linked = list(dict.fromkeys(re.findall(r"\]\(((?:tutorials/)?\w+\.md)\)", index)))
+    linked = list(dict.fromkeys(re.findall(r"\]\(((?:tutorials/)?[\w-]+\.md)\)", index)))
     config.nav = [
         {"Start": "README.md"},
         {"Tutorials": [page for page in linked if page.startswith("tutorials/")]},
