@@ -35,13 +35,14 @@ def report(
     force: Annotated[bool, typer.Option("--force", help="Replace files of other origin.", show_default=False)] = False,
     show: opt.Open = False,
 ) -> None:
-    """Write one self-contained HTML page: the trade-off, its charts, widths, error curves, time per layer, the manifest.
+    """Write one self-contained HTML page: trade-off, charts, widths, the graph before and after, time per layer, the manifest.
 
     Example: rescompress report rescompress-out/quickstart -o report.html --model-card README.md
     """
     from rescompress.core.artifact import write_text
     from rescompress.runs import claims
     from rescompress.show.report import history as past
+    from rescompress.show.report.before_after import networks_of
     from rescompress.show.report.html import page
 
     output = output_of(ctx)
@@ -56,7 +57,7 @@ def report(
     if not history:
         for path in runs:
             workspace.tell_workspace(path, output)
-    text = page(loaded, history=history)
+    text = page(loaded, history=history, networks=None if history else networks_of(loaded[-1][1], folder_of(runs[-1])))
     write_text(out, text)
     document: dict[str, Any] = {"report": str(out), "size_bytes": len(text.encode()), "runs": [name for name, _ in loaded]}
     if model_card is not None:
@@ -67,13 +68,18 @@ def report(
     if track is not None:
         from rescompress.show.track import log
 
-        folders = past.find_all(runs) if history else [path if path.is_dir() else path.parent for path in runs]
+        folders = past.find_all(runs) if history else [folder_of(path) for path in runs]
         document["tracked"] = [log(track, folder) for folder in folders]
         for text in document["tracked"]:
             output.hint(f"recorded: {text}")
     output.result(document, *[str(document[k]) for k in ("report", "model_card") if k in document])
     if show and not opened(out):
         output.hint(f"no display here: open {out} in a browser")
+
+
+def folder_of(run: Path) -> Path:
+    """Return the folder of a run that is named by its folder or by its manifest."""
+    return run if run.is_dir() else run.parent
 
 
 def opened(page: Path) -> bool:

@@ -52,11 +52,16 @@ def draw(network: Network, path: Path, host: Host | None = None) -> None:
         raise ToolMissing(
             "an .svg needs graphviz's dot, which is not installed", remedy="install graphviz, or name an .html file"
         )
-    svg = _svg(tool, dot_of(network, host)) if tool is not None else None
+    svg = svg_of(tool, dot_of(network, host)) if tool is not None else None
     write_text(path, svg if suffix == ".svg" and svg is not None else page_of(network, svg, host))
 
 
-def _svg(tool: str, text: str) -> str:
+def svg_of(tool: str, text: str) -> str:
+    """Return what graphviz makes of a graph in its language.
+
+    Raises:
+        EnvironmentFailed: It cannot be run, fails, or takes too long.
+    """
     try:
         done = subprocess.run([tool, "-Tsvg"], input=text, capture_output=True, text=True, timeout=SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as e:

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any, TypeGuard
 
 from rescompress.core.details import DenseDetails, DeployDetails, MeasuredDetails, PruneDetails, TargetDetails, TrainedDetails
+from rescompress.core.graph import Network
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.show.figures.columns import (
@@ -44,6 +45,7 @@ from rescompress.show.figures.tables import (
 )
 from rescompress.show.report import charts
 from rescompress.show.report import search as searches
+from rescompress.show.report.before_after import side_by_side
 from rescompress.show.report.card import described, stated
 from rescompress.show.report.charts import Axis, Bar, Point
 from rescompress.show.report.history import run_rows, trends
@@ -71,17 +73,19 @@ class Section:
     body: Markup
 
 
-def page(runs: Sequence[tuple[str, Manifest]], *, history: bool = False) -> str:
+def page(
+    runs: Sequence[tuple[str, Manifest]], *, history: bool = False, networks: tuple[Network, Network] | None = None
+) -> str:
     """Return the page.
 
     Args:
         runs: Name and manifest of each; with several, a comparison comes first and the last run's own sections follow.
         history: Whether the runs are in order of time: trends are drawn.
+        networks: Of the last run, before and after pruning, to be shown side by side.
     """
     name, manifest = runs[-1]
-    sections = [
-        s for s in (*(_comparison(runs, history=history) if len(runs) > 1 else ()), *_run_sections(name, manifest)) if s
-    ]
+    compared = _comparison(runs, history=history) if len(runs) > 1 else ()
+    sections = [s for s in (*compared, *_run_sections(name, manifest, networks)) if s]
     version = manifest.rescompress_version
     if len(runs) > 1:
         heading = f"{len(runs)} runs, {runs[0][0]} to {name}" if history else " and ".join(n for n, _ in runs[:4])
@@ -286,12 +290,14 @@ def _figure(chart: Markup, caption: str, table: Markup) -> Markup:
 # Sections of one run ----------------------------------------------------------------------------------------------------
 
 
-def _run_sections(name: str, manifest: Manifest) -> Iterator[Section | None]:
+def _run_sections(name: str, manifest: Manifest, networks: tuple[Network, Network] | None) -> Iterator[Section | None]:
     rows = rows_of(manifest, name)
     yield Section("trade-off", "Every stage", _stage_table(manifest, rows))
     yield _search(manifest)
     yield _trade_off_charts(manifest)
     yield _widths(manifest)
+    if networks is not None:
+        yield Section("graph", "The network before and after pruning", side_by_side(*networks))
     yield _curves(manifest)
     yield _layers(manifest)
     yield _placed(manifest)
