@@ -32,7 +32,8 @@ from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.metric import Metric
 
 if TYPE_CHECKING:
-    from edge_targets.remote import Measured, _Session
+    from edge_targets.board_session import Session
+    from edge_targets.board_work import Measured
 
 EDGE_S = 60
 """The first and the last minute of a soak are what is compared."""
@@ -269,7 +270,7 @@ def median_of_builds(medians_ms: Sequence[float]) -> int:
     return order[(len(order) - 1) // 2]
 
 
-def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, result: Measured) -> Measured:
+def measure(session: Session, engine: str, batch: int, timing: TimingOptions, result: Measured) -> Measured:
     """Return `result` with what was asked for, measured on the engine file `engine` of the board.
 
     Raises:
@@ -356,7 +357,7 @@ def measure(session: _Session, engine: str, batch: int, timing: TimingOptions, r
     return replace(result, metrics=metrics, statistics=kept, files=(*result.files, *files))
 
 
-def send(session: _Session, photos: Photos) -> None:
+def send(session: Session, photos: Photos) -> None:
     """Copy what `Step`s of kind ``from_file`` read to the work folder of the board.
 
     Raises:

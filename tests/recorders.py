@@ -37,6 +37,8 @@ HOMES = (
     "edge_targets.benchmark",
     "edge_targets.latency",
     "edge_targets.onnx_kernels",
+    "edge_targets.board_probe",
+    "edge_targets.board_work",
     "edge_targets.remote",
     "export.to_onnx",
 )

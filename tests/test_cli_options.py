@@ -26,7 +26,7 @@ from compress import checkpoints as files
 from compress import data, prune, quantize
 from compress.prune import measure, picture
 from compress.quantize import sensitivity
-from edge_targets import benchmark, latency, onnx_kernels, remote, ssh
+from edge_targets import benchmark, board_probe, board_work, latency, onnx_kernels, remote, ssh
 from edge_targets.backends import onnxruntime
 from rescompress import api
 from rescompress.cli.app import COMMANDS
@@ -549,14 +549,14 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         metrics = benchmark.summarize([1.0] * 20, device="cpu", runtime="onnxruntime", batch=1, threads=3, precision="fp32")
         return [benchmark.Measured(metrics, (1.0,)) for _ in candidates]
 
-    found = remote.Probe("Jetson", None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
+    found = board_probe.Probe("Jetson", None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
     seen.spy(load_dataset, lambda source, spec, **more: load_dataset(source, spec, seed=more.get("seed", 0)))
     seen.spy(load_checkpoint, lambda path, **_: load_checkpoint(path))
     seen.spy(measure, lambda checkpoint, **_: measure(checkpoint, method="magnitude"))
     seen.spy(ptq, lambda checkpoint, batches, **_: ptq(checkpoint, batches, calibration="max", bias_correction=False))
     seen.spy(sensitivity.sensitivities, lambda *_, **__: [])
     seen.spy(benchmark.measure_processes, measured)
-    seen.spy(remote.probe, lambda board: found)
+    seen.spy(board_probe.probe, lambda board: found)
     seen.spy(remote.deploy, refuse)
     monkeypatch.setattr(ssh.Turn, "__enter__", lambda self: self)  # nobody else wants a board that is not there
     monkeypatch.setattr(ssh.Turn, "__exit__", lambda *_: None)
@@ -566,7 +566,7 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         onnx_kernels.kernels_of,
         onnx_kernels.input_of,
         latency.predict_kernels,
-        remote.dry_run,
+        board_work.dry_run,
         picture.draw,
         gate.judge,
         render.to_junit,

@@ -29,9 +29,12 @@ from PIL import Image
 
 from edge_targets import infer, ssh
 from edge_targets.benchmark import summarize
+from edge_targets.board_probe import Probe, probe
+from edge_targets.board_session import Session, Timed
+from edge_targets.board_work import DeployOptions, Job
 from edge_targets.catalog import load_target
-from edge_targets.remote import DeployOptions, Job, Probe, Timed, _Session, parse_tegrastats, probe
 from edge_targets.ssh import Board, WorkFolder
+from edge_targets.tegrastats import parse_tegrastats
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trtexec_log import TrtexecLog, read_layer_info, read_profile, read_times
 from rescompress.cli.app import main
@@ -404,12 +407,12 @@ def labelled(folder, *, precision="fp32", batch="dynamic", images=40):
 @needs_sshd
 @pytest.mark.parametrize("batch", ["dynamic", pytest.param(1, marks=pytest.mark.slow)])
 def test_accuracy_is_measured_on_the_board_piece_by_piece(fresh, tmp_path, monkeypatch, batch):
-    from edge_targets import remote
+    from edge_targets import board_session
     from rescompress.core.manifest import load_manifest
     from rescompress.core.outcomes import Outcomes
 
     model, data, right = labelled(tmp_path, batch=batch)
-    monkeypatch.setattr(remote, "PIECE_BYTES", 17 * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(board_session, "PIECE_BYTES", 17 * 4 * 3 * 16 * 16)
     done = deploy(fresh, model, "--data", data, "-o", tmp_path / "out", "--runs", "3")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -660,7 +663,7 @@ def session_with(tools, out, *, shell):
     """Return a session on this machine with the programs in the folder `tools` on its PATH, in the work folder `out`."""
     board = LocalBoard("local", shell=shell, start=f"PATH='{tools}':$PATH")
     found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), True, None)
-    return _Session(board, found, capabilities("10.3.0"), DeployOptions(), out, str(out), "board", [], lambda text: None)
+    return Session(board, found, capabilities("10.3.0"), DeployOptions(), out, str(out), "board", [], lambda text: None)
 
 
 def watched_tools(folder, *, code=0):
@@ -731,7 +734,7 @@ def test_an_error_of_the_shell_is_not_taken_for_a_part_of_trtexecs_path(monkeypa
     assert probe(Board("board")).trtexec == "/usr/src/tensorrt/bin/trtexec"
 
 
-class Counted(_Session):
+class Counted(Session):
     """A session whose runs take the times in `runs`; nothing is built."""
 
     runs = ()

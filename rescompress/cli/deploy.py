@@ -14,8 +14,8 @@ from rescompress.cli.output import Output, output_of
 if TYPE_CHECKING:
     from compress.data import Inputs, Split
     from compress.evaluate import Evaluation
+    from edge_targets.board_work import Deployment, DeployOptions, Job
     from edge_targets.device import Precision, Target
-    from edge_targets.remote import Deployment, DeployOptions, Job
     from rescompress.core.manifest import StageResult
 
 app = typer.Typer()
@@ -82,7 +82,7 @@ def deploy(
     Example: rescompress deploy model_int8.onnx --baseline model.onnx --host nvidia@orin-nano --batches 1,8
     Example: rescompress deploy int8.safetensors --host nvidia@orin-nano --data photos/ --limit 2000 --runs 5
     """
-    from edge_targets import remote
+    from edge_targets import board_probe, board_work, remote
     from edge_targets.board_statistics import Extras, parse_duration
     from edge_targets.catalog import load_target, survey
     from edge_targets.ssh import Board, Turn
@@ -94,7 +94,7 @@ def deploy(
     output = output_of(ctx)
     sizes = _batches(batches)
     extras = Extras(parse_duration(soak) if soak is not None else 0, cold_start, streams, end_to_end)
-    options = remote.DeployOptions(
+    options = board_work.DeployOptions(
         sizes, seconds, workspace_mb=workspace, dla_core=dla, sparsity=sparsity, runs=runs, builds=builds, extras=extras
     )
     options = dataclasses.replace(options, allow_fallback=allow_fallback)
@@ -106,7 +106,7 @@ def deploy(
         jobs, notes = _jobs(model, baseline, sizes, input_shape, _folder(out, assumed), assumed)
         notes += _advice(assumed, jobs, dla) + (_sparsity(assumed, jobs) if sparsity else [])
         options = _with_photos(options, jobs, photo)
-        lines = remote.dry_run(assumed, jobs, options, scored=data is not None)
+        lines = board_work.dry_run(assumed, jobs, options, scored=data is not None)
         output.hint(f"for {assumed.name} with TensorRT {assumed.tensorrt_version}; nothing was run")
         output.result({"target": assumed.name, "commands": lines, "notes": notes}, *lines, *notes)
         return
@@ -115,7 +115,7 @@ def deploy(
     board = Board(host, port, ssh_config)
     if (out / MANIFEST_NAME).is_file():
         load_manifest(out)  # what is wrong with it is told before any work
-    found = remote.probe(board)
+    found = board_probe.probe(board)
     on_board = _on_board(named, found, load_target)
     folder = _folder(out, on_board)
     jobs, notes = _jobs(model, baseline, sizes, input_shape, folder, on_board)
@@ -221,7 +221,7 @@ def _with_photos(options: DeployOptions, jobs: list[Job], files: list[Path] | No
 def _scorer(images: Split, outputs: int, scores: dict[Precision, Evaluation], output: Output) -> Any:
     """Return what `remote.deploy` calls per engine; what it finds goes to `scores`."""
     from compress.evaluate import evaluate
-    from edge_targets.remote import PIECE_BYTES
+    from edge_targets.board_session import PIECE_BYTES
     from rescompress.cli.progress import reporting
 
     def score(precision: Precision, runner: Any) -> None:
@@ -295,9 +295,9 @@ def _jobs(
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
     from compress.checkpoints.options import parse_shape
+    from edge_targets.board_work import Job
     from edge_targets.fp8 import refuse_file
     from edge_targets.onnx_kernels import input_of, precision_of
-    from edge_targets.remote import Job
     from edge_targets.trtexec import InputShapes
     from rescompress.core.errors import ModelFileError
 
