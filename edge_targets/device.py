@@ -160,9 +160,9 @@ class Device(Frozen):
         if set(self.align) != set(self.precisions):
             raise ValueError(f"{self.name}: align names {sorted(self.align)}, precisions are {sorted(self.precisions)}")
         if self.modes and self.default_mode not in {m.name for m in self.modes}:
-            raise ValueError(f"{self.name}: default mode {self.default_mode!r} is none of its modes")
+            raise ValueError(f"{self.name}: default mode {self.default_mode!r} is not one of its modes")
         if self.software and self.default_jetpack not in {s.jetpack for s in self.software}:
-            raise ValueError(f"{self.name}: default JetPack {self.default_jetpack!r} is none of its releases")
+            raise ValueError(f"{self.name}: default JetPack {self.default_jetpack!r} is not one of its releases")
         # What commands ask of every listed device must not fail there: one such file would end them all.
         for release in self.software:
             capabilities(release.tensorrt)

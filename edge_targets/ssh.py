@@ -253,7 +253,10 @@ class Board:
 _REASONS: tuple[tuple[str, tuple[str, str]], ...] = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        ("its host key is not the known one", "check that it is the right board, then mend your known_hosts (ssh-keygen -R)"),
+        (
+            "its host key is not the known one",
+            "check that it is the right board, then correct your known_hosts (ssh-keygen -R)",
+        ),
     ),
     ("Host key verification failed", ("its host key is not known", "connect once with `ssh` by hand and check the key")),
     ("Permission denied", ("it refuses your key", "set up a key or an agent (ssh-copy-id); passwords are never asked for")),

@@ -509,7 +509,7 @@ def test_a_column_that_says_the_splits_counts_under_any_name(tmp_path: Path, hea
 def test_a_mark_among_numbers_is_no_class(tmp_path: Path, mark: str) -> None:
     rows_of(tmp_path, 4)
     (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,0\n1.ppm,1\n2.ppm,{mark}\n3.ppm,1\n")
-    with pytest.raises(DataError, match=f"'{mark}', which is none"):
+    with pytest.raises(DataError, match=f"'{mark}', which is not a number"):
         load_dataset(str(tmp_path), inputs(3))
     (tmp_path / "labels.csv").write_text(f"file,label\n0.ppm,cat\n1.ppm,dog\n2.ppm,{mark}\n3.ppm,dog\n")
     assert len(load_dataset(str(tmp_path), inputs(3)).val.classes) == 3

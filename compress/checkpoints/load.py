@@ -49,7 +49,7 @@ def load(path: Path, options: LoadOptions, *, allow_pickle: bool) -> Checkpoint:
     except CheckpointError as e:
         raise CheckpointError(e.what, where=e.where or str(path), remedy=e.remedy) from e
     except PermissionError as e:
-        raise CheckpointError("cannot be read", where=str(path), remedy="mend its access rights") from e
+        raise CheckpointError("cannot be read", where=str(path), remedy="correct its access rights") from e
     except (MemoryError, RuntimeError, OverflowError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise

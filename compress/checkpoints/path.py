@@ -34,7 +34,7 @@ def check_path(path: Path) -> None:
         if not path.is_file():
             raise CheckpointError("is no regular file", where=str(path), remedy="give a checkpoint file")
     except PermissionError as e:
-        raise CheckpointError("cannot be read", where=str(path), remedy="mend its access rights") from e
+        raise CheckpointError("cannot be read", where=str(path), remedy="correct its access rights") from e
 
 
 def states_int8(path: Path) -> bool:

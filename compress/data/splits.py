@@ -653,7 +653,7 @@ def _refuse_marks(names: Sequence[str], where: str) -> None:
     rest = [name for name in names if name not in marks]
     if marks and rest and _numbers(rest) is not None:
         raise DataError(
-            f"labels are numbers and '{shown(marks[0])}', which is none",
+            f"labels are numbers and '{shown(marks[0])}', which is not a number",
             where=where,
             remedy="take the lines without a label out, or say with --labels which output each label is",
         )

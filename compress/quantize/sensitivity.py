@@ -1,4 +1,4 @@
-"""How much each layer minds being quantized, and which layers to leave in floating point.
+"""How sensitive each layer is to quantization, and which layers to leave in floating point.
 
 The measure is the divergence of the network's predictions from the float network's, in nats, on calibration images: it
 needs no labels, and sees changes long before a predicted class flips.
@@ -30,7 +30,7 @@ Cost = Callable[[frozenset[str]], float]
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """How much one layer minds.
+    """How sensitive one layer is.
 
     Attributes:
         layer: A convolution or linear layer.
@@ -109,7 +109,7 @@ def sensitivities(
     reference: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LayerSensitivity]:
-    """Return how much each quantized layer minds, in the order of computation.
+    """Return how sensitive each quantized layer is, in the order of computation.
 
     Args:
         checkpoint: Quantized.

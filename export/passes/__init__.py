@@ -1,4 +1,4 @@
-"""`repair`: mend what lint finds, one pass per file, each proven on the file it changed.
+"""`repair`: repair what lint finds, one pass per file, each proven on the file it changed.
 
 A pass is a module of this package with
 
@@ -90,7 +90,7 @@ class Repaired:
 
 
 def repair(model: onnx.ModelProto, facts: TargetFacts) -> Repaired:
-    """Return the model with everything mended that can be mended and proven.
+    """Return the model with everything repaired that can be repaired and proven.
 
     Args:
         model: Any ONNX model; it is not changed.
@@ -158,7 +158,7 @@ class _Work:
             name,
             True,
             error,
-            f"mended {len(before) - left} of {len(before)}; outputs differ by at most {error:.2g} of their range",
+            f"repaired {len(before) - left} of {len(before)}; outputs differ by at most {error:.2g} of their range",
         )
 
     @cached_property

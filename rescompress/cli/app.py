@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "prune": ("compress", COMPRESS, "Remove channels and let the rest make up for them."),
     "finetune": ("compress", COMPRESS, "Train a pruned network back, distilled from its teacher."),
     "quantize": ("compress", COMPRESS, "Quantize to INT8: calibrate, or train with the rounding in place."),
-    "sensitivity": ("sensitivity", COMPRESS, "How much each group of channels minds being pruned."),
+    "sensitivity": ("sensitivity", COMPRESS, "How sensitive each group of channels is to pruning."),
     "search": ("search", COMPRESS, "Many configs instead of one: the front of accuracy, latency and size."),
     "init": ("run", COMPRESS, "Write a commented config for a checkpoint."),
     "demo": ("demo", COMPRESS, "The run that comes with the package, and its page."),

@@ -180,7 +180,7 @@ def _end(report: GateReport, limits: Limits) -> None:
         return ", ".join(c.name for c in report.checks if c.verdict == verdict)
 
     if report.verdict == "fail":
-        raise GateFailed(f"gate failed: {these('fail')}", remedy="mend the candidate, or loosen the limit on purpose")
+        raise GateFailed(f"gate failed: {these('fail')}", remedy="repair the candidate, or loosen the limit on purpose")
     if report.verdict == "inconclusive" and limits.on_inconclusive == "fail":
         raise GateFailed(f"gate inconclusive, which counts as failed: {these('inconclusive')}", remedy="measure more")
     if report.verdict == "inconclusive" and limits.on_inconclusive == "inconclusive":

@@ -181,7 +181,7 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXI
 
 
 def _unwritable(path: Path, error: OSError) -> EnvironmentFailed:
-    remedy = "choose another place with -o, or mend the rights"
+    remedy = "choose another place with -o, or correct its permissions"
     return EnvironmentFailed(f"cannot write: {error.strerror}", where=str(path), remedy=remedy)
 
 

@@ -170,7 +170,7 @@ def validate(document: dict[str, Any], where: str) -> RunConfig:
         if error["type"] == "missing":
             raise ConfigError(f"'{key}' is missing", where=where, remedy=f"add a line '{key}: ...'") from e
         message = sentence(error)
-        raise ConfigError(f"{key}: {message}" if key else message, where=where, remedy="mend the value") from e
+        raise ConfigError(f"{key}: {message}" if key else message, where=where, remedy="correct the value") from e
 
 
 def _keys(place: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How much a network minds: removing the channels of each group, and quantizing each layer."""
+"""How sensitive a network is to removing the channels of each group, and to quantizing each layer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Sensitivity:
 def measure_sensitivity(
     opening: Opening, common: Settings, settings: SensitivitySettings, *, reporter: Reporter
 ) -> Sensitivity:
-    """Return how much a checkpoint minds being pruned and, if wanted, quantized.
+    """Return how sensitive a checkpoint is to pruning and, if wanted, to quantization.
 
     Args:
         opening: The checkpoint.
@@ -98,7 +98,7 @@ def measure_sensitivity(
 
 
 def _int8(checkpoint: Checkpoint, images: Tensor, reporter: Reporter) -> list[dict[str, Any]]:
-    """Return how much each layer minds being quantized."""
+    """Return how sensitive each layer is to quantization."""
     batches = [images[start : start + _INT8_BATCH] for start in range(0, len(images), _INT8_BATCH)]
     quantized = ptq(checkpoint, batches, calibration="mse", bias_correction=False)
     tell = functools.partial(reporter.progress, "quantizing one layer at a time")
