@@ -664,7 +664,7 @@ def test_error_curves_are_checked():
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             ErrorCurve((0, 1, 2), (0.0, 1.0, wrong))
-    with pytest.raises(ValueError, match="none"):
+    with pytest.raises(ValueError, match="orders each unit once"):
         ErrorCurve((0, 0), (0.0, 1.0))
     assert Curves({"a": ErrorCurve((1, 0), (0.0, 1.0))}).groups["a"].keep(1) == (0,)
 

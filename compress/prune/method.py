@@ -40,7 +40,9 @@ class ErrorCurve:
     def __post_init__(self) -> None:
         """Make sure that the curve is one."""
         if sorted(self.order) != list(range(len(self.order))) or len(self.error) != len(self.order):
-            raise ValueError(f"an error curve of {len(self.order)} units with {len(self.error)} errors: it needs one for each")
+            raise ValueError(
+                f"an error curve orders each unit once and has an error for each: here {self.order}, {len(self.error)} errors"
+            )
         if self.error[0] != 0 or not all(a <= b < math.inf for a, b in zip(self.error, self.error[1:], strict=False)):
             raise ValueError("an error curve starts at 0, is finite and never falls")
 
