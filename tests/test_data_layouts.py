@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress.data import CachedStore, Dataset, Inputs, Split, _View, load_dataset, match_classes
@@ -184,6 +184,14 @@ def check_layout(layout: dict[str, Any]) -> None:
             assert "holdout" in notes
 
 
+BESIDE_AN_EMPTY_CLASS: dict[str, Any] = {
+    "classes": ["cat", "dog"], "splits": None, "change": "empty", "changed": "cat", "link": None, "litter": False,
+    "sibling": "holdout", "known": False,
+}  # fmt: skip
+"""As many folders with images as outputs, and one of them is a split."""
+
+
+@example(BESIDE_AN_EMPTY_CLASS)
 @settings(max_examples=15, deadline=None)
 @given(layouts())
 def test_folders_against_torchvision(layout: dict[str, Any]) -> None:

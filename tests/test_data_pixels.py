@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_checkpoints_conformance import keras_2_file
@@ -110,6 +110,12 @@ def held_together(case: dict[str, Any], folder: Path) -> None:
         np.testing.assert_array_equal(infer.fit(opened, about), expected)
 
 
+CUT: dict[str, Any] = {"mode": "RGB", "suffix": ".png", "input": (3, 7, 7), "resize": 7, "interpolation": "bilinear", "seed": 1}
+"""A long side that torchvision cuts, which rounding would make a pixel longer: random sizes meet it seldom."""
+
+
+@example({"picture": (25, 15), **CUT})
+@example({"picture": (15, 25), **CUT})
 @given(shown(40))
 @settings(max_examples=60, deadline=None)
 def test_pixels_are_those_of_torchvision(tmp_path_factory: pytest.TempPathFactory, case: dict[str, Any]) -> None:

@@ -677,6 +677,8 @@ def _refuse_two_folders(parts: Sequence[Samples], outputs: Mapping[str, int]) ->
 
 def _refuse_nested(parts: Sequence[Samples], union: Sequence[str], inputs: Inputs) -> None:
     for part in parts:
+        if inputs.labels is None and not part.listed:
+            _refuse_split_among_classes(part)
         if not part.nested:
             continue
         tops, inside = sorted(set(part.names)), set(part.nested)
@@ -690,6 +692,23 @@ def _refuse_nested(parts: Sequence[Samples], union: Sequence[str], inputs: Input
                 where=shown(part.root),
                 remedy="put the images of a class into one folder, give --data one of the folders, or say with --labels "
                 "which output each outer folder is",
+            )
+
+
+def _refuse_split_among_classes(part: Samples) -> None:
+    """Refuse a folder that holds the classes again beside an empty one: it would be taken for the class that is missing."""
+    empty, tops, depth = {name for name, _ in part.without}, set(part.names), len(part.root.parts)
+    inside: dict[str, set[str]] = {}
+    for path, name in zip(part.paths, part.names, strict=True):
+        below = path.parts[depth + 1 :]
+        inside.setdefault(name, set()).add(below[0] if len(below) > 1 else "")
+    for name, found in sorted(inside.items()):
+        if len(found) > 1 and found & empty and found <= empty | tops:
+            raise DataError(
+                f"folder '{shown(name)}' holds the classes once more ({_some(sorted(found))}), and "
+                f"{_some(sorted(found & empty))} beside it is empty",
+                where=shown(part.root),
+                remedy="give --data one of the folders, or say with --labels which output each outer folder is",
             )
 
 
