@@ -146,7 +146,7 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
         else:
-            others = latest(patiently(trials.all), rung, besides=lease.trial.slot)
+            others = latest(patiently(trials.recent), rung, besides=lease.trial.slot)
             up, verdict = climbs(answer, others, trials.config.eta)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
