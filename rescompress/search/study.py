@@ -208,6 +208,7 @@ class Lease:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
             ended = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
             patiently(lambda: self.trials.study._storage.set_trial_state_values(self.trial_id, ended, values))
+            self.trials._mine[self.trial.slot] = dataclasses.replace(self.trial, state=state, reason=reason)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # somebody took us for dead: what they do counts
         return True
@@ -236,13 +237,21 @@ class Trials:
     _read: int = 0
     _rescue_at: float = -math.inf
     _known: list[Any] = field(default_factory=list)
+    _taken: set[int] = field(default_factory=set)
+    _mine: dict[int, Trial] = field(default_factory=dict)
     _known_at: float = -math.inf
     _stop: bool = False
     _stop_at: float = -math.inf
 
     def recent(self) -> list[Trial]:
-        """Return what `all` does, as it was a moment ago at most."""
-        return self._by_slot(self._known) if time.monotonic() < self._known_at + FRESH_S else self.all()
+        """Return what `all` does, of others as it was a moment ago at most."""
+        if not self._fresh:
+            return self.all()
+        return [self._mine.get(t.slot, t) for t in self._by_slot(self._known)]
+
+    @property
+    def _fresh(self) -> bool:
+        return time.monotonic() < self._known_at + FRESH_S
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
@@ -267,6 +276,8 @@ class Trials:
         """Return Optuna's trials, by number."""
         self._known = self.study.get_trials(deepcopy=False)
         self._known_at = time.monotonic()
+        self._taken.clear()  # what was read holds what this worker did before
+        self._mine.clear()
         return self._known
 
     def _unsettled(self, everything: Sequence[Any]) -> list[Any]:
@@ -328,6 +339,8 @@ class Trials:
         """
         import optuna
 
+        again = bool(self._taken)
+        self._taken.add(frozen.number)
         try:
             if not self.study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING):
                 return None
@@ -338,7 +351,8 @@ class Trials:
         if any(_done(t) or (t.number < frozen.number and not t.state.is_finished()) for t in others):
             self._abandon(frozen)
             return None
-        self.study._thread_local.cached_all_trials = self._known  # what the sampler learns from, without reading it again
+        # what the sampler learns from: not read again where it was read just now
+        self.study._thread_local.cached_all_trials = None if again else self._known
         asked = optuna.trial.Trial(self.study, frozen._trial_id)
         choices = {name: _suggest(asked, name, d) for name, d in dimensions(self.document["search"]["space"]).items()}
         trial = Trial(attrs["slot"], frozen.number, choices, bool(attrs.get("anchor")), "running")
@@ -349,13 +363,22 @@ class Trials:
 
         A slot that two workers queue at the same time counts once, like one that is rescued twice.
         """
-        waiting = _waiting(self._unsettled(self.everything()))
+        if self._fresh and len(known := self._waiting()) > AHEAD // 2:
+            return known
+        self.everything()
+        waiting = self._waiting()
         first = 1 + max(self._numbers, default=-1)
         if len(waiting) < AHEAD // 2 and first < self.config.trials:
             for slot in range(first, min(first + AHEAD, self.config.trials)):
                 self.study.enqueue_trial({}, user_attrs={"slot": slot})
-            waiting = _waiting(self._unsettled(self.everything()))
+            self.everything()
+            waiting = self._waiting()
         return waiting
+
+    def _waiting(self) -> list[Any]:
+        """Return what was seen waiting and this worker has not tried to take, by number."""
+        known = self._unsettled(self._known)
+        return [t for t in known if t.state.name == "WAITING" and "slot" in t.user_attrs and t.number not in self._taken]
 
     def rescue(self) -> list[int]:
         """Queue again the slots whose worker gives no sign of life; return them."""
@@ -403,10 +426,6 @@ class Trials:
             return self.study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-
-
-def _waiting(unsettled: Sequence[Any]) -> list[Any]:
-    return [t for t in unsettled if t.state.name == "WAITING" and "slot" in t.user_attrs]
 
 
 def _end(frozen: Any) -> dict[str, str]:
