@@ -541,6 +541,7 @@ def storage_of(address: str) -> Any:
                 remedy="restore it, or begin another search in another folder",
             ) from e
     scheme, _, rest = address.partition("://")
+    shown = hidden(address)
     if scheme == "grpc":
         return _proxy(rest)
     if scheme in ("postgresql", "postgres"):
@@ -550,14 +551,20 @@ def storage_of(address: str) -> Any:
     try:
         return optuna.storages.RDBStorage(address, engine_kwargs={"pool_size": 2})
     except (ModuleNotFoundError, NoSuchModuleError, ImportError) as e:
-        raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy="pip install 'rescompress[search]'") from e
+        ours = scheme in ("postgresql", "postgres")
+        remedy = (
+            "pip install 'rescompress[search]'"
+            if ours
+            else "write postgresql://USER@HOST/NAME, or install what SQLAlchemy needs"
+        )
+        raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy=remedy) from e
     except (ArgumentError, ValueError) as e:
-        raise BadInput("is no address of a storage", where=hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
+        raise BadInput("is no address of a storage", where=shown, remedy="write postgresql://USER@HOST/NAME") from e
     except SQLAlchemyError as e:
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0]
-        raise EnvironmentFailed(f"cannot be reached: {reason}", where=hidden(address), remedy="check host, port, name") from e
+        raise EnvironmentFailed(f"cannot be reached: {reason}", where=shown, remedy="check host, port, name") from e
     except RuntimeError as e:  # tables of another version of Optuna
-        raise BadInput(str(e).strip().splitlines()[0], where=hidden(address), remedy="use another database") from e
+        raise BadInput(str(e).strip().splitlines()[0], where=shown, remedy="use another database") from e
 
 
 def _proxy(rest: str) -> Any:
@@ -583,7 +590,9 @@ def _proxy(rest: str) -> Any:
 
 def hidden(address: str) -> str:
     """Return an address without its password."""
-    scheme, _, rest = address.partition("://")
+    scheme, colon, rest = address.partition("://")
+    if not colon:
+        return address
     user, at, host = rest.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host}"
 
@@ -655,7 +664,7 @@ def names_in(storage: Any) -> list[str]:
     return [s.study_name for s in storage.get_all_studies()]
 
 
-def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
+def join(storage: Any, name: str | None, seed: int = 0, *, where: str | None = None) -> Trials:
     """Return the search of a storage, for a worker or a reader.
 
     Raises:
@@ -665,7 +674,8 @@ def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
 
     names = names_in(storage)
     if not names:
-        raise BadInput("holds no search", where=name, remedy="begin one with `rescompress search CONFIG.yaml`")
+        where = None if where is None else hidden(where)
+        raise BadInput("holds no search", where=where, remedy="begin one with `rescompress search CONFIG.yaml`")
     if name is None and len(names) > 1:
         raise BadInput(f"holds several searches: {', '.join(names)}", remedy="choose one with --name")
     if name is not None and name not in names:
