@@ -193,11 +193,13 @@ def test_a_runtime_that_no_device_names_is_found(monkeypatch: pytest.MonkeyPatch
         check_runtime("mine")
 
 
-def test_a_device_without_modes_is_not_predicted() -> None:
-    cpu = load_device("cpu")
-    check_device(cpu)
-    orin = load_device("jetson-agx-orin-64gb")
-    assert check_device(orin.model_copy(update={"modes": (), "default_mode": None})) is None
+def test_a_device_without_modes_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    orin = load_device("jetson-agx-orin-64gb").model_copy(update={"modes": (), "default_mode": None})
+    check_device(orin)
+    monkeypatch.setattr("rescompress.testing.predict", lambda *_, **__: 1.0)
+    for device in (orin, load_device("cpu")):
+        with pytest.raises(NotConformant, match="no latency is made up"):
+            check_device(device)
 
 
 @pytest.mark.parametrize("kind", ["digits", "npz", "label_files", "shards"])
