@@ -51,8 +51,5 @@ def _check_classes(split: Split, inputs: Inputs) -> None:
     if theirs == ours or bare:
         return
     at = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-    raise BadInput(
-        f"the images count their classes otherwise: output {at} is '{split.classes[at]}' for them, '{known[at]}' for the network",
-        where="images",
-        remedy=_REMEDY,
-    )
+    what = f"output {at} is '{split.classes[at]}' for them, '{known[at]}' for the network"
+    raise BadInput(f"the images count their classes otherwise: {what}", where="images", remedy=_REMEDY)

@@ -653,9 +653,7 @@ def by_number(
         return tuple(str(n) for n in numbers), tuple(names)
     twice = next((names[n] for n in set(numbers) if list(names).count(names[n]) > 1), None)
     if twice is not None:
-        raise DataError(
-            f"several classes are called '{shown(twice)}'", where=where, remedy="give each class a name of its own"
-        )
+        raise DataError(f"several classes are called '{shown(twice)}'", where=where, remedy="give each class a name of its own")
     return tuple(names[n] for n in numbers), None
 
 
@@ -671,7 +669,9 @@ def _numbered(parts: Sequence[Samples], inputs: Inputs) -> Numbering:
     for part in parts:  # one without names has the same numbers
         if part.numbered not in (None, classes) or not outputs.keys() >= set(part.names):
             raise DataError(
-                "the splits number their classes differently", where=where, remedy="give both the same classes in the same order"
+                "the splits number their classes differently",
+                where=where,
+                remedy="give both the same classes in the same order",
             )
     if len(classes) != inputs.classes:
         raise DataError(
