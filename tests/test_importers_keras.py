@@ -44,7 +44,7 @@ def sequential() -> Any:
     return keras.Sequential(
         [
             *(L.Input((27, 28, 1)), L.ZeroPadding2D(((1, 0), (2, 1))), L.Conv2D(8, 5, activation="relu"), L.LeakyReLU()),
-            *(L.MaxPooling2D(3, 2, "same"), L.AveragePooling2D(3, 2, "same"), L.DepthwiseConv2D(3, depth_multiplier=2)),
+            *(L.MaxPooling2D(3, 2, "same"), L.AveragePooling2D(3, 2), L.DepthwiseConv2D(3, depth_multiplier=2)),
             *(L.ELU(), L.GlobalAveragePooling2D(), L.Dense(4, "hard_sigmoid"), L.Dense(1, activation="sigmoid")),
         ]
     )
