@@ -42,6 +42,12 @@ class Probe:
     tegrastats: bool
     free_bytes: int | None
 
+    @property
+    def identity(self) -> dict[str, str | bool | None]:
+        """What it contributes to the key of a measurement: what stays as it is from one call to the next."""
+        facts = {"model": self.model, "device": self.device, "version": self.version, "power_mode": self.power_mode}
+        return {**facts, "trtexec": self.trtexec, "tegrastats": self.tegrastats}
+
 
 PROBE = r"""
 exec 2>/dev/null

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from edge_targets import board_statistics, infer, placement
 from edge_targets.benchmark import summarize_processes
 from edge_targets.board_probe import Probe
-from edge_targets.board_work import DeployOptions, Job, Measured, builder_words, commands_of, infer_command, timing_of, variants
+from edge_targets.board_statistics import Photos
+from edge_targets.board_work import (
+    BUILD_TIMEOUT_S,
+    Job,
+    Measured,
+    builder_words,
+    commands_of,
+    infer_command,
+    timing_of,
+    variants,
+)
 from edge_targets.device import Precision
 from edge_targets.onnx_kernels import asked_of
 from edge_targets.ssh import Board, Completed
@@ -31,6 +41,7 @@ from rescompress.core.artifact import file_sha256, write_text
 from rescompress.core.errors import EnvironmentFailed, ToolMissing
 from rescompress.core.metric import Metric
 from rescompress.core.runner import Runner
+from rescompress.core.settings import DeploySettings
 
 UNSTABLE = 0.05
 """Coefficient of variation above which a measurement is repeated, and then called inconclusive."""
@@ -106,12 +117,13 @@ class Session:
     board: Board
     found: Probe
     known: Capabilities
-    options: DeployOptions
+    settings: DeploySettings
     out: Path
     work: str
     device: str
     ran: list[str]
     say: Say
+    photos: Photos | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -171,31 +183,31 @@ class Session:
     def measure(self, job: Job) -> Measured:
         """Build, time and fetch one job."""
         name = f"model_{job.precision}"
-        build, times, profile = commands_of(self.known, job, self.options, work=self.work, trtexec=self.tool)
+        build, times, profile = commands_of(self.known, job, self.settings, work=self.work, trtexec=self.tool)
         if self.found.trtexec is None:
             build.append("--check")  # trtexec has no such thing
         self.say(f"copy {job.onnx.name} ({job.precision})")
         self.board.put(job.onnx, f"{self.work}/{name}.onnx")
-        built = self.builds(job) if self.options.builds > 1 else None
+        built = self.builds(job) if self.settings.builds > 1 else None
         if built is None:
             self.say(f"build {job.precision}")
             log_file = self.out / f"{name}.build.log"
-            build_log = self.run(build, log_file, timeout_s=self.options.build_timeout_s)
+            build_log = self.run(build, log_file, timeout_s=BUILD_TIMEOUT_S)
         else:
             build, build_log = built.command, built.log
-            log_file = self.out / f"{name}{variants(self.options)[built.kept]}.build.log"
+            log_file = self.out / f"{name}{variants(self.settings)[built.kept]}.build.log"
         placed = self.prove(name, job, log_file)
         metrics: dict[str, Metric] = {}
         spread, stable, log = 0.0, True, build_log
         medians: tuple[float, ...] = ()
         more: dict[str, Any] = {}
         files = [self.out / f"{name}.build.log"] if built is None else list(built.files)
-        for batch, command in zip(self.options.batches, times, strict=True):
-            first = batch == self.options.batches[0]
+        for batch, command in zip(self.settings.batches, times, strict=True):
+            first = batch == self.settings.batches[0]
             timed = (
                 list(built.timed)
                 if built is not None and first
-                else [self.time(name, batch, command, number) for number in range(1, (self.options.runs if first else 1) + 1)]
+                else [self.time(name, batch, command, number) for number in range(1, (self.settings.runs if first else 1) + 1)]
             )
             log = timed[-1].log
             files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
@@ -217,7 +229,7 @@ class Session:
             else:
                 metrics[f"batch{batch}_p50_ms"] = summary["p50_ms"]
                 metrics[f"batch{batch}_images_per_s"] = summary["images_per_s"]
-        self.run(profile, self.out / f"{name}.profile.log", timeout_s=self.options.duration_s * 4 + 120)
+        self.run(profile, self.out / f"{name}.profile.log", timeout_s=self.settings.seconds * 4 + 120)
         files += [layers] if (layers := self.out / f"{name}.layers.json").is_file() else []
         for suffix in ("profile.json", "engine"):
             self.board.get(f"{self.work}/{name}.{suffix}", self.out / f"{name}.{suffix}")
@@ -255,28 +267,28 @@ class Session:
         """Build a job several times, time each engine, and make the one in the middle ``model_<precision>.engine``."""
         name = f"model_{job.precision}"
         logs, commands, all_timed, files = [], [], [], []
-        for number, variant in enumerate(variants(self.options), 1):
-            command, times, _ = commands_of(self.known, job, self.options, work=self.work, trtexec=self.tool, variant=variant)
-            self.say(f"build {job.precision}, {number} of {self.options.builds}")
+        for number, variant in enumerate(variants(self.settings), 1):
+            command, times, _ = commands_of(self.known, job, self.settings, work=self.work, trtexec=self.tool, variant=variant)
+            self.say(f"build {job.precision}, {number} of {self.settings.builds}")
             log = self.out / f"{name}{variant}.build.log"
-            logs.append(self.run(command, log, timeout_s=self.options.build_timeout_s))
+            logs.append(self.run(command, log, timeout_s=BUILD_TIMEOUT_S))
             commands.append(command)
             timed = [
-                self.time(f"{name}{variant}", self.options.batches[0], times[0], n) for n in range(1, self.options.runs + 1)
+                self.time(f"{name}{variant}", self.settings.batches[0], times[0], n) for n in range(1, self.settings.runs + 1)
             ]
             all_timed.append(timed)
             files += [log, *(file for t in timed for file in (t.times, t.times.with_suffix(".log")))]
         medians = [statistics.median(statistics.median(t.samples_ms) for t in timed) for timed in all_timed]
         kept = board_statistics.median_of_builds(medians)
         for suffix in ("engine", "layers.json"):
-            chosen = f"{self.work}/{name}{variants(self.options)[kept]}.{suffix}"
+            chosen = f"{self.work}/{name}{variants(self.settings)[kept]}.{suffix}"
             done = self.board.run(["mv", chosen, f"{self.work}/{name}.{suffix}"])
             if done.code != 0:
                 raise EnvironmentFailed(
                     f"cannot keep {chosen}: {done.output.strip()}", where=self.board.host, remedy="run again"
                 )
         self.board.run(
-            ["rm", "-f", *(f"{self.work}/{name}{v}.{s}" for v in variants(self.options) for s in ("engine", "cache"))]
+            ["rm", "-f", *(f"{self.work}/{name}{v}.{s}" for v in variants(self.settings) for s in ("engine", "cache"))]
         )
         told = f"{job.precision}: {len(medians)} builds of one file took {min(medians):.3f} to {max(medians):.3f} ms"
         self.notes.append(f"{told} ({max(medians) / min(medians) - 1:.1%} apart); build {kept + 1}, in the middle, is kept")
@@ -284,9 +296,9 @@ class Session:
 
     def extras(self, job: Job, result: Measured) -> Measured:
         """Return what was measured of a job, with the figures beside the latency."""
-        batch = self.options.batches[0]
+        batch = self.settings.batches[0]
         engine = f"{self.work}/model_{job.precision}.engine"
-        found = board_statistics.measure(self, engine, batch, timing_of(job, self.options, batch), result)
+        found = board_statistics.measure(self, engine, batch, timing_of(job, self.settings, batch), result)
         parts = found.statistics.get("from_file_parts_ms")
         if parts is not None:
             told = ", ".join(f"{part} {ms:.3f} ms" for part, ms in parts.items())
@@ -307,7 +319,7 @@ class Session:
         try:
             self.board.get(f"{self.work}/{name}.layers.json", layers)
         except EnvironmentFailed:
-            if not self.options.allow_fallback:
+            if not self.settings.allow_fallback:
                 raise
             layers.unlink(missing_ok=True)  # that of an earlier deployment proves nothing
         found = placement.placement(
@@ -315,9 +327,9 @@ class Session:
             layers,
             log.read_text(encoding="utf-8", errors="replace"),
             float_as=None if self.known.strongly_typed or job.precision == "fp32" else "fp16",
-            dla=self.options.dla_core,
+            dla=self.settings.dla,
         )
-        if self.options.allow_fallback:
+        if self.settings.allow_fallback:
             found = placement.allowed(found)
         found.check(f"{self.board.host}, {job.precision} engine, layers in {layers}")
         self.notes += [f"{job.precision}: {note}" for note in found.notes]
@@ -410,7 +422,7 @@ class Session:
         """Run a timing command that writes the file `there` in the work folder; files here are named after `stem`."""
         times = self.out / f"{stem}.times.json"
         watch = f"{self.work}/{stem}.tegrastats" if self.found.tegrastats else None
-        limit = self.options.duration_s * 4 + 120
+        limit = self.settings.seconds * 4 + 120
         log = self.run(command, times.with_suffix(".log"), timeout_s=limit, watch=watch)
         self.board.get(f"{self.work}/{there}", times)
         return Timed(tuple(read_times(times)), log, times, watch)
@@ -445,7 +457,7 @@ class _BoardRunner:
 
     def __init__(self, session: Session, precision: Precision) -> None:
         self._session = session
-        self._command = infer_command(session.work, precision, session.options.dla_core)
+        self._command = infer_command(session.work, precision, session.settings.dla)
         self._folder = tempfile.TemporaryDirectory(prefix="rescompress-images-")
         session.ran.append(quoted(self._command))
 

@@ -28,8 +28,9 @@ from edge_targets.tensorrt_versions import Capabilities
 from edge_targets.trtexec import TimingOptions, quoted, timing_command
 from edge_targets.trtexec_log import read_times
 from rescompress.core.artifact import write_text
-from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.errors import EnvironmentFailed
 from rescompress.core.metric import Metric
+from rescompress.core.settings import DeploySettings
 
 if TYPE_CHECKING:
     from edge_targets.board_session import Session
@@ -40,8 +41,6 @@ EDGE_S = 60
 
 PART_S = 300
 """Longest part of a soak between them: trtexec keeps every run of a process in memory."""
-
-LEAST_SOAK_S, LONGEST_SOAK_S = 10, 24 * 3600
 
 TRACE_S = 1.0
 """Between two lines of tegrastats during a soak."""
@@ -77,30 +76,6 @@ class Photos:
 
 
 @dataclass(frozen=True)
-class Extras:
-    """Which of them to measure.
-
-    Attributes:
-        soak_s: Seconds of the soak; 0 for none.
-        cold_start: Time new processes, and frames after idleness.
-        streams: Streams at once; 1 leaves contention out.
-        end_to_end: Time runs with their copies.
-        photos: Time the way from these image files to the classes.
-    """
-
-    soak_s: int = 0
-    cold_start: bool = False
-    streams: int = 1
-    end_to_end: bool = False
-    photos: Photos | None = None
-
-    @property
-    def asked(self) -> bool:
-        """Whether anything is to be measured."""
-        return self != Extras()
-
-
-@dataclass(frozen=True)
 class Step:
     """One process on the board.
 
@@ -119,19 +94,6 @@ class Step:
     seconds: float
 
 
-def parse_duration(text: str) -> int:
-    """Return the seconds of ``90s``, ``30m`` or ``1.5h``.
-
-    Raises:
-        BadInput: It is no such time, or one that no soak takes.
-    """
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(s|m|h)", text.strip())
-    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
-    if not LEAST_SOAK_S <= seconds <= LONGEST_SOAK_S:
-        raise BadInput(f"'{text}' is no time from 10s to 24h", where="--soak", remedy="write 90s, 30m or 2h")
-    return round(seconds)
-
-
 def parts_of(seconds: int) -> list[int]:
     """Return the seconds of each process of a soak: the first minute, what is between, the last; halves of less than two."""
     edge = min(EDGE_S, seconds // 2)
@@ -144,11 +106,10 @@ def parts_of(seconds: int) -> list[int]:
 def steps(
     known: Capabilities,
     flags: frozenset[str],
-    extras: Extras,
+    settings: DeploySettings,
     engine: str,
     timing: TimingOptions,
     *,
-    runs: int,
     executable: str | Sequence[str],
 ) -> tuple[list[Step], list[str]]:
     """Return the processes to run, and a note for each figure that this trtexec cannot give.
@@ -156,13 +117,12 @@ def steps(
     Args:
         known: What the board's TensorRT understands.
         flags: Those that its trtexec names; empty where that is not known, which leaves the choice to the version.
-        extras: What to measure.
+        settings: What to measure, and in how many processes of each kind.
         engine: On the board.
         timing: As the latency that counts was timed.
-        runs: Processes of each kind.
         executable: trtexec on the board.
     """
-    stem = engine.removesuffix(".engine")
+    stem, runs = engine.removesuffix(".engine"), settings.runs
 
     def has(flag: str, *, since: tuple[int, int]) -> bool:
         return flag in flags if flags else known.version >= since
@@ -173,27 +133,27 @@ def steps(
 
     found: list[Step] = []
     notes: list[str] = []
-    if extras.end_to_end:
+    if settings.end_to_end:
         # before TensorRT 11 copies are timed unless that is switched off; from it on, where they are switched on
         on = next((f for f in ("--includeDataTransfers", "--dataTransfers") if has(f, since=(11, 0))), None)
         for i in range(1, runs + 1):
             file = f"{stem}.end_to_end.times.json"
             line = command(timing, file, *([on] if on else []), without=["--noDataTransfers"])
             found.append(Step("end_to_end", i, line, file, timing.duration_s))
-    if extras.photos is not None:
+    if settings.photo:
         folder, file = PurePosixPath(engine).parent, f"{stem}.from_file.times.json"
-        names = [f"{folder}/{name}" for name in names_there(extras.photos)]
+        names = [f"{folder}/{name}" for name in names_there(settings.photo)]
         line = ("python3", f"{folder}/infer.py", engine, *names, f"--about={folder}/{ABOUT}", f"--batch={timing.batch}")
         line += (f"--time={timing.duration_s}", f"--times={file}")
         line += () if timing.dla_core is None else (f"--dla={timing.dla_core}",)
         found += [Step("from_file", i, line, file, timing.duration_s) for i in range(1, runs + 1)]
-    if extras.streams > 1:
+    if settings.streams > 1:
         flag = "--infStreams" if has("--infStreams", since=(8, 6)) else "--streams"
         for i in range(1, runs + 1):
             file = f"{stem}.contention.times.json"
-            line = command(timing, file, f"{flag}={extras.streams}")
+            line = command(timing, file, f"{flag}={settings.streams}")
             found.append(Step("contention", i, line, file, timing.duration_s))
-    if extras.cold_start:
+    if settings.cold_start:
         once = replace(timing, warmup_ms=0, duration_s=0, iterations=1)
         graph = ["--noCudaGraph"] if has("--noCudaGraph", since=(11, 0)) else []
         for i in range(1, max(runs, COLD_STARTS) + 1):
@@ -207,8 +167,8 @@ def steps(
                 file = f"{stem}.first_frame.times.json"
                 line = command(rarely, file, f"--idleTime={IDLE_MS}")
                 found.append(Step("first_frame", i, line, file, (IDLE_FRAMES + 1) * IDLE_MS / 1000))
-    if extras.soak_s:  # last: it leaves the board hot
-        parts = parts_of(extras.soak_s)
+    if settings.soak:  # last: it leaves the board hot
+        parts = parts_of(settings.soak)
         for i, seconds in enumerate(parts, 1):
             ends = i in (1, len(parts))
             timed: str | None = f"{stem}.soak.times.json" if ends else None
@@ -217,36 +177,36 @@ def steps(
     return found, notes
 
 
-def names_there(photos: Photos) -> list[str]:
+def names_there(files: Sequence[object]) -> list[str]:
     """Return the names of the image files in the work folder of the board; their kinds are told by their content."""
-    return [f"photo{i}" for i in range(len(photos.files))]
+    return [f"photo{i}" for i in range(len(files))]
 
 
-def conditions(extras: Extras) -> dict[str, str]:
+def conditions(settings: DeploySettings, photos: Photos | None) -> dict[str, str]:
     """Return how each figure comes about, by the name of its metric; gates compare figures of equal conditions."""
     told = {
         "end_to_end_ms": "median latency of a run with its copies to and from the GPU, page-locked memory; no decoding, no "
         "preprocessing",
         "from_file_ms": "median time of a batch from image files in the page cache to probabilities, by infer.py: decoding "
-        f"and preprocessing on the board's CPU (Pillow, numpy), copies, run; {extras.photos.what}"
-        if extras.photos is not None
+        f"and preprocessing on the board's CPU (Pillow, numpy), copies, run; {photos.what}"
+        if photos is not None
         else "",
-        "contention_ms": f"median latency of a run while {extras.streams} streams run the same engine at once",
+        "contention_ms": f"median latency of a run while {settings.streams} streams run the same engine at once",
         "cold_start_ms": "median over new processes, from their start to their end: CUDA, loading the engine, one run; an "
         "upper bound of the time to the first result, with the engine in the page cache",
         "first_frame_ms": f"median over runs that follow {IDLE_MS} ms of idleness",
-        "soak_ratio": f"median latency of the last {parts_of(extras.soak_s)[-1]} s over that of the first, of "
-        f"{extras.soak_s} s at full load; processes of at most {PART_S} s with a pause of a start between them"
-        if extras.soak_s
+        "soak_ratio": f"median latency of the last {parts_of(settings.soak)[-1]} s over that of the first, of "
+        f"{settings.soak} s at full load; processes of at most {PART_S} s with a pause of a start between them"
+        if settings.soak
         else "",
     }
     measured = {
-        "end_to_end_ms": extras.end_to_end,
-        "from_file_ms": extras.photos is not None,
-        "contention_ms": extras.streams > 1,
-        "cold_start_ms": extras.cold_start,
-        "first_frame_ms": extras.cold_start,
-        "soak_ratio": bool(extras.soak_s),
+        "end_to_end_ms": settings.end_to_end,
+        "from_file_ms": photos is not None,
+        "contention_ms": settings.streams > 1,
+        "cold_start_ms": settings.cold_start,
+        "first_frame_ms": settings.cold_start,
+        "soak_ratio": bool(settings.soak),
     }
     return {name: text for name, text in told.items() if measured[name]}
 
@@ -276,14 +236,13 @@ def measure(session: Session, engine: str, batch: int, timing: TimingOptions, re
     Raises:
         EnvironmentFailed: A process or the connection failed.
     """
-    extras = session.options.extras
+    settings = session.settings
     todo, notes = steps(
         session.known,
         session.found.flags,
-        extras,
+        settings,
         engine,
         timing,
-        runs=session.options.runs,
         executable=session.tool,
     )
     session.notes += notes
@@ -292,8 +251,8 @@ def measure(session: Session, engine: str, batch: int, timing: TimingOptions, re
     traces: list[str] = []
     parts: list[tuple[float, float]] = []
     parts_ms: list[dict[str, float]] = []
-    if extras.photos is not None:
-        send(session, extras.photos)
+    if session.photos is not None:
+        send(session, session.photos)
     for step in todo:
         session.say(f"{step.what.replace('_', ' ')} of {result.precision}, process {step.number}")
         stem = session.out / f"{Path(engine).stem}.{step.what}.{step.number}"
@@ -338,10 +297,10 @@ def measure(session: Session, engine: str, batch: int, timing: TimingOptions, re
     base = result.metrics["p50_ms"].model_copy(update={"low": None, "high": None, "batch": batch})
     metrics, kept = dict(result.metrics), dict(result.statistics)
     for what, found in runs.items():
-        if what == "soak":
+        if what == "soak" and settings.soak is not None:
             ratio = soak_ratio(found[0], found[-1], base)
             metrics |= {"soak_ratio": ratio, "soak_p50_ms": base.model_copy(update=_median(found[-1]))}
-            kept["soak"] = soak_details(extras.soak_s, parts, traces)
+            kept["soak"] = soak_details(settings.soak, parts, traces)
             continue
         medians = [statistics.median(samples) for samples in found]
         value = base.model_copy(
@@ -353,7 +312,7 @@ def measure(session: Session, engine: str, batch: int, timing: TimingOptions, re
         kept["from_file_parts_ms"] = {
             part.removesuffix("Ms"): statistics.median(each[part] for each in parts_ms) for part in infer.PARTS
         }
-    kept["conditions"] = {name: text for name, text in conditions(extras).items() if name in metrics}
+    kept["conditions"] = {name: text for name, text in conditions(settings, session.photos).items() if name in metrics}
     return replace(result, metrics=metrics, statistics=kept, files=(*result.files, *files))
 
 
@@ -365,7 +324,7 @@ def send(session: Session, photos: Photos) -> None:
         EnvironmentFailed: The connection failed.
     """
     session.send_infer()
-    for file, name in zip(photos.files, names_there(photos), strict=True):
+    for file, name in zip(photos.files, names_there(photos.files), strict=True):
         session.board.put(file, f"{session.work}/{name}")
     about = session.out / ABOUT
     write_text(about, json.dumps(dict(photos.about)) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 from edge_targets import board_statistics
 from edge_targets.board_probe import Probe
-from edge_targets.board_statistics import Extras
+from edge_targets.board_statistics import Photos
 from edge_targets.device import Precision, Target
 from edge_targets.tensorrt_versions import Capabilities
 from edge_targets.trtexec import (
@@ -23,6 +23,13 @@ from edge_targets.trtexec import (
 from edge_targets.trtexec_log import TrtexecLog
 from rescompress.core.errors import RescompressError, TargetError
 from rescompress.core.metric import Metric
+from rescompress.core.settings import DeploySettings
+
+WARMUP_MS = 500
+"""Before each measurement."""
+
+BUILD_TIMEOUT_S = 3600.0
+"""Until a build counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -38,37 +45,6 @@ class Job:
     precision: Precision
     onnx: Path
     shapes: InputShapes | None = None
-
-
-@dataclass(frozen=True)
-class DeployOptions:
-    """How to build and measure.
-
-    Attributes:
-        batches: What to time; the first is the latency that counts. More than one needs a dynamic batch.
-        duration_s: Seconds of samples per measurement.
-        warmup_ms: Before each.
-        workspace_mb: Scratch memory of the builder.
-        dla_core: Deep-learning accelerator to use.
-        sparsity: Use sparse kernels where the weights allow it.
-        build_timeout_s: Until a build counts as hanging.
-        runs: Processes that time the first batch, one after the other; gates compare their medians.
-        builds: Engines built and timed per precision, each without the timings of the one before; the middle one is kept.
-        extras: What else to measure, of the engine that is kept.
-        allow_fallback: Measure an engine, too, that does not compute in what was asked, or not on the DLA; a note says so.
-    """
-
-    batches: tuple[int, ...] = (1,)
-    duration_s: int = 10
-    warmup_ms: int = 500
-    workspace_mb: int = 1024
-    dla_core: int | None = None
-    sparsity: bool = False
-    build_timeout_s: float = 3600.0
-    runs: int = 1
-    builds: int = 1
-    extras: Extras = field(default_factory=Extras)
-    allow_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,14 +103,14 @@ class Deployment:
 
 
 def commands_of(
-    known: Capabilities, job: Job, options: DeployOptions, *, work: str, trtexec: str | Sequence[str], variant: str = ""
+    known: Capabilities, job: Job, settings: DeploySettings, *, work: str, trtexec: str | Sequence[str], variant: str = ""
 ) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the build command, one timing command per batch, and the profile command of a job.
 
     Args:
         known: What the board's TensorRT understands.
         job: What to build.
-        options: How.
+        settings: How.
         work: Folder on the board.
         trtexec: trtexec on the board, or the words that start what stands in for it.
         variant: Such as ``.build2``, in the names of one of several engines; it starts from an empty timing cache.
@@ -151,15 +127,15 @@ def commands_of(
         BuildOptions(
             job.precision,
             shapes=job.shapes,
-            workspace_mb=options.workspace_mb,
+            workspace_mb=settings.workspace,
             timing_cache=f"{name}.cache" if variant else f"{work}/timing.cache",
-            dla_core=options.dla_core,
-            sparsity=options.sparsity,
+            dla_core=settings.dla,
+            sparsity=settings.sparsity,
         ),
         executable=trtexec,
         layer_info=f"{name}.layers.json",
     )
-    timing = [timing_of(job, options, batch) for batch in options.batches]
+    timing = [timing_of(job, settings, batch) for batch in settings.batches]
     times = [
         timing_command(known, f"{name}.engine", t, executable=trtexec, times=f"{name}.batch{t.batch}.times.json")
         for t in timing
@@ -168,14 +144,14 @@ def commands_of(
     return build, times, profile
 
 
-def timing_of(job: Job, options: DeployOptions, batch: int) -> TimingOptions:
+def timing_of(job: Job, settings: DeploySettings, batch: int) -> TimingOptions:
     """Return how an engine is timed at one batch."""
-    return TimingOptions(options.warmup_ms, options.duration_s, shapes=job.shapes, batch=batch, dla_core=options.dla_core)
+    return TimingOptions(WARMUP_MS, settings.seconds, shapes=job.shapes, batch=batch, dla_core=settings.dla)
 
 
-def variants(options: DeployOptions) -> list[str]:
+def variants(settings: DeploySettings) -> list[str]:
     """Return what stands in the names of the engines of one precision."""
-    return [f".build{i}" for i in range(1, options.builds + 1)] if options.builds > 1 else [""]
+    return [f".build{i}" for i in range(1, settings.builds + 1)] if settings.builds > 1 else [""]
 
 
 def builder_words(work: str) -> list[str]:
@@ -190,13 +166,16 @@ def infer_command(work: str, precision: Precision, dla: int | None = None) -> li
     return command if dla is None else [*command, f"--dla={dla}"]
 
 
-def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scored: bool = False) -> list[str]:
+def dry_run(
+    target: Target, jobs: Sequence[Job], settings: DeploySettings, *, photos: Photos | None = None, scored: bool = False
+) -> list[str]:
     """Return the commands that would run on the board, for the TensorRT that its default release has.
 
     Args:
         target: The board.
         jobs: What to build.
-        options: How.
+        settings: How.
+        photos: Those of the settings, with what is known of them.
         scored: Whether accuracy is measured there too.
 
     Raises:
@@ -207,30 +186,28 @@ def dry_run(target: Target, jobs: Sequence[Job], options: DeployOptions, *, scor
         raise TargetError(f"{target.name} does not run TensorRT", where="--target", remedy="name a Jetson")
     lines = ['WORK=$(mktemp -d "${TMPDIR:-/tmp}/rescompress.XXXXXX")']
     for job in jobs:
-        build, times, profile = commands_of(known, job, options, work="$WORK", trtexec="trtexec")
+        build, times, profile = commands_of(known, job, settings, work="$WORK", trtexec="trtexec")
         lines.append(f"cat > $WORK/model_{job.precision}.onnx    # {job.onnx.name}, {job.onnx.stat().st_size} bytes")
-        for variant in variants(options) if options.builds > 1 else ():
-            each, timed, _ = commands_of(known, job, options, work="$WORK", trtexec="trtexec", variant=variant)
-            lines += [" ".join(c) for c in (each, *timed[:1] * options.runs)]
-        if options.builds > 1:
+        for variant in variants(settings) if settings.builds > 1 else ():
+            each, timed, _ = commands_of(known, job, settings, work="$WORK", trtexec="trtexec", variant=variant)
+            lines += [" ".join(c) for c in (each, *timed[:1] * settings.runs)]
+        if settings.builds > 1:
             engine = f"$WORK/model_{job.precision}"
             lines.append(f"mv {engine}.build?.engine {engine}.engine    # of the build in the middle, with its layers")
             lines += [" ".join(c) for c in (*times[1:], profile)]
         else:
-            lines += [" ".join(c) for c in (build, *times[:1] * options.runs, *times[1:], profile)]
-    if options.extras.asked:
+            lines += [" ".join(c) for c in (build, *times[:1] * settings.runs, *times[1:], profile)]
+    if settings.more:
         lines.append("# and of the fastest engine (here as if it were the last):")
-        engine, timing = f"$WORK/model_{jobs[-1].precision}.engine", timing_of(jobs[-1], options, options.batches[0])
-        todo, _ = board_statistics.steps(
-            known, frozenset(), options.extras, engine, timing, runs=options.runs, executable="trtexec"
-        )
-        if options.extras.photos is not None:
-            names = board_statistics.names_there(options.extras.photos)
+        engine, timing = f"$WORK/model_{jobs[-1].precision}.engine", timing_of(jobs[-1], settings, settings.batches[0])
+        todo, _ = board_statistics.steps(known, frozenset(), settings, engine, timing, executable="trtexec")
+        if photos is not None:
+            names = board_statistics.names_there(photos.files)
             lines.append(f"cat > $WORK/infer.py    # likewise {board_statistics.ABOUT}, {', '.join(names)}")
         lines += [" ".join(step.command) for step in todo]
-    if scored and options.extras.photos is None:
+    if scored and photos is None:
         lines.append("cat > $WORK/infer.py")
     for job in jobs if scored else ():
         lines.append("cat > $WORK/images.npy    # and the next line: for each piece of the images")
-        lines.append(" ".join(infer_command("$WORK", job.precision, options.dla_core)))
+        lines.append(" ".join(infer_command("$WORK", job.precision, settings.dla)))
     return [*lines, "rm -rf -- $WORK"]

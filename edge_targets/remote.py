@@ -14,20 +14,23 @@ from pathlib import Path
 from edge_targets import trt_builder
 from edge_targets.board_probe import Probe, probe
 from edge_targets.board_session import Say, Score, Session
-from edge_targets.board_work import Deployment, DeployOptions, Job
+from edge_targets.board_statistics import Photos
+from edge_targets.board_work import Deployment, Job
 from edge_targets.catalog import load_device
 from edge_targets.device import Target
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tensorrt_versions import capabilities
 from rescompress.core.errors import EnvironmentFailed, RescompressError
+from rescompress.core.settings import DeploySettings
 
 
 def deploy(
     board: Board,
     jobs: Sequence[Job],
-    options: DeployOptions,
+    settings: DeploySettings,
     out: Path,
     *,
+    photos: Photos | None = None,
     target: Target | None = None,
     found: Probe | None = None,
     score: Score | None = None,
@@ -40,8 +43,9 @@ def deploy(
     Args:
         board: Where.
         jobs: What; at least one.
-        options: How.
+        settings: How.
         out: Folder here.
+        photos: Those of the settings, with what is known of them.
         target: The board as the user named it; else it is what the board says.
         found: What `probe` returned, where that is known.
         score: Called per engine, when all timings are done, with a runner that runs it on the board.
@@ -69,12 +73,12 @@ def deploy(
     unscored: RescompressError | None = None
     unmeasured: RescompressError | None = None
     with WorkFolder(board) as work:
-        session = Session(work.board, found, known, options, out, work.path, device, ran, say)
+        session = Session(work.board, found, known, settings, out, work.path, device, ran, say, photos)
         if found.trtexec is None:
             board.put(Path(trt_builder.__file__), f"{work.path}/trt_builder.py")
         for job in jobs:
             results.append(session.measure(job))
-        if options.extras.asked:
+        if settings.more:
             kept = min(range(len(results)), key=lambda i: results[i].metrics["p50_ms"].value)
             try:
                 results[kept] = session.extras(jobs[kept], results[kept])

@@ -354,10 +354,6 @@ PREDICT = [
 ]
 
 
-def deploying(name: str, wanted: Any, spy: str = "deploy") -> tuple[Getter, Any]:
-    return lambda seen: getattr(seen[spy]["options"], name), wanted
-
-
 def board(name: str, wanted: Any) -> tuple[Getter, Any]:
     return lambda seen: str(getattr(seen["probe"]["board"], name)), str(wanted)
 
@@ -373,31 +369,22 @@ DEPLOY = [
             "port": board("port", 2222),
             "ssh_config": board("config", "ssh.conf"),
             "target": (lambda seen: seen["deploy"]["target"].alias, "jetson"),
-            "batches": deploying("batches", (2, 4)),
             "input_shape": of("input_of", "input_shape", (3, 16, 16)),
             "data": (lambda seen: Path(seen["load_dataset"]["source"]).name, "data.npz"),
             "limit": (lambda seen: seen["take"]["n"], 6),
             "labels": of("load_dataset", "labels", {"a": "1", "b": "2"}),
             "seed": (lambda seen: (seen["load_dataset"]["seed"], seen["take"]["seed"]), (5, 5)),
-            "runs": deploying("runs", 3),
-            "seconds": deploying("duration_s", 7),
-            "workspace": deploying("workspace_mb", 512),
-            "sparsity": deploying("sparsity", True),
             "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy/jetson-orin-nano-8gb-super"),
-            "allow_fallback": deploying("allow_fallback", True),
-            "builds": deploying("builds", 2),
-            "soak": (lambda seen: seen["deploy"]["options"].extras.soak_s, 300),
-            "cold_start": (lambda seen: seen["deploy"]["options"].extras.cold_start, True),
-            "streams": (lambda seen: seen["deploy"]["options"].extras.streams, 4),
-            "end_to_end": (lambda seen: seen["deploy"]["options"].extras.end_to_end, True),
-            "photo": (lambda seen: [f.name for f in seen["deploy"]["options"].extras.photos.files], ["photo.png"]),
+            "photo": (lambda seen: [f.name for f in seen["deploy"]["photos"].files], ["photo.png"]),
+            "soak": (lambda seen: seen["deploy"]["settings"].soak, 300),
+            "batches": (lambda seen: seen["deploy"]["settings"].batches, (2, 4)),
         },
         4,
     ),
     Case(
         "int8.onnx --baseline float.onnx -t jetson-agx-orin-64gb --dla 1 --dry-run",
         {
-            "dla": deploying("dla_core", 1, "dry_run"),
+            "dla": (lambda seen: seen["dry_run"]["settings"].dla, 1),
             "baseline": (lambda seen: [job.onnx.name for job in seen["dry_run"]["jobs"]], ["int8.onnx", "float.onnx"]),
             "dry_run": (lambda seen: len(seen["deploy"].calls), 0),
         },

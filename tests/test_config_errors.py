@@ -60,7 +60,11 @@ def test_the_config_that_is_written_names_the_file(tmp_path: Path, name: str) ->
         (GOOD.replace("macs: 0.5", "macs: 0.5, ratio: 0.3"), "ratio and macs are budgets", "correct"),
         (GOOD.replace("mode: ptq", "mode: ptqq"), "quantize.mode", "correct"),
         (GOOD + "batch: 0\n", "batch: takes dynamic or a whole number at least 1 and at most 65,536 (given: 0)", "correct"),
-        (GOOD + "finetune: {lr: fast}\n", "finetune.lr: takes a number above 0 and at most 1,000 or auto (given: 'fast')", "correct"),
+        (
+            GOOD + "finetune: {lr: fast}\n",
+            "finetune.lr: takes a number above 0 and at most 1,000 or auto (given: 'fast')",
+            "correct",
+        ),
         (GOOD.replace("[cpu]", "cpu"), "targets: takes a list, such as [cpu] (given: 'cpu')", "correct"),
         (GOOD.replace("[cpu]", "[1]"), "targets.0", "correct"),
         (GOOD + "batch: 1000000000\n", "batch", "correct"),

@@ -17,12 +17,10 @@ from edge_targets.board_statistics import (
     EDGE_S,
     PART_S,
     TRACE_ROWS,
-    Extras,
     Photos,
     conditions,
     jitter,
     median_of_builds,
-    parse_duration,
     parts_of,
     soak_details,
     soak_note,
@@ -33,7 +31,9 @@ from edge_targets.board_statistics import (
 from edge_targets.tegrastats import Reading, parse_trace
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trtexec import TimingOptions
+from rescompress.core.described import duration
 from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.settings import DeploySettings
 
 ORIN = (
     "11-28-2026 10:00:0{s} RAM 2448/7620MB (lfb 4x4MB) SWAP 0/3810MB (cached 0MB) CPU [1%@729,off] EMC_FREQ 0%@2133 "
@@ -72,23 +72,21 @@ def test_a_soak_is_cut_into_parts_that_take_as_long_as_it(seconds):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("24h", 86400)])
 def test_durations(text, seconds):
-    assert parse_duration(text) == seconds
+    assert duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "9s", "25h", "-30m", "1e3s", "30 minutes", "\u0663\u0660m", "nanm", "0.1s"])
 def test_durations_that_are_none(text):
     with pytest.raises(BadInput, match="no time from") as e:
-        parse_duration(text)
+        duration(text)
     assert "30m" in e.value.remedy
 
 
-FULL = Extras(soak_s=600, cold_start=True, streams=2, end_to_end=True)
+FULL = DeploySettings(soak=600, cold_start=True, streams=2, end_to_end=True, runs=2)
 
 
-def planned(version, flags=frozenset(), extras=FULL, runs=2):
-    return steps(
-        capabilities(version), flags, extras, "/w/m.engine", TimingOptions(duration_s=10), runs=runs, executable="trtexec"
-    )
+def planned(version, flags=frozenset(), settings=FULL):
+    return steps(capabilities(version), flags, settings, "/w/m.engine", TimingOptions(duration_s=10), executable="trtexec")
 
 
 @pytest.mark.parametrize("version", ["8.2.1", "8.6.2", "10.3.0", "11.4.1"])
@@ -138,24 +136,24 @@ def test_a_figure_that_this_trtexec_cannot_give_is_named():
 def test_the_way_from_files_is_timed_by_what_classifies_there(tmp_path, dla):
     photos = Photos((tmp_path / "a b.jpg", tmp_path / "c.png"), {}, "image files: 2 of 640x480 pixels, digest 0123")
     timing = TimingOptions(duration_s=10, batch=4, dla_core=dla)
-    extras = Extras(photos=photos)
-    assert extras.asked
-    todo, notes = steps(capabilities("10.3"), frozenset(), extras, "/w/m.engine", timing, runs=3, executable="trtexec")
+    settings = DeploySettings(photo=tuple(map(str, photos.files)), runs=3)
+    assert settings.more
+    todo, notes = steps(capabilities("10.3"), frozenset(), settings, "/w/m.engine", timing, executable="trtexec")
     assert notes == []
     assert [(s.what, s.number) for s in todo] == [("from_file", 1), ("from_file", 2), ("from_file", 3)]
     words = todo[0].command
     assert words[:5] == ("python3", "/w/infer.py", "/w/m.engine", "/w/photo0", "/w/photo1")
     assert {"--about=/w/model.json", "--batch=4", "--time=10", f"--times={todo[0].times}"} <= set(words)
     assert ("--dla=1" in words) == (dla is not None)
-    ((name, told),) = conditions(extras).items()
+    ((name, told),) = conditions(settings, photos).items()
     assert name == "from_file_ms"
     assert "digest 0123" in told
 
 
 def test_nothing_is_planned_that_was_not_asked_for():
-    assert planned("10.3", extras=Extras()) == ([], [])
-    assert not Extras().asked
-    assert {s.what for s in planned("10.3", extras=Extras(end_to_end=True))[0]} == {"end_to_end"}
+    assert planned("10.3", settings=DeploySettings()) == ([], [])
+    assert not DeploySettings().more
+    assert {s.what for s in planned("10.3", settings=DeploySettings(end_to_end=True))[0]} == {"end_to_end"}
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9))

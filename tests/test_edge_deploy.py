@@ -4,6 +4,7 @@ These are trtexec (tests/edge_standin_trtexec) and the Python module tensorrt (t
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +33,17 @@ from edge_targets import infer, ssh
 from edge_targets.benchmark import summarize
 from edge_targets.board_probe import Probe, probe
 from edge_targets.board_session import Session, Timed
-from edge_targets.board_work import DeployOptions, Job
-from edge_targets.catalog import load_target
+from edge_targets.board_work import Job
 from edge_targets.ssh import Board, WorkFolder
 from edge_targets.tegrastats import parse_tegrastats
 from edge_targets.tensorrt_versions import capabilities
 from edge_targets.trtexec_log import TrtexecLog, read_layer_info, read_profile, read_times
 from rescompress.cli.app import main
-from rescompress.cli.deploy import _folder
 from rescompress.core.artifact import file_sha256, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed, ModelFileError, TargetError
 from rescompress.core.manifest import StageResult, load_manifest, update_manifest
-from rescompress.runs.pipeline import run_stages
+from rescompress.core.settings import DeploySettings
+from rescompress.runs.pipeline import run_beside, run_stages
 from rescompress.runs.reporter import Silent
 from rescompress.runs.stage import Outcome
 
@@ -663,7 +664,7 @@ def session_with(tools, out, *, shell):
     """Return a session on this machine with the programs in the folder `tools` on its PATH, in the work folder `out`."""
     board = LocalBoard("local", shell=shell, start=f"PATH='{tools}':$PATH")
     found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), True, None)
-    return Session(board, found, capabilities("10.3.0"), DeployOptions(), out, str(out), "board", [], lambda text: None)
+    return Session(board, found, capabilities("10.3.0"), DeploySettings(), out, str(out), "board", [], lambda text: None)
 
 
 def watched_tools(folder, *, code=0):
@@ -775,7 +776,7 @@ class Files:
 def test_every_run_counts_alike_and_runs_that_disagree_are_not_stable(tmp_path, runs, stable):
     write_onnx(tmp_path / "m.onnx")
     found = Probe(None, None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
-    options = DeployOptions(runs=len(runs))
+    options = DeploySettings(runs=len(runs))
     session = Counted(Files(), found, capabilities("10.3"), options, tmp_path, "/w", "board", [], lambda text: None)
     session.runs = runs
     measured = session.measure(Job("int8", tmp_path / "m.onnx"))
@@ -929,12 +930,6 @@ def test_garbage_of_tegrastats_gives_no_power():
         assert (watched.power_w, watched.memory_mb) == (None, None), line
 
 
-def test_files_of_a_board_lie_apart_from_those_of_another(tmp_path):
-    boards = [load_target(name) for name in ("jetson-orin-nano-8gb", "jetson-agx-orin-64gb")]
-    assert len({_folder(tmp_path, board) for board in boards}) == 2
-    assert all(_folder(tmp_path, board).parent == tmp_path / "deploy" for board in boards)
-
-
 def test_a_deployment_and_a_run_keep_what_the_other_wrote(tmp_path):
     """Each reads the manifest anew before it writes; interleaved updates lose nothing."""
     change = (
@@ -962,6 +957,119 @@ def test_a_deployment_during_a_run_is_kept(tmp_path, workspace):
     report = run_stages([deploying], tmp_path, {}, reporter=Silent(), workspace=workspace)
     assert [s.stage for s in report.manifest.stages] == [s.stage for s in load_manifest(tmp_path).stages]
     assert {s.stage for s in load_manifest(tmp_path).stages} == {"prune", "deploy:jetson"}
+
+
+def test_boards_work_at_a_time_and_beside_a_run_and_none_is_lost(tmp_path):
+    """Each waits until all are at work, so that none could have waited for another."""
+    (tmp_path / "net").write_text("network")
+    together = threading.Barrier(4, timeout=60)
+    results = {}
+
+    def work(name):
+        def working(context):
+            together.wait()
+            file = context.folder / f"{name}.bin"
+            file.write_text(name)
+            return Outcome({}, [("checkpoint", file)])
+
+        return Made(name, {}, (), working, network="0" * 64, writes=(f"{name}.bin",), kind=name.partition(":")[0])
+
+    def beside(name):
+        results[name] = run_beside(work(name), tmp_path, reporter=Silent())
+
+    boards = ["deploy:a", "deploy:b", "deploy:c"]
+    threads = [threading.Thread(target=beside, args=(name,)) for name in boards]
+    for thread in threads:
+        thread.start()
+    run_stages([work("dense")], tmp_path, {}, reporter=Silent())
+    for thread in threads:
+        thread.join()
+    assert {s.stage for s in load_manifest(tmp_path).stages} == {"dense", *boards}
+    assert all(results[name].ran and results[name].incomplete is None for name in boards)
+    claimed = json.loads((tmp_path / ".stages" / ".claimed.json").read_text())
+    assert {"dense.bin", *(f"{name}.bin" for name in boards)} <= set(claimed)
+
+
+def test_one_board_is_deployed_to_by_one_process_at_a_time(tmp_path):
+    def work(context):
+        with pytest.raises(BadInput, match="another process"):
+            run_beside(stage, tmp_path, reporter=Silent())
+        return Outcome()
+
+    stage = Made("deploy:a", {}, (), work, network="0" * 64)
+    run_beside(stage, tmp_path, reporter=Silent())
+    assert [s.stage for s in load_manifest(tmp_path).stages] == ["deploy:a"]
+
+
+def test_a_measurement_is_repeated_unless_what_is_known_is_asked_for(tmp_path):
+    calls, missing = [], [EnvironmentFailed("no image"), None, None]
+
+    def work(context):
+        calls.append(1)
+        (tmp_path / "engine").write_text("engine")
+        return Outcome({}, [("engine", tmp_path / "engine")], incomplete=missing[len(calls) - 1])
+
+    stage = Made("deploy:a", {"runs": 1}, (), work, network="0" * 64, writes=("engine",))
+    partly = run_beside(stage, tmp_path, reporter=Silent())
+    assert (partly.incomplete, partly.result.key) == (missing[0], "")
+    assert run_beside(stage, tmp_path, reporter=Silent(), again=False).ran, "what is in part missing is not known"
+    known = run_beside(stage, tmp_path, reporter=Silent(), again=False)
+    assert (known.ran, len(calls)) == (False, 2)
+    assert run_beside(stage, tmp_path, reporter=Silent()).ran
+    other = dataclasses.replace(stage, depends={"runs": 2})
+    missing.append(None)
+    assert run_beside(other, tmp_path, reporter=Silent(), again=False).ran
+    assert load_manifest(tmp_path).stage("deploy:a").environment == {}
+
+
+def test_a_deployment_knows_the_network_that_it_is_of_and_outlives_a_damaged_manifest(tmp_path):
+    def pruned(context):
+        (tmp_path / "p.bin").write_text("pruned")
+        return Outcome({}, [("checkpoint", tmp_path / "p.bin")])
+
+    run = Made("prune", {}, (), pruned, network="0" * 64, of="prune", kind="prune", writes=("p.bin",))
+    run_stages([run], tmp_path, {}, reporter=Silent())
+    sha256 = file_sha256(tmp_path / "p.bin")
+    board = Made("deploy:a", {}, (), lambda context: Outcome(), network=sha256, kind="deploy", about="a")
+    found = run_beside(board, tmp_path, reporter=Silent()).result
+    assert (found.of, found.target, found.ancestry) == ("prune", "a", (sha256, "0" * 64))
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="is no manifest"):
+        run_beside(board, tmp_path, reporter=Silent())
+    report = run_stages([run], tmp_path, {}, reporter=Silent())
+    assert {s.stage for s in report.manifest.stages} == {"prune", "deploy:a"}
+
+
+@needs_sshd
+def test_a_folder_of_the_version_before_is_deployed_to_again(fresh, tmp_path):
+    """It has a manifest and files, of the slower engine too, and no records."""
+    model, out = write_onnx(tmp_path / "m.onnx", quantized=True), tmp_path / "out"
+    words = (model, "--baseline", write_onnx(tmp_path / "f.onnx"), "-o", out)
+    assert deploy(fresh, *words).returncode == 0
+    shutil.rmtree(out / ".stages")
+    done = deploy(fresh, *words)
+    assert done.returncode == 0, done.stderr
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / ".stages")
+    done = deploy(fresh, *words)
+    assert done.returncode == 5, done.stderr
+    assert "did not write" in done.stderr
+
+
+@needs_sshd
+def test_what_was_measured_is_taken_where_that_is_asked_for(fresh, tmp_path):
+    model, out = write_onnx(tmp_path / "m.onnx"), tmp_path / "out"
+    first = deploy(fresh, model, "-o", out)
+    builds = len(fresh.calls())
+    taken = deploy(fresh, model, "-o", out, "--cached")
+    assert taken.returncode == 0, taken.stderr
+    assert json.loads(taken.stdout) == json.loads(first.stdout)
+    assert len(fresh.calls()) == builds
+    assert deploy(fresh, model, "-o", out).returncode == 0
+    assert len(fresh.calls()) == 2 * builds
+    write_onnx(model, width=9)
+    assert deploy(fresh, model, "-o", out, "--cached").returncode == 0
+    assert len(fresh.calls()) == 3 * builds
 
 
 @needs_sshd
@@ -1106,10 +1214,9 @@ def test_a_figure_that_fails_keeps_the_latency(fresh, tmp_path):
 @pytest.mark.parametrize("width", [4, 10, 12])
 def test_scores_of_another_width_than_the_file_says_are_no_accuracy(tmp_path, width):
     from compress.data import Inputs, load_dataset
-    from rescompress.cli.deploy import _scorer
-    from rescompress.cli.output import Output
     from rescompress.core.errors import DataError
     from rescompress.core.spec import Preprocessing
+    from rescompress.runs.stages.deploy import scoring
 
     pixels, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6)
     np.savez(tmp_path / "data.npz", x_train=pixels, y_train=labels, x_val=pixels, y_val=labels)
@@ -1124,8 +1231,8 @@ def test_scores_of_another_width_than_the_file_says_are_no_accuracy(tmp_path, wi
 
     scores = {}
     if width == 10:
-        _scorer(images, 10, scores, Output())("fp16", Board())
+        scoring(images, 10, scores, Silent())("fp16", Board())
         assert scores["fp16"].metrics["top1"].value == 1.0
         return
     with pytest.raises(DataError, match="6x10 is expected"):
-        _scorer(images, 10, scores, Output())("fp16", Board())
+        scoring(images, 10, scores, Silent())("fp16", Board())

@@ -21,9 +21,21 @@ from typer.testing import CliRunner
 
 from rescompress.cli.app import COMMANDS
 from rescompress.cli.from_settings import Options, settings_from, with_options
-from rescompress.core.described import bound, choices_of, default_of, flag_of, help_of, parts_of, plain, table
+from rescompress.core.described import (
+    bound,
+    choices_of,
+    counts,
+    default_of,
+    duration,
+    flag_of,
+    help_of,
+    parts_of,
+    plain,
+    table,
+)
 from rescompress.core.errors import BadInput, ConfigError
 from rescompress.core.settings import (
+    DeploySettings,
     ExportSettings,
     PruneSettings,
     QuantizeSettings,
@@ -43,6 +55,7 @@ COMMANDS_OF = {
     "export": [ExportSettings],
     "sensitivity": [SensitivitySettings],
     "gate": [Limits],
+    "deploy": [DeploySettings],
 }
 """The commands whose options are made from settings objects."""
 
@@ -73,8 +86,12 @@ def other_value(model: type[BaseModel], name: str) -> tuple[list[str], object]:
     field, flag = model.model_fields[name], flag_of(model, name)
     kind, bounds = next((k, b) for k, b in parts_of(field) if k is not type(None))
     usual = default_of(field)
+    if flag.parse is duration:
+        return ["90s"], 90
+    if flag.parse is counts:
+        return ["2,8"], (2, 8)
     if flag.file or name == "method":
-        return ["other"], "other"
+        return ["other"], ("other",) if name == "photo" else "other"
     if name == "device":
         return ["cpu"], "cpu"
     if choices := [c for k, _ in parts_of(field) for c in choices_of(k)]:
@@ -112,7 +129,7 @@ def test_every_field_has_an_option_with_its_help_its_words_and_its_bounds(
     if all(choices_of(kind) for kind in kinds):
         assert words_of(option) == choices
     for kind, bounds in parts_of(model.model_fields[name]):
-        if kind is int and kinds == [int]:
+        if kind is int and kinds == [int] and flag_of(model, name).parse is None:
             kept = getattr(option, "type", option)  # typer 0.29 has the bounds in the option itself
             assert (kept.min, kept.max) == (bound(bounds, "ge"), bound(bounds, "le"))
 

@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 from made_stages import Made
 
+from edge_targets.board_probe import Probe
 from edge_targets.catalog import load_target
+from edge_targets.ssh import Board
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput
-from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
+from rescompress.core.settings import DeploySettings, ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.runs import code
 from rescompress.runs.pipeline import run_stages
 from rescompress.runs.plan import Builder
 from rescompress.runs.reporter import Silent
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening, Outcome, Source
-from rescompress.runs.steps import RESOLVED, Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize, Step
+from rescompress.runs.steps import RESOLVED, Dense, Deploy, Export, Finetune, ForTarget, Machine, Prune, Quantize, Step
+
+PROBE = Probe("Orin", "jetson-orin-nano-8gb", "trtexec", "10.3.0", "15W", "clocks", frozenset({"--fp16"}), True, 10**9)
 
 
 def steps(folder: Path) -> list[Step]:
@@ -33,6 +37,7 @@ def steps(folder: Path) -> list[Step]:
         builder.quantize(QuantizeSettings(), "tensorrt", "finetune", None),
         builder.export("quantize", ExportSettings()),
         builder.target("jetson", "quantize", ExportSettings()),
+        builder.deploy(DeploySettings(), Board("there"), PROBE),
     ]
 
 
@@ -49,6 +54,10 @@ OTHER: dict[str, Any] = {
     "machine": Machine("another cpu", 3),
     "dense": Source(stage="another"),
     "require_engine": True,
+    "board": Board("elsewhere"),
+    "found": dataclasses.replace(PROBE, power_mode="MAXN"),
+    "named": load_target("jetson"),
+    "baseline": Source(stage="another"),
 }
 SETTINGS: dict[type[Step], Any] = {
     Prune: PruneSettings(calib=7),
@@ -56,10 +65,11 @@ SETTINGS: dict[type[Step], Any] = {
     Quantize: QuantizeSettings(calib=7),
     Export: ExportSettings(batch=2),
     ForTarget: ExportSettings(batch=2),
+    Deploy: DeploySettings(runs=5),
 }
 
 
-@pytest.mark.parametrize("kind", [Dense, Prune, Finetune, Quantize, Export, ForTarget])
+@pytest.mark.parametrize("kind", [Dense, Prune, Finetune, Quantize, Export, ForTarget, Deploy])
 def test_every_field_of_a_step_is_part_of_its_key(tmp_path: Path, kind: type[Step]) -> None:
     step = next(s for s in steps(tmp_path) if type(s) is kind)
     for field in (f for f in dataclasses.fields(step) if f.init):
@@ -68,7 +78,7 @@ def test_every_field_of_a_step_is_part_of_its_key(tmp_path: Path, kind: type[Ste
         assert (changed.depends, changed.name) != (step.depends, step.name), field.name
 
 
-@pytest.mark.parametrize("settings", [PruneSettings(), TrainSettings(), QuantizeSettings(), ExportSettings()])
+@pytest.mark.parametrize("settings", [PruneSettings(), TrainSettings(), QuantizeSettings(), ExportSettings(), DeploySettings()])
 def test_every_field_of_the_settings_is_part_of_the_key(tmp_path: Path, settings: Any) -> None:
     step: Any = next(s for s in steps(tmp_path) if type(getattr(s, "settings", None)) is type(settings))
     assert set(step.depends["settings"]) == set(type(settings).model_fields) - RESOLVED
@@ -85,6 +95,23 @@ def test_a_step_reads_and_follows_what_its_fields_name(tmp_path: Path) -> None:
     assert prune.reads == (tmp_path / "plan.json",)
     assert prune.writes == ("plan-2.json", "prune-2.safetensors", "prune-2.outcomes.json")
     assert prune.network == "finetune-1"
+
+
+def test_a_deployment_is_about_what_stays_as_it_is_on_a_board_and_reads_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_text("net")
+    (tmp_path / "cat.png").write_text("cat")
+    builder = Builder(Opening(tmp_path / "net.pt"), Settings())
+    settings = DeploySettings(photo=(str(tmp_path / "cat.png"),))
+    step = builder.deploy(settings, Board("there"), PROBE, named="jetson")
+    passing = dataclasses.replace(PROBE, clocks="others", free_bytes=1, flags=frozenset())
+    assert builder.deploy(settings, Board("there"), passing, named="jetson").depends == step.depends
+    assert step.target.tensorrt_version == "10.3.0"
+    assert step.reads == (tmp_path / "net.pt", tmp_path / "cat.png")
+    before = step.depends
+    (tmp_path / "cat.png").write_text("dog")
+    assert dataclasses.replace(step).depends != before
+    other = builder.deploy(settings, Board("there"), dataclasses.replace(PROBE, device="jetson-agx-orin-64gb"))
+    assert not set(other.writes) & set(step.writes), "files of a board lie apart from those of another"
 
 
 def test_a_key_knows_the_code_of_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

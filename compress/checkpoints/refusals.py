@@ -9,8 +9,8 @@ from compress.checkpoints.base import Stored
 from rescompress.core.errors import CheckpointError
 
 SUPPORTED = (
-    "keys that are known: `rescompress formats`; a network of other names: state its code too (--code model.py:make_net), or give "
-    "its ONNX file, its torch.export archive or the whole Keras model"
+    "keys that are known: `rescompress formats`; a network of other names: state its code too (--code model.py:make_net), or "
+    "give its ONNX file, its torch.export archive or the whole Keras model"
 )
 """What to do about keys of no layout: the computation of the network says what they do not."""
 OF_A_TEACHER = (

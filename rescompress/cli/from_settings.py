@@ -85,7 +85,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     def call(**given: Any) -> None:
         for name, (model, options) in made.items():
             typed = {n: given.pop(_word(options.flag(model, n))) for n in options.fields(model)}
-            given[name] = settings_from(model, options, {n: v for n, v in typed.items() if v is not None})
+            given[name] = settings_from(model, options, {n: v for n, v in typed.items() if v not in (None, [])})
         for name, (group, members) in groups.items():
             given[name] = group(**{member.name: given.pop(member.name) for member in members})
         command(**given)
@@ -111,8 +111,10 @@ def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, 
     values: dict[str, Any] = {}
     for name, value in typed.items():
         parse = options.flag(model, name).parse
-        plain_value = value.value if isinstance(value, StrEnum) else str(value) if isinstance(value, Path) else value
-        values[name] = parse(plain_value) if parse is not None else plain_value
+        try:
+            values[name] = parse(_plain(value)) if parse is not None else _plain(value)
+        except BadInput as e:
+            raise BadInput(e.what, where=options.flag(model, name).name, remedy=e.remedy) from e
     try:
         made = model(**{**options.instead, **values})
     except ValidationError as e:
@@ -121,6 +123,13 @@ def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, 
         where = options.flag(model, name).name if name in model.model_fields else "options"
         raise BadInput(wrong, where=where, remedy="see --help") from e
     return model.model_construct(_fields_set=set(values), **dict(made))
+
+
+def _plain(value: Any) -> Any:
+    """Return what Typer read as what a config holds."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    return value.value if isinstance(value, StrEnum) else str(value) if isinstance(value, Path) else value
 
 
 def _members(group: type[Any], only: tuple[str, ...]) -> list[inspect.Parameter]:
@@ -164,14 +173,15 @@ def _kind(model: type[BaseModel], name: str, flag: Flag) -> tuple[Any, dict[str,
     """Return the type of an option, and what Typer checks of it by itself: the ends of whole numbers."""
     parts = [(kind, bounds) for kind, bounds in parts_of(model.model_fields[name]) if kind is not type(None)]
     if flag.file:
-        return Path, {}
+        return (list[Path] if any(get_origin(kind) is tuple for kind, _ in parts) else Path), {}
     choices = [choice for kind, _ in parts for choice in choices_of(kind)]
     if len(choices) and all(choices_of(kind) for kind, _ in parts):
         return StrEnum(name, [(choice, choice) for choice in choices]), {}
+    if flag.parse is not None:
+        return str, {}
     kind, bounds = parts[0]
     if len(parts) > 1 or kind not in (bool, int, float, str):
-        numbers = [kind for kind, _ in parts if kind is float]
-        return (float if numbers and flag.parse is None else str), {}
+        return (float if any(kind is float for kind, _ in parts) else str), {}
     if kind is int:
         ends = {"min": bound(bounds, "ge"), "max": bound(bounds, "le")}
         return int, {end: int(value) for end, value in ends.items() if value is not None}

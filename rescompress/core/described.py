@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rescompress.core.errors import shown
+from rescompress.core.errors import BadInput, shown
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Flag:
         short: One letter, such as ``-e``.
         usual: What the default is, in words, where None stands for something.
         metavar: What stands for the value in help.
-        file: Whether the value is a path, which the shell completes.
+        file: Whether the value is a path, or several, which the shell completes.
         completes: Returns the values that begin so, for the shell.
         parse: Returns what the typed text stands for, before it is validated.
         panel: Of the help; the first by default.
@@ -172,6 +172,35 @@ def listed_or_counted(text: str) -> int | str | tuple[str, ...]:
     if text == "auto" or text.isdecimal():
         return int(text) if text != "auto" else text
     return tuple(n.strip() for n in text.split(",") if n.strip())
+
+
+LEAST_TIME_S, LONGEST_TIME_S = 10, 24 * 3600
+"""Of what `duration` reads."""
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Return the numbers between commas, each once.
+
+    Raises:
+        BadInput: They are none.
+    """
+    parts = [p.strip() for p in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) > 0 for p in parts):
+        raise BadInput(f"'{text}' names no batches", remedy="write 1 or 1,8,32")
+    return tuple(dict.fromkeys(int(p) for p in parts))
+
+
+def duration(text: str) -> int:
+    """Return the seconds of ``90s``, ``30m`` or ``1.5h``.
+
+    Raises:
+        BadInput: It is no such time, or one that is too short or too long.
+    """
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(s|m|h)", text.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not LEAST_TIME_S <= seconds <= LONGEST_TIME_S:
+        raise BadInput(f"'{text}' is no time from 10s to 24h", remedy="write 90s, 30m or 2h")
+    return round(seconds)
 
 
 def wrong_value(model: type[BaseModel], found: ValidationError) -> tuple[str, str]:

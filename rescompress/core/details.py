@@ -354,12 +354,31 @@ class TargetDetails(FileDetails, MeasuredDetails):
     layers_provenance: str | None = None
 
 
+class Engine(Frozen):
+    """One engine that was built on a board.
+
+    Attributes:
+        path: Of its file, relative to the run's folder.
+        latency_runs: Median of each process, in ms.
+        stable: Whether the measurement was.
+        spread: Of the samples.
+        layers: What each convolution and matrix product became.
+    """
+
+    path: str
+    latency_runs: list[Real] = Field(default_factory=list)
+    stable: bool = True
+    spread: float = 0.0
+    layers: list[dict[str, Any]] = Field(default_factory=list)
+
+
 class DeployDetails(MeasuredDetails):
     """Of a deployment to a board.
 
     Attributes:
         target: Its name.
         tensorrt: Version there.
+        builder: What built and timed the engines: ``trtexec`` there, or ``trt_builder``, which travelled.
         model: What the board says it is.
         power_mode: Of it.
         clocks: Of it.
@@ -367,6 +386,7 @@ class DeployDetails(MeasuredDetails):
         stable: Whether the measurement was.
         spread: Of the samples.
         results: The metrics of every engine, by precision.
+        engines: What else is known of every engine, by precision.
         engine: What is known of the engine.
         commands: That ran.
     """
@@ -375,6 +395,7 @@ class DeployDetails(MeasuredDetails):
 
     target: str = ""
     tensorrt: str | None = None
+    builder: str | None = None
     model: str | None = None
     power_mode: str | None = None
     clocks: Any = None
@@ -382,6 +403,7 @@ class DeployDetails(MeasuredDetails):
     stable: bool | None = None
     spread: float | None = None
     results: dict[str, Any] = Field(default_factory=dict)
+    engines: dict[str, Engine] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)
 

@@ -127,7 +127,7 @@ class StageResult(Frozen):
 
     @property
     def is_deployment(self) -> bool:
-        """Whether it was built and measured on a board, by `deploy`, which is part of no run."""
+        """Whether it was built and measured on a board, by `deploy`, beside the run."""
         return self.kind == DEPLOY
 
     @property
@@ -228,11 +228,15 @@ class Manifest(Showing, Frozen):
         Args:
             sha256: Of the checkpoint, or of another file that a stage made of it, such as an ONNX file.
         """
-        maker = next((s for s in self.stages if s.checkpoint_sha256 == sha256), None)
-        if maker is not None:
+        maker = self.maker(sha256)
+        if maker is not None and maker.checkpoint_sha256 == sha256:
             return (sha256, *maker.ancestry)
-        other = next((s for s in self.stages if any(a.sha256 == sha256 for a in s.outputs)), None)
-        return other.ancestry if other is not None and other.ancestry else (sha256,)
+        return maker.ancestry if maker is not None and maker.ancestry else (sha256,)
+
+    def maker(self, sha256: str) -> StageResult | None:
+        """Return the stage that wrote the file of that hash, one that wrote it as its checkpoint first, or None."""
+        made = next((s for s in self.stages if s.checkpoint_sha256 == sha256), None)
+        return made or next((s for s in self.stages if any(a.sha256 == sha256 for a in s.outputs)), None)
 
     def lineage(self, name: str) -> tuple[str, ...]:
         """Return the names of a stage and of those that its network went through before, in order."""

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from rescompress.core.choices import Augment, Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision
-from rescompress.core.described import Flag, listed_or_counted
+from rescompress.core.described import LEAST_TIME_S, LONGEST_TIME_S, Flag, counts, duration, listed_or_counted
 from rescompress.core.plugins import listed
 from rescompress.core.spec import Frozen
 
@@ -317,3 +317,46 @@ class ExportSettings(Section):
     batch: Annotated[Batch, Flag(metavar="N|dynamic")] = 1
     opset: Annotated[int | None, Flag(usual="what the target reads")] = None
     precision: Precision = "auto"
+
+
+class DeploySettings(Section):
+    """What is built and measured on a board.
+
+    Attributes:
+        batches: Batches to time; the first is the latency that counts. More than one needs a file with a dynamic batch.
+        limit: Images of --data to run on the board.
+        runs: Processes that time the first batch, one after the other; gates compare their medians and want 5.
+        seconds: Seconds of samples per measurement.
+        workspace: Scratch memory of the builder in MiB.
+        dla: Use this deep-learning accelerator.
+        allow_fallback: Measure engines, too, whose layers do not run as asked; say so.
+        sparsity: Use 2:4 sparse kernels where the weights allow it.
+        builds: Engines built and timed per precision, each without the timings of the one before; the middle one is kept.
+        soak: Run so many seconds (30m): first minute against last.
+        cold_start: Also time new processes, and frames after a second of idleness.
+        streams: Also time runs while this many streams run at once.
+        end_to_end: Also time runs with their copies to and from the GPU.
+        photo: Also time the way from this image file to the classes; may be repeated.
+    """
+
+    batches: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)], Flag(usual="1", parse=counts)
+    ] = (1,)
+    limit: Annotated[int | None, Flag(usual="all")] = Field(None, ge=1)
+    runs: int = Field(1, ge=1)
+    seconds: int = Field(10, ge=1)
+    workspace: int = Field(1024, ge=16)
+    dla: int | None = Field(None, ge=0, le=1)
+    allow_fallback: bool = False
+    sparsity: bool = False
+    builds: int = Field(1, ge=1, le=9)
+    soak: Annotated[int | None, Flag(metavar="TIME", parse=duration)] = Field(None, ge=LEAST_TIME_S, le=LONGEST_TIME_S)
+    cold_start: bool = False
+    streams: int = Field(1, ge=1, le=16)
+    end_to_end: bool = False
+    photo: Annotated[tuple[str, ...], Flag(metavar="FILE", file=True)] = ()
+
+    @property
+    def more(self) -> bool:
+        """Whether anything is to be measured beside the latency, of the engine that is kept."""
+        return bool(self.soak or self.cold_start or self.streams > 1 or self.end_to_end or self.photo)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rescompress.core.artifact import check_writable, file_sha256, open_regular, read_text, write_text
 from rescompress.core.errors import BadInput
+from rescompress.core.locks import folder_held
 from rescompress.core.manifest import MANIFEST_NAME, load_manifest
 from rescompress.runs.stage import Stage
 
@@ -24,6 +25,8 @@ RECORDS = ".stages"
 RESUME = ".resume"
 LOCK = ".lock"
 TABLE = "table.md"
+SEARCH_MARK = "search.json"
+"""In the folder of a search: whose it is. Its candidates' runs lie below."""
 _CLAIMED = f"{RECORDS}/.claimed.json"
 _REMEDY = "move it away, or choose another folder with -o"
 
@@ -31,6 +34,11 @@ _REMEDY = "move it away, or choose another folder with -o"
 def record_of(stage: str) -> str:
     """Return the place of a stage's record in the run's folder."""
     return f"{RECORDS}/{stage.replace(':', '_').replace('/', '_')}.json"
+
+
+def lock_of(stage: str) -> str:
+    """Return the place of the lock of a stage that works beside a run."""
+    return f".{stage.replace(':', '_').replace('/', '_')}.lock"
 
 
 def same_file(one: Path, other: Path) -> bool:
@@ -69,16 +77,21 @@ def check_reads(stages: Sequence[Stage], folder: Path, reads: Iterable[Path], *,
 
 
 def check_own(folder: Path) -> None:
-    """Make sure that the places where the pipeline keeps its own books are no links out of the folder, and what they should be.
+    """Make sure that the folder is no search's, and the places of the pipeline's own books no links, but what they should be.
 
     Raises:
-        BadInput: One is.
+        BadInput: It is, or one is.
     """
     for name in (RECORDS, RESUME):
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             kind = "is a link" if path.is_symlink() else "is no folder"
             raise BadInput(f"{kind}, a run keeps its records there", where=str(path), remedy="remove it and run again")
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / SEARCH_MARK).read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known.keys() == {"name", "storage"}:
+            what = f"holds the search '{known['name']}'"
+            raise BadInput(what, where=str(folder), remedy="name another folder with -o")
 
 
 def claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool) -> None:
@@ -93,6 +106,11 @@ def claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool
     Raises:
         BadInput: One lies there.
     """
+    with folder_held(folder):  # a run, and deployments beside it, may come at a time
+        _claim(stages, folder, workspace=workspace, force=force)
+
+
+def _claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool) -> None:
     patterns = sorted({pattern for stage in stages for pattern in stage.writes})
     for pattern in patterns:
         below = (folder / pattern).parent
@@ -102,6 +120,7 @@ def claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool
     if not force and claimed is not None:
         new = [p for p in [*patterns, *([] if workspace else [TABLE])] if p not in claimed]
         outputs = _outputs(folder)
+        new = [p for p in new if p not in _deployed(stages, folder)]
         foreign = next((p for p in _at(folder, new) if p.relative_to(folder).as_posix() not in outputs), None)
         if foreign is None and (folder / MANIFEST_NAME).exists() and MANIFEST_NAME not in claimed and not outputs:
             foreign = folder / MANIFEST_NAME if not _is_manifest(folder) else None
@@ -113,6 +132,14 @@ def claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool
     everything = sorted({*(claimed or ()), *patterns, MANIFEST_NAME, *([] if workspace else [TABLE])})
     if claimed is None or everything != sorted(claimed):
         write_text(folder / _CLAIMED, json.dumps(everything, indent=1) + "\n", follow=False)
+
+
+def _deployed(stages: Sequence[Stage], folder: Path) -> frozenset[str]:
+    """Return the places of boards that the manifest has: versions before recorded no claim of them."""
+    with contextlib.suppress(BadInput):
+        known = {s.stage for s in load_manifest(folder).stages if s.is_deployment}
+        return frozenset(place for stage in stages if stage.name in known for place in stage.writes)
+    return frozenset()
 
 
 def check_places(stage: Stage, folder: Path) -> None:

@@ -7,8 +7,6 @@ import functools
 from pathlib import Path
 from typing import cast
 
-from onnx import ModelProto, TensorProto
-
 from compress.checkpoints.base import Checkpoint
 from compress.data import Inputs, Split, load_dataset
 from compress.evaluate import Evaluation, TorchRunner, evaluate
@@ -27,7 +25,7 @@ from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening
 from rescompress.runs.stages import network_of
 from rescompress.runs.stages.export import agreement_of
-from rescompress.runs.stages.shared import prepare
+from rescompress.runs.stages.shared import onnx_inputs, prepare
 
 
 def evaluate_file(
@@ -181,44 +179,3 @@ def _float16_notes(path: Path, runtime: str, split: Split, batch: int) -> list[s
     some = split.take(HALF_IMAGES, 0)
     found = check_half(model, [x.numpy() for x, _ in some.batches(batch)], f"{len(some)} of the images")
     return notes if found.fits else [*notes, f"there it overflows: {found.words()}"]
-
-
-def onnx_inputs(path: Path) -> Inputs:
-    """Return how data is read for an ONNX file, from the spec that rescompress stores in it.
-
-    Raises:
-        ModelFileError: It is no ONNX file, malformed, not one of ours, or reads something else than the spec says.
-    """
-    model = load_onnx(path, weights=False)
-    found = read_metadata(model)
-    if found is None:
-        raise ModelFileError(
-            "does not say how its images are preprocessed", where=str(path), remedy="evaluate files that rescompress exported"
-        )
-    _check_input(model, found.spec.input_shape, str(path))
-    return Inputs.of(found.spec)
-
-
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-
-
-def _check_input(model: ModelProto, shape: tuple[int, int, int], path: str) -> None:
-    """Refuse a file that was changed since it was exported so that preprocessed images no longer are what it reads."""
-    stored = {i.name for i in model.graph.initializer}
-    read = [i for i in model.graph.input if i.name not in stored]
-    remedy = "evaluate the file as it was exported"
-    if len(read) != 1:
-        names = ", ".join(f"'{i.name}'" for i in read)
-        raise ModelFileError(f"reads {len(read)} inputs{f' ({names})' if read else ''}, not one", where=path, remedy=remedy)
-    tensor = read[0].type.tensor_type
-    if tensor.elem_type not in _FLOATS:
-        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
-        raise ModelFileError(f"input '{read[0].name}' is {kind}: preprocessed images are floats", where=path, remedy=remedy)
-    sizes = [d.dim_value for d in tensor.shape.dim]  # 0 where the file leaves it open
-    if len(sizes) != 4 or any(d not in (0, want) for d, want in zip(sizes[1:], shape, strict=True)):
-        raise ModelFileError(
-            f"input '{read[0].name}' is {'x'.join(str(d or '?') for d in sizes)}, "
-            f"its metadata say images of {'x'.join(map(str, shape))}",
-            where=path,
-            remedy=remedy,
-        )

@@ -6,8 +6,9 @@ an outcome with all files intact is not run again. Every file is written whole o
 the manifest after the outcome; so a process may be killed at any moment, and a second call goes on where the first stopped.
 
 Layout of a run's folder: ``manifest.json`` (what readers read), ``.stages/<stage>.json`` (outcomes by stage, with keys),
-``.resume/`` (the state of an unfinished training), and the stages' own files. What `deploy` measured on a board stays in the
-manifest as long as the run still makes the network that was deployed.
+``.resume/`` (the state of an unfinished training), and the stages' own files. What was measured on a board is a stage beside
+the run, with a lock of its own: several boards work at a time, and while a run goes on. It stays in the manifest as long as
+the run still makes the network that was deployed.
 """
 
 from __future__ import annotations
@@ -87,13 +88,17 @@ class RunReport:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Callable[[], None]]:
+def _locked(folder: Path, name: str = claims.LOCK) -> Iterator[Callable[[], None]]:
     """Hold the run's folder, so that two processes never write into it at once; yield what makes sure it is still there.
 
     The lock is opened without being followed, cut or written: what lies there under its name may be anything.
+
+    Args:
+        folder: Of the run.
+        name: Of the lock, relative to it; that of a stage beside the run holds the places of that stage.
     """
     make_folder(folder)
-    path = folder / claims.LOCK
+    path = folder / name
     if not path.is_symlink() and not path.exists():
         check_writable(path)
     with contextlib.ExitStack() as stack:
@@ -215,15 +220,89 @@ def run_stages(
             with open_regular(folder / MANIFEST_NAME) as f:
                 write_bytes(folder / _ASIDE, f.read(), follow=False)
         manifest = _fresh(before, folder, config, workspace, config_file)
-        try:
+        with _swept(folder, places):
             return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store, again)
-        except Exception as e:
-            full = not isinstance(e, RescompressError) and _is_full(folder)  # before room is made
-            sweep_partial(places)
-            if full:
-                what = f"the disk is full ({type(e).__name__}: {e})"
-                raise EnvironmentFailed(what, where=str(folder), remedy="free some space and run again") from e
-            raise
+
+
+@dataclass(frozen=True)
+class BesideReport:
+    """What a call of `run_beside` did.
+
+    Attributes:
+        result: The outcome.
+        ran: Whether it was computed, rather than known.
+        incomplete: Why something that was asked for is not in it, or None.
+    """
+
+    result: StageResult
+    ran: bool
+    incomplete: RescompressError | None = None
+
+
+def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = True) -> BesideReport:
+    """Compute a stage that may stand beside any run, such as a measurement on a board, and enter it into the manifest.
+
+    It holds its own places and no others: a run that goes on in the folder, and other stages beside it, go on meanwhile,
+    and each keeps what the others enter.
+
+    Args:
+        stage: It reads files, and no stage of the run.
+        folder: Of the run, or where one may be.
+        reporter: Where progress goes.
+        again: Whether it is computed even if its outcome is known.
+
+    Raises:
+        RescompressError: The stage failed; the manifest is as it was.
+        BadInput: Another process computes this stage in this folder, or it would write over what it reads, or over the
+            files of somebody else.
+    """
+    claims.check_reads([stage], folder, (), workspace=True)
+    with _locked(folder, claims.lock_of(stage.name)) as still_there:
+        claims.check_own(folder)
+        before = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
+        claims.claim([stage], folder, workspace=True, force=False)
+        claims.check_places(stage, folder)
+        places = claims.folders_of([stage], folder)
+        sweep_partial(places)
+        key = _key(stage, before)
+        result = None if again else _known(stage, key, folder)
+        incomplete, ran = None, result is None
+        reporter.stage(stage.name, 1, 1)
+        if result is None:
+            with _swept(folder, places):
+                result, incomplete = _run(
+                    stage, key, _ancestry(stage, before), folder, before, reporter, still_there, None, beside=True
+                )
+        reporter.finished(stage.name, _summary(result) if ran else "already done")
+
+        def entered(stored: Manifest) -> Manifest:
+            made = stored.maker(stage.network)
+            of, ancestry = (made.of if made else ""), _ancestry(stage, stored)
+            whole = stored if stored != Manifest() else _fresh(stored, folder, {}, False, None)
+            return whole.with_stage(result.model_copy(update={"of": of, "ancestry": ancestry}))
+
+        manifest = update_manifest(folder, entered)
+        entry = manifest.stage(stage.name)
+        assert entry is not None
+    return BesideReport(entry, ran, incomplete)
+
+
+@contextlib.contextmanager
+def _swept(folder: Path, places: Sequence[Path]) -> Iterator[None]:
+    """Leave no half-written file behind where the work inside fails, and tell where that was for want of room.
+
+    Raises:
+        EnvironmentFailed: The disk is full.
+    """
+    try:
+        yield
+    except Exception as e:
+        full = not isinstance(e, RescompressError) and _is_full(folder)  # before room is made
+        sweep_partial(places)
+        if full:
+            what = f"the disk is full ({type(e).__name__}: {e})"
+            raise EnvironmentFailed(what, where=str(folder), remedy="free some space and run again") from e
+        raise
 
 
 _ASIDE = f"{claims.RECORDS}/.damaged-manifest"
@@ -354,7 +433,7 @@ def _stored(folder: Path) -> tuple[Manifest, str]:
         found = [r for r in (_read(record) for record in records) if r is not None and r.status != "failed"]
         intact = [r for r in sorted(found, key=lambda r: r.finished) if all(a.intact(folder) for a in r.outputs)]
         what = f"{MANIFEST_NAME} {e.what}: it is made again from the records of {len(intact)} stages"
-        return Manifest(stages=tuple(intact)), f"{what}; what was deployed on boards is not among them (kept in {_ASIDE})"
+        return Manifest(stages=tuple(intact)), f"{what}; the damaged one is kept in {_ASIDE}"
 
 
 def _fresh(old: Manifest, folder: Path, config: Mapping[str, Any], workspace: bool, config_file: Path | None) -> Manifest:
@@ -415,14 +494,14 @@ def _shared(
 ) -> tuple[StageResult, bool]:
     """Return the outcome, from the store where another run has left it there, and whether it was computed."""
     if store is None:
-        return _run(stage, key, ancestry, folder, manifest, reporter, still_there, None), True
+        return _run(stage, key, ancestry, folder, manifest, reporter, still_there, None)[0], True
     with store.computing(key):
         known = store.fetch(key, folder) if not again else None
         if known is not None:
             result = known.model_copy(update={"ancestry": ancestry})
             write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
             return result, False
-        result = _run(stage, key, ancestry, folder, manifest, reporter, still_there, store)
+        result, _ = _run(stage, key, ancestry, folder, manifest, reporter, still_there, store)
         store.put(result, folder)
         return result, True
 
@@ -436,7 +515,10 @@ def _run(
     reporter: Reporter,
     still_there: Callable[[], None],
     store: Store | None,
-) -> StageResult:
+    *,
+    beside: bool = False,
+) -> tuple[StageResult, RescompressError | None]:
+    """Return the outcome, recorded, and what is missing of it; a stage beside the run says itself where it was computed."""
     start = time.monotonic()
     outcome = stage.run(Context(folder, manifest, reporter, store=store))
     still_there()
@@ -444,19 +526,21 @@ def _run(
         **_identity(stage),
         status="skipped" if outcome.skipped else "done",
         reason=outcome.skipped,
-        key=key,
+        key="" if outcome.incomplete else key,
         metrics=dict(outcome.metrics),
         outputs=tuple(Artifact.of(kind, path, folder) for kind, path in outcome.files),
         duration_s=round(time.monotonic() - start, 3),
         ancestry=ancestry,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        environment={**manifest.environment, **_threads()},
+        environment={} if beside else {**manifest.environment, **_threads()},
         details=outcome.details,
     )
     write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
     for path in outcome.transient:
         path.unlink(missing_ok=True)
-    return result
+    if outcome.incomplete is not None and not beside:
+        raise outcome.incomplete
+    return result, outcome.incomplete
 
 
 def _identity(stage: Stage) -> dict[str, Any]:

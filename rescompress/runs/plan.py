@@ -10,14 +10,16 @@ from compress.checkpoints.options import parse_shape
 from compress.checkpoints.path import states_int8
 from edge_targets.backends import load_backend
 from edge_targets.benchmark import check_threads, cpu_name
+from edge_targets.board_probe import Probe
 from edge_targets.catalog import load_target
+from edge_targets.ssh import Board
 from rescompress.core.errors import BadInput, TargetError
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
+from rescompress.core.settings import DeploySettings, ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.runs.config import RunConfig
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening, Source, Stage
-from rescompress.runs.steps import Dense, Export, Finetune, ForTarget, Machine, Prune, Quantize
+from rescompress.runs.steps import Dense, Deploy, Export, Finetune, ForTarget, Machine, Prune, Quantize
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,33 @@ class Builder:
             target=chosen,
             machine=Machine(cpu_name(), self.settings.threads, runtime),
             require_engine=require_engine,
+        )
+
+    def deploy(
+        self, settings: DeploySettings, board: Board, found: Probe, *, named: str | None = None, baseline: Opening | None = None
+    ) -> Deploy:
+        """Return the stage of a board.
+
+        Args:
+            settings: What is measured.
+            board: How it is reached.
+            found: What it says about itself.
+            named: The target as the user names it; what the board says of itself counts.
+            baseline: The same network in float32, beside a quantized ONNX file.
+
+        Raises:
+            BadInput: A file is not there.
+        """
+        chosen = load_target(found.device) if found.device else load_target(named or "jetson")
+        return Deploy(
+            source=Source.of(self.opening),
+            common=self.settings,
+            settings=settings,
+            target=chosen.model_copy(update={"tensorrt_version": found.version}),
+            board=board,
+            found=found,
+            named=load_target(named) if named else None,
+            baseline=Source.of(baseline) if baseline is not None else None,
         )
 
 

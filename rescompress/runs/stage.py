@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rescompress.core.details import Details
-from rescompress.core.errors import BadInput, CheckpointError
+from rescompress.core.errors import BadInput, CheckpointError, RescompressError
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
 from rescompress.runs.reporter import Reporter
@@ -124,6 +124,7 @@ class Outcome:
         details: What readers may want beside the metrics.
         skipped: Why the stage could not do its work here, or None.
         transient: Files that are no longer needed once the outcome is recorded.
+        incomplete: Why something that was asked for is not in it; it is recorded, raised then, and never taken for known.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class Outcome:
     details: Details = field(default_factory=Details)
     skipped: str | None = None
     transient: Sequence[Path] = ()
+    incomplete: RescompressError | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from edge_targets.board_probe import Probe
 from edge_targets.device import Target
+from edge_targets.ssh import Board
 from rescompress.core.described import flag_of
-from rescompress.core.manifest import TARGET_PREFIX
+from rescompress.core.manifest import DEPLOY_PREFIX, TARGET_PREFIX
 from rescompress.core.quantizers import Profile
-from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
+from rescompress.core.settings import DeploySettings, ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.runs import code
 from rescompress.runs.fingerprint import file_identity
 from rescompress.runs.settings import Settings
@@ -110,20 +113,20 @@ class Step(abc.ABC):
 
     def _content(self, value: object) -> Any:
         """Return what a field contributes to the key: of files the content, of stages the name."""
-        if isinstance(value, Settings):
-            return value.identity
-        if isinstance(value, Source):
+        if isinstance(value, Settings | Source | Probe):
             return value.identity
         if isinstance(value, tuple):
             return [self._content(v) for v in value]
         if not isinstance(value, BaseModel):
-            return dataclasses.asdict(value) if isinstance(value, Machine) else value
+            return dataclasses.asdict(value) if isinstance(value, Machine | Board) else value
         found = value.model_dump(exclude=set(RESOLVED)) if not isinstance(value, Target) else value.model_dump()
         for name in found:
-            path = getattr(value, name, None)
-            if not isinstance(value, Target) and isinstance(path, str) and flag_of(type(value), name).file:
-                found[name] = file_identity(path)
-                object.__setattr__(self, "files", {**self.files, path: found[name]})
+            given = getattr(value, name, None)
+            if isinstance(value, Target) or not given or not flag_of(type(value), name).file:
+                continue
+            hashes = {path: file_identity(path) for path in (given if isinstance(given, tuple) else (given,))}
+            object.__setattr__(self, "files", {**self.files, **hashes})
+            found[name] = list(hashes.values()) if isinstance(given, tuple) else hashes[given]
         return found
 
 
@@ -348,6 +351,62 @@ class ForTarget(Step):
         return target(context, self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deploy(Step):
+    """What becomes of the network on a board: engines that are built and measured there, over SSH.
+
+    Attributes:
+        settings: What is measured.
+        target: The board, with the TensorRT that it has.
+        board: How it is reached.
+        found: What it says about itself.
+        named: The target that the user named, or None.
+        baseline: The same network in float32, where the source is a quantized ONNX file.
+    """
+
+    kind = "deploy"
+
+    settings: DeploySettings
+    target: Target
+    board: Board
+    found: Probe
+    named: Target | None = None
+    baseline: Source | None = None
+
+    @property
+    def name(self) -> str:
+        """With that of the target."""
+        return DEPLOY_PREFIX + self.target.name
+
+    @property
+    def of(self) -> str:
+        """Not known before the manifest is read: the files are given, not the stage that made them."""
+        return ""
+
+    @property
+    def about(self) -> str | None:
+        """The target."""
+        return self.target.name
+
+    @property
+    def folder(self) -> str:
+        """Where its files go, in the run's folder; those of another board stay as they are."""
+        return f"deploy/{self.target.name.replace('/', '_')}"
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """All in the folder of the board: engines, samples and logs, and of a checkpoint the ONNX files."""
+        path = self.source.path
+        exported = () if path is None or path.suffix == ".onnx" else (f"{path.stem}.float.onnx", f"{path.stem}.int8.onnx")
+        return tuple(f"{self.folder}/{name}" for name in (*map(_literal, exported), "model_*", "model.json"))
+
+    def run(self, context: Context) -> Outcome:
+        """Build, measure and fetch."""
+        from rescompress.runs.stages.deploy import deployed
+
+        return deployed(context, self)
+
+
 _TARGET_FILES = (
     "host.onnx",  # of a trunk, what it belongs to
     "model.*",  # the ONNX file, what runtimes make of it, and the description of a bundle
@@ -361,6 +420,11 @@ _TARGET_FILES = (
     "SHA256SUMS",
 )
 """What the stage of a target may write into its folder."""
+
+
+def _literal(name: str) -> str:
+    """Return the pattern that a file's name alone fits."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _numbered(kind: str, iteration: int | None) -> str:

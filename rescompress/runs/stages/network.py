@@ -325,8 +325,8 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
 def lost_in_training(context: Context, source: Source, outcome: Outcome) -> str | None:
     """Return what to say of a training that ended clearly below where it began, None of any other.
 
-    Clearly is by more than two standard errors of the difference of two accuracies, on as many samples; where the accuracy of the
-    network it began with is not known here, nothing is said.
+    Clearly is by more than two standard errors of the difference of two accuracies, on as many samples; where the accuracy of
+    the network it began with is not known here, nothing is said.
     """
     began = context.done.stage(source.stage) if source.stage else None
     if source.sha256 is not None:
@@ -337,8 +337,8 @@ def lost_in_training(context: Context, source: Source, outcome: Outcome) -> str 
     if before.value - after.value <= 2 * math.hypot(before.std_error or 0.0, after.std_error or 0.0):
         return None
     return (
-        f"training did harm: top-1 fell from {100 * before.value:.2f} to {100 * after.value:.2f} %; a lower learning rate may help "
-        "(lr: auto tries a few), above all where there is no BatchNorm"
+        f"training did harm: top-1 fell from {100 * before.value:.2f} to {100 * after.value:.2f} %; a lower learning "
+        "rate may help (lr: auto tries a few), above all where there is no BatchNorm"
     )
 
 

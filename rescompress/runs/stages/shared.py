@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx import ModelProto, TensorProto
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -19,10 +20,12 @@ from compress.importers.reference import reference
 from compress.processes import ALONE, Together
 from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model
+from export.load import load_onnx
+from export.metadata import read_metadata
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.artifact import atomic_path, write_text
 from rescompress.core.details import Details
-from rescompress.core.errors import BadInput
+from rescompress.core.errors import BadInput, ModelFileError
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.metric import Metric, counted
@@ -226,3 +229,44 @@ def finish(
         for note in notes if stage == "dense" else ():
             context.reporter.note(note)
     return Outcome(metrics, written, details, transient=transient)
+
+
+def onnx_inputs(path: Path) -> Inputs:
+    """Return how data is read for an ONNX file, from the spec that rescompress stores in it.
+
+    Raises:
+        ModelFileError: It is no ONNX file, malformed, not one of ours, or reads something else than the spec says.
+    """
+    model = load_onnx(path, weights=False)
+    found = read_metadata(model)
+    if found is None:
+        raise ModelFileError(
+            "does not say how its images are preprocessed", where=str(path), remedy="evaluate files that rescompress exported"
+        )
+    _check_input(model, found.spec.input_shape, str(path))
+    return Inputs.of(found.spec)
+
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+
+
+def _check_input(model: ModelProto, shape: tuple[int, int, int], path: str) -> None:
+    """Refuse a file that was changed since it was exported so that preprocessed images no longer are what it reads."""
+    stored = {i.name for i in model.graph.initializer}
+    read = [i for i in model.graph.input if i.name not in stored]
+    remedy = "evaluate the file as it was exported"
+    if len(read) != 1:
+        names = ", ".join(f"'{i.name}'" for i in read)
+        raise ModelFileError(f"reads {len(read)} inputs{f' ({names})' if read else ''}, not one", where=path, remedy=remedy)
+    tensor = read[0].type.tensor_type
+    if tensor.elem_type not in _FLOATS:
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        raise ModelFileError(f"input '{read[0].name}' is {kind}: preprocessed images are floats", where=path, remedy=remedy)
+    sizes = [d.dim_value for d in tensor.shape.dim]  # 0 where the file leaves it open
+    if len(sizes) != 4 or any(d not in (0, want) for d, want in zip(sizes[1:], shape, strict=True)):
+        raise ModelFileError(
+            f"input '{read[0].name}' is {'x'.join(str(d or '?') for d in sizes)}, "
+            f"its metadata say images of {'x'.join(map(str, shape))}",
+            where=path,
+            remedy=remedy,
+        )
