@@ -113,9 +113,9 @@ def test_a_pooled_vector_that_is_enlarged_to_a_map_stays_with_the_host(tmp_path:
         mine = build_model(pruned.spec, pruned.state_dict).outputs(torch.from_numpy(x))
     assert [off(m.numpy(), seen[name]) < 1e-5 for m, name in zip(mine, ("map", "near"), strict=True)] == [True, True]
     assert off(answers(model, x)["answer"], seen["answer"]) > 1e-3
-    with pytest.raises(CheckpointError, match="'spread'.*enlarges a vector"):
+    with pytest.raises(CheckpointError, match=r"'spread'.*enlarges a vector"):
         trunk(path, "spread")
-    with pytest.raises(CheckpointError, match="makes 'spread'.*enlarges a vector"):
+    with pytest.raises(CheckpointError, match=r"makes 'spread'.*enlarges a vector"):
         load_checkpoint(path)
 
 

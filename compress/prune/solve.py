@@ -170,9 +170,9 @@ def refit(
 ) -> Refit:
     """Return the weights for which ``x w^T + b + skip`` comes closest to the target, where a ReLU follows: behind it.
 
-    Least squares with a penalty on leaving the old weights, which grows where samples are few (`ridge_for`). Behind a ReLU any value
-    below zero is as good as another where the target is not positive; there the target is set to the present output
-    where that is negative, else to 0, and the fit is repeated (majorisation: the error never rises).
+    Least squares with a penalty on leaving the old weights, which grows where samples are few (`ridge_for`). Behind a
+    ReLU any value below zero is as good as another where the target is not positive; there the target is set to the
+    present output where that is negative, else to 0, and the fit is repeated (majorisation: the error never rises).
 
     Args:
         x_ND: Inputs.
