@@ -537,7 +537,9 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         raise ToolMissing("there is no board")
 
     def measured(candidates: Any, **_: Any) -> Any:
-        metrics = benchmark.summarize([1.0] * 20, device="cpu", runtime="onnxruntime", batch=1, threads=3, precision="fp32")
+        metrics = benchmark.summarize(
+            [1.0] * 20, benchmark.Conditions(device="cpu", runtime="onnxruntime", batch=1, threads=3, precision="fp32")
+        )
         return [benchmark.Measured(metrics, (1.0,)) for _ in candidates]
 
     found = board_probe.Probe("Jetson", None, "trtexec", "10.3.0", None, None, frozenset(), False, None)

@@ -403,7 +403,7 @@ def test_blocks_and_stem_change_in_one_step_and_no_stage_is_left_empty():
     spec = cifar_spec(widths=(8,))
     thin = {b.name: b.model_copy(update={"widths": (8, 6)}) for b in spec.blocks}
     stem = Stem(convs=(StemConv(width=6, kernel=3, stride=1),), max_pool=False)
-    assert spec.replace_blocks(thin, stem=stem).feature_width == 6
+    assert spec.replace_blocks(thin, stem=stem).blocks[-1].widths[-1] == 6
     with pytest.raises(ValidationError):
         spec.replace_blocks(thin)
     several = cifar_spec()

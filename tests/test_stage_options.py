@@ -109,7 +109,7 @@ class Bench:
         return _REAL_LOAD(source, spec, seed=more.get("seed", 0))
 
     def _measure(self, candidates: Any, **_: Any) -> Any:
-        metrics = benchmark.summarize([1.0] * 20, device="cpu", runtime="onnxruntime", batch=1)
+        metrics = benchmark.summarize([1.0] * 20, benchmark.Conditions(device="cpu", runtime="onnxruntime", batch=1))
         return [benchmark.Measured(metrics, (1.0, 1.0)) for _ in candidates]
 
 
@@ -340,7 +340,7 @@ def test_a_setting_arrives(bench: Bench, section: str, field: str, group: tuple[
     if "plan" in said:
         made = _REAL_PRUNE(network(), QUARTER).plan
         write_text(Path(said["plan"]), made.model_copy(update={"method": "by-hand"}).model_dump_json())
-        bench["prune_by_plan"].does = lambda checkpoint, plan, **_: checkpoint
+        bench["prune_by_plan"].does = lambda checkpoint, plan, *_, **__: checkpoint
     bench.run(**{section: said, "seed": SEED, **(group[0].more or {})})
     for row in group:
         wanted = pytest.approx(row.wanted) if isinstance(row.wanted, float) else row.wanted
