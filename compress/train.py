@@ -32,6 +32,7 @@ from compress.data.augment import shifted
 from compress.data.loader import PHOTOS, Batches, cache_for, workers_for
 from compress.device import torch_device
 from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, paired_outputs, shared_features
+from compress.memory import kept_memory
 from compress.pixels import normalise
 from compress.processes import Together
 from compress.prune.sparsity import has_pattern
@@ -216,6 +217,7 @@ def train(
         with (
             batches.stream(loop.done, steps, workers, pin=accelerator.device.type == "cuda") as images,
             _rounding(settings, accelerator.device),
+            kept_memory(),
         ):
             saved_at = time.monotonic()
             while loop.done < steps and not loop.enough:

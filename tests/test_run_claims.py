@@ -225,6 +225,20 @@ def test_a_folder_that_is_a_link_and_an_intact_file_that_is_one_are_fine(tmp_pat
     assert go(tmp_path / "out", writer("one")) == ()
 
 
+@pytest.mark.parametrize("where", ["../kept", "{folder}/kept"])
+def test_a_record_that_names_a_file_elsewhere_is_not_believed(tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    assert go(out, writer("one")) == ("one",)
+    (tmp_path / "kept").write_bytes((out / "one.safetensors").read_bytes())
+    for file in (out / ".stages" / "one.json", out / "manifest.json"):
+        document = json.loads(file.read_text())
+        for stage in document.get("stages", [document]):
+            stage["outputs"][0]["path"] = where.format(folder=tmp_path)
+        file.write_text(json.dumps(document))
+    assert go(out, writer("one")) == ("one",)
+    assert [a.path for a in load_manifest(out).stages[0].outputs] == ["one.safetensors"]
+
+
 # A10: other people's files -----------------------------------------------------------------------------------------------
 
 

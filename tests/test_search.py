@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from rescompress.core.errors import BadInput, BudgetError, EnvironmentFailed
 from rescompress.core.outcomes import Outcomes
+from rescompress.runs import claims
 from rescompress.runs.search_settings import RUNGS, SearchConfig, anchors, candidate, default_space, dimensions, grid, planned
 from rescompress.search import study as searches
 from rescompress.search import worker
@@ -334,8 +335,12 @@ def test_a_folder_belongs_to_one_search(tmp_path: Path) -> None:
     for name, storage in (("b", None), ("a", "postgresql://me:secret@host/x")):
         with pytest.raises(BadInput, match="holds the search 'a'"):
             own_folder(tmp_path / "s", name, storage)
+    own_folder(tmp_path / "p", "a", "postgresql://me:secret@hots/x", mark=False)  # which nobody could reach
     own_folder(tmp_path / "p", "a", "postgresql://me:secret@host/x")
     assert "secret" not in (tmp_path / "p" / "search.json").read_text()
+    with pytest.raises(BadInput, match="holds the search 'a'"):
+        claims.check_own(tmp_path / "p")
+    claims.check_own(tmp_path / "p" / "trials")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text("{}")
     with pytest.raises(BadInput, match="holds a run"):

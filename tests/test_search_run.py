@@ -77,6 +77,30 @@ def test_work_is_shared_and_the_evaluation_split_is_read_once_at_the_end(
     assert compress.evaluate
 
 
+def test_a_network_that_the_rung_before_had_is_not_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rescompress.core.artifact import Artifact
+    from rescompress.core.manifest import StageResult
+    from rescompress.core.outcomes import Outcomes
+    from rescompress.search import forecast
+
+    _, pipeline = begin(tmp_path / "s", 1)
+    calls = []
+
+    def evaluated(path: Path, *rest: Any) -> tuple[Outcomes, float]:
+        calls.append(path.read_text())
+        return Outcomes.pack([True] * len(calls), "held"), 0.5
+
+    monkeypatch.setattr(forecast, "evaluate_file", evaluated)
+    found = []
+    for text in ("one", "one", "two"):
+        (tmp_path / "net").write_text(text)
+        artifact = Artifact.of("checkpoint", tmp_path / "net", tmp_path)
+        stage = StageResult(stage="finetune", status="done", outputs=(artifact,))
+        found.append(pipeline._on_held_out(stage, tmp_path)[0].n)
+    assert calls == ["one", "two"]
+    assert found == [1, 1, 2]
+
+
 @pytest.mark.slow
 def test_shared_curves_change_no_bit(tmp_path: Path) -> None:
     from rescompress.runs.pipeline import run_stages
@@ -114,6 +138,12 @@ def test_the_command_line_from_search_to_best(tmp_path: Path) -> None:
     assert (tmp_path / "b.safetensors").is_file()
     assert best["trial"] in [row["trial"] for row in document["front"]]
     run_command("compare", tmp_path / "s", "--json", code=0)
+    words = ("search", config, *sets, "--trials", 5, "-o", tmp_path / "s", "--minutes", 0, "--json", "--threads", 1)
+    done = run_command(*words, code=0)
+    assert "2 candidates are left" in done.stderr
+    longer = json.loads(run_command(*words, "--conclude", code=0).stdout)
+    assert longer["concluded"]
+    assert [row["trial"] for row in longer["front"]] == [row["trial"] for row in document["front"]]
     run_command("report", tmp_path / "s", "-o", tmp_path / "page.html", code=0)
     run_command("gate", tmp_path / "s", "--baseline", tmp_path / "s", code=0)
 
@@ -149,6 +179,16 @@ def test_bad_input_of_a_search_is_named(tmp_path: Path, words: list[str], code: 
         pytest.importorskip("psycopg", reason="the driver of PostgreSQL is not installed")
     done = run_command("search", EXAMPLES / "search_digits.yaml", "-o", tmp_path / "s", *words, code=code)
     assert text in done.stderr
+    assert not (tmp_path / "s" / "search.json").exists(), "the next try, with the right address, may have the folder"
+
+
+def test_a_search_without_time_says_what_is_left(tmp_path: Path) -> None:
+    sets = [word for key in QUICK for word in ("--set", key)]
+    words = ("search", EXAMPLES / "search_digits.yaml", *sets, "--minutes", 0, "-o", tmp_path / "s")
+    assert "30 candidates are left" in run_command(*words, code=0).stderr
+    done = run_command(*words, "--conclude", code=5)
+    assert "no candidate reached the top" in done.stderr
+    assert "let it go on" in done.stderr
 
 
 def test_a_folder_without_a_search_is_named(tmp_path: Path) -> None:

@@ -155,6 +155,15 @@ def test_a_quantized_teacher_is_put_in_order_with_its_scales() -> None:
     assert all(torch.equal(back.state_dict[k], v) for k, v in plain.state_dict.items())
 
 
+def test_a_teacher_with_two_classes_of_one_name_may_have_the_same_order() -> None:
+    """ImageNet has two cranes; another order of them is nobody's to know."""
+    student = SPEC.replace(labels=("crane", "bee", "crane", "dog"))
+    teacher = checkpoint(student)
+    assert match_teacher(teacher, student)[0].spec == teacher.spec
+    with pytest.raises(BadInput):
+        match_teacher(checkpoint(student.replace(labels=("bee", "crane", "crane", "dog"))), student)
+
+
 def test_two_classes_of_one_output_swap_by_sign() -> None:
     one = SPEC.replace(head=Head(num_classes=1), labels=("cat", "dog"))
     teacher = checkpoint(one.replace(labels=("dog", "cat")))

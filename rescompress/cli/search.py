@@ -52,6 +52,13 @@ Where = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Of the search, where a storage holds several.", show_default=False)]
 
+Conclude = Annotated[
+    bool,
+    typer.Option(
+        "--conclude", help="At the end, read the evaluation split for the front as it is then, also where candidates are left."
+    ),
+]
+
 
 @app.callback(epilog="Example: rescompress search examples/search_digits.yaml --trials 30")
 def search() -> None:
@@ -85,6 +92,7 @@ def start(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.0, help="Begin no candidate after so long.", show_default=False)
     ] = None,
+    conclude: Conclude = False,
     overrides: opt.Overrides = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
@@ -121,13 +129,14 @@ def start(
     folder = (output or Path("rescompress-out") / f"{config.stem}-search").resolve()
     make_folder(folder)
     address = storage or str(folder)
-    own_folder(folder, name or config.stem, storage)
+    own_folder(folder, name or config.stem, storage, mark=False)
     try:
         begun = create(storage_of(address), name or config.stem, document, loaded.seed, queue, anchored=anchored)
     except ValueError as e:
         raise ConfigError(str(e), where="search.space", remedy="compare with docs/search.md") from e
+    own_folder(folder, name or config.stem, storage)
     begun.stop(False)
-    _work(out, begun, folder, jobs, minutes, device, threads, batch_size, address, name or config.stem)
+    _work(out, begun, folder, jobs, minutes, conclude, device, threads, batch_size, address, name or config.stem)
     _show_front(out, begun, folder)
 
 
@@ -144,6 +153,7 @@ def worker(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.0, help="Begin no candidate after so long.", show_default=False)
     ] = None,
+    conclude: Conclude = False,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     batch_size: opt.BatchSize = None,
@@ -158,7 +168,7 @@ def worker(
     from rescompress.search.worker import own_folder
 
     own_folder(folder, joined.study.study_name, where if "://" in where else None)
-    tally = _work(out, joined, folder, jobs, minutes, device, threads, batch_size, where, joined.study.study_name)
+    tally = _work(out, joined, folder, jobs, minutes, conclude, device, threads, batch_size, where, joined.study.study_name)
     out.result({"finished": tally}, ", ".join(f"{n} {state}" for state, n in tally.items()) or "nothing left to do")
 
 
@@ -229,7 +239,7 @@ def _join(where: str, name: str | None) -> Trials:
 
     if "://" not in where and not (Path(where) / JOURNAL).is_file():
         raise BadInput("holds no search", where=where, remedy="name the folder of one, or begin one with `rescompress search`")
-    return join(storage_of(where), name, seed=int.from_bytes(os.urandom(4), "big"))
+    return join(storage_of(where), name, seed=int.from_bytes(os.urandom(4), "big"), where=where)
 
 
 def _folder_of(where: str, joined: Trials) -> Path:
@@ -242,13 +252,14 @@ def _work(
     folder: Path,
     jobs: int,
     minutes: float | None,
+    now: bool,
     device: str,
     threads: int | None,
     batch_size: int | None,
     address: str,
     name: str,
 ) -> dict[str, int]:
-    """Work on a search with one or more processes, and conclude it when nothing is left."""
+    """Work on a search with one or more processes, and conclude it when nothing is left, or at the end if asked `now`."""
     from rescompress.cli.progress import reporting
     from rescompress.core.artifact import make_folder
     from rescompress.runs.store import Store
@@ -271,7 +282,10 @@ def _work(
             tally = work(trials, pipeline, folder / "trials", told=reporter.note, until=until)
             if failed := sum(helper.wait() != 0 for helper in helpers):
                 reporter.note(f"{failed} of {jobs} workers ended with an error; the others did their candidates")
-            if all(t.finished for t in trials.all()):
+            left = sum(not t.finished for t in trials.all())
+            if left and not now:
+                reporter.note(f"{left} candidates are left: the same command goes on; with --conclude it judges what there is")
+            else:
                 conclude(trials, pipeline, folder / "trials", told=reporter.note)
     finally:
         for helper in helpers:
@@ -302,4 +316,6 @@ def _show_front(out: Output, trials: Trials, folder: Path | None) -> None:
     document = front_document(trials)
     if folder is not None:
         document["folder"] = str(folder)
+    if not document["front"]:
+        out.hint("note: no candidate has reached the top of the ladder yet")
     out.result(document, front_table(document))

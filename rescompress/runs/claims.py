@@ -25,6 +25,8 @@ RECORDS = ".stages"
 RESUME = ".resume"
 LOCK = ".lock"
 TABLE = "table.md"
+SEARCH_MARK = "search.json"
+"""In the folder of a search: whose it is. Its candidates' runs lie below."""
 _CLAIMED = f"{RECORDS}/.claimed.json"
 _REMEDY = "move it away, or choose another folder with -o"
 
@@ -75,16 +77,21 @@ def check_reads(stages: Sequence[Stage], folder: Path, reads: Iterable[Path], *,
 
 
 def check_own(folder: Path) -> None:
-    """Make sure that the places where the pipeline keeps its own books are no links out of the folder, and what they should be.
+    """Make sure that the folder is no search's, and the places of the pipeline's own books no links, but what they should be.
 
     Raises:
-        BadInput: One is.
+        BadInput: It is, or one is.
     """
     for name in (RECORDS, RESUME):
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             kind = "is a link" if path.is_symlink() else "is no folder"
             raise BadInput(f"{kind}, a run keeps its records there", where=str(path), remedy="remove it and run again")
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / SEARCH_MARK).read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known.keys() == {"name", "storage"}:
+            what = f"holds the search '{known['name']}'"
+            raise BadInput(what, where=str(folder), remedy="name another folder with -o")
 
 
 def claim(stages: Sequence[Stage], folder: Path, *, workspace: bool, force: bool) -> None:

@@ -13,6 +13,7 @@ that jumps, here or there, takes nobody's work away.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -52,8 +53,11 @@ _RANK = {DONE: 0, STOPPED: 0, IMPOSSIBLE: 0, "running": 1, "waiting": 2, LOST: 3
 
 _FINAL = "final:"
 
-AHEAD = 32
+AHEAD = 16
 """Slots that are queued at a time: what waits is read again and again, so a long search is not queued whole."""
+
+FRESH_S = 1.0
+"""What others did is read again after so long: a database answers in round trips, and cheap rungs take less than one."""
 
 
 class Answer(Frozen):
@@ -197,15 +201,15 @@ class Lease:
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
+            values: list[float] | None = None
             if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
-                seen = [c for t in patiently(self.trials.all) for a in t.answers[:1] for c in a.costs.values()]
-                worst = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
-                patiently(lambda: self.trials.study.tell(self.trial.number, worst))
-            elif best is None or best.accuracy is None:
-                patiently(lambda: self.trials.study.tell(self.trial.number, state=optuna.trial.TrialState.FAIL))
-            else:
+                seen = [c for t in patiently(self.trials.recent) for a in t.answers[:1] for c in a.costs.values()]
+                values = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
+            elif best is not None and best.accuracy is not None:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
-                patiently(lambda: self.trials.study.tell(self.trial.number, values))
+            ended = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
+            patiently(lambda: self.trials.study._storage.set_trial_state_values(self.trial_id, ended, values))
+            self.trials._mine[self.trial.slot] = dataclasses.replace(self.trial, state=state, reason=reason)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             return False  # somebody took us for dead: what they do counts
         return True
@@ -232,12 +236,30 @@ class Trials:
     _numbers: dict[int, list[int]] = field(default_factory=dict)
     _open: list[int] = field(default_factory=list)
     _read: int = 0
-    _plenty: bool = False
     _rescue_at: float = -math.inf
+    _known: list[Any] = field(default_factory=list)
+    _taken: set[int] = field(default_factory=set)
+    _mine: dict[int, Trial] = field(default_factory=dict)
+    _known_at: float = -math.inf
+    _stop: bool = False
+    _stop_at: float = -math.inf
+
+    def recent(self) -> list[Trial]:
+        """Return what `all` does, of others as it was a moment ago at most."""
+        if not self._fresh:
+            return self.all()
+        return [self._mine.get(t.slot, t) for t in self._by_slot(self._known)]
+
+    @property
+    def _fresh(self) -> bool:
+        return time.monotonic() < self._known_at + FRESH_S
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
-        unsettled = self._unsettled(self.everything())
+        return self._by_slot(self.everything())
+
+    def _by_slot(self, everything: Sequence[Any]) -> list[Trial]:
+        unsettled = self._unsettled(everything)
         found = {**self._settled}
         for frozen in unsettled:
             trial = self._waits.get(frozen.number) if frozen.state.name == "WAITING" else _trial_of(frozen)
@@ -253,7 +275,11 @@ class Trials:
 
     def everything(self) -> list[Any]:
         """Return Optuna's trials, by number."""
-        return self.study.get_trials(deepcopy=False)
+        self._known = self.study.get_trials(deepcopy=False)
+        self._known_at = time.monotonic()
+        self._taken.clear()  # what was read holds what this worker did before
+        self._mine.clear()
+        return self._known
 
     def _unsettled(self, everything: Sequence[Any]) -> list[Any]:
         """Return the trials that have not ended; those that have are taken in once, as they never change again."""
@@ -284,55 +310,103 @@ class Trials:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody asked all workers to stop."""
-        return bool(self.study.user_attrs.get("stop"))
+        """Whether somebody asked all workers to stop, as it was a moment ago at most."""
+        if time.monotonic() >= self._stop_at + FRESH_S:
+            self._stop = bool(self.study.user_attrs.get("stop"))
+            self._stop_at = time.monotonic()
+        return self._stop
 
     def stop(self, asked: bool) -> None:
         """Ask all workers to stop after their stage, or let them go on."""
         self.study.set_user_attr("stop", asked)
+        self._stop_at = -math.inf
 
     def claim(self) -> Lease | None:
         """Return a trial for this worker, or None when no slot waits and none is lost."""
-        if time.monotonic() >= self._rescue_at or not self._plenty:
+        if time.monotonic() >= self._rescue_at:
             self.rescue()
-        space = dimensions(self.document["search"]["space"])
-        while self._plenty or self._ahead():  # reading all trials is the dear part of a database: no oftener than need be
-            asked = self.study.ask()
-            attrs = asked.user_attrs
-            self._plenty = False
-            if "slot" not in attrs:  # the last waiting one went to somebody else in between
-                self._drop(asked.number)
-                continue
-            everything = self.everything()
-            waiting = sum(t.state.name == "WAITING" for t in self._unsettled(everything))
-            self._plenty = waiting > AHEAD // 2
-            elder = [everything[n] for n in self._numbers[attrs["slot"]] if n != asked.number]
-            if any(_done(t) or (_running(t) and t.number < asked.number) for t in elder):
-                self._drop(asked.number)
-                continue
-            choices = {name: _suggest(asked, name, dimension) for name, dimension in space.items()}
-            trial = Trial(attrs["slot"], asked.number, choices, bool(attrs.get("anchor")), "running")
-            return Lease(self, asked._trial_id, trial)
-        return None
+        while True:
+            waiting = self._ahead()
+            if not waiting and not self.rescue():
+                return None
+            for frozen in waiting:
+                if (lease := self._take(frozen)) is not None:
+                    return lease
 
-    def _ahead(self) -> bool:
-        """Return whether a slot waits; where few do, the next ones are queued.
+    def _take(self, frozen: Any) -> Lease | None:
+        """Return a claim on a waiting trial, or None where another worker has it, or another trial its slot.
+
+        Trials are taken by number. So an elder trial of the slot that was seen waiting a moment ago is in somebody's hands.
+        """
+        import optuna
+
+        again = bool(self._taken)
+        self._taken.add(frozen.number)
+        try:
+            if not self.study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.RUNNING):
+                return None
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return None
+        attrs = frozen.user_attrs
+        others = [self._known[n] for n in self._numbers[attrs["slot"]] if n != frozen.number]
+        if any(_done(t) or (t.number < frozen.number and not t.state.is_finished()) for t in others):
+            self._abandon(frozen)
+            return None
+        # what the sampler learns from: not read again where it was read just now
+        self.study._thread_local.cached_all_trials = None if again else self._known
+        trial = Trial(attrs["slot"], frozen.number, self._chosen(frozen), bool(attrs.get("anchor")), "running")
+        return Lease(self, frozen._trial_id, trial)
+
+    def _chosen(self, frozen: Any) -> dict[str, Any]:
+        """Return the choices of a trial, those it was queued with and sampled ones, and keep them.
+
+        Optuna's `Trial` does the same, and reads the trial again for it: six round trips to a database.
+        """
+        study, sampler = self.study, self.study.sampler
+        trial = copy.copy(frozen)
+        given = trial.system_attrs.get("fixed_params", {})
+        sampler.before_trial(study, trial)
+        joint: dict[str, Any] | None = None
+        found = {}
+        for name, dimension in dimensions(self.document["search"]["space"]).items():
+            distribution = _distribution(dimension)
+            if name in given:
+                value = given[name]
+            elif distribution.single():
+                value = distribution.low if isinstance(dimension, Range) else distribution.choices[0]
+            else:
+                if joint is None:
+                    joint = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+                value = joint[name] if name in joint else sampler.sample_independent(study, trial, name, distribution)
+            study._storage.set_trial_param(frozen._trial_id, name, distribution.to_internal_repr(value), distribution)
+            trial.params = {**trial.params, name: value}
+            found[name] = _decoded(value)
+        return found
+
+    def _ahead(self) -> list[Any]:
+        """Return the trials that wait, by number; where few do, the next slots are queued.
 
         A slot that two workers queue at the same time counts once, like one that is rescued twice.
         """
-        everything = self.everything()
-        waiting = sum(t.state.name == "WAITING" for t in self._unsettled(everything))
+        if self._fresh and len(known := self._waiting()) > AHEAD // 2:
+            return known
+        self.everything()
+        waiting = self._waiting()
         first = 1 + max(self._numbers, default=-1)
-        if waiting < AHEAD // 2:
+        if len(waiting) < AHEAD // 2 and first < self.config.trials:
             for slot in range(first, min(first + AHEAD, self.config.trials)):
                 self.study.enqueue_trial({}, user_attrs={"slot": slot})
-                waiting += 1
-        return bool(waiting)
+            self.everything()
+            waiting = self._waiting()
+        return waiting
+
+    def _waiting(self) -> list[Any]:
+        """Return what was seen waiting and this worker has not tried to take, by number."""
+        known = self._unsettled(self._known)
+        return [t for t in known if t.state.name == "WAITING" and "slot" in t.user_attrs and t.number not in self._taken]
 
     def rescue(self) -> list[int]:
         """Queue again the slots whose worker gives no sign of life; return them."""
-        import optuna
-
         now = time.monotonic()
         self._rescue_at = now + min(self.config.lease_s / 4, 5.0)
         rescued = []
@@ -350,9 +424,7 @@ class Trials:
             silent = now - known[1] > self.config.lease_s
             if not (silent or _dead_here(lease)) or lease.get("worker") == self.worker:
                 continue
-            try:
-                self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            if not self._abandon(frozen):
                 continue  # it came back, or another worker was first
             if "slot" in frozen.user_attrs:
                 self._queue_again(frozen)
@@ -371,11 +443,14 @@ class Trials:
         keep = {k: v for k, v in frozen.user_attrs.items() if k in ("slot", "anchor")}
         self.study.enqueue_trial(_choices_of(frozen), user_attrs=keep | {"again": frozen.number})
 
-    def _drop(self, number: int) -> None:
+    def _abandon(self, frozen: Any) -> bool:
+        """End a trial that came to nothing; return whether it had not ended."""
         import optuna
 
-        with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            self.study.tell(number, state=optuna.trial.TrialState.FAIL)
+        try:
+            return self.study._storage.set_trial_state_values(frozen._trial_id, optuna.trial.TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
 
 
 def _end(frozen: Any) -> dict[str, str]:
@@ -453,10 +528,12 @@ def _decoded(value: Any) -> Any:
     return json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
 
 
-def _suggest(trial: Any, name: str, dimension: Any) -> Any:
+def _distribution(dimension: Any) -> Any:
+    import optuna
+
     if isinstance(dimension, Range):
-        return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log, step=dimension.step)
-    return _decoded(trial.suggest_categorical(name, [_encoded(v) for v in dimension]))
+        return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
+    return optuna.distributions.CategoricalDistribution([_encoded(v) for v in dimension])
 
 
 def storage_of(address: str) -> Any:
@@ -491,6 +568,7 @@ def storage_of(address: str) -> Any:
                 remedy="restore it, or begin another search in another folder",
             ) from e
     scheme, _, rest = address.partition("://")
+    shown = hidden(address)
     if scheme == "grpc":
         return _proxy(rest)
     if scheme in ("postgresql", "postgres"):
@@ -498,16 +576,24 @@ def storage_of(address: str) -> Any:
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
-        return optuna.storages.RDBStorage(address, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
+        from rescompress.search.database import Database
+
+        return Database(address, engine_kwargs={"pool_size": 2})
     except (ModuleNotFoundError, NoSuchModuleError, ImportError) as e:
-        raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy="pip install 'rescompress[search]'") from e
+        ours = scheme in ("postgresql", "postgres")
+        remedy = (
+            "pip install 'rescompress[search]'"
+            if ours
+            else "write postgresql://USER@HOST/NAME, or install what SQLAlchemy needs"
+        )
+        raise ToolMissing(f"no driver for {scheme}: {e}", where="--storage", remedy=remedy) from e
     except (ArgumentError, ValueError) as e:
-        raise BadInput("is no address of a storage", where=hidden(address), remedy="write postgresql://USER@HOST/NAME") from e
+        raise BadInput("is no address of a storage", where=shown, remedy="write postgresql://USER@HOST/NAME") from e
     except SQLAlchemyError as e:
         reason = str(getattr(e, "orig", None) or e).strip().splitlines()[0]
-        raise EnvironmentFailed(f"cannot be reached: {reason}", where=hidden(address), remedy="check host, port, name") from e
+        raise EnvironmentFailed(f"cannot be reached: {reason}", where=shown, remedy="check host, port, name") from e
     except RuntimeError as e:  # tables of another version of Optuna
-        raise BadInput(str(e).strip().splitlines()[0], where=hidden(address), remedy="use another database") from e
+        raise BadInput(str(e).strip().splitlines()[0], where=shown, remedy="use another database") from e
 
 
 def _proxy(rest: str) -> Any:
@@ -533,7 +619,9 @@ def _proxy(rest: str) -> Any:
 
 def hidden(address: str) -> str:
     """Return an address without its password."""
-    scheme, _, rest = address.partition("://")
+    scheme, colon, rest = address.partition("://")
+    if not colon:
+        return address
     user, at, host = rest.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host}"
 
@@ -605,7 +693,7 @@ def names_in(storage: Any) -> list[str]:
     return [s.study_name for s in storage.get_all_studies()]
 
 
-def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
+def join(storage: Any, name: str | None, seed: int = 0, *, where: str | None = None) -> Trials:
     """Return the search of a storage, for a worker or a reader.
 
     Raises:
@@ -615,7 +703,8 @@ def join(storage: Any, name: str | None, seed: int = 0) -> Trials:
 
     names = names_in(storage)
     if not names:
-        raise BadInput("holds no search", where=name, remedy="begin one with `rescompress search CONFIG.yaml`")
+        where = None if where is None else hidden(where)
+        raise BadInput("holds no search", where=where, remedy="begin one with `rescompress search CONFIG.yaml`")
     if name is None and len(names) > 1:
         raise BadInput(f"holds several searches: {', '.join(names)}", remedy="choose one with --name")
     if name is not None and name not in names:

@@ -24,6 +24,7 @@ from rescompress.core.locks import FileLock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
 from rescompress.core.outcomes import Outcomes
+from rescompress.runs.claims import SEARCH_MARK
 from rescompress.runs.config import RunConfig, validate
 from rescompress.runs.fingerprint import environment
 from rescompress.runs.reporter import Reporter, Silent
@@ -146,7 +147,7 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
         else:
-            others = latest(patiently(trials.all), rung, besides=lease.trial.slot)
+            others = latest(patiently(trials.recent), rung, besides=lease.trial.slot)
             up, verdict = climbs(answer, others, trials.config.eta)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
@@ -177,6 +178,7 @@ class Pipeline:
     settings: Settings
     store: Store
     reporter: Reporter = field(default_factory=Silent)
+    _held_out: tuple[str, tuple[Outcomes, float]] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the content that all workers of a search must have: checkpoint and data, wherever they lie.
@@ -260,16 +262,24 @@ class Pipeline:
     def _answer(self, rung: Rung, manifest: Manifest, folder: Path, config: RunConfig) -> Answer:
         last = [s for s in manifest.stages if "top1" in s.metrics and s.checkpoint_sha256][-1]
         costs, band = self._costs(last, manifest, folder, config)
-        artifact = last.output("checkpoint")
-        assert artifact is not None
-        from rescompress.search.forecast import evaluate_file
-
-        with _machine(exclusive=False):
-            outcomes, sureness = evaluate_file(folder / artifact.path, self.settings, self.reporter)
+        outcomes, sureness = self._on_held_out(last, folder)
         outcomes = outcomes.model_copy(update={"classes": None})  # a thousand names in every answer; the identity covers labels
         return Answer(
             rung=rung, accuracy=last.metrics["top1"].value, sureness=sureness, costs=costs, band=band, outcomes=outcomes
         )
+
+    def _on_held_out(self, last: StageResult, folder: Path) -> tuple[Outcomes, float]:
+        """Return what `evaluate_file` does; a network that the rung before had, too, is not evaluated again."""
+        artifact = last.output("checkpoint")
+        assert artifact is not None
+        if self._held_out is not None and self._held_out[0] == artifact.sha256:
+            return self._held_out[1]
+        from rescompress.search.forecast import evaluate_file
+
+        with _machine(exclusive=False):
+            found = evaluate_file(folder / artifact.path, self.settings, self.reporter)
+        self._held_out = (artifact.sha256, found)
+        return found
 
     def _costs(
         self, last: StageResult, manifest: Manifest, folder: Path, config: RunConfig
@@ -387,33 +397,32 @@ def agree(trials: Trials, pipeline: Pipeline) -> None:
         )
 
 
-MARK = "search.json"
-
-
-def own_folder(folder: Path, name: str, storage: str | None) -> None:
+def own_folder(folder: Path, name: str, storage: str | None, *, mark: bool = True) -> None:
     """Make sure that a folder is a search's own: two searches, or a run and a search, would overwrite each other's files.
 
     Args:
         folder: Of the search.
         name: Of the search.
         storage: URL of the storage; None for the journal in the folder.
+        mark: Whether the folder is the search's from now on. An address that turns out to be wrong must not own it.
 
     Raises:
         BadInput: Another search or a run lies there.
     """
     make_folder(folder)
     mine = {"name": name, "storage": hidden(storage) if storage is not None else None}
-    mark = folder / MARK
+    place = folder / SEARCH_MARK
     with FileLock(folder / ".owner").held():
         try:
-            known = json.loads(mark.read_text(encoding="utf-8"))
+            known = json.loads(place.read_text(encoding="utf-8"))
         except FileNotFoundError:
             if (folder / MANIFEST_NAME).is_file() and not (folder / JOURNAL).is_file():
                 raise BadInput("holds a run", where=str(folder), remedy="name another folder with -o") from None
-            write_text(mark, json.dumps(mine) + "\n")
+            if mark:
+                write_text(place, json.dumps(mine) + "\n")
             return
         except (OSError, ValueError) as e:
-            raise BadInput(f"cannot be read: {e}", where=str(mark), remedy="name another folder with -o") from e
+            raise BadInput(f"cannot be read: {e}", where=str(place), remedy="name another folder with -o") from e
     if known != mine:
         other = known.get("name") if isinstance(known, dict) else None
         raise BadInput(
@@ -498,10 +507,12 @@ def _nothing(known: Sequence[Trial], name: str) -> BadInput:
     """Return the error for a search of which no candidate reached the top."""
     why = next((t.reason for t in known if t.state == IMPOSSIBLE), "")
     some = sum(t.state == IMPOSSIBLE for t in known)
+    left = sum(not t.finished for t in known)
+    another = "begin another search, whose space holds budgets that the network can meet"
     return BadInput(
         f"no candidate reached the top: {some} of {len(known)} are impossible" + (f", such as: {why}" if why else ""),
         where=name,
-        remedy="begin another search, whose space holds budgets that the network can meet",
+        remedy=f"let it go on: {left} candidates are left" if left else another,
     )
 
 
