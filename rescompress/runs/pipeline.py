@@ -521,7 +521,15 @@ def _run(
     """Return the outcome, recorded, and what is missing of it; a stage beside the run says itself where it was computed."""
     start = time.monotonic()
     outcome = stage.run(Context(folder, manifest, reporter, store=store))
-    still_there()
+    try:
+        still_there()
+    except EnvironmentFailed:
+        if not os.path.lexists(folder / claims.LOCK):  # a folder that was made anew by writing into it, and is no other run's
+            for _, path in outcome.files:
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     result = StageResult(
         **_identity(stage),
         status="skipped" if outcome.skipped else "done",
