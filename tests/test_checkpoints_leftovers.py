@@ -283,10 +283,7 @@ IMAGENET = (123.675, 116.28, 103.53)
 )
 def test_the_order_of_channels_is_that_of_the_means(stated: dict[str, Any], order: str, tmp_path: Path) -> None:
     """detectron2 and mmcv state the means of OpenCV's BGR images; the same picture gives the same numbers in torch."""
-    found = read(
-        {"state_dict": net().state_dict(), "cfg": {k: list(v) if isinstance(v, tuple) else v for k, v in stated.items()}},
-        tmp_path,
-    )
+    found = read({"state_dict": net().state_dict(), "cfg": stated}, tmp_path)
     p = found.spec.preprocessing
     assert (p.channel_order, p.assumed) == (order, False)
     pixels = torch.randint(0, 256, (1, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -296,6 +293,13 @@ def test_the_order_of_channels_is_that_of_the_means(stated: dict[str, Any], orde
     wanted = (read_by_opencv * unit - mean) / std
     torch.testing.assert_close(normalise(pixels, p), wanted, rtol=1e-4, atol=1e-4)
     assert ("BGR" in str(found.provenance["notes"])) == (order == "bgr")
+
+
+def test_two_classes_of_one_name_are_told(tmp_path: Path) -> None:
+    """As the two cranes among ImageNet's names: what a folder called so means is open."""
+    loaded = read({"state_dict": net().state_dict(), "classes": [*NAMES[:-1], NAMES[0]]}, tmp_path)
+    assert loaded.spec.labels is None
+    assert f"'{NAMES[0]}' among them 2 times" in str(loaded.provenance["notes"])
 
 
 def test_stated_sizes_and_normalisation_count(tmp_path: Path) -> None:
