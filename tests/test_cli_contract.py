@@ -115,9 +115,9 @@ def test_the_shell_completes_methods_and_targets() -> None:
 
 def test_the_tables_of_commands_name_every_command() -> None:
     table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("\n\nEvery command")[0]
-    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS)
+    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS), "the table of README.md"
     documents = (ROOT / "docs" / "run.md").read_text().partition("## The JSON documents")[2]
-    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS)
+    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS), "the table of docs/run.md"
 
 
 def test_every_key_of_a_config_is_documented_with_its_default() -> None:

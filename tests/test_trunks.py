@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from trunk_nets import Program, channels_last, photos, robot, saved, two_cameras, two_scales
+from trunk_nets import Program, channels_last, photos, robot, saved, segmenter, two_cameras, two_scales
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -61,6 +61,7 @@ def off(a: np.ndarray, b: np.ndarray) -> float:
 
 
 HOSTS = {"two scales": (two_scales, False, {}), "channels last": (channels_last, True, {})}
+HOSTS["segmenter"] = (segmenter, False, {})
 HOSTS["robot"] = (robot, False, {"state": np.linspace(-1, 1, 7, dtype=np.float32)[None]})
 
 
@@ -97,6 +98,25 @@ def test_the_trunk_ends_where_the_rest_reads_and_the_widths_there_stay(tmp_path:
     assert off(mine[0].numpy(), inside["fine"]) < 1e-5
     assert off(mine[1].numpy(), inside["coarse"]) < 1e-5
     assert off(answers(model, x)["class_scores"], inside["class_scores"]) > 1e-3
+
+
+def test_a_pooled_vector_that_is_enlarged_to_a_map_stays_with_the_host(tmp_path: Path) -> None:
+    model = segmenter()
+    path = saved(model, tmp_path)
+    checkpoint = trunk(path)
+    assert checkpoint.host is not None
+    assert list(checkpoint.host.borders.values()) == ["map", "near"]
+    pruned = smaller(checkpoint, 0.8)
+    x = images()
+    seen = answers(_showing(back(pruned, model), ["map", "near"]), x)
+    with torch.no_grad():
+        mine = build_model(pruned.spec, pruned.state_dict).outputs(torch.from_numpy(x))
+    assert [off(m.numpy(), seen[name]) < 1e-5 for m, name in zip(mine, ("map", "near"), strict=True)] == [True, True]
+    assert off(answers(model, x)["answer"], seen["answer"]) > 1e-3
+    with pytest.raises(CheckpointError, match=r"'spread'.*enlarges a vector"):
+        trunk(path, "spread")
+    with pytest.raises(CheckpointError, match=r"makes 'spread'.*enlarges a vector"):
+        load_checkpoint(path)
 
 
 def _showing(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

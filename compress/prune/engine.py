@@ -87,9 +87,9 @@ def load_method(name: str) -> Method:
     """Return a pruning method.
 
     Raises:
-        BadInput: There is none of that name.
+        BadInput: There is none of that name, or it lacks what a method offers.
     """
-    return cast(Method, plugins.load(PACKAGE, name, what="pruning method"))
+    return cast(Method, plugins.load(PACKAGE, name, what="pruning method", offers=Method))
 
 
 def prune(

@@ -42,7 +42,7 @@ from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.groups import ChannelGroup, Sizes, is_plain
 from compress.prune.method import Context, Curves, ErrorCurve
 from compress.prune.plan import PruningPlan
-from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit
+from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit, ridge_for
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
 from rescompress.core.graph import Layer
@@ -52,7 +52,6 @@ from rescompress.core.recipe import network_of
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
 
-_RIDGE = 1e-3
 _TARGETS = "targets"
 _TARGET_BYTES = 4 << 30
 """Most memory for what all layers of the dense network make; beyond it the dense network runs once more."""
@@ -144,7 +143,8 @@ class _Reader:
             columns = (torch.tensor(channels)[:, None] * taps + torch.arange(taps)).flatten()
             h_DD, weight_OD = h_DD[columns][:, columns], weight_OD[:, columns]
         matters = self._energy > 0 and float(h_DD.diagonal().mean()) > 0
-        return damped(h_DD, _RIDGE), weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
+        weight_OD = weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
+        return damped(h_DD, ridge_for(self._rows, len(h_DD))), weight_OD
 
 
 def _collect(
@@ -437,7 +437,6 @@ def _solve(checkpoint: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, s
             skip_NO=None if skip_NO is None else skip_NO[:, o],
             relu=job.relu,
             fit_bias=has_bias,
-            ridge=_RIDGE,
         )
         fits.append(fit)
     new = Folded(torch.cat([f.w_OD for f in fits]).reshape(shape), torch.cat([f.b_O for f in fits]), old.output)

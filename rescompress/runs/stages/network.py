@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -314,7 +315,31 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
     sharing = together()
     done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
     details = FinetuneDetails(**trained.given())
-    return finish(context, name, done, common, details, transient=[resume], sharing=sharing)
+    outcome = finish(context, name, done, common, details, transient=[resume], sharing=sharing)
+    if (text := lost_in_training(context, step.source, outcome)) is None:
+        return outcome
+    context.reporter.note(text)
+    return dataclasses.replace(outcome, details=details.noting(text))
+
+
+def lost_in_training(context: Context, source: Source, outcome: Outcome) -> str | None:
+    """Return what to say of a training that ended clearly below where it began, None of any other.
+
+    Clearly is by more than two standard errors of the difference of two accuracies, on as many samples; where the accuracy of
+    the network it began with is not known here, nothing is said.
+    """
+    began = context.done.stage(source.stage) if source.stage else None
+    if source.sha256 is not None:
+        began = next((s for s in context.done.stages if s.checkpoint_sha256 == source.sha256), None)
+    before, after = (began.metrics.get("top1") if began else None), outcome.metrics.get("top1")
+    if before is None or after is None or before.n != after.n:
+        return None
+    if before.value - after.value <= 2 * math.hypot(before.std_error or 0.0, after.std_error or 0.0):
+        return None
+    return (
+        f"training did harm: top-1 fell from {100 * before.value:.2f} to {100 * after.value:.2f} %; a lower learning "
+        "rate may help (lr: auto tries a few), above all where there is no BatchNorm"
+    )
 
 
 def quantized(context: Context, step: Quantize) -> Outcome:
