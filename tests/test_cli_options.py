@@ -492,7 +492,7 @@ def test_every_option_has_a_row(command: str) -> None:
     known = {p.name for p in getattr(built, "commands", {}).get(command, built).params} - COMMON
     made = {word for _, _, word in made_from_settings(command)}  # which test_settings.py is about
     rows = {name for case in TABLE[command] for name in case.arrives}
-    assert known - made == rows - made, "an option without a row here, or the other way round"
+    assert known - made == rows - made, "an option without a row in TABLE, or the other way round"
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,15 @@ class _Work:
         """Return the outcome, recorded, and what is missing of it; a stage beside the run says itself where it was computed."""
         start = time.monotonic()
         outcome = stage.run(Context(self.folder, manifest, self.reporter, store=self.store))
-        self.still_there()
+        try:
+            self.still_there()
+        except EnvironmentFailed:
+            if not os.path.lexists(self.folder / claims.LOCK):  # made anew by writing into it, and no other run's
+                for _, path in outcome.files:
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            raise
         result = StageResult(
             **_identity(stage),
             status="skipped" if outcome.skipped else "done",
