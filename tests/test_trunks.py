@@ -90,7 +90,13 @@ def test_an_unpruned_trunk_changes_no_output_of_its_host(name: str, tmp_path: Pa
     own = [n for n in model.graph.node if n.name in {k.name for k in host.graph.node}]
     assert own == [n for n in host.graph.node if not n.name.startswith("trunk/")]
     assert len(own) + len(checkpoint.network.nodes) <= len(host.graph.node) + 3  # all that is gone is in the trunk
-    assert {i.name for i in host.graph.initializer} <= {name for n in host.graph.node for name in n.input}
+    used = {name for n in host.graph.node for name in n.input} | {o.name for o in host.graph.output}
+    assert {i.name for i in host.graph.initializer} <= used
+    assert all(used & set(n.output) for n in host.graph.node)  # nothing of the old trunk is left
+    assert checkpoint.host is not None
+    assert fitting(ExportOptions(), model, checkpoint.host).batch == (
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or "dynamic"
+    )
     assert checkpoint.spec.num_classes is None
 
 
