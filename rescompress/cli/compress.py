@@ -118,14 +118,16 @@ def finetune(
 ) -> None:
     """Train a pruned network back; interrupted, it goes on where it was.
 
-    Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
+    `--teacher dense` is the network that the file was pruned from, as ./rescompress-out holds it.
+
+    Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher dense
     Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
     """
     from rescompress.runs.claims import check_outputs
     from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
-    teacher = Path(settings.teacher) if settings.teacher else None
+    teacher = workspace.teacher_file(settings.teacher, checkpoint)
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
     opening = stated.opening(checkpoint)
     shared = common.settings(data)
@@ -163,7 +165,7 @@ def quantize(
     from rescompress.runs.plan import Builder, profile_for
 
     out = output_of(ctx)
-    teacher = Path(settings.teacher) if settings.teacher else None
+    teacher = workspace.teacher_file(settings.teacher, checkpoint)
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
     opening = stated.opening(checkpoint)
     shared = common.settings(data)

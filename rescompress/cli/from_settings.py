@@ -28,7 +28,7 @@ from rescompress.core.described import (
     parts_of,
     plain,
     range_of,
-    sentence,
+    wrong_value,
 )
 from rescompress.core.errors import BadInput
 
@@ -118,10 +118,10 @@ def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, 
     try:
         made = model(**{**options.instead, **values})
     except ValidationError as e:
-        error = e.errors()[0]
-        place = str(error["loc"][0]) if error["loc"] else ""
-        where = options.flag(model, place).name if place in model.model_fields else "options"
-        raise BadInput(sentence(error), where=where, remedy="see --help") from e
+        key, wrong = wrong_value(model, e)
+        name = key.partition(".")[0]
+        where = options.flag(model, name).name if name in model.model_fields else "options"
+        raise BadInput(wrong, where=where, remedy="see --help") from e
     return model.model_construct(_fields_set=set(values), **dict(made))
 
 
