@@ -158,7 +158,8 @@ def same(found: Dataset, wanted: Dataset) -> None:
 
 
 def test_there_is_a_file_for_each_kind() -> None:
-    assert plugins.names(PACKAGE) == ["digits", "folders", "huggingface", "label_files", "npz", "objects", "shards"]
+    ours = {"digits", "folders", "huggingface", "label_files", "npz", "objects", "shards"}
+    assert ours <= set(plugins.names(PACKAGE))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import prune, prune_by_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prune_core import SPECS, every_spec, random_checkpoint
 
 from compress.checkpoints import load_checkpoint
 from compress.data import load_dataset
-from compress.prune import Budget, apply, measure, prune, prune_by_plan
+from compress.prune import Budget, apply, measure
 from compress.prune.activations import advance, chunks_of, patches, pixels_at
 from compress.prune.apply import channels_kept
 from compress.prune.fold import Folded, folded, unfolded

@@ -13,13 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from engines import prune, ptq
 from trunk_nets import Program, channels_last, photos, robot, saved, segmenter, two_cameras, two_scales
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.importers.reference import reference
-from compress.prune import Budget, prune
-from compress.quantize import ptq
+from compress.prune import Budget
 from compress.resnet import build_model
 from export.host import compare_hosts, fitting, with_trunk
 from export.to_onnx import ExportOptions

@@ -69,7 +69,7 @@ def help_of(model: type[BaseModel]) -> dict[str, str]:
             if name in model.model_fields:
                 texts[name] = " ".join(text.split())
     missing = [name for name in model.model_fields if name not in texts]
-    assert not missing or not model.__doc__, f"{model.__name__} does not describe {', '.join(missing)}"
+    assert not missing or not model.__doc__, f"{model.__name__} does not describe {', '.join(missing)}: a line under Attributes"
     return texts
 
 
