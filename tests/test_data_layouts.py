@@ -248,7 +248,7 @@ def check_table(dialect: dict[str, Any]) -> None:
                 "from one": str(number + 1),
                 "zeros": f"{number:02}",
             }.get(dialect["labels"], str(number))
-            rows.append({"file": written, "label": label, "index": str(i), "part": i % 4 == 0})
+            rows.append({"file": written, "label": label, "index": str(i), "part": i % 4 == 0 and (n == 3 or i < n)})
             truth[str(path)] = sorted(classes).index(classes[number]) if label == classes[number] else number
         trouble = dialect["trouble"]
         if trouble == "empty":
