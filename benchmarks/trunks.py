@@ -29,12 +29,13 @@ from compress.checkpoints import load_checkpoint
 from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner
 from compress.fidelity import fidelity
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.quantize import fake_quant_model, on_grid, ptq
 from compress.resnet import build_model
 from export.host import compare_hosts, fitting, with_trunk
 from export.to_onnx import ExportOptions
 from rescompress.core.layers import total_macs
+from rescompress.core.settings import PruneSettings, QuantizeSettings
 from rescompress.runs.stages.shared import onnx_of
 
 MEAN_STD = "mean=0.485,0.456,0.406,std=0.229,0.224,0.225"
@@ -141,7 +142,7 @@ def retinanet() -> tuple[nn.Module, str]:
 def deeplab() -> tuple[nn.Module, str]:
     """A segmenter, dilated, and where its trunk ends."""
     make = torchvision.models.segmentation.deeplabv3_resnet50
-    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "auto"
+    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "layer4"
 
 
 def patchcore() -> tuple[nn.Module, str]:
@@ -237,8 +238,8 @@ def measured(name: str, data: str, side: int, count: int, folder: Path, weights:
         found, _ = compare_hosts(model, made, host, batches)
         return {key: _short(value.document()) for key, value in found.items()}
 
-    pruned = prune(dense, budget=Budget(kind="macs", value=0.7), calibration_x=x[:count]).checkpoint
-    int8 = on_grid(ptq(pruned, [x[:count]]))
+    pruned = prune(dense, PruneSettings(macs=0.7), calibration_x=x[:count]).checkpoint
+    int8 = on_grid(ptq(pruned, [x[:count]], QuantizeSettings(calibration="nncf")))
     fitted, held = (split.subset(np.arange(start, start + count)) for start in (0, count))
     reference = TorchRunner(build_model(dense.spec, dense.state_dict))
     names = [o.name for o in dense.network.outputs]

@@ -6,14 +6,16 @@ where a network is wanted, a `Checkpoint` or what pruning returned.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from compress import evaluate as evaluation
@@ -27,21 +29,23 @@ from compress.data.sources import is_name
 from compress.evaluate import Evaluation, TorchRunner
 from compress.prune import Budget, PruneResult
 from compress.prune.groups import Scope
-from compress.quantize import Calibration, best_of, finish_qat, on_grid, prepare_qat, ptq
+from compress.quantize import best_of, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, tensors_of
 from compress.resnet import build_model as float_model
 from compress.teacher import match_teacher
 from compress.train import train
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
-from rescompress.core.errors import BadInput, CheckpointError
+from rescompress.core.choices import Calibration
+from rescompress.core.described import wrong_value
+from rescompress.core.errors import BadInput, CheckpointError, ConfigError
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, counted
 from rescompress.core.quantizers import Profile
 from rescompress.core.runner import Runner
-from rescompress.core.settings import ExportSettings, TrainSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.core.spec import ModelSpec
 from rescompress.runs.config import load_config
 from rescompress.runs.pipeline import folder_of, run_stages
@@ -62,6 +66,23 @@ Net = Checkpoint | PruneResult
 
 CALIBRATION_IMAGES = 512
 """Taken of a split where images serve pruning or calibration, as the commands do."""
+
+
+@contextlib.contextmanager
+def _told(model: type[BaseModel]) -> Iterator[None]:
+    """Name the argument of which no setting can be made.
+
+    Args:
+        model: The settings that are made inside.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    try:
+        yield
+    except ValidationError as e:
+        where, what = wrong_value(model, e)
+        raise ConfigError(what, where=where or None) from e
 
 
 def load_dataset(
@@ -156,18 +177,15 @@ def prune(
     if len(stated) != 1:
         raise BadInput(f"{len(stated)} budgets", where="prune", remedy="give one of ratio, macs, params, latency and budget")
     chosen = calibration_x if calibration_x is not None else _tensor(network, images, seed) if images is not None else None
+    with _told(PruneSettings):
+        settings = PruneSettings(method=method, scope=scope, align=align or "auto", drop_blocks=drop_blocks, repair=repair)
     return pruning.prune(
         _checkpoint(network),
-        method=method,
-        budget=stated[0],
-        scope=scope,
-        align=align or max([t.align() for t in known] or [8]),
-        strict_align=align is not None,
+        settings.model_copy(update={stated[0].kind: stated[0].value}),
         calibration_x=chosen,
-        drop_blocks=drop_blocks,
+        multiple=max([t.align() for t in known] or [8]),
         seed=seed,
         cost=latency_cost(known) if stated[0].kind == "latency" else None,
-        repair=repair,
     )
 
 
@@ -232,14 +250,14 @@ def quantize(
         ConfigError: A layer of `keep_float` that is not there, or an unknown calibration.
         BadInput: The images were read for another network.
     """
+    with _told(QuantizeSettings):
+        settings = QuantizeSettings(calibration=calibration, percentile=percentile, bias_correction=bias_correction)
     return on_grid(
         ptq(
             _checkpoint(network),
             _batches(network, images, seed),
+            settings,
             profile=profile,
-            calibration=calibration,
-            percentile=percentile,
-            bias_correction=bias_correction,
             keep_float=frozenset(keep_float),
         )
     )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -538,6 +539,24 @@ def test_a_lock_of_another_user_is_taken_for_reading(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "open", read_only)
     assert go(tmp_path, writer("one"), writer("two")) == ("two",)
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_folder_that_is_removed_while_it_runs_is_made_again_by_the_next_call(tmp_path: Path, another: bool) -> None:
+    """What the stage writes into a folder that is made anew is nobody's, unless another run took the name meanwhile."""
+    out = tmp_path / "out"
+
+    def remove(context: Context) -> Outcome:
+        shutil.rmtree(out)
+        if another:
+            go(out, writer("one"))
+        return writer("one").run(context)
+
+    stage = Made("one", {}, (), remove)
+    with pytest.raises(EnvironmentFailed, match="call the command again"):
+        go(out, stage)
+    assert out.exists() == another
+    assert go(out, writer("one")) == (() if another else ("one",))
 
 
 @pytest.mark.parametrize("fails", [False, True])

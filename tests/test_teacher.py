@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import ptq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from compress import zoo
 from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import MemoryStore, Split, normalise
-from compress.quantize import fake_quant_model, ptq
+from compress.quantize import fake_quant_model
 from compress.resnet import build_model, tensors_of
 from compress.teacher import _order, match_teacher, reordered
 from compress.train import train

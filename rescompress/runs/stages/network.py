@@ -18,15 +18,14 @@ from compress.data import Split
 from compress.device import computing_on
 from compress.evaluate import TorchRunner
 from compress.processes import ALONE, Together, together
+from compress.prune import Context as PruneContext
 from compress.prune import (
-    Budget,
     CostFunction,
     load_plan,
     measure,
     prune,
     prune_by_plan,
 )
-from compress.prune import Context as PruneContext
 from compress.prune.method import Curves, ErrorCurve
 from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
@@ -124,10 +123,9 @@ def pruned(context: Context, step: Prune) -> Outcome:
             smaller = prune_by_plan(
                 on_device(checkpoint, device),
                 plan,
+                config,
                 calibration_x=calibration.to(device) if calibration is not None else None,
                 seed=common.seed,
-                bn_recalibration=config.recalibrate,
-                repair=config.repair,
                 progress=context.reporter.progress,
                 note=told.append,
             )
@@ -142,18 +140,12 @@ def pruned(context: Context, step: Prune) -> Outcome:
         with computing_on(common.torch_device()) as device:
             found = prune(
                 on_device(checkpoint, device),
-                method=config.method,
-                budget=Budget(kind=kind, value=value),
-                scope=config.scope,
-                align=align,
-                strict_align=isinstance(config.align, int),
+                config,
                 calibration_x=calibration.to(device) if calibration is not None else None,
-                drop_blocks=config.may_drop,
+                multiple=align,
                 seed=common.seed,
                 cost=latency_cost(known) if kind == "latency" else None,
                 reference=whole,
-                bn_recalibration=config.recalibrate,
-                repair=config.repair,
                 curves=curves,
                 progress=context.reporter.progress,
             )
@@ -473,10 +465,8 @@ def calibrated(
         return ptq(
             checkpoint,
             images,
+            config,
             profile=profile,
-            calibration=config.calibration,
-            percentile=config.percentile,
-            bias_correction=config.bias_correction,
             keep_float=keep_float,
             sharing=sharing,
         )
