@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from quantize_zoo import checkpoint_of
 
+from rescompress.cli.options import Stated
 from rescompress.core.errors import ConfigError
 from rescompress.runs.config import load_config
+from rescompress.runs.stage import Opening
 from rescompress.runs.starter import starter_config
 
 GOOD = "checkpoint: net.pt\ndata: builtin:digits\nprune: {macs: 0.5}\nquantize: {mode: ptq}\ntargets: [cpu]\n"
@@ -49,6 +52,22 @@ def test_the_config_that_is_written_names_the_file(tmp_path: Path, name: str) ->
     path = tmp_path / name
     text = starter_config(None, str(path), None, tmp_path).replace("CHANGE-ME.pt", "net.pt")
     assert load_config(write(tmp_path, text)).data == str(path)
+
+
+@pytest.mark.parametrize("name", ["modèle.py", "my net.py", "a: b/#net.py", 'quo"ted.py', "line\nbreak.py"])
+def test_code_is_named_relative_to_the_config_that_is_written(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Opening, "load", lambda self, tell=None: checkpoint_of("pad"))
+    monkeypatch.chdir(tmp_path)
+    stated = Stated(code=f"code/{name}:make")
+    text = starter_config(stated.opening(Path("net.pt")), "photos", None, Path("sub"))
+    assert "code: " not in text
+    assert f'"../code/{name}:make"' in text or not name.isprintable() or '"' in name
+    assert str(tmp_path) not in text
+    (tmp_path / "elsewhere" / "sub").mkdir(parents=True)
+    read = load_config(write(tmp_path / "elsewhere" / "sub", text))
+    assert read.arch_options["code"] == f"{tmp_path / 'elsewhere' / 'code' / name}:make"
 
 
 @pytest.mark.parametrize(

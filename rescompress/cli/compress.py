@@ -57,6 +57,12 @@ def prune(
         settings = settings.model_copy(update={"method": opt.WITHOUT_DATA})
     if settings.latency is not None and target is None:
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
+    if settings.latency is not None and target is not None:
+        from edge_targets.catalog import load_target
+        from edge_targets.latency import cost_function
+
+        device = load_target(target).device
+        cost_function(device, precision=device.best_float)  # where nothing is predicted, that is said before any work
     if settings.sparsity is not None and data is None:
         raise BadInput("the zeros are chosen on images", where="--sparsity", remedy="give --data")
     if settings.recalibrate and data is None:
