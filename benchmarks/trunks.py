@@ -142,7 +142,7 @@ def retinanet() -> tuple[nn.Module, str]:
 def deeplab() -> tuple[nn.Module, str]:
     """A segmenter, dilated, and where its trunk ends."""
     make = torchvision.models.segmentation.deeplabv3_resnet50
-    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "auto"
+    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "layer4"
 
 
 def patchcore() -> tuple[nn.Module, str]:

@@ -117,6 +117,26 @@ def test_some_images_are_enough_to_begin_with():
         assert (scores.argmax(1).numpy() == data.val.labels).mean() > least
 
 
+def test_a_layer_that_is_too_wide_keeps_its_weights_and_that_is_told(monkeypatch):
+    spec = SPECS["bottleneck"]
+    checkpoint = random_checkpoint(spec, dtype=torch.float32)
+    x = torch.randn(24, *spec.input_shape)
+    result = prune(checkpoint, budget=Budget(kind="macs", value=0.6), align=1, calibration_x=x)
+    cut = apply(checkpoint, result.plan)
+    sizes = {layer.name: layer.weight_shape for layer in walk(cut.spec) if layer.op in ("conv", "linear")}
+    columns = {name: int(torch.tensor(shape[1:]).prod()) for name, shape in sizes.items()}
+    limit = sorted(columns.values())[-3]
+    monkeypatch.setattr("compress.prune.methods.reconstruct._MOST_COLUMNS", limit)
+    notes = []
+    made = prune_by_plan(checkpoint, result.plan, calibration_x=x, note=notes.append)
+    wide = {name for name, count in columns.items() if count > limit}
+    assert wide
+    assert all(torch.equal(made.state_dict[f"{n}.weight"], cut.state_dict[f"{n}.weight"]) for n in wide)
+    told = next(note for note in notes if note.startswith("not refitted"))
+    assert set(told.rpartition(": ")[2].split(", ")) == wide
+    assert any(not torch.equal(made.state_dict[f"{n}.weight"], cut.state_dict[f"{n}.weight"]) for n in columns.keys() - wide)
+
+
 def test_refit_finds_the_exact_map_behind_a_relu():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 6, generator=g)

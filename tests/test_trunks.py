@@ -14,7 +14,18 @@ import onnxruntime
 import pytest
 import torch
 from engines import prune, ptq
-from trunk_nets import Program, channels_last, photos, robot, saved, segmenter, two_cameras, two_scales
+from trunk_nets import (
+    Program,
+    channels_last,
+    one_head_for_two_levels,
+    photos,
+    precise,
+    robot,
+    saved,
+    segmenter,
+    two_cameras,
+    two_scales,
+)
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
@@ -61,6 +72,7 @@ def off(a: np.ndarray, b: np.ndarray) -> float:
 
 
 HOSTS = {"two scales": (two_scales, False, {}), "channels last": (channels_last, True, {})}
+HOSTS |= {"in double precision": (precise, False, {}), "one head for two levels": (one_head_for_two_levels, False, {})}
 HOSTS["segmenter"] = (segmenter, False, {})
 HOSTS["robot"] = (robot, False, {"state": np.linspace(-1, 1, 7, dtype=np.float32)[None]})
 
@@ -78,7 +90,22 @@ def test_an_unpruned_trunk_changes_no_output_of_its_host(name: str, tmp_path: Pa
     own = [n for n in model.graph.node if n.name in {k.name for k in host.graph.node}]
     assert own == [n for n in host.graph.node if not n.name.startswith("trunk/")]
     assert len(own) + len(checkpoint.network.nodes) <= len(host.graph.node) + 3  # all that is gone is in the trunk
+    used = {name for n in host.graph.node for name in n.input} | {o.name for o in host.graph.output}
+    assert {i.name for i in host.graph.initializer} <= used
+    assert all(used & set(n.output) for n in host.graph.node)  # nothing of the old trunk is left
+    assert checkpoint.host is not None
+    assert fitting(ExportOptions(), model, checkpoint.host).batch == (
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or "dynamic"
+    )
     assert checkpoint.spec.num_classes is None
+
+
+def test_weights_that_several_levels_share_stay_with_the_host(tmp_path: Path) -> None:
+    checkpoint = trunk(saved(one_head_for_two_levels(), tmp_path))
+    assert checkpoint.host is not None
+    assert list(checkpoint.host.borders.values()) == ["fine", "coarse"]
+    with pytest.raises(CheckpointError, match="shares its weights with other steps"):
+        trunk(tmp_path / "host.onnx", "fine_answer")
 
 
 def test_the_trunk_ends_where_the_rest_reads_and_the_widths_there_stay(tmp_path: Path) -> None:

@@ -113,6 +113,26 @@ def segmenter() -> onnx.ModelProto:
     return f.model("answer", answer=("n", 5, 8, 8))
 
 
+def precise() -> onnx.ModelProto:
+    """Behind the trunk it goes on in double precision."""
+    f = Program(("n", 3, 16, 16))
+    x = f("Cast", f.block(f("Relu", f.conv("image", 3, 16)), 16, "map"), to=TensorProto.DOUBLE, out="precise_map")
+    f("Cast", f.reduced("ReduceL2", x, 2, 3), to=TensorProto.FLOAT, out="answer")
+    return f.model("answer", answer=("n", 16))
+
+
+def one_head_for_two_levels() -> onnx.ModelProto:
+    """A convolution works on maps of two sizes, as the heads of detectors do."""
+    f = Program(("n", 3, 16, 16))
+    head = f.weight(8, 8, 3, 3)
+    fine = f.block(f("Relu", f.conv("image", 3, 8)), 8, "fine")
+    coarse = f.block(f("Relu", f.conv(fine, 8, 8, stride=2)), 8, "coarse")
+    for level in (fine, coarse):
+        seen = f("Relu", f("Conv", level, head, pads=[1, 1, 1, 1]))
+        f.reduced("ReduceL2", seen, 2, 3, out=f"{level}_answer")
+    return f.model("fine_answer", "coarse_answer", fine_answer=("n", 8), coarse_answer=("n", 8))
+
+
 def two_cameras() -> onnx.ModelProto:
     """Two inputs of images, which meet."""
     f = Program((1, 3, 16, 16))

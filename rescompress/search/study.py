@@ -245,10 +245,10 @@ class Trials:
     _stop_at: float = -math.inf
 
     def recent(self) -> list[Trial]:
-        """Return what `all` does, of others as it was a moment ago at most."""
+        """Return what `all` does without slots that nobody queued yet; of others as it was a moment ago at most."""
         if not self._fresh:
-            return self.all()
-        return [self._mine.get(t.slot, t) for t in self._by_slot(self._known)]
+            self.everything()
+        return [self._mine.get(slot, trial) for slot, trial in sorted(self._by_slot(self._known).items())]
 
     @property
     def _fresh(self) -> bool:
@@ -256,9 +256,11 @@ class Trials:
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
-        return self._by_slot(self.everything())
+        found = self._by_slot(self.everything())
+        slots = max(self.config.trials, 1 + max(found, default=-1))
+        return [found.get(slot) or Trial(slot, -1, {}, False, "waiting") for slot in range(slots)]
 
-    def _by_slot(self, everything: Sequence[Any]) -> list[Trial]:
+    def _by_slot(self, everything: Sequence[Any]) -> dict[int, Trial]:
         unsettled = self._unsettled(everything)
         found = {**self._settled}
         for frozen in unsettled:
@@ -270,8 +272,7 @@ class Trials:
             known = found.get(trial.slot)
             if known is None or _RANK[trial.state] < _RANK[known.state]:
                 found[trial.slot] = trial
-        slots = max(self.config.trials, 1 + max(found, default=-1))
-        return [found.get(slot) or Trial(slot, -1, {}, False, "waiting") for slot in range(slots)]
+        return found
 
     def everything(self) -> list[Any]:
         """Return Optuna's trials, by number."""

@@ -14,6 +14,7 @@ Needs some hundred images and no labels.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ from rescompress.core.recipe import network_of
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
 
+_MOST_COLUMNS = 12_288
+"""Inputs of a layer beyond which it is not refitted: time grows with their cube (a 3x3 convolution of 2,048 channels, as behind
+the dilated ResNet-50 of DeepLab, has 18,432)."""
 _TARGETS = "targets"
 _TARGET_BYTES = 4 << 30
 """Most memory for what all layers of the dense network make; beyond it the dense network runs once more."""
@@ -230,6 +234,8 @@ def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Check
                 inside = _refit_chunk(work, small, right, targets, keep)
                 right = advance(work.model, small, right, own=in_block, known=inside)
         context.progress("repairing blocks", done, len(chunks))
+    if work.left:
+        context.note(f"not refitted, since they read more than {_MOST_COLUMNS:,} numbers: {', '.join(work.left)}")
     return work.checkpoint
 
 
@@ -281,9 +287,16 @@ class _Targets:
 
 
 class _Work:
-    """The pruned network while it is refitted: as tensors, and as a model that runs."""
+    """The pruned network while it is refitted: as tensors, and as a model that runs.
+
+    Attributes:
+        checkpoint: As tensors.
+        model: That runs.
+        left: Layers that are too wide to be refitted.
+    """
 
     def __init__(self, pruned: Checkpoint) -> None:
+        self.left: list[str] = []
         self.checkpoint = Checkpoint(pruned.spec, dict(pruned.state_dict), None, pruned.provenance)
         self.model = build_model(pruned.spec, pruned.state_dict).requires_grad_(False)
 
@@ -313,6 +326,8 @@ def _refit_chunk(
     """
     cached = {small[0].inputs[0]: right}
     jobs = _jobs(work.checkpoint, small)
+    work.left += [job.layer.name for job in jobs if _columns(job.layer) > _MOST_COLUMNS]
+    jobs = [job for job in jobs if _columns(job.layer) <= _MOST_COLUMNS]
     if not jobs:
         return cached
     wanted = {job.layer.name: targets.take(job, keep[job.target]) for job in jobs}
@@ -404,6 +419,11 @@ def _jobs(work: Checkpoint, small: Sequence[Layer]) -> list[_Job]:
             jobs.append(_Job(layer, out, None, len(after) == 1 and isinstance(after[0].operation, Relu)))
     last = [j for j in jobs if j.skip]
     return [j for j in jobs if not j.skip] + last
+
+
+def _columns(layer: Layer) -> int:
+    """Return how many numbers one output of a layer is made of."""
+    return math.prod(layer.weight_shape[1:])
 
 
 def _ends_last(add: Layer, out: str, small: Sequence[Layer]) -> bool:
