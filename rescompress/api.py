@@ -38,7 +38,7 @@ from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
 from rescompress.core.choices import Calibration
 from rescompress.core.described import wrong_value
-from rescompress.core.errors import BadInput, CheckpointError, ConfigError
+from rescompress.core.errors import BadInput, CheckpointError, ConfigError, shown
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest, StageResult
@@ -521,6 +521,18 @@ def run(
 
 
 def _checkpoint(network: Net) -> Checkpoint:
+    """Return the checkpoint of a network.
+
+    Raises:
+        BadInput: It is none of ours, such as a torch module or the path of a file.
+    """
+    if not isinstance(network, Checkpoint | PruneResult):
+        named = isinstance(network, str | Path)
+        raise BadInput(
+            f"is {shown(str(network)) if named else f'of class {type(network).__name__}'}, no checkpoint",
+            where="network",
+            remedy="rc.load(path) reads a file" if named else "rc.from_module(module, example) makes one of a torch module",
+        )
     return network.checkpoint if isinstance(network, PruneResult) else network
 
 

@@ -291,3 +291,15 @@ def test_equal_checkpoints_are_equal_files_in_every_process(tmp_path: Path) -> N
         subprocess.run(args, env=environment, check=True, timeout=120)
     files = [(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)]
     assert files[0] == files[1] == files[2]
+
+
+def test_a_module_or_a_path_in_place_of_a_checkpoint_is_told_what_makes_one(dense: Checkpoint, data: Dataset) -> None:
+    module: Any = torch.nn.Linear(3, 2)
+    path: Any = "net.pt"
+    for call in (lambda x: rescompress.prune(x, macs=0.5, images=data), lambda x: rescompress.finetune(dense, data, teacher=x)):
+        with pytest.raises(BadInput, match="of class Linear, no checkpoint") as caught:
+            call(module)
+        assert "rc.from_module" in str(caught.value.remedy)
+        with pytest.raises(BadInput, match=r"net\.pt'?, no checkpoint") as caught:
+            call(path)
+        assert "rc.load" in str(caught.value.remedy)
