@@ -34,7 +34,7 @@ from compress import zoo
 from compress.checkpoints.base import Checkpoint
 from compress.files import IMAGE_SUFFIXES
 from compress.pixels import decode, normalise
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.prune.recalibrate import recalibrate
 from compress.quantize import on_grid, ptq
 from compress.resnet import build_model, tensors_of
@@ -43,6 +43,7 @@ from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.layers import total_macs, walk
 from rescompress.core.quantizers import Profile
+from rescompress.core.settings import PruneSettings, QuantizeSettings
 from rescompress.core.spec import ModelSpec
 
 SHAPE = (3, 224, 224)
@@ -102,7 +103,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
 def int8(checkpoint: Checkpoint, x_NCHW: Tensor, profile: Profile) -> Checkpoint:
     """Return the checkpoint, calibrated for a profile."""
-    return on_grid(ptq(checkpoint, list(x_NCHW.split(16)), profile=profile, calibration="mse", bias_correction=False))
+    return on_grid(
+        ptq(checkpoint, list(x_NCHW.split(16)), QuantizeSettings(calibration="mse", bias_correction=False), profile=profile)
+    )
 
 
 def ort_static(folder: Path, x_NCHW: Tensor) -> None:
@@ -151,10 +154,8 @@ def build(folder: Path, data: Path, arch: str, images: int, method: str, scope: 
     align = load_target("cpu").align("int8")
     result = prune(
         checkpoint,
-        method=method,
-        budget=Budget(kind="macs", value=0.5),
-        scope="all" if scope == "all" else "inner",
-        align=align,
+        PruneSettings(method=method, scope="all" if scope == "all" else "inner"),
+        multiple=align,
         calibration_x=x_NCHW,
     )
     write(int8(result.checkpoint, x_NCHW, "openvino"), folder / "pruned.onnx")

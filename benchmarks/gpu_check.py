@@ -29,12 +29,12 @@ from compress.checkpoints.base import Checkpoint, on_device
 from compress.data import Inputs, MemoryStore, Split, load_dataset
 from compress.data.loader import Batches
 from compress.device import computing_on
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.quantize import ptq
 from compress.resnet import build_model, tensors_of
 from compress.train import TrainState, train
 from compress.zoo import spec
-from rescompress.core.settings import TrainSettings
+from rescompress.core.settings import QuantizeSettings, TrainSettings
 
 BATCH = 128
 
@@ -151,8 +151,8 @@ def same_as_cpu() -> Iterator[tuple[str, float | str]]:
         began = time.perf_counter()
         with computing_on(device):
             here, x = on_device(checkpoint, device), images.to(device)
-            half = prune(here, budget=Budget(kind="macs", value=0.5), calibration_x=x)
-            int8 = ptq(here, list(x.split(64)), calibration="mse")
+            half = prune(here, calibration_x=x)
+            int8 = ptq(here, list(x.split(64)), QuantizeSettings(calibration="mse"))
         made[device] = on_device(half.checkpoint, "cpu"), dict(half.plan.keep), int8, time.perf_counter() - began
     (cpu, plan, int8, slow), (gpu, other, int8_gpu, fast) = made["cpu"], made["cuda"]
     same = sum(len(set(plan[g]) & set(other.get(g, ()))) for g in plan) / sum(map(len, plan.values()))

@@ -35,7 +35,7 @@ from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
 from compress.train import train
@@ -133,14 +133,12 @@ class Cells:
         calibration = rest.take(CALIBRATION_IMAGES, seed)
         facts: dict[str, object] = {}
         if kind.name.endswith("ptq"):
-            made = on_grid(ptq(source, [x for x, _ in calibration.batches(64)], profile="tensorrt", calibration="auto"))
+            made = on_grid(ptq(source, [x for x, _ in calibration.batches(64)], profile="tensorrt"))
             facts["chosen"] = made.provenance["calibration"]["chosen"]  # type: ignore[index]
         elif kind.name.endswith("qat"):
             made, facts["kept"] = self.trained(source, seed)
         else:
-            result = prune(
-                source, method="reconstruct", budget=Budget(kind="macs", value=0.5), calibration_x=calibration.tensor()
-            )
+            result = prune(source, calibration_x=calibration.tensor())
             model = network(result.checkpoint)
             settings = TrainSettings(epochs=self.settings.finetune_epochs, seed=seed, precision="bf16")
             train(model, rest, settings, teacher=network(self.dense))

@@ -30,6 +30,7 @@ from export.parity import OrtRunner, compare_logits
 from export.to_onnx import ExportOptions, to_onnx
 from rescompress.core.quantizers import PROFILES
 from rescompress.core.runner import Runner
+from rescompress.core.settings import QuantizeSettings
 
 PAIRS = (
     ("fake quantization", "onnxruntime"),
@@ -96,7 +97,7 @@ def main() -> None:
         if given.quantization is not None:
             made = [given]
         else:
-            made = [on_grid(ptq(given, images, profile=profile, calibration="mse")) for profile in PROFILES]
+            made = [on_grid(ptq(given, images, QuantizeSettings(calibration="mse"), profile=profile)) for profile in PROFILES]
         for checkpoint in made:
             for row in rows_of(path.stem, checkpoint, data.val.take(args.images, 0)):
                 print(

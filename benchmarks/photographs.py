@@ -27,12 +27,12 @@ from compress.checkpoints.base import Checkpoint
 from compress.checkpoints.options import parse_shape
 from compress.data import Dataset, Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
 from compress.train import train
 from rescompress.core.artifact import write_text
-from rescompress.core.settings import TrainSettings
+from rescompress.core.settings import PruneSettings, TrainSettings
 
 
 class Book:
@@ -99,8 +99,9 @@ class Bench:
             if who == "torch-pruning":
                 key = f"{fraction:g} torch-pruning seed={seed}"
                 return peer_best(self.dense, fraction, "inner", images, self.held, Results(self.book.folder), key)[0]
-            budget = Budget(kind="macs", value=fraction)
-            return prune(self.dense, budget=budget, align=1, calibration_x=images.tensor(), seed=seed).checkpoint
+            return prune(
+                self.dense, PruneSettings(macs=fraction), multiple=1, calibration_x=images.tensor(), seed=seed
+            ).checkpoint
 
         return self.book.network(f"start {who} {fraction:g} seed {seed}", make)
 
@@ -177,7 +178,7 @@ def int8(bench: Bench) -> None:
         images = [x for x, _ in bench.rest.take(512, 0).batches(64)]
 
         def calibrated(network: Checkpoint = network, images: list[torch.Tensor] = images) -> Checkpoint:
-            return ptq(network, images, calibration="auto")
+            return ptq(network, images)
 
         def trained(network: Checkpoint = network, make: Callable[[], Checkpoint] = calibrated) -> Checkpoint:
             before = make()

@@ -25,6 +25,7 @@ from compress.prune import Budget, prune
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
 from compress.zoo import spec as spec_of
+from rescompress.core.settings import PruneSettings
 
 RATIO = 0.3
 
@@ -72,7 +73,12 @@ def row(arch: str, method: str, budget: Budget, n: int, repeats: int) -> dict[st
         seconds = [peer_seconds(dense, x) for _ in range(repeats)]
     else:
         calibration = x if needs else None
-        seconds = [prune(dense, method=method, budget=budget, calibration_x=calibration).seconds for _ in range(repeats)]
+        seconds = [
+            prune(
+                dense, PruneSettings(method=method).model_copy(update={budget.kind: budget.value}), calibration_x=calibration
+            ).seconds
+            for _ in range(repeats)
+        ]
     used = (time.process_time() - used) / repeats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": statistics.median(seconds), "cpu_s": used, "peak_gib": peak, "before_gib": before}

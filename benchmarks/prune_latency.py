@@ -25,6 +25,7 @@ from edge_targets.latency import cost_function
 from export.to_onnx import ExportOptions
 from rescompress.core.errors import BudgetError
 from rescompress.core.layers import total_macs, walk
+from rescompress.core.settings import PruneSettings
 from rescompress.runs.stages.shared import onnx_of, write_onnx
 
 
@@ -92,7 +93,7 @@ def measured(args: argparse.Namespace) -> None:
     align = target.align()  # what --align auto takes
     x = images(args.images, (3, 224, 224))
     dense = settled(args.arch, x)
-    half = prune(dense, budget=Budget(kind="macs", value=args.macs), align=align, calibration_x=x)
+    half = prune(dense, PruneSettings(macs=args.macs), multiple=align, calibration_x=x)
     print(f"{args.arch}: {half.macs_after / half.macs_before:.4f} of the MACs, widths in multiples of {align}")
     with tempfile.TemporaryDirectory() as folder:
         candidates = []

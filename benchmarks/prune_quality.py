@@ -34,7 +34,7 @@ from compress.checkpoints.base import Checkpoint
 from compress.checkpoints.options import parse_shape
 from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, Scope, measure, prune
+from compress.prune import Scope, measure, prune
 from compress.prune.method import Curves
 from compress.prune.recalibrate import recalibrate
 from compress.resnet import build_model, tensors_of
@@ -42,7 +42,7 @@ from compress.train import train
 from rescompress.core.artifact import write_text
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, walk
-from rescompress.core.settings import TrainSettings
+from rescompress.core.settings import PruneSettings, TrainSettings
 from rescompress.core.spec import ModelSpec
 
 PEER = "torch-pruning"
@@ -323,11 +323,8 @@ class Bench:
             start = time.perf_counter()
             network = prune(
                 self.dense,
-                method=name,
-                repair=not method.endswith(NO_REPAIR),
-                budget=Budget(kind="macs", value=fraction),
-                scope=self.args.scope,
-                align=1,
+                PruneSettings(method=name, macs=fraction, scope=self.args.scope, repair=not method.endswith(NO_REPAIR)),
+                multiple=1,
                 calibration_x=x,
                 seed=seed,
                 curves=curves,

@@ -31,6 +31,7 @@ from compress import zoo
 from compress.checkpoints.base import Checkpoint
 from compress.quantize import prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
+from rescompress.core.settings import QuantizeSettings
 
 LIMIT = 1.6
 
@@ -80,7 +81,7 @@ def main() -> None:
     spec = zoo.spec("resnet32")
     checkpoint = Checkpoint(spec, tensors_of(build_model(spec)))
     batches = [torch.randn(32, *spec.input_shape) for _ in range(2)]
-    quantized = ptq(checkpoint, batches, calibration="max")
+    quantized = ptq(checkpoint, batches, QuantizeSettings(calibration="max"))
     variants: dict[str, Callable[[], nn.Module]] = {
         "float32": lambda: build_model(spec, checkpoint.state_dict).train(),
         "rescompress": lambda: prepare_qat(quantized),

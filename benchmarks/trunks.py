@@ -3,6 +3,8 @@
 Random weights (their BatchNorm measured on the photographs), real photographs without their labels, onnxruntime on one thread:
 
     python benchmarks/trunks.py --data ../shared/data/imagenette/val --side 96 --images 32 [NAME ...]
+
+`trained_policy` is the policy with the weights of a trained classifier in its trunk (`--weights`, a ResNet-18 of torchvision).
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ import torchvision
 from torch import Tensor, nn
 
 from compress.checkpoints import load_checkpoint
-from compress.data import load_dataset
+from compress.data import Split, load_dataset
 from compress.evaluate import TorchRunner
 from compress.fidelity import fidelity
-from compress.prune import Budget, prune
+from compress.prune import prune
 from compress.quantize import fake_quant_model, on_grid, ptq
 from compress.resnet import build_model
 from export.host import compare_hosts, fitting, with_trunk
 from export.to_onnx import ExportOptions
 from rescompress.core.layers import total_macs
+from rescompress.core.settings import PruneSettings, QuantizeSettings
 from rescompress.runs.stages.shared import onnx_of
 
 MEAN_STD = "mean=0.485,0.456,0.406,std=0.229,0.224,0.225"
@@ -139,7 +142,7 @@ def retinanet() -> tuple[nn.Module, str]:
 def deeplab() -> tuple[nn.Module, str]:
     """A segmenter, dilated, and where its trunk ends."""
     make = torchvision.models.segmentation.deeplabv3_resnet50
-    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "auto"
+    return Segmenter(make(weights=None, weights_backbone=None, num_classes=21, aux_loss=False)), "layer4"
 
 
 def patchcore() -> tuple[nn.Module, str]:
@@ -152,6 +155,19 @@ def policy() -> tuple[nn.Module, str]:
     return Policy(), "auto"
 
 
+def trained_policy(weights: Path) -> tuple[nn.Module, str]:
+    """A robot's policy whose trunk has learnt something, and where its trunk ends: `TRAINED` is its name here."""
+    found = torch.load(weights, weights_only=True)
+    tensors = {k: v.float() for k, v in found.get("model", found).items()}
+    norm = torchvision.ops.FrozenBatchNorm2d
+    classifier = torchvision.models.resnet18(weights=None, norm_layer=norm, num_classes=len(tensors["fc.bias"]))
+    classifier.load_state_dict(tensors)
+    made = Policy()
+    made.trunk = nn.Sequential(*list(classifier.children())[:-2])
+    return made, "auto"
+
+
+TRAINED = trained_policy.__name__
 HOSTS = {f.__name__: f for f in (faster_rcnn, retinanet, deeplab, patchcore, policy)}
 
 
@@ -196,13 +212,13 @@ def tensor_of(model: onnx.ModelProto, ends: str) -> str:
     return ",".join(found)
 
 
-def measured(name: str, data: str, side: int, count: int, folder: Path) -> dict[str, Any]:
+def measured(name: str, data: str, side: int, count: int, folder: Path, weights: Path | None = None) -> dict[str, Any]:
     """Return the figures of one host."""
     torch.manual_seed(0)
-    module, ends = HOSTS[name]()
+    module, ends = HOSTS[name]() if weights is None else trained_policy(weights)
     split = load_dataset(data, _spec(side)).val.take(2 * count, 0)
     x = split.tensor()
-    module = settled(module, x)
+    module = settled(module, x) if weights is None else module.eval()
     for part in module.modules():
         part._forward_pre_hooks.clear()
     path = folder / f"{name}.onnx"
@@ -222,14 +238,14 @@ def measured(name: str, data: str, side: int, count: int, folder: Path) -> dict[
         found, _ = compare_hosts(model, made, host, batches)
         return {key: _short(value.document()) for key, value in found.items()}
 
-    pruned = prune(dense, budget=Budget(kind="macs", value=0.7), calibration_x=x[:count]).checkpoint
-    int8 = on_grid(ptq(pruned, [x[:count]]))
-    held = split.subset(np.arange(count, 2 * count))
+    pruned = prune(dense, PruneSettings(macs=0.7), calibration_x=x[:count]).checkpoint
+    int8 = on_grid(ptq(pruned, [x[:count]], QuantizeSettings(calibration="nncf")))
+    fitted, held = (split.subset(np.arange(start, start + count)) for start in (0, count))
     reference = TorchRunner(build_model(dense.spec, dense.state_dict))
     names = [o.name for o in dense.network.outputs]
 
-    def near(network: nn.Module) -> dict[str, float]:
-        found = fidelity(TorchRunner(network), reference, held, names, batch_size=8)
+    def near(network: nn.Module, images: Split = held) -> dict[str, float]:
+        found = fidelity(TorchRunner(network), reference, images, names, batch_size=8)
         return {key: round(metric.value, 4) for key, metric in found.metrics.items()}
 
     return {
@@ -240,7 +256,11 @@ def measured(name: str, data: str, side: int, count: int, folder: Path) -> dict[
         "blocks": len(dense.network.blocks),
         "macs": [total_macs(c.network.layers) for c in (dense, pruned)],
         "float": back(dense),
-        "pruned": {"fidelity": near(build_model(pruned.spec, pruned.state_dict)), "outputs": back(pruned)},
+        "pruned": {
+            "fidelity": near(build_model(pruned.spec, pruned.state_dict)),
+            "on_calibration": near(build_model(pruned.spec, pruned.state_dict), fitted),
+            "outputs": back(pruned),
+        },
         "int8": {"fidelity": near(fake_quant_model(int8)), "outputs": back(copy.copy(int8))},
     }
 
@@ -262,14 +282,18 @@ def _spec(side: int) -> Any:
 def main() -> None:
     """Measure the hosts that are named, one JSON document for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(HOSTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*HOSTS, TRAINED]))
     parser.add_argument("--data", required=True)
     parser.add_argument("--side", type=int, default=96)
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--weights", type=Path, help=f"of {TRAINED}")
     given = parser.parse_args()
+    if (TRAINED in given.names) != (given.weights is not None):
+        parser.error(f"--weights belongs to {TRAINED}")
     with tempfile.TemporaryDirectory() as folder:
         for name in given.names or HOSTS:
-            print(json.dumps(measured(name, given.data, given.side, given.images, Path(folder))), flush=True)
+            weights = given.weights if name == TRAINED else None
+            print(json.dumps(measured(name, given.data, given.side, given.images, Path(folder), weights)), flush=True)
 
 
 if __name__ == "__main__":

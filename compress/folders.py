@@ -49,6 +49,8 @@ class Samples:
         without: Folders that could be classes but hold nothing, or pictures that are not read: each with their kinds.
         nested: Names that stand below several class folders again; then it is open which of the two are the classes.
         notes: What the reader of a report should know.
+        numbered: Where the data set numbers its classes and the network has them so: their names by number. `names` are the
+            numbers as texts then.
     """
 
     paths: tuple[Path, ...]
@@ -58,6 +60,7 @@ class Samples:
     without: tuple[tuple[str, str], ...] = ()
     nested: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    numbered: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

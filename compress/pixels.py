@@ -168,6 +168,10 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+    if 0 < values.max() < 256 and image.format != "PPM":  # which says its range
+        raise ValueError(
+            f"16 bits for each pixel, and none above {values.max()}: all black; save it with 8 bits if that is its range"
+        )
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 

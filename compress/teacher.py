@@ -93,6 +93,8 @@ def _geometry(p: Preprocessing) -> str:
 
 def _order(theirs: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """Return at which output of `theirs` each of the wanted classes stands, or None where the sets differ."""
+    if tuple(theirs) == tuple(wanted):
+        return list(range(len(theirs)))  # also where two classes share a name
     for spelling in (str, folded):
         at = {spelling(name): i for i, name in enumerate(theirs)}
         found = [at.get(spelling(name)) for name in wanted]

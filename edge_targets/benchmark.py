@@ -86,16 +86,28 @@ def even(processes: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[samples[i * len(samples) // n] for i in range(n)] for samples in processes]
 
 
-def summarize(
-    samples_ms: Sequence[float],
-    *,
-    device: str,
-    runtime: str,
-    batch: int,
-    precision: str | None = None,
-    threads: int | None = None,
-    power_mode: str | None = None,
-) -> dict[str, Metric]:
+@dataclass(frozen=True)
+class Conditions:
+    """Under which a latency was measured; each of its metrics states them.
+
+    Attributes:
+        device: What computed.
+        runtime: What ran the network.
+        batch: Images per call.
+        precision: What the file computes in, as far as it is known.
+        threads: Of the CPU.
+        power_mode: Of a board.
+    """
+
+    device: str
+    runtime: str
+    batch: int
+    precision: str | None = None
+    threads: int | None = None
+    power_mode: str | None = None
+
+
+def summarize(samples_ms: Sequence[float], conditions: Conditions) -> dict[str, Metric]:
     """Return ``p50_ms``, ``p90_ms``, ``p99_ms``, ``mean_ms``, ``spread`` and ``images_per_s`` of latency samples.
 
     ``p50_ms`` carries the 95 % confidence interval of a median by order statistics (ranks n/2 -+ 0.98 sqrt(n)), which
@@ -114,20 +126,7 @@ def summarize(
     mean = statistics.fmean(ordered)
 
     def metric(value: float, unit: str, low: float | None = None, high: float | None = None) -> Metric:
-        return Metric(
-            value=value,
-            unit=unit,
-            provenance="measured",
-            n=n,
-            low=low,
-            high=high,
-            device=device,
-            runtime=runtime,
-            precision=precision,
-            threads=threads,
-            batch=batch,
-            power_mode=power_mode,
-        )
+        return Metric(value=value, unit=unit, provenance="measured", n=n, low=low, high=high, **asdict(conditions))
 
     return {
         "p50_ms": metric(percentile(ordered, 0.5), "ms", low, high),
@@ -137,19 +136,12 @@ def summarize(
         "spread": metric(
             (percentile(ordered, 0.9) - percentile(ordered, 0.1)) / max(percentile(ordered, 0.5), 1e-9), "fraction"
         ),
-        "images_per_s": metric(1000.0 * batch / mean if mean else 0.0, "images/s"),
+        "images_per_s": metric(1000.0 * conditions.batch / mean if mean else 0.0, "images/s"),
     }
 
 
 def summarize_processes(
-    processes: Sequence[Sequence[float]],
-    *,
-    device: str,
-    runtime: str,
-    batch: int,
-    precision: str | None = None,
-    threads: int | None = None,
-    power_mode: str | None = None,
+    processes: Sequence[Sequence[float]], conditions: Conditions
 ) -> tuple[dict[str, Metric], tuple[float, ...]]:
     """Return what `summarize` says of the samples of several processes, and the median of each process.
 
@@ -159,15 +151,7 @@ def summarize_processes(
     Raises:
         BadInput: There is no sample.
     """
-    metrics = summarize(
-        [ms for process in even(processes) for ms in process],
-        device=device,
-        runtime=runtime,
-        batch=batch,
-        precision=precision,
-        threads=threads,
-        power_mode=power_mode,
-    )
+    metrics = summarize([ms for process in even(processes) for ms in process], conditions)
     medians = tuple(statistics.median(process) for process in processes)
     if len(medians) > 1:
         metrics["p50_ms"] = metrics["p50_ms"].model_copy(update={"low": min(medians), "high": max(medians)})
@@ -272,14 +256,10 @@ def check_threads(threads: int | None) -> None:
 
 
 def _measured(samples: Sequence[Sequence[float]], candidate: Candidate, options: dict[str, str]) -> Measured:
-    metrics, medians = summarize_processes(
-        samples,
-        device=cpu_name(),
-        runtime=candidate.runtime,
-        batch=candidate.batch,
-        precision=candidate.precision,
-        threads=cpu_threads(candidate.threads),
+    where = Conditions(
+        cpu_name(), candidate.runtime, candidate.batch, candidate.precision, threads=cpu_threads(candidate.threads)
     )
+    metrics, medians = summarize_processes(samples, where)
     return Measured(metrics, medians, options, tuple(percentile(sorted(process), 0.99) for process in samples))
 
 

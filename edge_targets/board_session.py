@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_targets import board_statistics, infer, placement
-from edge_targets.benchmark import summarize_processes
+from edge_targets.benchmark import Conditions, summarize_processes
 from edge_targets.board_probe import Probe
 from edge_targets.board_statistics import Photos
 from edge_targets.board_work import (
@@ -211,14 +211,8 @@ class Session:
             )
             log = timed[-1].log
             files += [file for t in timed for file in (t.times, t.times.with_suffix(".log"))]
-            summary, found_medians = summarize_processes(
-                [t.samples_ms for t in timed],
-                device=self.device,
-                runtime="tensorrt",
-                batch=batch,
-                precision=job.precision,
-                power_mode=self.found.power_mode,
-            )
+            where = Conditions(self.device, "tensorrt", batch, job.precision, power_mode=self.found.power_mode)
+            summary, found_medians = summarize_processes([t.samples_ms for t in timed], where)
             if first:
                 medians = found_medians
                 spread = max(*(t.spread for t in timed), variation(medians))

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from edge_targets import infer
-from edge_targets.benchmark import percentile, summarize
+from edge_targets.benchmark import Conditions, percentile, summarize
 from edge_targets.tegrastats import Reading, parse_trace
 from edge_targets.tensorrt_versions import Capabilities
 from edge_targets.trtexec import TimingOptions, quoted, timing_command
@@ -346,7 +346,7 @@ def wall_ms(log: Path) -> float:
 
 
 def _median(samples: Sequence[float]) -> dict[str, Any]:
-    found = summarize(samples, device="", runtime="", batch=1)["p50_ms"]
+    found = summarize(samples, Conditions("", "", 1))["p50_ms"]
     return {"value": found.value, "n": found.n, "low": found.low, "high": found.high}
 
 

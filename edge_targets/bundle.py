@@ -18,7 +18,6 @@ from rescompress.core.artifact import file_sha256, write_bytes, write_text
 from rescompress.core.graph import Network
 from rescompress.core.spec import ModelSpec
 
-MODEL = "model.onnx"
 OPTIONAL = ("labels.txt",)
 """Files that a bundle has for some networks only."""
 EXECUTABLE = ("build.sh", "infer.py", "trt_builder.py")

@@ -99,13 +99,16 @@ def load_device(name: str) -> Device:
         if device.name != name:
             raise ValueError(f"it is called '{device.name}', not '{name}' as its file")
     except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = f"{key}: {first['msg']}" if key else str(first["msg"])
-        raise _no_device(path, reason) from e
+        raise _no_device(path, "; ".join(_fault(".".join(map(str, f["loc"])), f["msg"]) for f in e.errors())) from e
     except (ValueError, BadInput) as e:
         raise _no_device(path, e.what if isinstance(e, BadInput) else str(e)) from e
     return device
+
+
+def _fault(key: str, message: str) -> str:
+    """Return one thing that is wrong in a file, with the key that it is wrong at."""
+    said = message.removeprefix("Value error, ")
+    return f"{key}: {said}" if key else said
 
 
 def _no_device(path: Path, reason: str) -> TargetError:

@@ -129,7 +129,7 @@ class Device(Frozen):
     compute_capability: str | None = None
     runtime: str
     precisions: tuple[Precision, ...] = Field(min_length=1)
-    align: dict[Precision, int]
+    align: dict[Precision, Annotated[int, Field(ge=1)]]
     align_source: Source
     max_gpu_mhz: Figure | None = None
     bandwidth_gb_s: Figure | None = None
@@ -167,14 +167,13 @@ class Device(Frozen):
         for release in self.software:
             capabilities(release.tensorrt)
         if self.modes:
-            for precision in self.precisions:
-                self.macs_per_clock(precision)
             self._predictable()
         return self
 
     def _predictable(self) -> None:
         """Refuse a device with power modes, whose latency is predicted, where a figure is missing for that."""
-        needed = ("compute_capability", "max_gpu_mhz", "bandwidth_gb_s", "max_emc_mhz", "l2_mb")
+        rates = tuple(f"{precision}_macs" for precision in self.precisions)
+        needed = ("compute_capability", "max_gpu_mhz", "bandwidth_gb_s", "max_emc_mhz", "l2_mb", *rates)
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise ValueError(
@@ -229,9 +228,13 @@ class Device(Frozen):
         """
         rates: dict[Precision, Figure | None] = {"int8": self.int8_macs, "fp16": self.fp16_macs, "fp32": self.fp32_macs}
         rate = rates[precision]
-        if precision not in self.precisions or rate is None:
+        if precision not in self.precisions:
             raise TargetError(
                 f"{self.title} does not compute in {precision}", remedy=f"choose one of: {', '.join(self.precisions)}"
+            )
+        if rate is None:
+            raise TargetError(
+                f"how fast {self.title} computes in {precision} is not known", remedy=f"give {precision}_macs in its file"
             )
         return rate.value
 

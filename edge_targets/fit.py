@@ -41,7 +41,6 @@ WINOGRAD: dict[str, tuple[Precision, ...]] = {a: ("fp32", "fp16") for a in ("vol
 """What an architecture has Winograd kernels for. On Ampere the direct kernels of the tensor cores win."""
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 _NOISE = 0.1
 """Log error that a published figure of weight 1 is trusted to."""

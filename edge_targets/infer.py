@@ -279,6 +279,8 @@ def of_8_bits(image):
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("pixels of mode %s have no known range; save it with 8 or 16 bits" % image.mode)
+    if 0 < values.max() < 256 and image.format != "PPM":  # which says its range
+        raise ValueError("16 bits for each pixel, and none above %d: save it with 8 bits if that is its range" % values.max())
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 

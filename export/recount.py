@@ -1,4 +1,4 @@
-"""`recount`: MACs, parameters and bytes counted on an ONNX file alone, to check the counts made from the spec."""
+"""`recount`: MACs and parameters counted on an ONNX file alone, to check the counts made from the spec."""
 
 from __future__ import annotations
 
@@ -7,28 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
-from onnx import numpy_helper
 
 from export.shapes import infer, shapes
 from export.structure import STANDARD, node_label
 from rescompress.core.errors import ModelFileError
-
-_BITS = {
-    onnx.TensorProto.FLOAT16: 16,
-    onnx.TensorProto.BFLOAT16: 16,
-    onnx.TensorProto.DOUBLE: 64,
-    onnx.TensorProto.INT64: 64,
-    onnx.TensorProto.UINT64: 64,
-    onnx.TensorProto.INT16: 16,
-    onnx.TensorProto.UINT16: 16,
-    onnx.TensorProto.INT8: 8,
-    onnx.TensorProto.UINT8: 8,
-    onnx.TensorProto.BOOL: 8,
-    onnx.TensorProto.FLOAT8E4M3FN: 8,
-    onnx.TensorProto.FLOAT8E5M2: 8,
-    onnx.TensorProto.INT4: 4,
-    onnx.TensorProto.UINT4: 4,
-}
 
 
 @dataclass(frozen=True)
@@ -38,13 +20,11 @@ class Recount:
     Attributes:
         macs: Multiply-accumulates of convolutions and matrix products, for one image.
         params: Elements of the weights and biases of convolutions, matrix products and BatchNorms (gamma and beta).
-        initializer_bytes: Bytes of every initializer: weights, scales, zero points, shapes.
         macs_by_node: MACs of each convolution and matrix product, by node name.
     """
 
     macs: int
     params: int
-    initializer_bytes: int
     macs_by_node: Mapping[str, int]
 
 
@@ -62,7 +42,7 @@ def shapes_of(model: onnx.ModelProto, *, batch: int = 1) -> dict[str, tuple[int,
 
 
 def recount(model: onnx.ModelProto) -> Recount:
-    """Return MACs, parameters and initializer bytes of an ONNX model, ours or anyone's, for one image.
+    """Return MACs and parameters of an ONNX model, ours or anyone's, for one image.
 
     Args:
         model: The model; weights may be initializers or constants, in float or integers behind Q/DQ.
@@ -120,11 +100,7 @@ def recount(model: onnx.ModelProto) -> Recount:
             macs[node.name or f"{node.op_type}_{i}"] = count
         elif node.op_type == "BatchNormalization":
             params += elements(node.input[1]) + elements(node.input[2])
-    size = sum(math.ceil(math.prod(i.dims) * _BITS.get(i.data_type, 32) / 8) for i in graph.initializer)
-    for node in graph.node:
-        if node.op_type == "Constant":
-            size += sum(numpy_helper.to_array(a.t).nbytes for a in node.attribute if a.name == "value")
-    return Recount(sum(macs.values()), params, size, macs)
+    return Recount(sum(macs.values()), params, macs)
 
 
 _WEIGHED = frozenset({"Conv", "ConvInteger", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "QLinearMatMul"})

@@ -6,13 +6,16 @@ where a network is wanted, a `Checkpoint` or what pruning returned.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from compress import evaluate as evaluation
@@ -21,23 +24,28 @@ from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import Dataset, Inputs, Split
 from compress.data import load_dataset as read_dataset
+from compress.data.fitting import check_fits
+from compress.data.sources import is_name
 from compress.evaluate import Evaluation, TorchRunner
 from compress.prune import Budget, PruneResult
 from compress.prune.groups import Scope
-from compress.quantize import Calibration, best_of, finish_qat, on_grid, prepare_qat, ptq
+from compress.quantize import best_of, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import ResNet, tensors_of
 from compress.resnet import build_model as float_model
+from compress.teacher import match_teacher
 from compress.train import train
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
-from rescompress.core.errors import BadInput, CheckpointError
+from rescompress.core.choices import Calibration
+from rescompress.core.described import wrong_value
+from rescompress.core.errors import BadInput, CheckpointError, ConfigError, shown
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, counted
 from rescompress.core.quantizers import Profile
 from rescompress.core.runner import Runner
-from rescompress.core.settings import ExportSettings, TrainSettings
+from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.core.spec import ModelSpec
 from rescompress.runs.config import load_config
 from rescompress.runs.pipeline import folder_of, run_stages
@@ -58,6 +66,23 @@ Net = Checkpoint | PruneResult
 
 CALIBRATION_IMAGES = 512
 """Taken of a split where images serve pruning or calibration, as the commands do."""
+
+
+@contextlib.contextmanager
+def _told(model: type[BaseModel]) -> Iterator[None]:
+    """Name the argument of which no setting can be made.
+
+    Args:
+        model: The settings that are made inside.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    try:
+        yield
+    except ValidationError as e:
+        where, what = wrong_value(model, e)
+        raise ConfigError(what, where=where or None) from e
 
 
 def load_dataset(
@@ -140,7 +165,8 @@ def prune(
         seed: Of everything random.
 
     Raises:
-        BadInput: Not one budget, the method is unknown or lacks images, or the network is quantized.
+        BadInput: Not one budget, the method is unknown or lacks images, the images were read for another network, or the
+            network is quantized.
         BudgetError: No allowed network meets the budget; the message names the smallest reachable.
         TargetError: The target is unknown, or has no latency model where latency is the budget.
     """
@@ -150,19 +176,16 @@ def prune(
     stated += [Budget.model_validate({"kind": kind, "value": value}) for kind, value in wanted.items() if value is not None]
     if len(stated) != 1:
         raise BadInput(f"{len(stated)} budgets", where="prune", remedy="give one of ratio, macs, params, latency and budget")
-    chosen = calibration_x if calibration_x is not None else _tensor(images, seed) if images is not None else None
+    chosen = calibration_x if calibration_x is not None else _tensor(network, images, seed) if images is not None else None
+    with _told(PruneSettings):
+        settings = PruneSettings(method=method, scope=scope, align=align or "auto", drop_blocks=drop_blocks, repair=repair)
     return pruning.prune(
         _checkpoint(network),
-        method=method,
-        budget=stated[0],
-        scope=scope,
-        align=align or max([t.align() for t in known] or [8]),
-        strict_align=align is not None,
+        settings.model_copy(update={stated[0].kind: stated[0].value}),
         calibration_x=chosen,
-        drop_blocks=drop_blocks,
+        multiple=max([t.align() for t in known] or [8]),
         seed=seed,
         cost=latency_cost(known) if stated[0].kind == "latency" else None,
-        repair=repair,
     )
 
 
@@ -185,7 +208,8 @@ def finetune(
 
     Raises:
         CheckpointError: The network is quantized: `qat` trains it from its float network.
-        BadInput: The training diverged, or settings make no sense.
+        BadInput: The training diverged, settings make no sense, the images were read for another network, or the teacher has
+            other classes.
     """
     checkpoint = _checkpoint(network)
     if checkpoint.quantization is not None:
@@ -193,7 +217,7 @@ def finetune(
     chosen = settings or TrainSettings()
     chosen = chosen.model_copy(update={"epochs": epochs}) if epochs is not None else chosen
     model = float_model(checkpoint.spec, checkpoint.state_dict)
-    _train(model, checkpoint, _split(images), chosen, teacher)
+    _train(model, checkpoint, _split(network, images, labels=True), chosen, teacher)
     return dataclasses.replace(checkpoint, state_dict=tensors_of(model))
 
 
@@ -224,15 +248,16 @@ def quantize(
         CheckpointError: Already quantized, or a weight that is not finite.
         DataError: Too few images, or an activation that is not finite or zero everywhere.
         ConfigError: A layer of `keep_float` that is not there, or an unknown calibration.
+        BadInput: The images were read for another network.
     """
+    with _told(QuantizeSettings):
+        settings = QuantizeSettings(calibration=calibration, percentile=percentile, bias_correction=bias_correction)
     return on_grid(
         ptq(
             _checkpoint(network),
-            _batches(images, seed),
+            _batches(network, images, seed),
+            settings,
             profile=profile,
-            calibration=calibration,
-            percentile=percentile,
-            bias_correction=bias_correction,
             keep_float=frozenset(keep_float),
         )
     )
@@ -267,7 +292,7 @@ def qat(
         CheckpointError: Already quantized, or a weight that is not finite.
         BadInput: The training diverged.
     """
-    split = _split(images)
+    split = _split(network, images, labels=True)
     start = quantize(network, split, profile=profile, calibration=calibration, seed=seed)
     seen, held = split.part(hold_out, seed)
     model = prepare_qat(start)
@@ -287,13 +312,19 @@ def evaluate(what: Net | Runner | str | Path, images: Split | Dataset, *, batch_
 
     Raises:
         DataError: The split is empty, or the output is not finite or no row of scores for each image.
+        BadInput: The images were read for a network that is shown other pixels or has other classes.
     """
     split = images.val if isinstance(images, Dataset) else images
+    inputs: Inputs | None = None
     if isinstance(what, str | Path):
-        what = _opened(Path(what))
-    runner = TorchRunner(network_of(_checkpoint(what))) if isinstance(what, Checkpoint | PruneResult) else what
-    with runner:
-        return evaluation.evaluate(runner, split, batch_size=batch_size)
+        what, inputs = _opened(Path(what))
+    if isinstance(what, Checkpoint | PruneResult):
+        checkpoint = _checkpoint(what)
+        what, inputs = TorchRunner(network_of(checkpoint)), Inputs.of(checkpoint.spec)
+    if inputs is not None:
+        check_fits(split, inputs, labels=True)
+    with what:
+        return evaluation.evaluate(what, split, batch_size=batch_size, outputs=inputs.outputs or None if inputs else None)
 
 
 def sensitivity(
@@ -311,7 +342,7 @@ def sensitivity(
     Raises:
         BadInput: The method is unknown or lacks images, or the network is quantized.
     """
-    chosen = _tensor(images, seed) if images is not None else None
+    chosen = _tensor(network, images, seed) if images is not None else None
     return pruning.measure(_checkpoint(network), method=method, scope=scope, calibration_x=chosen, seed=seed)
 
 
@@ -482,45 +513,62 @@ def run(
         RescompressError: What is wrong, where, and what to do.
     """
     loaded = load_config(Path(config), overrides)
-    stages = run_plan(loaded, Settings(loaded.data, loaded.labels, loaded.seed))
+    stages = run_plan(loaded, Settings(loaded.data, loaded.labels, loaded.seed, skip_corrupt=loaded.skip_corrupt))
     place = Path(folder) if folder is not None else folder_of(Path(config), Path("rescompress-out"))
     settings = loaded.model_dump(mode="json")
-    return run_stages(stages, place, settings, reporter=reporter or Silent(), config_file=Path(config)).manifest
+    reads = [] if is_name(loaded.data) else [Path(loaded.data)]
+    return run_stages(stages, place, settings, reporter=reporter or Silent(), config_file=Path(config), reads=reads).manifest
 
 
 def _checkpoint(network: Net) -> Checkpoint:
+    """Return the checkpoint of a network.
+
+    Raises:
+        BadInput: It is none of ours, such as a torch module or the path of a file.
+    """
+    if not isinstance(network, Checkpoint | PruneResult):
+        named = isinstance(network, str | Path)
+        raise BadInput(
+            f"is {shown(str(network)) if named else f'of class {type(network).__name__}'}, no checkpoint",
+            where="network",
+            remedy="rc.load(path) reads a file" if named else "rc.from_module(module, example) makes one of a torch module",
+        )
     return network.checkpoint if isinstance(network, PruneResult) else network
 
 
-def _split(images: Split | Dataset) -> Split:
-    return images.train if isinstance(images, Dataset) else images
+def _split(network: Net, images: Split | Dataset, *, labels: bool = False) -> Split:
+    """Return the images of a split, or those to train on, that were read for such a network; `labels` are to fit, too."""
+    split = images.train if isinstance(images, Dataset) else images
+    check_fits(split, Inputs.of(_checkpoint(network).spec), labels=labels)
+    return split
 
 
-def _tensor(images: Images, seed: int) -> Tensor:
+def _tensor(network: Net, images: Images, seed: int) -> Tensor:
     """Return images as one tensor, of a split as many as the commands take."""
     if isinstance(images, Tensor):
         return images
     if isinstance(images, Split | Dataset):
-        return _split(images).take(CALIBRATION_IMAGES, seed).tensor()
+        return _split(network, images).take(CALIBRATION_IMAGES, seed).tensor()
     return torch.cat([batch if isinstance(batch, Tensor) else batch[0] for batch in images])
 
 
-def _batches(images: Images, seed: int) -> list[Tensor]:
+def _batches(network: Net, images: Images, seed: int) -> list[Tensor]:
     """Return images in batches, of a split as many as the commands take."""
     if isinstance(images, Tensor):
         return [images[start : start + 64] for start in range(0, len(images), 64)]
     if isinstance(images, Split | Dataset):
-        return [x for x, _ in _split(images).take(CALIBRATION_IMAGES, seed).batches(64)]
+        return [x for x, _ in _split(network, images).take(CALIBRATION_IMAGES, seed).batches(64)]
     return [batch if isinstance(batch, Tensor) else batch[0] for batch in images]
 
 
 def _train(model: ResNet, checkpoint: Checkpoint, split: Split, settings: TrainSettings, teacher: Net | None) -> None:
     """Train a network in place; without a teacher the labels alone say what is right."""
     mentor = _checkpoint(teacher) if teacher is not None else None
-    if mentor is not None and mentor.spec.labels != checkpoint.spec.labels:
-        what = "its classes are others than the network's, or in another order"
-        raise BadInput(what, where="teacher", remedy="take a teacher of the same classes")
-    if mentor is None:
+    if mentor is not None:
+        mentor, notes = match_teacher(mentor, checkpoint.spec, split.classes)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+    else:
         settings = settings.model_copy(update={"features": 0.0, "distill": 0.0})
     train(
         model,
@@ -531,14 +579,17 @@ def _train(model: ResNet, checkpoint: Checkpoint, split: Split, settings: TrainS
     )
 
 
-def _opened(path: Path) -> Checkpoint | Runner:
-    """Return a file as a network, or as what runs it."""
+def _opened(path: Path) -> tuple[Checkpoint | Runner, Inputs | None]:
+    """Return a file as a network, or as what runs it, and what it says of its data."""
     from compress.checkpoints import load_checkpoint
     from edge_targets.backends import load_backend
+    from export.load import load_onnx
+    from export.metadata import read_metadata
 
     if path.suffix.lower() != ".onnx":
-        return load_checkpoint(path)
-    return load_backend("onnxruntime").runner(path)
+        return load_checkpoint(path), None
+    own = read_metadata(load_onnx(path, weights=False))
+    return load_backend("onnxruntime").runner(path), Inputs.of(own.spec) if own is not None else None
 
 
 def _names(networks: Sequence[Net]) -> list[str]:

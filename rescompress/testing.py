@@ -1,4 +1,4 @@
-"""Conformance of extensions: what a pruning method, a device, a checkpoint format and a runtime have to hold.
+"""Conformance of extensions: what a pruning method, device, checkpoint format, runtime and kind of data source have to hold.
 
 Our tests run these checks over every name that is known here; whoever writes an extension calls them in tests of their own:
 
@@ -11,10 +11,13 @@ A check returns nothing and raises `NotConformant`, an AssertionError, that says
 
 from __future__ import annotations
 
+import inspect
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +25,30 @@ from torch import Tensor
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
+from compress.data import Inputs, load_dataset, sources
 from compress.prune import load_method
 from compress.prune.groups import ChannelGroup, find_groups, prunable
 from compress.prune.method import Context, Curves, Method
 from compress.resnet import build_model, tensors_of
 from compress.zoo import spec
-from edge_targets.backends import load_backend
-from edge_targets.catalog import load_device, load_target
-from edge_targets.device import Device
+from edge_targets.backends import Availability, Backend, load_backend
+from edge_targets.catalog import all_targets, load_device, load_target
+from edge_targets.device import Device, Target
 from edge_targets.latency import predict
 from export.parity import OrtRunner
-from export.to_onnx import ExportOptions
+from export.to_onnx import OPSETS, ExportOptions
+from rescompress.core import plugins
+from rescompress.core.errors import TargetError
 from rescompress.core.layers import walk
+from rescompress.core.quantizers import PROFILES
 from rescompress.core.runner import Runner
+from rescompress.runs.fingerprint import data_identity
 from rescompress.runs.stages.shared import onnx_of, write_onnx
 
 WEAK = 1e-3
 """What the weights of a channel that does next to nothing are multiplied by."""
+_BELOW = -10.0
+"""Where their BatchNorm puts them, in units of `WEAK`: its scale is at most 1.5 of them, and what it scales below 1."""
 RIGHT = 0.9
 """Part of the channels that do next to nothing which a method has to take first; chance takes a half."""
 
@@ -50,8 +60,10 @@ class NotConformant(AssertionError):
 def check_method(method: str | Method, *, by_chance: bool = False) -> None:
     """Check a pruning method on a network in which half of the channels of every group do next to nothing.
 
-    It has to give every group a curve, the same one twice, and the same one for channels in another order; to leave the network
-    as it is; and to take the channels that do nothing before the others, which neither chance nor the reverse of a method does.
+    Such channels have small weights and are never above zero, so that methods that look at weights, at what the layers make,
+    or at gradients all see them. It has to give every group a curve, the same one twice, and the same one for channels in
+    another order; to leave the network as it is; and to take the channels that do nothing before the others, which neither
+    chance nor the reverse of a method does.
 
     Args:
         method: Its name, or what its file offers.
@@ -95,7 +107,9 @@ def check_method(method: str | Method, *, by_chance: bool = False) -> None:
 
 
 def check_device(device: str | Device) -> None:
-    """Check a device: where it has power modes, its latency is predicted in every precision and mode, with a band.
+    """Check a device: a file can be written for it, and its latency is predicted only where that can be.
+
+    That is where it has power modes, in every precision and mode, with a band; where it has none, a prediction is refused.
 
     Args:
         device: Its name, or what its file describes.
@@ -104,7 +118,12 @@ def check_device(device: str | Device) -> None:
         NotConformant: What does not hold.
     """
     known = load_device(device) if isinstance(device, str) else device
+    release = known.tensorrt() if known.software else None
+    served = Target(name=known.name, device=known, tensorrt_version=release.tensorrt if release else None)
+    _hold(served.opset in OPSETS, f"the opset of its runtime is one that is written ({known.name}: {served.opset})")
     small, large = (walk(spec(name)) for name in ("resnet18", "resnet50"))
+    for precision in () if known.modes else known.precisions:
+        _hold(_refuses(small, known, precision), f"without power modes no latency is made up ({known.name}, {precision})")
     for mode in known.modes:
         for precision in known.precisions:
             few, many = (predict(layers, known, precision=precision, power_mode=mode.name) for layers in (small, large))
@@ -147,12 +166,14 @@ def check_format(name: str, file: Path, reference: Callable[[Tensor], Tensor], i
     _hold(same and again.state_dict.keys() == found.state_dict.keys(), "so is every tensor, bit for bit")
 
 
-def check_runtime(name: str, target: str) -> str:
-    """Check a runtime where it is available: what it builds of a small network computes what onnxruntime computes.
+def check_runtime(name: str, target: str | None = None) -> str:
+    """Check a runtime: it has the facts and functions of `Backend`, and a device names it.
+
+    Where it is available, what it builds of a small network computes what onnxruntime computes.
 
     Args:
         name: Of the runtime.
-        target: A target that it serves.
+        target: A target that it serves; by default the first whose device names it.
 
     Returns:
         ``checked``, or why it could not be.
@@ -161,7 +182,11 @@ def check_runtime(name: str, target: str) -> str:
         NotConformant: What does not hold.
     """
     backend = load_backend(name)
+    _check_facts(backend)
     there = backend.available()
+    _hold(isinstance(there, Availability), "available() returns an Availability")
+    serves = [known.name for known in all_targets() if known.runtime == name] if target is None else [target]
+    _hold(bool(serves), f"a device names it: a .yaml of edge_targets/devices, or of your own, that says `runtime: {name}`")
     if not there or not backend.RUNS_HERE:
         _hold(bool(there) or bool(there.reason and there.remedy), "what is not available says why, and what would change that")
         return there.reason or "does not run here"
@@ -170,15 +195,71 @@ def check_runtime(name: str, target: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_onnx(model := onnx_of(network, ExportOptions(batch="dynamic", opset=backend.OPSET)), path)
-        built = backend.build(path, Path(folder), target=load_target(target), precision="fp32")
+        built = backend.build(path, Path(folder), target=load_target(serves[0]), precision="fp32")
+        _hold(_is_json(built.details), "the details of what was built are JSON")
         with backend.runner(built.path or path, threads=1) as runner, OrtRunner(model, threads=1) as reference:
             ours, theirs = _rows(runner, images), _rows(reference, images)
+            _hold(runner.runtime == name, f"its runner says that it is one ({name}, not {runner.runtime})")
     _hold(bool(np.allclose(ours, theirs, rtol=1e-3, atol=1e-3)), "what was built computes what onnxruntime computes")
     return "checked"
 
 
+def _check_facts(backend: Backend) -> None:
+    """Check what the rest of the product reads off a runtime's file."""
+    _hold(backend.PROFILE in PROFILES, f"PROFILE is one of {', '.join(PROFILES)}")
+    others = set(PROFILES) - {backend.PROFILE}
+    _hold(set(backend.COST_OF_PROFILE) <= others, f"COST_OF_PROFILE is about other profiles: {', '.join(sorted(others))}")
+    _hold(all(backend.COST_OF_PROFILE.values()), "and has a clause for each that it names")
+    _hold(backend.OPSET in OPSETS, f"OPSET is one that is written, {min(OPSETS)} to {max(OPSETS)}")
+    for fact in ("STRONGLY_TYPED", "BUILDS_HERE", "RUNS_HERE"):
+        _hold(isinstance(getattr(backend, fact), bool), f"{fact} is True or False")
+    for fact in ("PACKAGE", "REMEDY"):
+        _hold(isinstance(getattr(backend, fact), str) and bool(getattr(backend, fact)), f"{fact} is a text")
+    for function in ("available", "build", "runner"):
+        wanted = list(inspect.signature(getattr(Backend, function)).parameters.values())[1:]
+        offered = list(inspect.signature(getattr(backend, function)).parameters.values())
+        same = [(p.name, p.kind, p.default) for p in offered] == [(p.name, p.kind, p.default) for p in wanted]
+        _hold(same, f"{function} takes ({', '.join(str(p).partition(':')[0] for p in wanted)}) with the defaults of Backend")
+
+
+def check_source(name: str, source: Any, inputs: Inputs, change: Callable[[], object] | None = None) -> None:
+    """Check a kind of data source on one that it reads.
+
+    No other kind may claim it. It has to give the same images and labels twice, in two splits that differ, and to be known
+    again until it changes.
+
+    Args:
+        name: Of the kind.
+        source: As ``--data`` names it, or an object.
+        inputs: What the network reads, with as many classes as the source has.
+        change: Changes one image or label of it.
+
+    Raises:
+        NotConformant: What does not hold.
+    """
+    claimed = [kind for kind in plugins.names(sources.PACKAGE) if plugins.load(sources.PACKAGE, kind).claims(source)]
+    _hold(claimed == [name], f"it is claimed by {name} alone, not by {', '.join(claimed) or 'none'}")
+    first, again = (load_dataset(source, inputs) for _ in range(2))
+    for split, same in ((first.train, again.train), (first.val, again.val)):
+        _hold(len(split) > 0, "both splits have images")
+        _hold(split.identity == same.identity, "the same source is the same data twice")
+        x_NCHW, y_N = next(split.batches(len(split)))
+        _hold(tuple(x_NCHW.shape[1:]) == inputs.shape, f"images come as the network reads them, {inputs.shape}")
+        _hold(
+            len(y_N) == len(split) and 0 <= int(y_N.min()) <= int(y_N.max()) < len(split.classes), "each has one of the classes"
+        )
+    _hold(first.train.identity != first.val.identity, "what is evaluated on is not what is trained on")
+    known = data_identity(source)
+    _hold(data_identity(source) == known, "its identity is the same while it is")
+    if change is not None:
+        change()
+        _hold(data_identity(source) != known, "its identity changes when an image or a label does")
+
+
 def half_idle(seed: int = 0) -> tuple[Checkpoint, dict[str, set[int]]]:
     """Return a small network and, by group, the units that do next to nothing: a half of each, drawn at random.
+
+    Their weights are small and their BatchNorm shifts them below zero, so that nothing comes through the ReLU.
 
     Args:
         seed: Draws weights and units.
@@ -199,7 +280,9 @@ def half_idle(seed: int = 0) -> tuple[Checkpoint, dict[str, set[int]]]:
         weak[group.name] = set(drawn)
         for key, axis in _parameters(state, group):
             if not key.endswith(("running_mean", "running_var")):
-                state[key].index_copy_(axis, torch.tensor(drawn), state[key].index_select(axis, torch.tensor(drawn)) * WEAK)
+                value = state[key].index_select(axis, torch.tensor(drawn)) * WEAK
+                below = torch.full_like(value, _BELOW * WEAK)
+                state[key].index_copy_(axis, torch.tensor(drawn), below if key.endswith(".bias") else value)
     return Checkpoint(shape, state), weak
 
 
@@ -229,6 +312,22 @@ def _parameters(state: dict[str, Tensor], group: ChannelGroup) -> list[tuple[str
 
 def _rows(runner: Runner, images: np.ndarray) -> np.ndarray:
     return np.asarray(runner(images), np.float32)
+
+
+def _refuses(layers: Any, device: Device, precision: Any) -> bool:
+    try:
+        predict(layers, device, precision=precision)
+    except TargetError:
+        return True
+    return False
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _hold(holds: bool, what: str) -> None:

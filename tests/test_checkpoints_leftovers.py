@@ -20,6 +20,7 @@ from torch.nn.utils import prune as torch_prune
 from compress import zoo
 from compress.checkpoints import load_checkpoint
 from compress.checkpoints.base import Checkpoint
+from compress.data import normalise
 from compress.resnet import build_model, tensors_of
 from rescompress.core.errors import CheckpointError
 
@@ -262,6 +263,43 @@ def test_contradictory_names_of_classes(tmp_path: Path) -> None:
     assert "class_names has other names" in " ".join(loaded.provenance["warnings"])  # type: ignore[arg-type]
     others = {"metric_names": [f"m{i}" for i in range(10)], "param_names": NAMES, "layers": NAMES}
     assert read({"state_dict": state, **others}, tmp_path).spec.labels is None
+
+
+IMAGENET = (123.675, 116.28, 103.53)
+
+
+@pytest.mark.parametrize(
+    ("stated", "order"),
+    [
+        ({"mean": IMAGENET, "std": (58.4, 57.1, 57.4)}, "rgb"),
+        ({"PIXEL_MEAN": IMAGENET[::-1], "PIXEL_STD": (1.0, 1.0, 1.0)}, "bgr"),
+        ({"mean": (0.406, 0.456, 0.485), "std": (0.225, 0.224, 0.229)}, "bgr"),
+        ({"mean": IMAGENET[::-1], "std": (1.0,) * 3, "to_rgb": False}, "bgr"),
+        ({"mean": (90.0, 100.0, 110.0), "std": (50.0,) * 3, "bgr_to_rgb": False}, "bgr"),
+        ({"mean": (90.0, 100.0, 110.0), "std": (50.0,) * 3, "input_format": "BGR"}, "bgr"),
+        ({"mean": (90.0, 100.0, 110.0), "std": (50.0,) * 3, "to_rgb": True}, "rgb"),
+        ({"mean": (90.0, 100.0, 110.0), "std": (50.0,) * 3}, "rgb"),
+    ],
+)
+def test_the_order_of_channels_is_that_of_the_means(stated: dict[str, Any], order: str, tmp_path: Path) -> None:
+    """detectron2 and mmcv state the means of OpenCV's BGR images; the same picture gives the same numbers in torch."""
+    found = read({"state_dict": net().state_dict(), "cfg": stated}, tmp_path)
+    p = found.spec.preprocessing
+    assert (p.channel_order, p.assumed) == (order, False)
+    pixels = torch.randint(0, 256, (1, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for k, v in stated.items() if isinstance(v, tuple))
+    read_by_opencv = pixels.flip(1) if order == "bgr" else pixels
+    unit = 1 / 255 if float(mean.max()) < 2 else 1.0
+    wanted = (read_by_opencv * unit - mean) / std
+    torch.testing.assert_close(normalise(pixels, p), wanted, rtol=1e-4, atol=1e-4)
+    assert ("BGR" in str(found.provenance["notes"])) == (order == "bgr")
+
+
+def test_two_classes_of_one_name_are_told(tmp_path: Path) -> None:
+    """As the two cranes among ImageNet's names: what a folder called so means is open."""
+    loaded = read({"state_dict": net().state_dict(), "classes": [*NAMES[:-1], NAMES[0]]}, tmp_path)
+    assert loaded.spec.labels is None
+    assert f"'{NAMES[0]}' among them 2 times" in str(loaded.provenance["notes"])
 
 
 def test_stated_sizes_and_normalisation_count(tmp_path: Path) -> None:

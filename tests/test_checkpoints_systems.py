@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engines import prune, ptq
 
 from compress import zoo
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
-from compress.prune import Budget, prune
-from compress.quantize import fake_quant_model, ptq
+from compress.prune import Budget
+from compress.quantize import fake_quant_model
 from compress.resnet import ResNet, build_model, tensors_of
 from export.parity import OrtRunner, compare_logits
 from export.to_onnx import ExportOptions, to_onnx

@@ -115,9 +115,9 @@ def test_the_shell_completes_methods_and_targets() -> None:
 
 def test_the_tables_of_commands_name_every_command() -> None:
     table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("\n\nEvery command")[0]
-    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS)
+    assert sorted(re.findall(r"`([a-z]+)`", table)) == sorted(COMMANDS), "the table of README.md"
     documents = (ROOT / "docs" / "run.md").read_text().partition("## The JSON documents")[2]
-    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS)
+    assert sorted(re.findall(r"^\| `([a-z]+)` \|", documents, re.M)) == sorted(COMMANDS), "the table of docs/run.md"
 
 
 def test_every_key_of_a_config_is_documented_with_its_default() -> None:
@@ -258,11 +258,16 @@ def test_a_command_that_would_eat_its_own_input_is_refused(rescompress: Command,
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 7),
         (OSError(12, "Cannot allocate memory"), 7),
         (RuntimeError("can't start new thread"), 7),
+        (PermissionError(13, "Permission denied", "out/.stages/.claimed.json"), 7),
+        (OSError(30, "Read-only file system", "out/x"), 7),
+        (OSError(24, "Too many open files", "out/x"), 7),
+        (FileNotFoundError(2, "No such file or directory", "out/x"), 1),
+        (PermissionError(1, "Operation not permitted"), 1),
         (ImportError("No module named 'x'"), 1),
         (RuntimeError("shapes do not match"), 1),
     ],
 )
-def test_running_out_of_memory_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_system_refuses_is_no_bug(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert Output().failure(error) == code
     assert ("bug" in capsys.readouterr().err) == (code == 1)
 

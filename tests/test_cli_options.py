@@ -33,10 +33,13 @@ from rescompress.cli.app import COMMANDS
 from rescompress.core.details import KINDS
 from rescompress.core.errors import ToolMissing
 from rescompress.core.metric import accuracy, counted
+from rescompress.core.settings import PruneSettings, QuantizeSettings
+from rescompress.runs import pipeline
 from rescompress.runs.stage import Context, Outcome
 from rescompress.show import gate, track
 from rescompress.show.gate import render
 
+QUICK = QuantizeSettings(calibration="max", bias_correction=False)
 COMMON = {"help", "json", "verbose", "quiet", "debug", "device_file", "install_completion", "show_completion", "force"}
 """What every command takes, and what typer adds; what ``--force`` does stands in test_run_claims.py."""
 
@@ -362,7 +365,7 @@ DEPLOY = [
     Case(
         "dynamic.onnx --host me@there -t jetson --batches 2,4 --input 3x16x16 --data data.npz --limit 6 --labels a=1,b=2 "
         "--seed 5 --runs 3 --seconds 7 --workspace 512 --sparsity --port 2222 --ssh-config ssh.conf -o elsewhere "
-        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback --photo photo.png",
+        "--builds 2 --soak 5m --cold-start --streams 4 --end-to-end --allow-fallback --photo photo.png --cached",
         {
             "model": (lambda seen: seen["deploy"]["jobs"][0].onnx.name, "dynamic.onnx"),
             "host": board("host", "me@there"),
@@ -376,6 +379,7 @@ DEPLOY = [
             "seed": (lambda seen: (seen["load_dataset"]["seed"], seen["take"]["seed"]), (5, 5)),
             "out": (lambda seen: str(seen["deploy"]["out"]), "elsewhere/deploy/jetson-orin-nano-8gb-super"),
             "photo": (lambda seen: [f.name for f in seen["deploy"]["photos"].files], ["photo.png"]),
+            "cached": of("run_beside", "again", False),
             "soak": (lambda seen: seen["deploy"]["settings"].soak, 300),
             "batches": (lambda seen: seen["deploy"]["settings"].batches, (2, 4)),
         },
@@ -488,7 +492,7 @@ def test_every_option_has_a_row(command: str) -> None:
     known = {p.name for p in getattr(built, "commands", {}).get(command, built).params} - COMMON
     made = {word for _, _, word in made_from_settings(command)}  # which test_settings.py is about
     rows = {name for case in TABLE[command] for name in case.arrives}
-    assert known - made == rows - made, "an option without a row here, or the other way round"
+    assert known - made == rows - made, "an option without a row in TABLE, or the other way round"
 
 
 @pytest.fixture(scope="module")
@@ -499,9 +503,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     api.export_onnx(network(), folder / "dynamic.onnx", batch="dynamic")
     api.export_onnx(network(), folder / "fixed2.onnx", batch=2)
     api.export_onnx(network(), folder / "float.onnx")
-    int8 = quantize.ptq(network(), [torch.rand(4, 3, 16, 16)] * 2, calibration="max", bias_correction=False)
+    int8 = quantize.ptq(network(), [torch.rand(4, 3, 16, 16)] * 2, QUICK)
     api.export_onnx(int8, folder / "int8.onnx")
-    plan = prune.prune(network(), method="magnitude", budget=prune.Budget(kind="ratio", value=0.25), align=1).plan
+    plan = prune.prune(network(), PruneSettings(method="magnitude", ratio=0.25, align=1)).plan
     (folder / "plan.json").write_text(plan.model_dump_json())
     for name in ("candidate", "baseline"):
         write_run(folder / name)
@@ -533,14 +537,16 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         raise ToolMissing("there is no board")
 
     def measured(candidates: Any, **_: Any) -> Any:
-        metrics = benchmark.summarize([1.0] * 20, device="cpu", runtime="onnxruntime", batch=1, threads=3, precision="fp32")
+        metrics = benchmark.summarize(
+            [1.0] * 20, benchmark.Conditions(device="cpu", runtime="onnxruntime", batch=1, threads=3, precision="fp32")
+        )
         return [benchmark.Measured(metrics, (1.0,)) for _ in candidates]
 
     found = board_probe.Probe("Jetson", None, "trtexec", "10.3.0", None, None, frozenset(), False, None)
     seen.spy(load_dataset, lambda source, spec, **more: load_dataset(source, spec, seed=more.get("seed", 0)))
     seen.spy(load_checkpoint, lambda path, **_: load_checkpoint(path))
     seen.spy(measure, lambda checkpoint, **_: measure(checkpoint, method="magnitude"))
-    seen.spy(ptq, lambda checkpoint, batches, **_: ptq(checkpoint, batches, calibration="max", bias_correction=False))
+    seen.spy(ptq, lambda checkpoint, batches, *_, **__: ptq(checkpoint, batches, QUICK))
     seen.spy(sensitivity.sensitivities, lambda *_, **__: [])
     seen.spy(benchmark.measure_processes, measured)
     seen.spy(board_probe.probe, lambda board: found)
@@ -554,6 +560,7 @@ def seen(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         onnx_kernels.input_of,
         latency.predict_kernels,
         board_work.dry_run,
+        pipeline.run_beside,
         picture.draw,
         gate.judge,
         render.to_junit,

@@ -158,7 +158,8 @@ def same(found: Dataset, wanted: Dataset) -> None:
 
 
 def test_there_is_a_file_for_each_kind() -> None:
-    assert plugins.names(PACKAGE) == ["digits", "folders", "huggingface", "label_files", "npz", "objects", "shards"]
+    ours = {"digits", "folders", "huggingface", "label_files", "npz", "objects", "shards"}
+    assert ours <= set(plugins.names(PACKAGE))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,90 @@ def test_an_object_of_the_users_own(tmp_path: Path, form: Callable[[bytes], Any]
     assert pair.val.identity == found.val.identity
     one = load_dataset(Items("train", form), INPUTS)
     assert len(one.train) == len(one.val) == 6
+
+
+NUMBERED = ("zebra", "ant", "mole")
+"""Classes in an order of their own, as FashionMNIST and ImageNet have theirs."""
+
+
+class Numbered:
+    def __init__(self, targets: list[Any], classes: Any = NUMBERED) -> None:
+        self.targets, self.classes = targets, classes
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        return np.full((8, 8, 3), i, np.uint8), self.targets[i]
+
+
+def three(labels: tuple[str, ...] | None) -> Inputs:
+    return Inputs(INPUTS.shape, 3, INPUTS.preprocessing, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "mapped", "wanted"),
+    [
+        (None, None, [0, 1, 2, 0, 1, 2]),
+        (NUMBERED, None, [0, 1, 2, 0, 1, 2]),
+        (("Zebra", "Ant", "Mole"), None, [0, 1, 2, 0, 1, 2]),
+        (("ant", "mole", "zebra"), None, [2, 0, 1, 2, 0, 1]),
+        (None, {"zebra": "2", "ant": "1", "mole": "0"}, [2, 1, 0, 2, 1, 0]),
+    ],
+)
+def test_numbers_of_a_data_set_are_the_outputs_unless_names_say_otherwise(
+    labels: tuple[str, ...] | None, mapped: dict[str, str] | None, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch trains on them: the number is the output, whatever the alphabet says."""
+    mine = {part: Numbered([0, 1, 2, 0, 1, 2]) for part in PARTS}
+    found = load_dataset(mine, three(labels), labels=mapped)
+    assert found.val.labels.tolist() == wanted
+    assert found.val.classes == (labels or (("0", "1", "2") if mapped else NUMBERED))
+    hub(monkeypatch)
+    monkeypatch.setattr(ClassLabel, "names", ("dog", "cat"))
+    pets = load_dataset("hf:somebody/pets:small", dataclasses.replace(INPUTS, labels=None))
+    assert pets.val.classes == ("dog", "cat")
+    assert pets.val.labels.tolist() == [1 if label == "cat" else 0 for _, label, _ in pictures("val")]
+
+
+def test_numbers_of_a_data_set_that_do_not_fit() -> None:
+    good = Numbered([0, 1, 2])
+    for train, words in (
+        (Numbered([0, 1, 2], ("ant", "zebra", "mole")), "number their classes differently"),
+        (Numbered([0, 1, 3]), "class 3, its classes are 0 to 2"),
+        (Numbered([0, 1, -1]), "class -1"),
+        (Numbered([0, 1.5, 2]), "a label is 1.5"),
+        (Numbered([0, "1", 2]), "a label is '1'"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_dataset({"train": train, "val": good}, three(None))
+    with pytest.raises(DataError, match="has 3 classes, the network has 2"):
+        load_dataset(good, dataclasses.replace(INPUTS, labels=None))
+    bare = Numbered([2, 1, 0])
+    del bare.classes
+    assert load_dataset({"train": bare, "val": good}, three(None)).train.labels.tolist() == [2, 1, 0]
+
+
+def test_targets_that_the_items_contradict_are_refused() -> None:
+    class Shifted(Numbered):
+        def __getitem__(self, i: int) -> tuple[Any, Any]:
+            return super().__getitem__(i)[0], (self.targets[i] + 1) % 3
+
+    with pytest.raises(DataError, match="item 0 has the label 1, its targets say 0"):
+        load_dataset(Shifted([0, 1, 2]), three(None))
+
+
+def test_a_name_of_two_outputs_is_refused_where_it_decides() -> None:
+    """ImageNet has two cranes."""
+    cranes = ("crane", "ant", "crane")
+    same = load_dataset({"val": Numbered([0, 1, 2, 2], cranes)}, three(cranes))
+    assert sorted(same.train.labels.tolist() + same.val.labels.tolist()) == [0, 1, 2, 2]
+    with pytest.raises(DataError, match="several classes are called 'crane'"):
+        load_dataset(Numbered([0, 1, 2], cranes), three(("ant", "crane", "heron")))
+    with pytest.raises(DataError, match="'crane' is the label of outputs 0 and 2"):
+        load_dataset(Numbered([0, 1, 2], ("ant", "crane", "mole")), three(cranes))
+    with pytest.raises(DataError, match="'crane' is the label of outputs 0 and 2"):
+        load_dataset(Numbered([0, 1], ("ant", "bird")), three(cranes), labels={"ant": "ant", "bird": "crane"})
 
 
 def test_the_hub_is_read_through_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from compress.data import DIGITS, Inputs, Split, load_dataset
 from compress.pixels import decode, normalise
+from edge_targets.infer import of_8_bits
 from rescompress.core.errors import DataError
 from rescompress.core.spec import Preprocessing
 
@@ -246,6 +247,17 @@ def test_sixteen_bits_are_not_cut_off(tmp_path: Path) -> None:
     for value in (0, 1000, 21000, 65535):
         Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "deep.png")
         assert np.unique(decode(tmp_path / "deep.png", (3, 8, 8), RAW)).tolist() == [value >> 8]
+    for kind, name in ((np.uint16, "shallow.png"), (np.uint16, "shallow.tif"), (np.int32, "wide.tif")):
+        eight = np.arange(64).reshape(8, 8) * 4
+        Image.fromarray(eight.astype(kind)).save(tmp_path / name)
+        with pytest.raises(DataError, match="none above 252"):  # torchvision shows these values, scaled they are black
+            decode(tmp_path / name, (3, 8, 8), RAW)
+        with Image.open(tmp_path / name) as image, pytest.raises(ValueError, match="none above 252"):
+            of_8_bits(image)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "black.png")
+    assert decode(tmp_path / "black.png", (3, 8, 8), RAW).max() == 0
+    (tmp_path / "dark.pgm").write_bytes(b"P5\n8 8\n65535\n" + bytes([0, 200]) * 64)
+    assert decode(tmp_path / "dark.pgm", (3, 8, 8), RAW).max() == 0
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="no known range"):
         decode(tmp_path / "float.tif", (3, 8, 8), RAW)

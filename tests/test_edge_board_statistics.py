@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_targets.benchmark import summarize
+from edge_targets.benchmark import Conditions, summarize
 from edge_targets.board_statistics import (
     EDGE_S,
     PART_S,
@@ -163,7 +163,7 @@ def test_the_build_that_is_kept_is_in_the_middle(medians):
 
 
 def pooled(samples):
-    return summarize(samples, device="d", runtime="tensorrt", batch=1)
+    return summarize(samples, Conditions(device="d", runtime="tensorrt", batch=1))
 
 
 def test_jitter_is_p99_less_p50_of_the_pool_and_of_each_process():

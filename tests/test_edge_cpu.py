@@ -20,7 +20,7 @@ from edge_targets import benchmark
 from edge_targets.backends import PACKAGE, in_batches
 from edge_targets.backends import onnxruntime as ort
 from edge_targets.backends import openvino as ov
-from edge_targets.benchmark import Candidate, Effort, even, measure_processes, summarize
+from edge_targets.benchmark import Candidate, Conditions, Effort, even, measure_processes, summarize
 from edge_targets.catalog import load_target
 from edge_targets.onnx_kernels import kernels_of
 from rescompress.cli import bench as bench_command
@@ -115,7 +115,7 @@ def test_batches_are_padded_and_cut(n, batch):
 
 @given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=200))
 def test_percentiles_are_those_of_numpy(samples):
-    found = summarize(samples, device="d", runtime="r", batch=2)
+    found = summarize(samples, Conditions(device="d", runtime="r", batch=2))
     for name, q in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99)):
         assert found[name].value == pytest.approx(np.percentile(samples, q), rel=1e-9)
     assert found["p50_ms"].low <= found["p50_ms"].value <= found["p50_ms"].high
@@ -127,7 +127,7 @@ def test_the_interval_of_the_median_holds_it_as_often_as_it_says():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
-        p50 = summarize(list(np.exp(rng.standard_normal(60))), device="d", runtime="r", batch=1)["p50_ms"]
+        p50 = summarize(list(np.exp(rng.standard_normal(60))), Conditions(device="d", runtime="r", batch=1))["p50_ms"]
         inside += p50.low <= 1.0 <= p50.high
     assert inside / 400 >= 0.93
 
@@ -174,7 +174,7 @@ def test_a_slow_process_counts_as_much_as_a_fast_one():
     assert [len(p) for p in levelled] == [30, 30, 30]
     assert levelled[0][0] == 1.0
     assert levelled[0][-1] > 1.28, "spread over the whole time"
-    p50 = summarize([ms for p in levelled for ms in p], device="d", runtime="r", batch=1)["p50_ms"]
+    p50 = summarize([ms for p in levelled for ms in p], Conditions(device="d", runtime="r", batch=1))["p50_ms"]
     assert p50.value == 10.0, "the median process took 10 ms"
 
 

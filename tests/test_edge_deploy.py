@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from edge_targets import infer, ssh
-from edge_targets.benchmark import summarize
+from edge_targets.benchmark import Conditions, summarize
 from edge_targets.board_probe import Probe, probe
 from edge_targets.board_session import Session, Timed
 from edge_targets.board_work import Job
@@ -823,7 +823,7 @@ def test_power_is_that_of_the_time_when_the_gpu_works(tmp_path, lines, power_w, 
     (tmp_path / "log").write_text(log)
     session = session_with(tmp_path, tmp_path, shell="bash")
     about = {"device": "board", "runtime": "tensorrt", "batch": 1}
-    metrics = session.power([str(tmp_path / "log")], summarize([2.0] * 10, **about))
+    metrics = session.power([str(tmp_path / "log")], summarize([2.0] * 10, Conditions(**about)))
     assert (metrics["power_w"].value, metrics["power_w"].n) == (pytest.approx(power_w), n)
     assert metrics["images_per_s_per_w"].value == pytest.approx(500 / power_w)
     assert bool(session.notes) == (power_of == "median of all")

@@ -18,11 +18,12 @@ from compress.checkpoints import load_checkpoint, save_checkpoint
 from edge_targets.catalog import load_target
 from export.to_onnx import ExportOptions
 from rescompress.api import quantize
-from rescompress.cli.deploy import _jobs
 from rescompress.cli.workspace import deliver
 from rescompress.core.quantizers import PROFILES
-from rescompress.core.settings import ExportSettings, QuantizeSettings
+from rescompress.core.settings import DeploySettings, ExportSettings, QuantizeSettings
 from rescompress.runs.plan import profile_for
+from rescompress.runs.stage import Opening
+from rescompress.runs.stages.deploy import jobs_for
 from rescompress.runs.stages.export import export_options
 from rescompress.runs.stages.shared import onnx_of, write_onnx
 from rescompress.runs.stages.target import for_target, profile_notes
@@ -120,7 +121,7 @@ def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
     if profile is not None:
         checkpoint = quantize(checkpoint, images_for(checkpoint.spec), profile=profile)
     save_checkpoint(checkpoint, tmp_path / "model.safetensors")
-    jobs, notes = _jobs(tmp_path / "model.safetensors", None, (1,), None, tmp_path, chosen)
+    jobs, notes = jobs_for(Opening(tmp_path / "model.safetensors"), None, DeploySettings(), chosen, tmp_path)
     int8 = profile is not None and "int8" in chosen.precisions
     assert [job.precision for job in jobs] == ["fp16", *(["int8"] if int8 else [])]
     assert notes == (profile_notes(checkpoint, chosen) if int8 else [])

@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from engines import ptq
 from onnx import numpy_helper
 from photos import crops
 
 from compress import zoo
 from compress.checkpoints.base import Checkpoint
 from compress.prune.recalibrate import recalibrate
-from compress.quantize import fake_quant_model, integer_model, integer_weights, on_grid, ptq
+from compress.quantize import fake_quant_model, integer_model, integer_weights, on_grid
 from compress.resnet import build_model, tensors_of
 from edge_targets.backends import tensorrt_rtx
 from export.integers import in_integers

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engines import prune, ptq
 from trunk_nets import photos, saved, two_scales
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
@@ -20,8 +21,8 @@ from compress.data import load_dataset
 from compress.evaluate import TorchRunner
 from compress.fidelity import fidelity
 from compress.importers.reference import reference
-from compress.prune import Budget, prune
-from compress.quantize import fake_quant_model, ptq
+from compress.prune import Budget
+from compress.quantize import fake_quant_model
 from compress.quantize.ptq import divergence, log_probabilities
 from compress.resnet import build_model
 from compress.train import train

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from engines import ptq
 from graph_zoo import Maker, images, random_checkpoint, random_network
 
 from compress.evaluate import TorchRunner
 from compress.quantize.bias_grid import on_grid
 from compress.quantize.fake_quant import fake_quant_model
 from compress.quantize.integer import integer_model
-from compress.quantize.ptq import ptq
 from export.integers import in_integers
 from export.lint import TargetFacts, lint
 from export.parity import OrtRunner, compare_outputs

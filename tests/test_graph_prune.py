@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import prune
 from graph_zoo import SAME, Maker, images, random_checkpoint, random_network
 
-from compress.prune import Budget, apply, prune
+from compress.prune import Budget, apply
 from compress.prune.engine import method_names
 from compress.prune.groups import Sizes, droppable, prunable, stages
 from compress.prune.method import Context

@@ -15,6 +15,7 @@ from importer_nets import NETS, Dependent, made
 from torch import Tensor, nn
 
 import rescompress as rc
+from compress.data import normalise
 from compress.importers import module as module_
 from compress.importers.proof import difference
 from compress.importers.trace import Refused, Trace
@@ -334,3 +335,77 @@ def test_the_command_line_takes_code(beside: Path, rescompress: Callable[..., su
 def test_steps_know_their_limits() -> None:
     with pytest.raises(Refused):
         Trace((4096, 4096, 4096)).input().move(lambda p: p)
+
+
+class Scaling(nn.Module):
+    """A network that prepares its images itself."""
+
+    def __init__(self, factor: list[float], shift: list[float], flipped: bool = False, learnt: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.flipped = flipped
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        for name, value in (("factor", factor), ("shift", shift)):
+            tensor = torch.tensor(value).view(1, 3, 1, 1)
+            if learnt:
+                setattr(self, name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.flip(1) if self.flipped else x) * self.factor + self.shift
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OF_UNITS = ([1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)])
+
+
+@pytest.mark.parametrize("way", ["module", "onnx"])
+@pytest.mark.parametrize(
+    ("scaling", "unit"),
+    [
+        (Scaling(*OF_UNITS), 1 / 255),
+        (Scaling([2.0] * 3, [-1.0] * 3), 1 / 255),
+        (Scaling([1 / 0.3081] * 3, [-0.1307 / 0.3081] * 3), 1 / 255),
+        (Scaling([1 / 255] * 3, [0.0] * 3), 1.0),
+        (Scaling([1 / 127.5] * 3, [-1.0] * 3), 1.0),
+        (Scaling([f / 255 for f in OF_UNITS[0]], OF_UNITS[1], flipped=True), 1.0),
+        (Scaling([1.0] * 3, [-103.939, -116.779, -123.68], flipped=True), 1.0),
+        (Scaling([1.0] * 3, [-0.5] * 3), None),
+        (Scaling([0.3] * 3, [-0.5] * 3), None),
+    ],
+)
+def test_a_network_that_scales_its_images_itself_is_not_given_scaled_ones(
+    scaling: Scaling, unit: float | None, way: str, tmp_path: Path
+) -> None:
+    """What it gets of pixels is what it gets of its author; where that is open, it is said."""
+    if way == "module":
+        checkpoint = rc.from_module(scaling, torch.zeros(1, 3, 16, 16))
+    else:
+        torch.onnx.export(scaling.eval(), torch.zeros(1, 3, 16, 16), str(tmp_path / "n.onnx"), dynamo=False, opset_version=17)
+        checkpoint = rc.load(tmp_path / "n.onnx")
+    p = checkpoint.network.preprocessing
+    told = " ".join(map(str, checkpoint.provenance["warnings"]))  # type: ignore[call-overload]
+    assert "scales its images itself" in told
+    assert p.assumed
+    if unit is None:
+        assert "state --preprocess" in told
+        return
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = scaling(pixels * unit)
+        found = build_model(checkpoint.network, checkpoint.state_dict)(normalise(pixels, p))
+    assert difference(found, wanted) < 1e-4
+
+
+def test_what_is_stated_or_learnt_is_not_guessed() -> None:
+    stated = rc.from_module(Scaling(*OF_UNITS), torch.zeros(1, 3, 16, 16), preprocess="half")
+    assert stated.network.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert "itself" not in str(stated.provenance["warnings"])
+    plain = rc.from_module(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)), torch.zeros(1, 3, 8, 8))
+    assert plain.network.preprocessing.name == "imagenet"
+    assert "itself" not in str(plain.provenance["warnings"])
+    learnt = rc.from_module(Scaling([1.1, 0.9, 1.0], [0.05, -0.02, 0.0], learnt=True), torch.zeros(1, 3, 16, 16))
+    assert learnt.network.preprocessing.name == "imagenet"
+    assert "state --preprocess" in str(learnt.provenance["warnings"])

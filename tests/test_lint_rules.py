@@ -656,7 +656,7 @@ def test_a_vector_of_equal_scales_is_made_a_scalar() -> None:
 
 
 def test_every_rule_has_its_pair_of_files() -> None:
-    assert sorted(TRAPS) == rule_names()
+    assert sorted(TRAPS) == rule_names(), "each rule has a trap here, and each trap a rule"
 
 
 @pytest.mark.parametrize("rule", TRAPS)
@@ -748,7 +748,7 @@ def test_a_repair_mends_the_finding_and_is_proven(rule: str) -> None:
 
 def test_every_pass_mends_something_here() -> None:
     rules = {rule for name in plugins.names("export.passes") for rule in plugins.load("export.passes", name).RULES}
-    assert rules == REPAIRED
+    assert rules == REPAIRED, "what the passes mend stands in REPAIRED"
 
 
 def test_a_repair_that_changes_the_network_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

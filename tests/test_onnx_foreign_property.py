@@ -13,12 +13,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from export_zoo import PIXELS, basic, spec_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import ENCODINGS, Net, Writer, nets
 
+from compress.checkpoints import load_checkpoint
+from compress.importers.proof import difference
 from compress.resnet import build_model, tensors_of
 from edge_targets.onnx_kernels import kernels_of
 from export.load import load_onnx
@@ -285,3 +288,156 @@ def test_counts_of_many_files_are_torchs_or_refused(net, encoding, sprinkle, shu
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_encoding_is_counted_or_refused(encoding, rows):
     check_counts(PLAIN, encoding, [], False, rows)
+
+
+class Chain:
+    """Operators one behind the other on maps of eight channels."""
+
+    def __init__(self, side: int, seed: int, opset: int) -> None:
+        self.draw, self.side, self.opset = np.random.default_rng(seed), side, opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.stored: list[onnx.TensorProto] = []
+        self.x = "image"
+
+    def constant(self, value: Any) -> str:
+        self.stored.append(numpy_helper.from_array(np.asarray(value), f"c{len(self.stored)}"))
+        return str(self.stored[-1].name)
+
+    def weight(self, *shape: int) -> str:
+        return self.constant((self.draw.normal(size=shape) * 0.3).astype(np.float32))
+
+    def add(self, op: str, *constants: Any, **attributes: Any) -> None:
+        """Put an operator behind the last; constants are values, or names of tensors."""
+        names = [c if isinstance(c, str) else self.constant(np.asarray(c)) for c in constants]
+        self.nodes.append(helper.make_node(op, [self.x, *names], [f"x{len(self.nodes)}"], f"n{len(self.nodes)}", **attributes))
+        self.x = self.nodes[-1].output[0]
+
+    def conv(self, before: int, after: int, **attributes: Any) -> None:
+        self.add("Conv", self.weight(after, before, 3, 3), self.weight(after), pads=[1] * 4, **attributes)
+
+    def norm(self) -> None:
+        positive = [self.constant(self.draw.uniform(0.5, 2, 8).astype(np.float32)) for _ in range(2)]
+        middle = [self.weight(8), self.weight(8)]
+        self.add("BatchNormalization", positive[0], *middle, positive[1], epsilon=0.01)
+
+    def write(self, path: Path) -> None:
+        self.add("GlobalAveragePool")
+        self.add("Flatten")
+        self.add("Gemm", self.weight(SCORES, 8), self.weight(SCORES), transB=1)
+        graph = helper.make_graph(
+            self.nodes,
+            "g",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, self.side, self.side])],
+            [helper.make_tensor_value_info(self.x, TensorProto.FLOAT, None)],
+            self.stored,
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8), path)
+
+
+def one(op: str, *constants: Any, **attributes: Any) -> Callable[[Chain], None]:
+    return lambda chain: chain.add(op, *constants, **attributes)
+
+
+F = np.float32
+READ = {
+    "conv": lambda c: c.conv(8, 8),
+    "groups": lambda c: c.add("Conv", c.weight(8, 4, 3, 3), group=2, pads=[1, 0, 1, 2], dilations=[1, 1]),
+    "dilated": lambda c: c.add("Conv", c.weight(8, 8, 3, 3), dilations=[2, 2], pads=[2] * 4),
+    "same": lambda c: c.add("Conv", c.weight(8, 8, 4, 4), auto_pad="SAME_UPPER"),
+    "same, lower": lambda c: c.add("Conv", c.weight(8, 8, 4, 4), auto_pad="SAME_LOWER"),
+    "norm": lambda c: c.norm(),
+    "relu": one("Relu"),
+    "leaky": one("LeakyRelu", alpha=0.3),
+    "prelu": lambda c: c.add("PRelu", c.weight(8, 1, 1)),
+    "elu": one("Elu", alpha=0.5),
+    "sigmoid": one("Sigmoid"),
+    "tanh": one("Tanh"),
+    "hard swish": one("HardSwish"),
+    "hard sigmoid": one("HardSigmoid", alpha=0.1, beta=0.4),
+    "clip": one("Clip", F(-0.4), F(0.7)),
+    "clip far out": one("Clip", F(-3.5), F(3.0)),
+    "times": one("Mul", F(0.7)),
+    "plus": one("Add", F(0.3)),
+    "per channel": lambda c: c.add("Add", c.weight(8, 1, 1)),
+    "average": one("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1]),
+    "average of padding, too": one("AveragePool", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
+    "maximum": one("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 0, 0]),
+    "maximum, rounded up": one("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
+    "zeros around": lambda c: (c.add("Pad", np.array([0, 0, 1, 0, 0, 0, 2, 1])), c.conv(8, 8)),
+    "dropout": one("Dropout"),
+    "identity": one("Identity"),
+    "cast": one("Cast", to=TensorProto.FLOAT),
+    "turned": one("Transpose", perm=[0, 1, 3, 2]),
+}
+OTHERS = {
+    "selu": one("Selu"),
+    "softplus": one("Softplus"),
+    "absolute": one("Abs"),
+    "negative": one("Neg"),
+    "exponential": one("Exp"),
+    "thresholded": one("ThresholdedRelu", alpha=0.2),
+    "soft sign": one("Softsign"),
+    "floor": one("Floor"),
+    "shrunk": one("Shrink", lambd=0.2, bias=0.1),
+    "normalised": lambda c: c.add("InstanceNormalization", c.weight(8), c.weight(8)),
+    "local": one("LRN", size=3),
+    "unit": one("LpNormalization", axis=1),
+    "average of squares": one("LpPool", kernel_shape=[3, 3], pads=[1] * 4),
+    "zeros that are averaged": one("Pad", np.array([0, 0, 1, 0, 0, 0, 2, 1])),
+    "ones around": one("Pad", np.array([0, 0, 1, 1, 0, 0, 1, 1]), F(1.0)),
+    "mirrored": one("Pad", np.array([0, 0, 1, 1, 0, 0, 1, 1]), mode="reflect"),
+    "edges": one("Pad", np.array([0, 0, 1, 1, 0, 0, 1, 1]), mode="edge"),
+    "cut": one("Slice", np.array([1]), np.array([4]), np.array([2])),
+    "prelu of pixels": lambda c: c.add("PRelu", c.weight(1, c.side, c.side)),
+    "plus pixels": lambda c: c.add("Add", c.weight(c.side, c.side)),
+    "power": one("Pow", F(2.0)),
+    "running sum": one("CumSum", np.int64(2)),
+    "softmax": one("Softmax", axis=1),
+    "softmax of columns": one("Softmax", axis=-1),
+    "norm in training": lambda c: (c.norm(), c.nodes[-1].attribute.append(helper.make_attribute("training_mode", 1))),
+    "larger": one("Resize", "", F([1, 1, 2, 2]), mode="nearest"),
+    "rounded": one("Round"),
+}
+
+
+def reads_what_it_computes(steps: list[str], side: int, seed: int, opset: int) -> None:
+    """A network that is read computes onnxruntime's numbers on real images; what is refused, is so by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        chain = Chain(side, seed, opset)
+        chain.conv(3, 8)
+        for step in steps:
+            (READ | OTHERS)[step](chain)
+        chain.write(path)
+        try:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception:  # onnxruntime has no such network
+            return
+        checkpoint, error = attempt(lambda: load_checkpoint(path, preprocess="raw"))
+        if error is not None:
+            assert not set(steps) <= set(READ), f"{steps}: {error}"
+            assert error.exit_code == 5
+            assert error.remedy
+            return
+        pixels = np.random.default_rng(seed).integers(0, 256, (2, 3, side, side)).astype(np.float32)
+        wanted = np.concatenate([session.run(None, {"image": image[None]})[0] for image in pixels])
+        with torch.no_grad():
+            (found,) = build_model(checkpoint.network, checkpoint.state_dict).outputs(torch.from_numpy(pixels))
+        assert difference(found, torch.from_numpy(wanted)) < 1e-4, steps
+
+
+@pytest.mark.parametrize("step", [*READ, *OTHERS])
+def test_every_operator_is_read_as_what_it_computes_or_refused(step):
+    reads_what_it_computes([step], 8, 0, 17)
+
+
+@pytest.mark.slow
+@given(
+    steps=st.lists(st.sampled_from([*READ, *READ, *OTHERS]), min_size=1, max_size=5),
+    side=st.integers(6, 9),
+    seed=st.integers(0, 2**16),
+    opset=st.sampled_from([13, 15, 17]),
+)
+@settings(max_examples=300, deadline=None)
+def test_many_foreign_networks_compute_what_onnxruntime_does_or_are_refused(steps, side, seed, opset):
+    reads_what_it_computes(steps, side, seed, opset)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import ptq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.checkpoints.path import states_int8
-from compress.quantize import ptq
 from edge_targets.catalog import load_target, target_names
 from export.to_onnx import ExportOptions
 from rescompress.core.errors import BadInput, TargetError

@@ -9,10 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from engines import prune
 from test_prune_core import random_checkpoint
 
 from compress.checkpoints.base import Checkpoint
-from compress.prune import Budget, Scope, prune
+from compress.prune import Budget, Scope
 from compress.resnet import build_model
 from compress.zoo import spec as spec_of
 from rescompress.core.recipe import network_of

@@ -5,24 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from engines import prune, prune_by_plan
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compress.checkpoints.base import Checkpoint
-from compress.prune import (
-    Budget,
-    PruningPlan,
-    apply,
-    choose,
-    find_groups,
-    measure,
-    method_names,
-    prunable,
-    prune,
-    prune_by_plan,
-    pruned_network,
-)
+from compress.prune import Budget, PruningPlan, apply, choose, find_groups, measure, method_names, prunable, pruned_network
 from compress.prune.allocate import Allocator, _knapsack, allowed_widths, nearest_width
 from compress.prune.apply import channels_kept
 from compress.prune.cost import MACS, PARAMS
@@ -414,7 +403,7 @@ def test_blocks_and_stem_change_in_one_step_and_no_stage_is_left_empty():
     spec = cifar_spec(widths=(8,))
     thin = {b.name: b.model_copy(update={"widths": (8, 6)}) for b in spec.blocks}
     stem = Stem(convs=(StemConv(width=6, kernel=3, stride=1),), max_pool=False)
-    assert spec.replace_blocks(thin, stem=stem).feature_width == 6
+    assert spec.replace_blocks(thin, stem=stem).blocks[-1].widths[-1] == 6
     with pytest.raises(ValidationError):
         spec.replace_blocks(thin)
     several = cifar_spec()
@@ -561,12 +550,12 @@ def test_batch_norm_is_measured_again_where_asked():
         result = prune(checkpoint, method="magnitude", budget=budget, align=1, calibration_x=x, **options)
         return torch.cat([v for k, v in result.checkpoint.state_dict.items() if k.endswith("running_mean")])
 
-    assert torch.equal(means(), means(bn_recalibration=True))
-    assert not torch.equal(means(), means(bn_recalibration=False))
+    assert torch.equal(means(), means(recalibrate=True))
+    assert not torch.equal(means(), means(recalibrate=False))
     plain = prune(checkpoint, method="magnitude", budget=budget, align=1)
     assert all(torch.equal(v, apply(checkpoint, plain.plan).state_dict[k]) for k, v in plain.checkpoint.state_dict.items())
     with pytest.raises(BadInput, match="without images"):
-        prune(checkpoint, method="magnitude", budget=budget, align=1, bn_recalibration=True)
+        prune(checkpoint, method="magnitude", budget=budget, align=1, recalibrate=True)
 
 
 def test_without_repair_the_chosen_channels_are_cut_and_nothing_is_refitted():

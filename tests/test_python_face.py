@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from report_factory import write_run
 from rich.console import Console
 
@@ -23,6 +27,7 @@ from compress.data import Dataset
 from compress.quantize import fake_quant_model, on_grid
 from rescompress.core.errors import BadInput, RescompressError
 from rescompress.core.settings import TrainSettings
+from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +135,118 @@ def test_val_is_read_by_evaluation_alone(dense: Checkpoint, data: Dataset, monke
     rescompress.quantize(tuned, bait)
 
 
+SHOWN = (
+    {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": None},
+    {"mean": (0.5,) * 3, "std": (0.25, 0.5, 0.5), "resize": None},
+    {"mean": (120.0,) * 3, "std": (60.0,) * 3, "scale": 1.0, "resize": None},
+    {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": None, "channel_order": "bgr"},
+    {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": 12},
+    {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": None, "interpolation": "nearest"},
+)
+NAMES = (("ant", "bee", "cow"), ("cow", "ant", "bee"), ("Ant", "Bee", "Cow"), ("ant", "bee", "dog"), None)
+
+
+def small(shown: int, names: int, side: int, seed: int) -> Checkpoint:
+    """Return a network of three classes of its own."""
+    spec = ModelSpec(
+        input_shape=(3, side, side),
+        stem=Stem(convs=(StemConv(width=8, kernel=3, stride=1),), max_pool=False),
+        stages=((Block(name="layer1.0", kind="basic", widths=(8, 8)),),),
+        head=Head(num_classes=3),
+        preprocessing=Preprocessing(**SHOWN[shown], assumed=False),  # type: ignore[arg-type]
+        labels=NAMES[names],
+    )
+    torch.manual_seed(seed)
+    model = rescompress.build_model(spec)
+    return Checkpoint(spec, {name: value for name, value in model.state_dict().items() if "num_batches" not in name})
+
+
+def attempt(what: Callable[[], Any]) -> tuple[Any, BadInput | None]:
+    """Return what a call returns, or its refusal."""
+    try:
+        return what(), None
+    except BadInput as e:
+        return None, e
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    first=st.tuples(*[st.integers(0, 5), st.integers(0, 4), st.sampled_from([8, 8, 8, 10])]),
+    second=st.tuples(*[st.integers(0, 5), st.integers(0, 4), st.sampled_from([8, 8, 8, 10])]),
+    same=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_images_read_for_another_network_mean_the_same_to_it_or_are_refused(
+    first: Any, second: Any, same: bool, seed: int
+) -> None:
+    """What a network answers on images that were read for another is what torch makes of its own, or an error."""
+    a, b = small(*first, seed), small(*(first if same else second), seed + 1)
+    draw = np.random.default_rng(seed)
+    pictures = [Image.fromarray(draw.integers(0, 256, (14, 11, 3), dtype=np.uint8)) for _ in range(12)]
+    names = [("ant", "bee", "cow")[i % 3] for i in range(12)]
+    try:
+        data = rescompress.load_dataset({"val": list(zip(pictures, names, strict=True))}, a)
+    except RescompressError:
+        assert "dog" in (a.spec.labels or ())
+        return
+    wide = dataclasses.replace(data.train, preprocessing=data.train.preprocessing)
+    calls: list[Callable[[], object]] = [
+        lambda: rescompress.compare(a, b, data=data),
+        lambda: rescompress.finetune(b, wide, settings=TrainSettings(device="cpu", epochs=0.1)),
+        lambda: rescompress.quantize(b, wide, calibration="mse"),
+    ]
+    found, error = attempt(lambda: rescompress.evaluate(b, data))
+    if error is not None:
+        what = [(n.spec.input_shape, n.spec.preprocessing, n.spec.labels) for n in (a, b)]
+        assert what[0] != what[1]
+        refused = 2 if "classes" in str(error) else 3  # calibration reads no labels
+        for call in calls[:refused]:
+            with pytest.raises(BadInput, match=r"load_dataset\(source, network\)"):
+                call()
+        return
+    model = rescompress.build_model(b)
+    order = tuple(name.lower() for name in b.spec.labels or a.spec.labels or sorted(set(names)))
+    own = rescompress.load_dataset({"val": list(zip(pictures, names, strict=True))}, b.spec.replace(labels=order)).val
+    with torch.inference_mode():
+        right = [int(model(x).argmax(1)) == int(y) for x, y in own.batches(1)]
+    assert found.top1 == sum(right) / len(right)
+
+
+def test_a_file_is_evaluated_on_images_that_were_read_for_it_alone(dense: Checkpoint, data: Dataset, tmp_path: Path) -> None:
+    other = dense.spec.replace(
+        preprocessing=dense.spec.preprocessing.model_copy(update={"mean": (0.25,) * 3, "std": (0.5,) * 3})
+    )
+    file = rescompress.export_onnx(dataclasses.replace(dense, spec=other), tmp_path / "net.onnx")
+    with pytest.raises(BadInput, match="mean"):
+        rescompress.evaluate(file, data)
+
+
+def test_a_teacher_of_another_order_teaches_by_name() -> None:
+    student, teacher = small(0, 0, 8, 1), small(0, 0, 8, 2)
+    order = [2, 0, 1]
+    moved = {k: v[order] if k.startswith("fc.") else v for k, v in teacher.state_dict.items()}
+    other = Checkpoint(teacher.spec.replace(labels=NAMES[1]), moved)
+    pictures = [Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(12)]
+    data = rescompress.load_dataset({"val": [(x, i % 3) for i, x in enumerate(pictures)]}, student.spec.replace(labels=None))
+    how = TrainSettings(epochs=2, batch_size=3, device="cpu")
+    wanted = rescompress.finetune(student, data, teacher=teacher, settings=how)
+    with pytest.warns(UserWarning, match="another order"):
+        found = rescompress.finetune(student, data, teacher=other, settings=how)
+    assert all(torch.equal(found.state_dict[k], v) for k, v in wanted.state_dict.items())
+
+
+def test_a_config_says_whether_damaged_images_are_left_out(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for i in range(10):
+            (tmp_path / "d" / split / str(i)).mkdir(parents=True)
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "d" / split / str(i) / "a.png")
+    (tmp_path / "d" / "val" / "3" / "b.png").write_bytes(b"no image")
+    text = f"checkpoint: {ROOT}/examples/resnet20_digits.safetensors\ndata: d\ntargets: []\n"
+    (tmp_path / "c.yaml").write_text(text + "skip_corrupt: true\n")
+    manifest = rescompress.run(tmp_path / "c.yaml", tmp_path / "out")
+    assert manifest.stages[0].metrics["top1"].n == 10
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -174,3 +291,15 @@ def test_equal_checkpoints_are_equal_files_in_every_process(tmp_path: Path) -> N
         subprocess.run(args, env=environment, check=True, timeout=120)
     files = [(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)]
     assert files[0] == files[1] == files[2]
+
+
+def test_a_module_or_a_path_in_place_of_a_checkpoint_is_told_what_makes_one(dense: Checkpoint, data: Dataset) -> None:
+    module: Any = torch.nn.Linear(3, 2)
+    path: Any = "net.pt"
+    for call in (lambda x: rescompress.prune(x, macs=0.5, images=data), lambda x: rescompress.finetune(dense, data, teacher=x)):
+        with pytest.raises(BadInput, match="of class Linear, no checkpoint") as caught:
+            call(module)
+        assert "rc.from_module" in str(caught.value.remedy)
+        with pytest.raises(BadInput, match=r"net\.pt'?, no checkpoint") as caught:
+            call(path)
+        assert "rc.load" in str(caught.value.remedy)

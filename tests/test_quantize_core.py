@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import ptq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
-from compress.quantize import best_of, calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat, ptq
+import rescompress
+from compress.quantize import best_of, calibrate, fake_quant_model, finish_qat, integer_weights, integers, prepare_qat
 from compress.quantize.bias_correction import carriers
 from compress.quantize.fake_quant import weight_scale
 from compress.quantize.ptq import divergence, log_probabilities
@@ -365,10 +367,10 @@ def test_auto_holds_images_out_where_none_are_given():
     assert best.provenance["calibration"]["chosen"]["divergence"] > 0
     with pytest.raises(DataError, match="too few to choose"):
         ptq(checkpoint, [batches[0][:4]], calibration="auto")
-    with pytest.raises(ConfigError, match="known: auto, nncf"):
-        ptq(checkpoint, batches, calibration="entropy")
-    with pytest.raises(ConfigError, match="percentile"):
-        ptq(checkpoint, batches, calibration="percentile", percentile=3.0)
+    with pytest.raises(ConfigError, match="'auto', 'nncf'"):
+        rescompress.quantize(checkpoint, batches, calibration="entropy")
+    with pytest.raises(ConfigError, match="percentile: Input should be greater than 50"):
+        rescompress.quantize(checkpoint, batches, calibration="percentile", percentile=3.0)
 
 
 @settings(deadline=None, max_examples=30)

@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from engines import ptq
 from quantize_zoo import SPECS, checkpoint_of, images_for
 from test_quantize_core import numpy_network
 
-from compress.quantize import fake_quant_model, integer_model, on_grid, ptq
+from compress.quantize import fake_quant_model, integer_model, on_grid
 from compress.quantize.integer import IntegerLayer
 from compress.resnet import tensors_of
 from export.integers import in_integers

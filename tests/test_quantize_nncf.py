@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import ptq
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
-from compress.quantize import calibrate, ptq
+from compress.quantize import calibrate
 from compress.quantize.fake_quant import attach, weight_scale
 from compress.resnet import build_model
 from rescompress.core.layers import walk

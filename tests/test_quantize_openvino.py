@@ -8,10 +8,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from engines import ptq
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
 from compress.checkpoints.base import Checkpoint
-from compress.quantize import integer_model, on_grid, ptq
+from compress.quantize import integer_model, on_grid
 from edge_targets.backends import openvino
 from edge_targets.benchmark import Candidate, Effort, measure_processes, options_note
 from export.parity import Parity, compare_logits

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import ptq
 from quantize_zoo import SPECS, checkpoint_of, images_for
 
-from compress.quantize import fake_quant_model, ptq
+from compress.quantize import fake_quant_model
 from compress.quantize.ptq import divergence, log_probabilities
 from compress.quantize.sensitivity import mixed_precision, restrict, sensitivities
 from compress.resnet import build_model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import prune, ptq
 from PIL import Image
 from pydantic import ValidationError
 from quantize_zoo import SPECS, checkpoint_of, images_for
@@ -16,8 +17,8 @@ from compress import zoo
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.data import load_dataset
 from compress.evaluate import TorchRunner, evaluate
-from compress.prune import Budget, prune
-from compress.quantize import integer_model, mixed_precision, on_grid, ptq
+from compress.prune import Budget
+from compress.quantize import integer_model, mixed_precision, on_grid
 from compress.resnet import build_model
 from edge_targets.catalog import load_target
 from edge_targets.latency import cost_function

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engines import prune
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
-from compress.prune import Budget, PruningPlan, apply, prune
+from compress.prune import Budget, PruningPlan, apply
 from rescompress.core.stored import stored_network
 from rescompress.show.report import before_after
 from rescompress.show.report.before_after import side_by_side

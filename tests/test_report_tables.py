@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -33,6 +34,8 @@ from rescompress.show.figures.tables import (
     to_rich,
 )
 from rescompress.show.report.history import trends
+
+ROOT = Path(__file__).parents[1]
 
 
 def cli(*args: str) -> subprocess.CompletedProcess[str]:
@@ -296,6 +299,15 @@ def test_runs_side_by_side_fit_every_terminal(tmp_path: Path, width: int) -> Non
 
 def test_columns_have_unique_metrics() -> None:
     assert len({c.metric for c in COLUMNS}) == len(COLUMNS)
+
+
+def test_every_column_shows_what_something_records() -> None:
+    """A column of a misspelt metric would be empty in every table, and nobody would know."""
+    written: set[object] = set()
+    for folder in ("compress", "edge_targets", "rescompress/runs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            written |= {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert [c.metric for c in COLUMNS if c.metric not in written] == []
 
 
 def test_cli_compares_two_runs(tmp_path: Path) -> None:

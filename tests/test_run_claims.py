@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -223,6 +224,20 @@ def test_a_folder_that_is_a_link_and_an_intact_file_that_is_one_are_fine(tmp_pat
     (tmp_path / "real" / "one.safetensors").rename(tmp_path / "store")
     (tmp_path / "real" / "one.safetensors").symlink_to(tmp_path / "store")
     assert go(tmp_path / "out", writer("one")) == ()
+
+
+@pytest.mark.parametrize("where", ["../kept", "{folder}/kept"])
+def test_a_record_that_names_a_file_elsewhere_is_not_believed(tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    assert go(out, writer("one")) == ("one",)
+    (tmp_path / "kept").write_bytes((out / "one.safetensors").read_bytes())
+    for file in (out / ".stages" / "one.json", out / "manifest.json"):
+        document = json.loads(file.read_text())
+        for stage in document.get("stages", [document]):
+            stage["outputs"][0]["path"] = where.format(folder=tmp_path)
+        file.write_text(json.dumps(document))
+    assert go(out, writer("one")) == ("one",)
+    assert [a.path for a in load_manifest(out).stages[0].outputs] == ["one.safetensors"]
 
 
 # A10: other people's files -----------------------------------------------------------------------------------------------
@@ -524,6 +539,24 @@ def test_a_lock_of_another_user_is_taken_for_reading(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "open", read_only)
     assert go(tmp_path, writer("one"), writer("two")) == ("two",)
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_folder_that_is_removed_while_it_runs_is_made_again_by_the_next_call(tmp_path: Path, another: bool) -> None:
+    """What the stage writes into a folder that is made anew is nobody's, unless another run took the name meanwhile."""
+    out = tmp_path / "out"
+
+    def remove(context: Context) -> Outcome:
+        shutil.rmtree(out)
+        if another:
+            go(out, writer("one"))
+        return writer("one").run(context)
+
+    stage = Made("one", {}, (), remove)
+    with pytest.raises(EnvironmentFailed, match="call the command again"):
+        go(out, stage)
+    assert out.exists() == another
+    assert go(out, writer("one")) == (() if another else ("one",))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -77,6 +77,30 @@ def test_work_is_shared_and_the_evaluation_split_is_read_once_at_the_end(
     assert compress.evaluate
 
 
+def test_a_network_that_the_rung_before_had_is_not_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rescompress.core.artifact import Artifact
+    from rescompress.core.manifest import StageResult
+    from rescompress.core.outcomes import Outcomes
+    from rescompress.search import forecast
+
+    _, pipeline = begin(tmp_path / "s", 1)
+    calls = []
+
+    def evaluated(path: Path, *rest: Any) -> tuple[Outcomes, float]:
+        calls.append(path.read_text())
+        return Outcomes.pack([True] * len(calls), "held"), 0.5
+
+    monkeypatch.setattr(forecast, "evaluate_file", evaluated)
+    found = []
+    for text in ("one", "one", "two"):
+        (tmp_path / "net").write_text(text)
+        artifact = Artifact.of("checkpoint", tmp_path / "net", tmp_path)
+        stage = StageResult(stage="finetune", status="done", outputs=(artifact,))
+        found.append(pipeline._on_held_out(stage, tmp_path)[0].n)
+    assert calls == ["one", "two"]
+    assert found == [1, 1, 2]
+
+
 @pytest.mark.slow
 def test_shared_curves_change_no_bit(tmp_path: Path) -> None:
     from rescompress.runs.pipeline import run_stages

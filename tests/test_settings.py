@@ -183,6 +183,13 @@ def test_an_impossible_value_names_its_option() -> None:
         assert caught.value.where == where
 
 
+def test_a_value_of_several_kinds_is_refused_with_all_of_them() -> None:
+    for align in ("0", "foo"):
+        with pytest.raises(BadInput) as caught:
+            settings_from(PruneSettings, Options(), {"align": align})
+        assert caught.value.what == f"takes auto or a whole number at least 1 and at most 65,536 (given: '{align}')"
+
+
 SECTIONS = [(s, m) for s, m in (("prune", PruneSettings), ("finetune", TrainSettings), ("quantize", QuantizeSettings))]
 
 

@@ -23,7 +23,7 @@ from compress import checkpoints, data, quantize, train
 from compress import prune as pruning
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
-from compress.prune import Budget, PruningPlan, load_plan
+from compress.prune import PruningPlan, load_plan
 from compress.prune import sparsity as sparse
 from compress.quantize.sensitivity import MixedPrecision
 from edge_targets import benchmark, latency
@@ -91,15 +91,15 @@ class Bench:
         stages = [s for s in run_plan(loaded, Settings(**given)) if s.name.startswith(chosen)]
         return run_stages(stages, self.folder / "out", {}, reporter=Silent()).manifest
 
-    def _prune(self, checkpoint: Checkpoint, **_: Any) -> Any:
-        return self.real_prune(checkpoint, method="magnitude", budget=Budget(kind="ratio", value=0.25), align=1)
+    def _prune(self, checkpoint: Checkpoint, settings: PruneSettings, **_: Any) -> Any:
+        return self.real_prune(checkpoint, QUARTER)
 
     def _ptq(
-        self, checkpoint: Checkpoint, batches: Any, *, profile: Any = "tensorrt", keep_float: Any = frozenset(), **_: Any
+        self, checkpoint: Checkpoint, batches: Any, settings: QuantizeSettings, *, profile: Any, keep_float: Any, **_: Any
     ) -> Checkpoint:
         few = list(batches)[:1]
-        options = {"profile": profile, "keep_float": keep_float, "calibration": "max", "bias_correction": False}
-        return self.real_ptq(checkpoint, few, **options)
+        quick = QuantizeSettings(calibration="max", bias_correction=False)
+        return self.real_ptq(checkpoint, few, quick, profile=profile, keep_float=keep_float)
 
     def _train(self, model: Any, split: Any, settings: Any, **_: Any) -> Any:
         split.pixels(np.arange(2))
@@ -109,11 +109,12 @@ class Bench:
         return _REAL_LOAD(source, spec, seed=more.get("seed", 0))
 
     def _measure(self, candidates: Any, **_: Any) -> Any:
-        metrics = benchmark.summarize([1.0] * 20, device="cpu", runtime="onnxruntime", batch=1)
+        metrics = benchmark.summarize([1.0] * 20, benchmark.Conditions(device="cpu", runtime="onnxruntime", batch=1))
         return [benchmark.Measured(metrics, (1.0, 1.0)) for _ in candidates]
 
 
 _REAL_PRUNE, _REAL_PTQ, _REAL_LOAD = pruning.prune, quantize.ptq, data.load_dataset
+QUARTER = PruneSettings(method="magnitude", ratio=0.25, align=1)
 
 
 @pytest.fixture
@@ -166,33 +167,21 @@ QAT: dict[str, Any] = {"mode": "qat"}
 JETSON: dict[str, Any] = {"targets": ["jetson"]}
 
 PRUNE: dict[str, list[Row]] = {
-    "method": [Row({"method": "fpgm"}, "prune", of("method"), "fpgm")],
-    "ratio": [Row({"ratio": 0.3}, "prune", of("budget"), Budget(kind="ratio", value=0.3))],
-    "macs": [Row({"macs": 0.7}, "prune", of("budget"), Budget(kind="macs", value=0.7))],
-    "params": [Row({"params": 0.6}, "prune", of("budget"), Budget(kind="params", value=0.6))],
     "latency": [
-        Row({"latency": 0.8}, "prune", of("budget"), Budget(kind="latency", value=0.8), JETSON),
         Row({"latency": 0.8}, "prune", lambda spy: spy["cost"] is not None, True, JETSON),
         Row({"latency": 0.8}, "cost_function", lambda spy: spy["device"].name, "jetson-orin-nano-8gb-super", JETSON),
         Row({"macs": 0.8}, "prune", of("cost"), None, JETSON),
     ],
-    "scope": [Row({"scope": "all"}, "prune", of("scope"), "all")],
     "align": [
-        Row({"align": 4}, "prune", lambda spy: (spy["align"], spy["strict_align"]), (4, True)),
-        Row({"align": "auto"}, "prune", lambda spy: (spy["align"], spy["strict_align"]), (8, False)),
+        Row({"align": "auto"}, "prune", of("multiple"), 8),
+        Row({"align": 4}, "prune", lambda spy: spy["settings"].align, 4),
     ],
     "calib": [Row({"calib": 7}, "prune", lambda spy: len(spy["calibration_x"]), 7)],
-    "drop_blocks": [
-        Row({"drop_blocks": True}, "prune", of("drop_blocks"), True),
-        Row({}, "prune", of("drop_blocks"), False),
-        Row({"latency": 0.9}, "prune", of("drop_blocks"), True, JETSON),
-        Row({"latency": 0.9, "drop_blocks": False}, "prune", of("drop_blocks"), False, JETSON),
-    ],
     "iterations": [
         Row(
             {"iterations": 2, "macs": 0.25},
             "prune",
-            lambda spy: [call["budget"].value for call in spy.calls],
+            lambda spy: [call["settings"].macs for call in spy.calls],
             [0.5, 0.25],
             {"finetune": {}},
         ),
@@ -211,11 +200,6 @@ PRUNE: dict[str, list[Row]] = {
             {"finetune": {"epochs": 3.0}},
         ),
     ],
-    "recalibrate": [
-        Row({"recalibrate": True}, "prune", of("bn_recalibration"), True),
-        Row({"recalibrate": False}, "prune", of("bn_recalibration"), False),
-    ],
-    "repair": [Row({"repair": False}, "prune", of("repair"), False)],
     "sparsity": [
         Row({"sparsity": "2:4", "calib": 9}, "sparsify", lambda spy: len(spy["context"].calibration_NCHW), 9),
         Row({"sparsity": "2:4"}, "sparsify", lambda spy: spy["context"].seed, SEED),
@@ -225,56 +209,21 @@ PRUNE: dict[str, list[Row]] = {
         Row({"plan": "plan.json"}, "prune", lambda spy: spy.calls, []),
         Row({"plan": "plan.json"}, "prune_by_plan", lambda spy: spy["plan"].method, "by-hand"),
         Row({"plan": "plan.json", "calib": 7}, "prune_by_plan", lambda spy: len(spy["calibration_x"]), 7),
-        Row({"plan": "plan.json", "recalibrate": False}, "prune_by_plan", of("bn_recalibration"), False),
-        Row({"plan": "plan.json", "recalibrate": True}, "prune_by_plan", of("bn_recalibration"), True),
-        Row({"plan": "plan.json", "repair": False}, "prune_by_plan", of("repair"), False),
+        Row({"plan": "plan.json", "repair": False}, "prune_by_plan", lambda spy: spy["settings"].repair, False),
         Row({"plan": "plan.json"}, "prune_by_plan", of("seed"), SEED),
     ],
 }
 
 FINETUNE: dict[str, list[Row]] = {
-    "epochs": [Row({"epochs": 3.5}, "train", setting("epochs"), 3.5)],
     "teacher": [
         Row({}, "train", weights, DENSE_WEIGHT),
         Row({"teacher": "teacher.safetensors"}, "train", weights, TEACHER_WEIGHT),
         Row({"teacher": None}, "train", weights, None),
     ],
-    "lr": [Row({"lr": LR}, "train", setting("lr"), LR)],
-    "batch_size": [Row({"batch_size": 6}, "train", setting("batch_size"), 6)],
-    "distill": [Row({"distill": 0.3}, "train", setting("distill"), 0.3)],
-    "temperature": [Row({"temperature": 2.5}, "train", setting("temperature"), 2.5)],
     "features": [
-        Row({"features": 0.7}, "train", setting("features"), 0.7),
         Row({"features": 0.7, "teacher": None}, "train", setting("features"), 0.0),
     ],
-    "precision": [Row({"precision": "bf16"}, "train", setting("precision"), "bf16")],
     "seed": [Row({"seed": 8}, "train", setting("seed"), 8), Row({}, "train", setting("seed"), SEED)],
-    "hold_out": [Row({"hold_out": 0.2}, "train", setting("hold_out"), 0.2)],
-    "patience": [Row({"hold_out": 0.2, "patience": 3}, "train", setting("patience"), 3)],
-} | {
-    name: [Row({name: value}, "train", setting(name), value)]
-    for name, value in {
-        "augment": "photo",
-        "min_area": 0.4,
-        "mixup": 0.3,
-        "cutmix": 0.9,
-        "label_smoothing": 0.05,
-        "ema": 0.99,
-        "momentum": 0.8,
-        "weight_decay": 1e-3,
-        "warmup": 0.1,
-        "scale_lr": True,
-        "accumulate": 2,
-        "clip": 1.5,
-        "sampling": "balanced",
-        "class_weights": "balanced",
-        "freeze_bn_after": 0.5,
-        "workers": 1,
-        "cache_gib": 0.5,
-        "channels_last": "yes",
-        "compile": True,
-        "device": "cpu",
-    }.items()
 }
 
 
@@ -297,9 +246,6 @@ QUANTIZE: dict[str, list[Row]] = {
         Row(PTQ | {"calib": 7}, "ptq", lambda spy: rows(spy["batches"]), 7),
         Row(PTQ | {"calib": 7, "keep_float": 1}, "mixed_precision", lambda spy: rows(spy["batches"]), 7),
     ],
-    "calibration": [Row(PTQ | {"calibration": "mse"}, "ptq", of("calibration"), "mse")],
-    "percentile": [Row(PTQ | {"calibration": "percentile", "percentile": 99.5}, "ptq", of("percentile"), 99.5)],
-    "bias_correction": [Row(PTQ | {"bias_correction": False}, "ptq", of("bias_correction"), False)],
     "keep_float": [
         Row(PTQ | {"keep_float": ["fc"]}, "ptq", of("keep_float"), frozenset({"fc"})),
         Row(PTQ | {"keep_float": 2}, "mixed_precision", of("layers"), 2),
@@ -348,25 +294,38 @@ QUANTIZE: dict[str, list[Row]] = {
     ],
 }
 
-SECTIONS: dict[str, tuple[type[PruneSettings | TrainSettings | QuantizeSettings], dict[str, list[Row]]]] = {
-    "prune": (PruneSettings, PRUNE),
-    "finetune": (TrainSettings, FINETUNE),
-    "quantize": (QuantizeSettings, QUANTIZE),
-}
+SECTIONS = {"prune": PRUNE, "finetune": FINETUNE, "quantize": QUANTIZE}
+"""Settings that mean something outside of the engine, too; the engine itself gets the section as it is."""
+
+WHOLE: dict[str, tuple[str, PruneSettings | TrainSettings | QuantizeSettings]] = {
+    "prune": ("prune", PruneSettings(method="fpgm", params=0.6, scope="all", align=2, drop_blocks=True, repair=False)),
+    "finetune": (
+        "train",
+        TrainSettings(
+            epochs=3.5, lr=LR, batch_size=6, distill=0.3, temperature=2.5, features=0.7, precision="bf16", augment="photo",
+            mixup=0.3, cutmix=0.9, ema=0.99, momentum=0.8, accumulate=2, clip=1.5, hold_out=0.2, patience=3, seed=8,
+            device="cpu", workers=1,
+        ),
+    ),
+    "quantize": ("ptq", QuantizeSettings(mode="ptq", calibration="percentile", percentile=99.5, bias_correction=False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", WHOLE)
+def test_an_engine_gets_the_section_as_it_is(bench: Bench, section: str) -> None:
+    engine, settings = WHOLE[section]
+    bench.run(**{section: settings.model_dump(exclude_unset=True)})
+    assert bench[engine]["settings"] == settings
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_has_a_row_that_is_not_its_default(section: str) -> None:
-    config, table = SECTIONS[section]
-    assert set(table) == set(config.model_fields), "a field of the config without a row here, or the other way round"
-    for name, found in table.items():
-        default = getattr(config(), name)
-        assert any(row.said.get(name, default) != default for row in found), f"{name}: every row has the default"
+def test_what_has_rows_is_a_field(section: str) -> None:
+    assert set(SECTIONS[section]) <= set(type(WHOLE[section][1]).model_fields)
 
 
 CASES = [
     pytest.param(section, field, tuple(group), id=f"{section}-{field}-{number}")
-    for section, (_, table) in SECTIONS.items()
+    for section, table in SECTIONS.items()
     for field, found in table.items()
     for number, (_, group) in enumerate(itertools.groupby(found, key=lambda row: (repr(row.said), repr(row.more))))
 ]
@@ -379,9 +338,9 @@ def test_a_setting_arrives(bench: Bench, section: str, field: str, group: tuple[
         if isinstance(said.get(name), str):
             said[name] = str(bench.folder / said[name])
     if "plan" in said:
-        made = _REAL_PRUNE(network(), method="magnitude", budget=Budget(kind="ratio", value=0.25), align=1).plan
+        made = _REAL_PRUNE(network(), QUARTER).plan
         write_text(Path(said["plan"]), made.model_copy(update={"method": "by-hand"}).model_dump_json())
-        bench["prune_by_plan"].does = lambda checkpoint, plan, **_: checkpoint
+        bench["prune_by_plan"].does = lambda checkpoint, plan, *_, **__: checkpoint
     bench.run(**{section: said, "seed": SEED, **(group[0].more or {})})
     for row in group:
         wanted = pytest.approx(row.wanted) if isinstance(row.wanted, float) else row.wanted
@@ -506,7 +465,7 @@ def test_the_plan_of_iterations_is_about_the_dense_network(bench: Bench) -> None
     plan = load_plan(bench.folder / "out" / "plan.json")
     assert isinstance(plan, PruningPlan)
     calls = bench["prune"].calls
-    assert plan.spec_digest == _REAL_PRUNE(network(), method="random", budget=Budget(kind="ratio", value=0.1)).plan.spec_digest
+    assert plan.spec_digest == _REAL_PRUNE(network(), PruneSettings(method="random", ratio=0.1)).plan.spec_digest
     assert calls[1]["checkpoint"].spec != NETWORK, "the second step prunes what the first left"
 
 
@@ -541,7 +500,7 @@ def test_what_chooses_or_learns_gets_training_images_only(bench: Bench) -> None:
 
 
 def test_a_followed_plan_is_calibrated_on_training_images(bench: Bench) -> None:
-    made = _REAL_PRUNE(network(), method="magnitude", budget=Budget(kind="ratio", value=0.25), align=1).plan
+    made = _REAL_PRUNE(network(), QUARTER).plan
     write_text(bench.folder / "plan.json", made.model_dump_json())
     bench.run(prune={"plan": str(bench.folder / "plan.json"), "calib": 16})
     known = set(images_of([_REAL_LOAD(bench.paths["data"], NETWORK).train.tensor()]))

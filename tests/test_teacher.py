@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import ptq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from compress import zoo
 from compress.checkpoints import save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.data import MemoryStore, Split, normalise
-from compress.quantize import fake_quant_model, ptq
+from compress.quantize import fake_quant_model
 from compress.resnet import build_model, tensors_of
 from compress.teacher import _order, match_teacher, reordered
 from compress.train import train
@@ -152,6 +153,15 @@ def test_a_quantized_teacher_is_put_in_order_with_its_scales() -> None:
         assert torch.equal(once, fake_quant_model(plain)(x)[:, order])
     assert back.quantization == plain.quantization
     assert all(torch.equal(back.state_dict[k], v) for k, v in plain.state_dict.items())
+
+
+def test_a_teacher_with_two_classes_of_one_name_may_have_the_same_order() -> None:
+    """ImageNet has two cranes; another order of them is nobody's to know."""
+    student = SPEC.replace(labels=("crane", "bee", "crane", "dog"))
+    teacher = checkpoint(student)
+    assert match_teacher(teacher, student)[0].spec == teacher.spec
+    with pytest.raises(BadInput):
+        match_teacher(checkpoint(student.replace(labels=("bee", "crane", "crane", "dog"))), student)
 
 
 def test_two_classes_of_one_output_swap_by_sign() -> None:

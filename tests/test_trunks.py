@@ -13,13 +13,24 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from trunk_nets import Program, channels_last, photos, robot, saved, two_cameras, two_scales
+from engines import prune, ptq
+from trunk_nets import (
+    Program,
+    channels_last,
+    one_head_for_two_levels,
+    photos,
+    precise,
+    robot,
+    saved,
+    segmenter,
+    two_cameras,
+    two_scales,
+)
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.importers.reference import reference
-from compress.prune import Budget, prune
-from compress.quantize import ptq
+from compress.prune import Budget
 from compress.resnet import build_model
 from export.host import compare_hosts, fitting, with_trunk
 from export.to_onnx import ExportOptions
@@ -61,6 +72,8 @@ def off(a: np.ndarray, b: np.ndarray) -> float:
 
 
 HOSTS = {"two scales": (two_scales, False, {}), "channels last": (channels_last, True, {})}
+HOSTS |= {"in double precision": (precise, False, {}), "one head for two levels": (one_head_for_two_levels, False, {})}
+HOSTS["segmenter"] = (segmenter, False, {})
 HOSTS["robot"] = (robot, False, {"state": np.linspace(-1, 1, 7, dtype=np.float32)[None]})
 
 
@@ -77,7 +90,22 @@ def test_an_unpruned_trunk_changes_no_output_of_its_host(name: str, tmp_path: Pa
     own = [n for n in model.graph.node if n.name in {k.name for k in host.graph.node}]
     assert own == [n for n in host.graph.node if not n.name.startswith("trunk/")]
     assert len(own) + len(checkpoint.network.nodes) <= len(host.graph.node) + 3  # all that is gone is in the trunk
+    used = {name for n in host.graph.node for name in n.input} | {o.name for o in host.graph.output}
+    assert {i.name for i in host.graph.initializer} <= used
+    assert all(used & set(n.output) for n in host.graph.node)  # nothing of the old trunk is left
+    assert checkpoint.host is not None
+    assert fitting(ExportOptions(), model, checkpoint.host).batch == (
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or "dynamic"
+    )
     assert checkpoint.spec.num_classes is None
+
+
+def test_weights_that_several_levels_share_stay_with_the_host(tmp_path: Path) -> None:
+    checkpoint = trunk(saved(one_head_for_two_levels(), tmp_path))
+    assert checkpoint.host is not None
+    assert list(checkpoint.host.borders.values()) == ["fine", "coarse"]
+    with pytest.raises(CheckpointError, match="shares its weights with other steps"):
+        trunk(tmp_path / "host.onnx", "fine_answer")
 
 
 def test_the_trunk_ends_where_the_rest_reads_and_the_widths_there_stay(tmp_path: Path) -> None:
@@ -97,6 +125,25 @@ def test_the_trunk_ends_where_the_rest_reads_and_the_widths_there_stay(tmp_path:
     assert off(mine[0].numpy(), inside["fine"]) < 1e-5
     assert off(mine[1].numpy(), inside["coarse"]) < 1e-5
     assert off(answers(model, x)["class_scores"], inside["class_scores"]) > 1e-3
+
+
+def test_a_pooled_vector_that_is_enlarged_to_a_map_stays_with_the_host(tmp_path: Path) -> None:
+    model = segmenter()
+    path = saved(model, tmp_path)
+    checkpoint = trunk(path)
+    assert checkpoint.host is not None
+    assert list(checkpoint.host.borders.values()) == ["map", "near"]
+    pruned = smaller(checkpoint, 0.8)
+    x = images()
+    seen = answers(_showing(back(pruned, model), ["map", "near"]), x)
+    with torch.no_grad():
+        mine = build_model(pruned.spec, pruned.state_dict).outputs(torch.from_numpy(x))
+    assert [off(m.numpy(), seen[name]) < 1e-5 for m, name in zip(mine, ("map", "near"), strict=True)] == [True, True]
+    assert off(answers(model, x)["answer"], seen["answer"]) > 1e-3
+    with pytest.raises(CheckpointError, match=r"'spread'.*enlarges a vector"):
+        trunk(path, "spread")
+    with pytest.raises(CheckpointError, match=r"makes 'spread'.*enlarges a vector"):
+        load_checkpoint(path)
 
 
 def _showing(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

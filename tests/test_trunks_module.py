@@ -17,6 +17,7 @@ from trunk_nets import Policy, photos, policy
 import rescompress as rc
 from compress.checkpoints import load_checkpoint
 from compress.importers.reference import reference
+from compress.quantize import fake_quant_model
 from rescompress.core.errors import BadInput, CheckpointError
 from rescompress.core.operations import Affine, BatchNorm
 
@@ -57,7 +58,10 @@ def test_the_known_part_of_a_module_is_its_trunk_and_goes_back() -> None:
     assert sum(p.numel() for p in back.parameters()) < sum(p.numel() for p in module.parameters()) + 200
     int8 = rc.quantize(pruned, [images(32)], calibration="mse", bias_correction=False)
     with torch.no_grad():
-        assert 0 < off(changed["action"], rc.into_module(module, int8)(x)["action"]) < 0.5
+        rounded = rc.into_module(module, int8)(x)
+        early = torch.linalg.vector_norm(fake_quant_model(int8).outputs(x)[0], dim=(2, 3))
+    assert 0 < off(changed["action"], rounded["action"]) < 0.5
+    assert off(rounded["early"], early) < 1e-6 < off(changed["early"], early)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ class Program:
         seen = self.reduced("ReduceMean", mixed, 1)
         return self("MatMul", seen, self.weight(c, outputs), out=out)
 
-    def model(self, *outputs: str) -> onnx.ModelProto:
-        sizes = {"energy": ("n", 16)}
+    def model(self, *outputs: str, **shapes: Sequence[int | str]) -> onnx.ModelProto:
+        sizes = {"energy": ("n", 16), **shapes}
         ends = [helper.make_tensor_value_info(o, TensorProto.FLOAT, sizes.get(o, ("k", "m"))) for o in outputs]
         graph = helper.make_graph(self.nodes, "host", self.entries, ends, self.stored)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
@@ -98,6 +98,39 @@ def robot() -> onnx.ModelProto:
     joints = f("MatMul", state, f.weight(7, 8))
     f("MatMul", f("Tanh", f("Add", seen, joints)), f.weight(8, 7), out="action")
     return f.model("action")
+
+
+def segmenter() -> onnx.ModelProto:
+    """Beside a branch of pixels stands one of the whole map, pooled and enlarged again, as in DeepLab."""
+    f = Program(("n", 3, 16, 16))
+    x = f.block(f("Relu", f.conv("image", 3, 16, stride=2)), 16, "map")
+    near = f("Relu", f("Conv", x, f.weight(8, 16, 1, 1)), out="near")
+    far = f("Relu", f("Conv", f("GlobalAveragePool", x), f.weight(8, 16, 1, 1)), out="far")
+    sizes = f.constant(np.array([8, 8]))
+    wide = f("Concat", f("Slice", f("Shape", far), f.constant(np.array([0])), f.constant(np.array([2]))), sizes, axis=0)
+    far = f("Resize", far, "", "", wide, mode="linear", coordinate_transformation_mode="half_pixel", out="spread")
+    f("Conv", f("Concat", near, far, axis=1), f.weight(5, 16, 1, 1), out="answer")
+    return f.model("answer", answer=("n", 5, 8, 8))
+
+
+def precise() -> onnx.ModelProto:
+    """Behind the trunk it goes on in double precision."""
+    f = Program(("n", 3, 16, 16))
+    x = f("Cast", f.block(f("Relu", f.conv("image", 3, 16)), 16, "map"), to=TensorProto.DOUBLE, out="precise_map")
+    f("Cast", f.reduced("ReduceL2", x, 2, 3), to=TensorProto.FLOAT, out="answer")
+    return f.model("answer", answer=("n", 16))
+
+
+def one_head_for_two_levels() -> onnx.ModelProto:
+    """A convolution works on maps of two sizes, as the heads of detectors do."""
+    f = Program(("n", 3, 16, 16))
+    head = f.weight(8, 8, 3, 3)
+    fine = f.block(f("Relu", f.conv("image", 3, 8)), 8, "fine")
+    coarse = f.block(f("Relu", f.conv(fine, 8, 8, stride=2)), 8, "coarse")
+    for level in (fine, coarse):
+        seen = f("Relu", f("Conv", level, head, pads=[1, 1, 1, 1]))
+        f.reduced("ReduceL2", seen, 2, 3, out=f"{level}_answer")
+    return f.model("fine_answer", "coarse_answer", fine_answer=("n", 8), coarse_answer=("n", 8))
 
 
 def two_cameras() -> onnx.ModelProto:

@@ -37,6 +37,9 @@ def class_names(contents: tuple[object, ...], outputs: int) -> tuple[tuple[str, 
         if names is None or not len(names) == len(set(names)) == expected:
             if _USUAL.fullmatch(key.rpartition(".")[2]) and not _renames(value):
                 said = f"{len(names)} names" if names is not None else "no list of names"
+                if names is not None and len(names) == expected:
+                    twice = next(name for name in names if names.count(name) > 1)
+                    said += f" and '{twice}' among them {names.count(twice)} times"
                 unfit.append(f"its {key} holds {said}, the network has {expected} classes: not used")
         elif chosen is None:
             chosen = key, names

@@ -27,6 +27,11 @@ _RESIZE = ("val_resize_size", "val_resize", "eval_resize_size", "test_resize_siz
 _MEAN = (("mean", "image_mean", "img_mean", "norm_mean", "pixel_mean", "normalize_mean", "rgb_mean", "dataset_mean"),)
 _STD = (("std", "image_std", "img_std", "norm_std", "pixel_std", "normalize_std", "rgb_std", "dataset_std"),)
 _FILTER = ("val_interpolation", "test_interpolation", "eval_interpolation"), ("interpolation",)
+_FORMAT = (
+    ("to_rgb", "bgr_to_rgb", "bgr2rgb"),
+    ("channel_order", "color_order", "colour_order", "input_format", "color_space", "image_format", "color_mode"),
+)
+"""Whether the BGR images of OpenCV are turned into RGB, and which of the two they are called."""
 _CROP = (("crop_pct", "crop_ratio"),)
 _NAME = (
     ("arch", "architecture", "model_name", "model", "backbone", "network", "net", "encoder_name", "encoder", "model_type"),
@@ -234,9 +239,10 @@ def _preprocessing(
     std = _one(contents, _STD, lambda v: _triple(v, shape[0]), "standard deviation", warnings)
     if mean is not None and std is not None and min(std[1]) > 0:
         unit = 1.0 if max(map(abs, mean[1])) > 2 or max(std[1]) > 2 else 1.0 / 255.0
-        if (mean[1], std[1], unit, "rgb") != (assumed.mean, assumed.std, assumed.scale, assumed.channel_order):
-            changed |= {"name": "stated", "mean": mean[1], "std": std[1], "scale": unit, "channel_order": "rgb"}
-        notes.append(f"pixels are normalised as its {mean[0]} and {std[0]} say (else: --preprocess)")
+        order, said = _order(contents, mean[1], warnings)
+        if (mean[1], std[1], unit, order) != (assumed.mean, assumed.std, assumed.scale, assumed.channel_order):
+            changed |= {"name": "stated", "mean": mean[1], "std": std[1], "scale": unit, "channel_order": order}
+        notes.append(f"pixels are normalised as its {mean[0]} and {std[0]} say{said} (else: --preprocess)")
         changed["assumed"] = False
     resize = _one(contents, _RESIZE, lambda v: v if type(v) is int and 8 <= v <= _LARGEST_SIDE else None, "resize", warnings)
     crop = _one(contents, _CROP, lambda v: float(v) if isinstance(v, int | float) and 0.3 < v <= 1 else None, "crop", warnings)
@@ -251,6 +257,35 @@ def _preprocessing(
         changed["interpolation"] = used[1]
         notes.append(f"images are resized by {used[1]}, as its {used[0]} says (else: --preprocess)")
     return assumed.model_copy(update=changed) if changed else assumed
+
+
+def _order(contents: tuple[object, ...], mean: tuple[float, ...], warnings: list[str]) -> tuple[str, str]:
+    """Return the order in which a network reads its channels, and why it is not the usual one.
+
+    Args:
+        contents: Of the file, and the metadata beside it.
+        mean: As stated.
+        warnings: Gets what contradicts itself.
+    """
+    stated = _one(contents, _FORMAT, _format, "order of channels", warnings)
+    if stated is not None and len(mean) == 3:
+        return stated[1], f", {stated[1].upper()} as its {stated[0]} says" if stated[1] == "bgr" else ""
+    for unit in (1.0, 255.0):
+        blue_first = [unit * m for m in _IMAGENET[::-1]]
+        if len(mean) == 3 and all(abs(m - b) <= 0.005 * unit for m, b in zip(mean, blue_first, strict=True)):
+            return "bgr", ", BGR by the order of these means"
+    return "rgb", ""
+
+
+_IMAGENET = (0.485, 0.456, 0.406)
+
+
+def _format(value: object) -> str | None:
+    """Return ``rgb`` or ``bgr`` where a value says that images are turned into it, or have it."""
+    if isinstance(value, bool):
+        return "rgb" if value else "bgr"
+    text = value.lower() if isinstance(value, str) else ""
+    return text if text in ("rgb", "bgr") else None
 
 
 def _found(contents: tuple[object, ...], names: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, object]]:

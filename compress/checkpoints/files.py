@@ -147,9 +147,13 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> Opened:
     for magic, what in _FOREIGN.items():
         if head.lower().startswith(magic.lower()):
             raise CheckpointError(f"is {what}, not a checkpoint")
+    if path.suffix == ".py":
+        raise CheckpointError(
+            "is Python, no checkpoint", remedy=f"give the file of its weights, and --code {path.name}:CALLABLE beside it"
+        )
     raise CheckpointError(
         "is no checkpoint of a known container",
-        remedy="known: safetensors, torch.save, torch.export, TorchScript, Keras .h5 and .keras (`rescompress formats`)",
+        remedy="known: safetensors, torch.save, torch.export, TorchScript, Keras .h5 and .keras, ONNX (by the suffix .onnx)",
     )
 
 

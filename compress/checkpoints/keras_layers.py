@@ -24,6 +24,37 @@ def is_idle(kind: str) -> bool:
     return kind in _IDLE
 
 
+def activation_of(value: Any) -> str:
+    """Return the name of an activation's function: what computes it says so, never what a layer of its class is called.
+
+    A layer in the place of a function has settings of its own; where they are not the usual ones, its class is named.
+    """
+    if not isinstance(value, Mapping):
+        return str(value)
+    kind, inner = str(value.get("class_name")), value.get("config")
+    if not isinstance(inner, Mapping):
+        return str(inner or kind)
+    if kind == "Activation" and "activation" in inner:
+        return activation_of(inner["activation"])
+    settings = {"max_value": None, "threshold": 0, "negative_slope": 0}
+    if kind == "ReLU" and all(inner.get(k, usual) in (None, usual) for k, usual in settings.items()):
+        return "relu"
+    return f"{kind} with settings of its own"
+
+
+def called_as_in_training(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer of Keras 1 or 2 is called with ``training=True``: it then computes so always; Keras 3 does not."""
+    calls = layer.get("inbound_nodes")
+    todo = [calls]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, list):
+            if len(one) == 4 and isinstance(one[0], str) and isinstance(one[3], Mapping) and one[3].get("training"):
+                return True
+            todo += [part for part in one if isinstance(part, list)]
+    return False
+
+
 def is_foreign(layer: Mapping[str, Any]) -> bool:
     """Whether a layer's class is none of Keras's own: its name says nothing, its author's code alone what it computes."""
     module = str(layer.get("module") or "keras")

@@ -190,7 +190,7 @@ def _noting(checkpoint: Checkpoint, lines: list[str], kinds: tuple[str, ...] = (
 def _claims(path: Path, opened: Opened, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Format, RawState, Root]]:
     ours = opened.metadata.get("format") == "rescompress"  # its header says what it is, whatever its keys look like
     for name in ["native"] if ours else plugins.names(FORMATS):
-        format_ = cast("Format", plugins.load(FORMATS, name, what="format"))
+        format_ = cast("Format", plugins.load(FORMATS, name, what="format", offers=Format))
         places = [Root("", tensors, {})] if name == "native" else roots(tensors, format_.MARKER)
         for root in places:
             raw = RawState(path, opened.container, root.tensors, opened.metadata, opened.notes)

@@ -9,9 +9,15 @@ from compress.checkpoints.base import Stored
 from rescompress.core.errors import CheckpointError
 
 SUPPORTED = (
-    "supported: ResNet (basic and bottleneck, v1 and v1.5), ResNet-C/D, Wide ResNet, ResNeXt, CIFAR ResNet; "
-    "see `rescompress formats`"
+    "keys that are known: `rescompress formats`; a network of other names: state its code too (--code model.py:make_net), or "
+    "give its ONNX file, its torch.export archive or the whole Keras model"
 )
+"""What to do about keys of no layout: the computation of the network says what they do not."""
+OF_A_TEACHER = (
+    "--code is of the network that is taught: give the teacher as safetensors, as `prune` leaves it beside its result "
+    "(--teacher dense), or its ONNX file"
+)
+"""What to do about such a teacher."""
 _SIGNS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)denseblock\d|denselayer\d", "a DenseNet"),
     (r"(^|\.)(relative_position_bias_table)", "a Swin Transformer"),

@@ -577,6 +577,8 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
     Raises:
         DataError: The classes do not fit the outputs, or the splits name them differently.
     """
+    if inputs.outputs and any(part.numbered is not None for part in parts):
+        return _numbered(parts, inputs)
     names = [set(part.names) for part in parts]
     union = sorted(set().union(*names))
     if not inputs.outputs:  # labels mean nothing to it: they only spread the images that are taken
@@ -620,6 +622,64 @@ def number(parts: Sequence[Samples], inputs: Inputs, labels: Mapping[str, str] |
         notes += _number_notes(union, outputs)
     expected = outputs.values() if labels is not None else range(len(classes))
     return Numbering(outputs, classes, frozenset(expected), tuple(notes))
+
+
+def by_number(
+    numbers: Sequence[int], names: Sequence[str], how: Reading, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return what `Samples` calls the classes of a data set that numbers them, and its `numbered`.
+
+    Its numbers are the network's outputs, as a training on it has them, unless the network names its classes in another order,
+    or the user does.
+
+    Args:
+        numbers: Of the class of each picture.
+        names: The class of each number.
+        how: How the data set is read.
+        where: For the error.
+
+    Raises:
+        DataError: A picture has no class, or one whose name two classes have.
+    """
+    strange = next((n for n in numbers if not 0 <= n < len(names)), None)
+    if strange is not None:
+        raise DataError(
+            f"has a picture of class {strange}, its classes are 0 to {len(names) - 1}",
+            where=where,
+            remedy="leave out what has no label",
+        )
+    known = how.inputs.labels
+    if how.labels is None and (known is None or [*map(folded, known)] == [*map(folded, names)]):
+        return tuple(str(n) for n in numbers), tuple(names)
+    twice = next((names[n] for n in set(numbers) if list(names).count(names[n]) > 1), None)
+    if twice is not None:
+        raise DataError(f"several classes are called '{shown(twice)}'", where=where, remedy="give each class a name of its own")
+    return tuple(names[n] for n in numbers), None
+
+
+def _numbered(parts: Sequence[Samples], inputs: Inputs) -> Numbering:
+    """Return the numbers that the data set itself has for its classes.
+
+    Raises:
+        DataError: The splits differ in them, or they are not as many as the network's outputs.
+    """
+    where = shown(parts[0].root if len(parts) == 1 else parts[0].root.parent)
+    classes = next(part.numbered for part in parts if part.numbered is not None)
+    outputs = {str(i): i for i in range(len(classes))}
+    for part in parts:  # one without names has the same numbers
+        if part.numbered not in (None, classes) or not outputs.keys() >= set(part.names):
+            raise DataError(
+                "the splits number their classes differently",
+                where=where,
+                remedy="give both the same classes in the same order",
+            )
+    if len(classes) != inputs.classes:
+        raise DataError(
+            f"has {len(classes)} classes, the network has {inputs.classes}",
+            where=where,
+            remedy=f"use the data the network was trained for, or map a subset with --labels; found: {_some(classes)}",
+        )
+    return Numbering(outputs, inputs.labels or tuple(map(shown, classes)), frozenset(outputs.values()))
 
 
 def _spelling_notes(spelled: Mapping[str, str]) -> list[str]:
@@ -845,10 +905,12 @@ def match_classes(
         absent = [k for k in labels if k not in folders]
         if unknown:
             raise DataError(f"the checkpoint has no label '{unknown[0]}'", where="--labels", remedy=nearest(unknown[0], names))
+        _refuse_ambiguous(labels.values(), names, "--labels")
         if absent:
             raise DataError(f"no {what} is called '{shown(absent[0])}'", where=where, remedy=nearest(absent[0], folders))
         return {k: names.index(v) for k, v in labels.items()}, names
     if known is not None:
+        _refuse_ambiguous(folders, known, where)
         found = _known_as(folders, known)
         strangers = [f for f in folders if f not in found]
         if strangers:
@@ -868,6 +930,18 @@ def match_classes(
             remedy=f"use the data the network was trained for, or map a subset with --labels; found: {_some(folders)}",
         )
     return {f: i for i, f in enumerate(folders)}, tuple(shown(f) for f in folders)
+
+
+def _refuse_ambiguous(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Refuse a name that several outputs have, as two of ImageNet's classes are cranes: it is open which one is meant."""
+    for name in names:
+        if known.count(name) > 1:
+            places = " and ".join(str(i) for i, label in enumerate(known) if label == name)
+            raise DataError(
+                f"'{shown(name)}' is the label of outputs {places}",
+                where=where,
+                remedy="give the checkpoint labels that differ, or leave the class out with --labels",
+            )
 
 
 def _known_as(names: Sequence[str], known: Sequence[str]) -> dict[str, int]:

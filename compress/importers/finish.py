@@ -16,6 +16,7 @@ from compress.importers.network import Read
 from compress.importers.proof import Original, proven
 from compress.preprocessing import Statement
 from rescompress.core.errors import CheckpointError
+from rescompress.core.operations import Affine
 from rescompress.core.spec import Preprocessing
 
 
@@ -67,6 +68,15 @@ def checkpoint_of(
     if not source.input_stated:
         notes.append(f"the input is taken to be {'x'.join(map(str, shape))} (else: --input)")
     preprocessing = source.preprocessing or zoo.preprocessing("imagenet", shape)
+    front = _own_scaling(read) if source.preprocessing is None and options.preprocess is None else None
+    if front is not None:
+        name, colours = front
+        if colours is None:
+            warnings.append(f"the network scales its images itself ({name}): state --preprocess, which is done before that")
+        else:
+            preprocessing = zoo.preprocessing(colours, shape)
+            meant = "0..255" if colours == "raw" else "0..1"
+            warnings.append(f"the network scales its images itself ({name}): it is taken to be given pixels of {meant}")
     if options.preprocess is not None:
         preprocessing = Statement.parse(options.preprocess).over(preprocessing, shape)
     if preprocessing.assumed:
@@ -87,6 +97,39 @@ def checkpoint_of(
     }
     checkpoint = Checkpoint(network, dict(read.tensors), None, provenance)
     return checkpoint if original is None else proven(checkpoint, read, original, images)
+
+
+def _own_scaling(read: Read) -> tuple[str, str | None] | None:
+    """Return the constants by which a network scales its images before anything else, and the preprocessing that fits them.
+
+    Colours are None where it is open whether pixels of 0..1 or of 0..255 are meant; all is None where nothing is scaled.
+    """
+    at, network = [n.name for n in read.network.nodes if n.operation.op == "input"], read.network
+    while True:
+        readers = [n for n in network.nodes if set(at) & set(n.inputs)]
+        if len(readers) != 1:
+            return None
+        (node,) = readers
+        if isinstance(node.operation, Affine):
+            break
+        if node.operation.op != "channel_select":
+            return None
+        at = [node.name]
+    factor = read.tensors[f"{node.name}.weight"]
+    shift = read.tensors.get(f"{node.name}.bias", torch.zeros_like(factor))
+    if bool((factor.abs() <= _PER_BYTE).all()) or (bool((factor == 1).all()) and float(shift.abs().max()) > _OF_BYTES):
+        return node.name, "raw"
+    mean, std = -shift / factor, 1 / factor.abs()
+    usual = bool(((mean >= 0) & (mean <= 1) & (std >= _STD[0]) & (std <= _STD[1])).all())
+    return node.name, "rescale" if usual else None
+
+
+_PER_BYTE = 0.1
+"""What images are multiplied by at most where their pixels are 0..255: no usual normalisation makes less than 26 of 255."""
+_OF_BYTES = 20.0
+"""A shift of so much, and nothing else, belongs to pixels of 0..255."""
+_STD = (0.1, 0.7)
+"""What pixels of 0..1 are divided by."""
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:

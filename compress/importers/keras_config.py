@@ -16,7 +16,7 @@ from compress import zoo
 from compress.checkpoints.base import Checkpoint, LoadOptions, Stored
 from compress.checkpoints.files import Opened
 from compress.checkpoints.keras_front import Affine, preprocessing_of
-from compress.checkpoints.keras_layers import is_foreign, is_idle
+from compress.checkpoints.keras_layers import activation_of, called_as_in_training, is_foreign, is_idle
 from compress.checkpoints.roots import flatten
 from compress.importers.aten import add, clamp, mul
 from compress.importers.finish import Source, checkpoint_of
@@ -241,15 +241,25 @@ class _Model:
             calls = left
         return [made_by[name, i][at] for name, i, at in _references(inner.get("output_layers"))]
 
+    def applied(self, layer: Mapping[str, Any], x: Value) -> Value:
+        """Return what a layer that has no weights makes of a tensor."""
+        made = self._call(layer, [x], "")
+        assert isinstance(made, Value)
+        return made
+
     def _call(self, layer: Mapping[str, Any], arguments: list[Any], path: str, extra: Mapping[str, Any] | None = None) -> Any:
         kind, settings = str(layer.get("class_name")), _settings(layer)
         name = str(settings.get("name") or layer.get("name") or kind)
         if is_foreign(layer):
             own = layer.get("registered_name") or kind
             raise Refused(f"the layer '{name}', of a class of its own ({own}): its code alone says what it computes")
+        if called_as_in_training(layer):
+            raise Refused(f"the layer '{name}' ({kind}), which is called as in training, whatever the model is used for")
         if kind in _MODELS and "layers" in (layer.get("config") or {}):
             made = self.run(layer, arguments, f"{path}{name}.")
             return made if len(made) > 1 else made[0]
+        if kind == "RandomCrop" and not _covers(settings, arguments):
+            raise Refused(f"the layer '{name}' (RandomCrop), which versions of Keras do differently outside of training")
         if is_idle(kind):
             return arguments if len(arguments) > 1 else arguments[0]
         handler = _LAYERS.get(kind)
@@ -262,6 +272,16 @@ class _Model:
             return handler(layer_)
         except Refused as e:
             raise Refused(f"the layer '{name}' ({kind}), which {e}") from e
+
+
+def _covers(settings: Mapping[str, Any], arguments: Sequence[Any]) -> bool:
+    """Whether a crop has the size of the images that it is called with."""
+    (x,) = arguments
+    last = str(settings.get("data_format") or "channels_last") == "channels_last"
+    return isinstance(x, Value) and tuple(x.shape[1:3] if last else x.shape[2:]) == (
+        settings.get("height"),
+        settings.get("width"),
+    )
 
 
 def _arguments(call: Any, values: Mapping[tuple[str, int], list[Any]]) -> tuple[list[Any], Mapping[str, Any]] | None:
@@ -467,16 +487,11 @@ def _group_norm(layer: _Layer) -> Value:
     return layer.back(layer.trace.group_norm(x, groups, scale, shift, float(layer.get("epsilon", default=1e-3))))
 
 
-def _activation_name(value: Any) -> str:
-    if isinstance(value, Mapping):
-        inner = value.get("config")
-        value = inner.get("name", value.get("class_name")) if isinstance(inner, Mapping) else inner or value.get("class_name")
-    return str(value)
-
-
 def activation(layer: _Layer, x: Value, value: Any) -> Value:
     """Return what an activation of Keras makes of a tensor."""
-    name = _activation_name(value)
+    if isinstance(value, Mapping) and isinstance(value.get("config"), Mapping):  # a layer in the place of a function
+        return layer.model.applied(value, x)
+    name = activation_of(value)
     trace = layer.trace
     keras3 = (
         "registered_name" in (layer.settings.get("dtype") or {}) if isinstance(layer.settings.get("dtype"), Mapping) else False
@@ -580,7 +595,10 @@ def _flatten(layer: _Layer) -> Value:
 
 
 def _reshape(layer: _Layer) -> Value:
-    shape = [int(n) for n in layer.get("target_shape")]
+    target = layer.get("target_shape")
+    if target is None:
+        raise Refused("is an operation, not a layer")
+    shape = [int(n) for n in target]
     return layer.x.move(lambda p: p.reshape(p.shape[0], *shape))
 
 

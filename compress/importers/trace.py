@@ -670,8 +670,10 @@ class Trace:
         raise Refused(f"is a softmax over dimension {axis} of a tensor of shape {x.shape}")
 
     def resize(self, x: Value, size: tuple[int, int], **attributes: Any) -> Value:
-        """Return a map enlarged."""
+        """Return a map enlarged; a vector that is spread over a map stays outside, with whoever reads it."""
         step, _ = self.as_map(x)
+        if not step.is_map:
+            raise Refused("enlarges a vector, one pixel of each channel, to a map")
         if step.shape[1:] == tuple(size):
             return Value(self, step)
         return Value(self, self.emit("resize", [step], (step.shape[0], *size), size=tuple(size), **attributes))

@@ -23,10 +23,13 @@ from rescompress.core import plugins
 from rescompress.core.errors import BadInput, DataError
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
+from rescompress.core.settings import PruneSettings
 from rescompress.core.showing import Showing, prefixed
 from rescompress.core.spec import ModelSpec
 
 PACKAGE = "compress.prune.methods"
+PRUNE = PruneSettings()
+"""Half of the MACs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,26 +90,20 @@ def load_method(name: str) -> Method:
     """Return a pruning method.
 
     Raises:
-        BadInput: There is none of that name.
+        BadInput: There is none of that name, or it lacks what a method offers.
     """
-    return cast(Method, plugins.load(PACKAGE, name, what="pruning method"))
+    return cast(Method, plugins.load(PACKAGE, name, what="pruning method", offers=Method))
 
 
 def prune(
     checkpoint: Checkpoint,
+    settings: PruneSettings = PRUNE,
     *,
-    method: str = "reconstruct",
-    budget: Budget,
-    scope: Scope = "inner",
-    align: int = 8,
-    strict_align: bool = False,
     calibration_x: Tensor | None = None,
-    drop_blocks: bool | None = None,
+    multiple: int = 8,
     seed: int = 0,
     cost: CostFunction | None = None,
     reference: ModelSpec | Network | None = None,
-    bn_recalibration: bool | None = None,
-    repair: bool = True,
     curves: Curves | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -114,54 +111,50 @@ def prune(
 
     Args:
         checkpoint: A float network; not changed.
-        method: One of `method_names()`.
-        budget: How much is to go; an upper bound, never exceeded.
-        scope: ``inner`` channels of blocks only, or ``all``: residual streams too.
-        align: Widths are multiples of this; on small groups of the largest halving that leaves four widths.
-        strict_align: Never go below `align`.
+        settings: Method, budget (an upper bound, never exceeded), scope, widths, blocks and repair: one step, in which no plan
+            is followed and no weight made zero.
         calibration_x: Preprocessed images (N, C, H, W), for methods that need them.
-        drop_blocks: Whether whole blocks may go; by default where the budget is latency and the method can tell what
-            a block is worth.
+        multiple: Of which widths are where the settings leave that open; on small groups of the largest halving that leaves
+            four widths.
         seed: Of everything random.
         cost: What a latency budget is about; MACs and parameters are built in.
         reference: The network that the budget is a fraction of, where the checkpoint is pruned already; its own by
             default.
-        bn_recalibration: Whether BatchNorm statistics are measured again on the images at the end; by default where
-            there are images and the method repairs nothing itself.
-        repair: Whether the method makes up for what it removed. Without it the weights that stay are those of the network,
-            a much worse start, no worse an end after ten epochs of training (docs/decisions/0026).
         curves: Of this network by this method on these images, where `measure` has made them already.
         progress: Called with what is going on, how much is done, and how much there is.
 
     Raises:
         BudgetError: No allowed network meets the budget; the message names the smallest reachable.
-        BadInput: The method is unknown or lacks data, the checkpoint is quantized, or no group has a width that is a
-            multiple of `align` beside its own.
+        BadInput: The method is unknown or lacks data, the checkpoint is quantized, or no group has another width that is a
+            multiple of what is asked for.
     """
     start = time.perf_counter()
-    engine = load_method(method)
+    engine = load_method(settings.method)
+    kind, value = settings.budget
+    budget = Budget(kind=kind, value=value)
+    strict_align = isinstance(settings.align, int)
+    align = settings.align if isinstance(settings.align, int) else multiple
     _check(checkpoint, budget, align, cost)
-    _check_images(calibration_x, bn_recalibration)
+    _check_images(calibration_x, settings.recalibrate)
     notes: list[str] = []
-    groups = _groups(checkpoint.spec, scope, reference)
-    may_drop = budget.kind == "latency" if drop_blocks is None else drop_blocks
-    blocks = droppable(checkpoint.spec) if may_drop and budget.kind != "ratio" else []
-    if drop_blocks and budget.kind == "ratio":
+    groups = _groups(checkpoint.spec, settings.scope, reference)
+    blocks = droppable(checkpoint.spec) if settings.may_drop and budget.kind != "ratio" else []
+    if settings.drop_blocks and budget.kind == "ratio":
         notes.append(
             "a ratio is taken from every group: no block is dropped; a budget of MACs, parameters or latency drops some"
         )
     context = Context(checkpoint, groups, blocks, calibration_x, seed, progress or _silent, notes.append)
-    if engine.NEEDS_DATA or (calibration_x is not None and bn_recalibration is not False):
+    if engine.NEEDS_DATA or (calibration_x is not None and settings.recalibrate is not False):
         notes += _data_notes(context.images())
     curves = curves or engine.curves(context)
-    if drop_blocks and blocks and not curves.blocks:
-        notes.append(f"{method} cannot tell what a block is worth; none is dropped")
+    if blocks and not curves.blocks:
+        notes.append(f"{settings.method} cannot tell what a block is worth; none is dropped")
     choice = choose(
         checkpoint.spec,
         curves,
         budget=budget,
-        method=method,
-        scope=scope,
+        method=settings.method,
+        scope=settings.scope,
         align=align,
         strict_align=strict_align,
         drop=blocks,
@@ -170,7 +163,7 @@ def prune(
         reference=reference,
     )
     cut = apply(checkpoint, choice.plan)
-    pruned = _repaired(engine, context, choice.plan, cut, repair=repair, bn_recalibration=bn_recalibration)
+    pruned = _repaired(engine, context, choice.plan, cut, settings)
     before, after = walk(reference or checkpoint.spec), walk(pruned.spec)
     return PruneResult(
         checkpoint=pruned,
@@ -323,11 +316,10 @@ def measure(
 def prune_by_plan(
     checkpoint: Checkpoint,
     plan: PruningPlan,
+    settings: PruneSettings = PRUNE,
     *,
     calibration_x: Tensor | None = None,
     seed: int = 0,
-    bn_recalibration: bool | None = None,
-    repair: bool = True,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Checkpoint:
@@ -336,10 +328,9 @@ def prune_by_plan(
     Args:
         checkpoint: The network the plan was made for; not changed.
         plan: What goes.
+        settings: Of what comes after: whether it is repaired, and BatchNorm measured again.
         calibration_x: Preprocessed images (N, C, H, W); without them the channels are cut out and nothing else.
         seed: Of everything random.
-        bn_recalibration: As for `prune`.
-        repair: As for `prune`.
         progress: As for `prune`.
         note: Takes what the user should know.
 
@@ -348,7 +339,7 @@ def prune_by_plan(
             images.
     """
     _check_float(checkpoint)
-    _check_images(calibration_x, bn_recalibration)
+    _check_images(calibration_x, settings.recalibrate)
     cut = apply(checkpoint, plan)
     if calibration_x is None:
         return cut
@@ -356,25 +347,27 @@ def prune_by_plan(
     tell = note or _unheard
     context = Context(checkpoint, groups, (), calibration_x, seed, progress or _silent, tell)
     images = context.images()  # refuses, before any work, images that do not fit
-    if repair or bn_recalibration is not False:
+    if settings.repair or settings.recalibrate is not False:
         for text in _data_notes(images):
             tell(text)
     engine = load_method(plan.method) if plan.method in method_names() else load_method("reconstruct")
-    return _repaired(engine, context, plan, cut, repair=repair, bn_recalibration=bn_recalibration)
+    return _repaired(engine, context, plan, cut, settings)
 
 
-def _repaired(
-    engine: Method, context: Context, plan: PruningPlan, cut: Checkpoint, *, repair: bool, bn_recalibration: bool | None
-) -> Checkpoint:
-    """Return what was cut as the method repairs it, with BatchNorm measured again where asked or where nothing was repaired."""
-    result = engine.compensate(context, plan, cut) if repair and isinstance(engine, Repairs) else cut
-    again = bn_recalibration if bn_recalibration is not None else result is cut and context.calibration_NCHW is not None
+def _repaired(engine: Method, context: Context, plan: PruningPlan, cut: Checkpoint, settings: PruneSettings) -> Checkpoint:
+    """Return what was cut as the method repairs it, with BatchNorm measured again where asked or where nothing was repaired.
+
+    Without the repair the weights that stay are those of the network: a much worse start, and no worse an end after ten epochs
+    of training (docs/decisions/0026).
+    """
+    result = engine.compensate(context, plan, cut) if settings.repair and isinstance(engine, Repairs) else cut
+    again = settings.recalibrate if settings.recalibrate is not None else result is cut and context.calibration_NCHW is not None
     if not again:
         return result
     if not any(layer.op == "batch_norm" for layer in walk(result.spec)):
         context.note("there is no BatchNorm to measure again")
     elif result is cut:
-        why = f"{plan.method} repairs nothing by itself" if repair else "nothing was repaired, as asked"
+        why = f"{plan.method} repairs nothing by itself" if settings.repair else "nothing was repaired, as asked"
         context.note(f"{why}; BatchNorm was measured again on the calibration images")
     return recalibrate(result, context.images())
 
@@ -414,8 +407,8 @@ def _check_float(checkpoint: Checkpoint) -> None:
         raise DataError(f"{broken} holds NaN or infinity", remedy="check the checkpoint")
 
 
-def _check_images(calibration_x: Tensor | None, bn_recalibration: bool | None) -> None:
-    if bn_recalibration and calibration_x is None:
+def _check_images(calibration_x: Tensor | None, recalibrate: bool | None) -> None:
+    if recalibrate and calibration_x is None:
         raise BadInput("BatchNorm cannot be measured without images", where="--recalibrate", remedy="give --data")
 
 

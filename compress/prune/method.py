@@ -1,6 +1,11 @@
 """What a pruning method offers, and what it is given.
 
-A method is one file in `compress.prune.methods`; its module-level names are those of `Method`.
+A method is one file in `compress.prune.methods`; its module-level names are those of `Method`, and of `Repairs` where it
+makes up for what it removed. It returns a curve per group: `curve_of` makes one of independent scores. `ChannelGroup` says
+which layers make a group's channels (``producers``), which read them (``consumers``), and where its units stand in each
+tensor (``indices``). ``fpgm.py`` begins at the weights, with BatchNorm folded in (`compress.prune.fold.folded`);
+``taylor.py`` at what the layers make of the calibration images. `rescompress.testing.check_method` tells what a new one
+does not hold.
 """
 
 from __future__ import annotations

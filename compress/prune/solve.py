@@ -15,12 +15,25 @@ from torch import Tensor
 
 from compress.prune.method import ErrorCurve
 
+_RIDGE = 1e-3
+_ENOUGH = 8
+"""Rows for each column beyond which more of them are not worth a smaller penalty."""
 _STEPS = 128
 """Most removal steps per group: wide groups lose several units at a time."""
 _STRIPS = 8
 """Strips in which a matrix of products is computed."""
 _CACHED = 250_000
 """Numbers of one output tensor between two products: what lies between them stays in the processor's cache."""
+
+
+def ridge_for(rows: int, columns: int) -> float:
+    """Return the penalty for a second moment that so many rows were measured on, relative to the mean of its diagonal.
+
+    A moment of fewer rows than columns says of directions that no row took that nothing would be lost there, and one of about
+    as many is worse: what is fitted to it follows the rows' noise and misses everything else. With `_ENOUGH` rows for each
+    column the penalty is `_RIDGE`; below, it grows with the square of what is missing (decision 27).
+    """
+    return _RIDGE * max(1.0, _ENOUGH * columns / rows) ** 2
 
 
 def damped(h_DD: Tensor, ridge: float) -> Tensor:
@@ -152,14 +165,14 @@ def refit(
     skip_NO: Tensor | None = None,
     relu: bool,
     fit_bias: bool = True,
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     rounds: int = 4,
 ) -> Refit:
     """Return the weights for which ``x w^T + b + skip`` comes closest to the target, where a ReLU follows: behind it.
 
-    Least squares with a penalty on leaving the old weights, so that few samples cannot do harm. Behind a ReLU any value
-    below zero is as good as another where the target is not positive; there the target is set to the present output
-    where that is negative, else to 0, and the fit is repeated (majorisation: the error never rises).
+    Least squares with a penalty on leaving the old weights, which grows where samples are few (`ridge_for`). Behind a
+    ReLU any value below zero is as good as another where the target is not positive; there the target is set to the
+    present output where that is negative, else to 0, and the fit is repeated (majorisation: the error never rises).
 
     Args:
         x_ND: Inputs.
@@ -169,14 +182,14 @@ def refit(
         skip_NO: What is added to the output, if anything.
         relu: Whether a ReLU follows.
         fit_bias: Whether the bias may change.
-        ridge: Penalty, relative to the mean diagonal of the second moment of `x`.
+        ridge: Penalty, relative to the mean diagonal of the second moment of `x`; by default `ridge_for` the samples.
         rounds: Fits behind a ReLU.
     """
     mean_D = x_ND.mean(0)
     shift_D = mean_D if fit_bias else torch.zeros_like(mean_D)
     x_ND = x_ND - shift_D
     h_DD = second_moment(x_ND)
-    anchor_DD = damped(h_DD, ridge)
+    anchor_DD = damped(h_DD, ridge_for(*x_ND.shape) if ridge is None else ridge)
     factor_DD = torch.linalg.cholesky(anchor_DD)
     old_OD, old_O = w_OD.double(), b_O.double() + w_OD.double() @ shift_D.double()
     if relu:

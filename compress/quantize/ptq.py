@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,15 +16,15 @@ from compress.finite import all_finite
 from compress.processes import ALONE, Together
 from compress.quantize import calibrate
 from compress.quantize.bias_correction import carriers, correct_biases, one_batch
-from compress.quantize.calibrate import Estimator, Reach
+from compress.quantize.calibrate import Reach
 from compress.quantize.fake_quant import fake_quant_model, weight_scale
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import CheckpointError, ConfigError, DataError
 from rescompress.core.operations import Weighted
 from rescompress.core.quantizers import Profile, Quantization, Quantizer, place, rounded_at
+from rescompress.core.settings import QuantizeSettings
 
-Calibration = Literal["nncf", "auto"] | Estimator
-CALIBRATIONS: tuple[Calibration, ...] = ("auto", "nncf", *calibrate.ESTIMATORS)
+QUANTIZE = QuantizeSettings()
 
 HELD_OUT = 4
 """``auto`` without images of its own to choose by keeps every fourth calibration image for that."""
@@ -51,29 +50,25 @@ class Candidate:
 def ptq(
     checkpoint: Checkpoint,
     batches: Iterable[Tensor | Sequence[Tensor]],
+    settings: QuantizeSettings = QUANTIZE,
     *,
     profile: Profile = "tensorrt",
-    calibration: Calibration = "nncf",
-    percentile: float = 99.99,
-    bias_correction: bool = True,
     keep_float: frozenset[str] = frozenset(),
     selection: Iterable[Tensor | Sequence[Tensor]] | None = None,
     sharing: Together = ALONE,
 ) -> Checkpoint:
     """Return the checkpoint with every quantizer of the profile, calibrated.
 
-    The weights stay the float ones; scales are added, and with `bias_correction` the biases of BatchNorm, convolution and
+    The weights stay the float ones; scales are added, and with bias correction the biases of BatchNorm, convolution and
     linear layers move. What was chosen, and between what, stands in the provenance under ``calibration``.
 
     Args:
         checkpoint: A float network.
         batches: Preprocessed calibration images (N, C, H, W), or pairs whose second part is left aside.
+        settings: How ranges are estimated, and whether biases are corrected. ``nncf`` is NNCF's calibration, with ranges for
+            places it has none at by the same estimator; ``auto`` takes the best of that and ours by the divergence from the
+            float network on `selection`, and corrects biases where that is nearer to it.
         profile: The runtime whose placement to use.
-        calibration: ``nncf``: NNCF's calibration, with ranges for places it has none at by the same estimator; one of
-            ours: ``mean-max``, ``max``, ``percentile``, ``mse``; or ``auto``: the best of them by the divergence
-            from the float network on `selection`.
-        percentile: In percent, for ``percentile``.
-        bias_correction: Whether to correct biases; under ``auto`` they stay where that is nearer to the float network.
         keep_float: Convolution and linear layers to leave in floating point.
         selection: For ``auto``: images from the training data to choose by. None holds a quarter of `batches` out.
         sharing: The processes that share the statistics of our own estimators.
@@ -81,8 +76,9 @@ def ptq(
     Raises:
         CheckpointError: Already quantized, or a weight that is not finite.
         DataError: Too few images, or an activation that is not finite or zero everywhere.
-        ConfigError: A layer of `keep_float` that is not there, or an unknown calibration.
+        ConfigError: A layer of `keep_float` that is not there.
     """
+    calibration, percentile = settings.calibration, settings.percentile
     if checkpoint.quantization is not None:
         raise CheckpointError(
             f"already quantized ({checkpoint.quantization.method})", remedy="quantize the float checkpoint it was made from"
@@ -90,10 +86,6 @@ def ptq(
     broken = [k for k, v in checkpoint.state_dict.items() if v.is_floating_point() and not all_finite(v)]
     if broken:
         raise CheckpointError(f"{broken[0]} holds NaN or infinity", remedy="use a checkpoint from before training diverged")
-    if calibration not in CALIBRATIONS:
-        raise ConfigError(f"unknown calibration '{calibration}'", remedy="known: " + ", ".join(CALIBRATIONS))
-    if not 50.0 < percentile <= 100.0:
-        raise ConfigError(f"a percentile of {percentile}", remedy="give one above 50 and up to 100, such as 99.99")
     try:
         placed = place(checkpoint.spec, profile, keep_float=keep_float)
     except ValueError as e:
@@ -132,14 +124,14 @@ def ptq(
         return _with_biases(result, model, images) if candidate.bias_correction else result
 
     if calibration != "auto":
-        chosen = Candidate(calibration, percentile if calibration == "percentile" else None, bias_correction)
+        chosen = Candidate(calibration, percentile if calibration == "percentile" else None, settings.bias_correction)
         return _noted(quantized(chosen), chosen, (), dead)
     judge = _Judge(model, chosen_by)
     first = Candidate(calibration="nncf", bias_correction=False)
     ways = [first, *(replace(first, calibration=e) for e in calibrate.ESTIMATORS if e not in ("mean-max", "percentile"))]
     ways += [replace(first, calibration="percentile", percentile=p) for p in sorted({percentile, 99.999})]
     tried = [judge(candidate, quantized(candidate)) for candidate in ways]
-    if bias_correction:
+    if settings.bias_correction:
         candidate = replace(_best(tried)[0], bias_correction=True)
         tried.append(judge(candidate, quantized(candidate)))
     chosen, result = _best(tried)

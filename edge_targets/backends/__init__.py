@@ -3,6 +3,9 @@
 All that the rest of the product knows about a runtime is read from its file, by `load_backend`. ``available()`` says
 whether the runtime works here, ``build()`` makes the artifact that the device loads, ``runner()`` returns a
 `ModelRunner`. Nothing here imports a runtime until it is asked for.
+
+A runtime is reached through a device that names it (``runtime: <name>`` in a file of ``edge_targets/devices``).
+``onnxruntime.py`` is the shortest one to begin from, and `rescompress.testing.check_runtime` tells what a new one lacks.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rescompress.core import plugins
-from rescompress.core.errors import BadInput
 from rescompress.core.quantizers import Profile
 from rescompress.core.runner import Runner
 
@@ -148,17 +150,9 @@ def load_backend(name: str) -> Backend:
     """Return the runtime called `name`.
 
     Raises:
-        BadInput: No runtime has that name, or its file lacks a fact.
+        BadInput: No runtime has that name, or its file lacks a fact or a function.
     """
-    module = plugins.load(PACKAGE, name, what="runtime")
-    missing = [fact for fact in Backend.__annotations__ if not hasattr(module, fact)]
-    if missing:
-        raise BadInput(
-            f"the runtime '{name}' lacks {', '.join(missing)}",
-            where=module.__name__,
-            remedy="add what edge_targets.backends.Backend names",
-        )
-    return cast(Backend, module)
+    return cast(Backend, plugins.load(PACKAGE, name, what="runtime", offers=Backend))
 
 
 def room_for(folder: Path, size: int) -> None:

@@ -3,6 +3,10 @@
 A rule is a module of this package (its name is the file's, with dashes) that offers ``check(graph, facts)``. Severities:
 ``error``: the target refuses the file, or silently computes something else or in floating point; ``warning``: it runs,
 but slower, larger or less exactly than it could; ``note``: worth knowing.
+
+``opset_unreadable.py`` is one of the shortest. `export.graph.GraphView` answers what rules ask of a graph; a finding's node is
+`export.graph.label` of it. Each rule has a file that triggers it and a near miss in ``TRAPS`` of
+``tests/test_lint_rules.py``, and its row in ``docs/lint.md``.
 """
 
 from __future__ import annotations
@@ -151,6 +155,6 @@ def lint(model: onnx.ModelProto, facts: TargetFacts, *, rules: Iterable[str] | N
     graph = GraphView(model)
     findings = []
     for name in rule_names() if rules is None else rules:
-        rule = cast(Rule, plugins.load(PACKAGE, name.replace("-", "_"), what="lint rule"))
+        rule = cast(Rule, plugins.load(PACKAGE, name.replace("-", "_"), what="lint rule", offers=Rule))
         findings += [Finding(name, i.severity, i.node, i.message, i.remedy) for i in rule.check(graph, facts)]
     return sorted(findings, key=lambda f: SEVERITIES.index(f.severity))

@@ -8,6 +8,9 @@ A pass is a module of this package with
 
 `repair` runs a pass where its rules find something (requires), calls it, and keeps the result only if the model is still
 valid and computes the same in onnxruntime on images of the range that its input takes (ensures; `export.proof`).
+
+``scalar_scales.py`` is one of the shortest. The rules that a new pass mends stand in ``REPAIRED`` of
+``tests/test_lint_rules.py``, where it is tried on the file that triggers each.
 """
 
 from __future__ import annotations
@@ -128,7 +131,7 @@ class _Work:
 
     def attempt(self, name: str) -> Step | None:
         """Try one pass and keep its model where that is proven; return what became of it, None where it has nothing to do."""
-        one: Pass = plugins.load(PACKAGE, name, what="repair pass")
+        one: Pass = plugins.load(PACKAGE, name, what="repair pass", offers=Pass)
         before = lint(self.model, self.facts, rules=one.RULES)
         if not before:
             return None

@@ -53,6 +53,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 """Every command; a group of related commands shares one module, whose `app` holds them by the same names."""
 
 
+_OF_THE_SHELL = frozenset({"install_completion", "show_completion"})
+"""Options that typer gives every app; they are the root command's alone."""
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are stubs (name and one line) until one is resolved; then its module is imported."""
 
@@ -68,7 +72,7 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"rescompress.cli.{COMMANDS[name][0]}")
         built = typer.main.get_command(module.app)
         command = getattr(built, "commands", {}).get(name, built)
-        command.params.extend(common_params())
+        command.params = [p for p in command.params if p.name not in _OF_THE_SHELL] + common_params()
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

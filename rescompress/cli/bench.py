@@ -145,21 +145,28 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+HEAD = ("model", "target", "precision", "batch", "p50 ms", "", "p90 ms", "p99 ms", "spread", "images/s", "n")
+
+
 def _table(rows: list[dict[str, Any]]) -> Any:
+    """Return a table of the figures, or lines of them where a row does not fit."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
+
+    from rescompress.show.figures.fitting import Fitting
 
     first = rows[0]
     title = f"measured on {first['device']}, {first['threads']} threads"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "target", "precision"):
-        table.add_column(column, overflow="fold")
     processes = len(first["latency_runs"])
     # of one process the samples are all there is: the interval of their median, which says nothing of other processes
     interval = f"range of {processes} processes" if processes > 1 else "95 % in 1 process"
-    for column in ("batch", "p50 ms", interval, "p90 ms", "p99 ms", "spread", "images/s", "n"):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    lines = [Text(title, style="italic")]
+    for i, column in enumerate(HEAD):
+        table.add_column(column or interval, justify="right" if i > 2 else "left")
     for r in rows:
-        table.add_row(
+        cells = (
             r["model"],
             r["target"],
             r["precision"] or "unknown",
@@ -172,4 +179,11 @@ def _table(rows: list[dict[str, Any]]) -> Any:
             f"{r['images_per_s']:.0f}",
             str(r["n"]),
         )
-    return table
+        table.add_row(*cells)
+        model, target, precision, batch, p50, ends, p90, p99, spread, images, n = cells
+        lines += [
+            Text(f"{model} on {target}: {precision}, batch {batch}", style="bold"),
+            Text(f"  p50 {p50} ms ({interval} {ends}), p90 {p90} ms, p99 {p99} ms"),
+            Text(f"  spread {spread}, {images} images/s, n {n}"),
+        ]
+    return Fitting(table, Group(*lines))

@@ -57,6 +57,12 @@ def prune(
         settings = settings.model_copy(update={"method": opt.WITHOUT_DATA})
     if settings.latency is not None and target is None:
         raise BadInput("a latency budget needs a device", where="--latency", remedy="give --target, such as jetson")
+    if settings.latency is not None and target is not None:
+        from edge_targets.catalog import load_target
+        from edge_targets.latency import cost_function
+
+        device = load_target(target).device
+        cost_function(device, precision=device.best_float)  # where nothing is predicted, that is said before any work
     if settings.sparsity is not None and data is None:
         raise BadInput("the zeros are chosen on images", where="--sparsity", remedy="give --data")
     if settings.recalibrate and data is None:
@@ -118,14 +124,16 @@ def finetune(
 ) -> None:
     """Train a pruned network back; interrupted, it goes on where it was.
 
-    Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher resnet32.th
+    `--teacher dense` is the network that the file was pruned from, as ./rescompress-out holds it.
+
+    Example: rescompress finetune half.safetensors --data photos/ --epochs 5 --teacher dense
     Example: torchrun --nproc-per-node 2 -m rescompress finetune half.safetensors --data photos/
     """
     from rescompress.runs.claims import check_outputs
     from rescompress.runs.plan import Builder
 
     out = output_of(ctx)
-    teacher = Path(settings.teacher) if settings.teacher else None
+    teacher = workspace.teacher_file(settings.teacher, checkpoint)
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "finetune.safetensors"])
     opening = stated.opening(checkpoint)
     shared = common.settings(data)
@@ -163,7 +171,7 @@ def quantize(
     from rescompress.runs.plan import Builder, profile_for
 
     out = output_of(ctx)
-    teacher = Path(settings.teacher) if settings.teacher else None
+    teacher = workspace.teacher_file(settings.teacher, checkpoint)
     check_outputs({"--output": output}, [checkpoint, teacher], own=[workspace.WORKSPACE / "quantize.safetensors"])
     opening = stated.opening(checkpoint)
     shared = common.settings(data)

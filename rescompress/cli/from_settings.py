@@ -28,7 +28,7 @@ from rescompress.core.described import (
     parts_of,
     plain,
     range_of,
-    sentence,
+    wrong_value,
 )
 from rescompress.core.errors import BadInput
 
@@ -118,10 +118,10 @@ def settings_from(model: type[BaseModel], options: Options, typed: Mapping[str, 
     try:
         made = model(**{**options.instead, **values})
     except ValidationError as e:
-        error = e.errors()[0]
-        place = str(error["loc"][0]) if error["loc"] else ""
-        where = options.flag(model, place).name if place in model.model_fields else "options"
-        raise BadInput(sentence(error), where=where, remedy="see --help") from e
+        key, wrong = wrong_value(model, e)
+        name = key.partition(".")[0]
+        where = options.flag(model, name).name if name in model.model_fields else "options"
+        raise BadInput(wrong, where=where, remedy="see --help") from e
     return model.model_construct(_fields_set=set(values), **dict(made))
 
 
@@ -145,10 +145,11 @@ def _parameter(model: type[BaseModel], name: str, options: Options) -> inspect.P
     info, flag = model.model_fields[name], options.flag(model, name)
     kind, limits = _kind(model, name, flag)
     usual: Any = options.instead.get(name, default_of(info))
-    names = [flag.name]
+    names, panel = [flag.name], flag.panel
     if kind is bool and (usual is not False or flag.off):
         names = [f"{flag.name}/{flag.off or '--no-' + flag.name.removeprefix('--')}"]
         usual = flag.name.removeprefix("--") if usual else None
+        panel = panel or _SWITCHES
     shown = flag.usual or ("" if usual in (None, False, [], ()) else str(usual))
     option: Any = typer.Option(
         *names,
@@ -156,12 +157,16 @@ def _parameter(model: type[BaseModel], name: str, options: Options) -> inspect.P
         help=_help(model, name, limits),
         metavar=flag.metavar,
         show_default=shown or False,
-        rich_help_panel=flag.panel,
+        rich_help_panel=panel,
         autocompletion=flag.completes,
         **limits,
     )
     annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(_word(flag), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+_SWITCHES = "On or off"
+"""Panel of help for options of two names: among the others these would leave no room for names on 80 columns."""
 
 
 def _word(flag: Flag) -> str:

@@ -57,12 +57,14 @@ def formats(ctx: typer.Context) -> None:
     from rich.table import Table
 
     from compress import zoo
+    from compress.checkpoints.base import Format
     from compress.checkpoints.load import FORMATS
     from compress.checkpoints.options import KNOWN
     from compress.preprocessing import KEYS
     from rescompress.core import plugins
 
-    found = [{"name": n, "description": str(plugins.load(FORMATS, n).DESCRIPTION)} for n in plugins.names(FORMATS)]
+    known = {name: plugins.load(FORMATS, name, what="format", offers=Format) for name in plugins.names(FORMATS)}
+    found = [{"name": name, "description": str(one.DESCRIPTION)} for name, one in known.items()]
     table = Table("format", "what it reads", title="Checkpoint formats, recognised by keys and shapes", title_justify="left")
     for entry in found:
         table.add_row(entry["name"], entry["description"])

@@ -8,6 +8,7 @@ libraries, tracebacks) passes, too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -115,9 +116,16 @@ class Output:
             _say(f"error: the disk is full: {error.filename or ''}\n  -> free some space and run again")
         elif isinstance(error, BrokenPipeError):
             code = 0
+        elif isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_SYSTEM:
+            code = 7
+            _say(f"error: {error.filename}: {error.strerror}\n  -> correct its owner, its rights or its disk")
         else:
             _say(f"error: {type(error).__name__}: {error}\n  -> a bug of rescompress; --debug shows where")
         return code
+
+
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE)
+"""What a system says of a file that no program can help; wherever it is met."""
 
 
 def _say(text: str) -> None:

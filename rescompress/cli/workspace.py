@@ -78,6 +78,41 @@ def file_of(result: StageResult, kind: str, folder: Path = WORKSPACE) -> Path:
     return folder / artifact.path
 
 
+def teacher_file(said: str | None, checkpoint: Path) -> Path | None:
+    """Return the file of a teacher that was typed, None without one.
+
+    ``dense`` is the network that `checkpoint` was made from, as the workspace holds it: with all that was stated about it when
+    it was read, so that it takes neither its code nor its input again.
+
+    Args:
+        said: A path, ``dense`` or ``none``.
+        checkpoint: The network that is to be taught.
+
+    Raises:
+        BadInput: The workspace does not know which network `checkpoint` was made from.
+    """
+    from rescompress.core.artifact import file_sha256
+    from rescompress.core.errors import BadInput
+    from rescompress.core.manifest import MANIFEST_NAME, load_manifest
+
+    if said is None or said == "none":
+        return None
+    if said != "dense" or Path(said).exists():
+        return Path(said)
+    dense = None
+    if checkpoint.is_file() and (WORKSPACE / MANIFEST_NAME).is_file():
+        manifest = load_manifest(WORKSPACE)
+        before = manifest.ancestry(file_sha256(checkpoint))
+        dense = next((s for s in manifest.stages if s.kind == "dense" and s.checkpoint_sha256 in before), None)
+    if dense is None:
+        raise BadInput(
+            f"./{WORKSPACE} does not tell which network {checkpoint} was made from",
+            where="--teacher dense",
+            remedy="give the teacher's file",
+        )
+    return file_of(dense, "checkpoint")
+
+
 def deliver(source: Path, wanted: Path | None) -> Path:
     """Copy a result and its mode to where the user wants it, whole or not at all; return where it is."""
     if wanted is None:

@@ -11,7 +11,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rescompress.core.errors import BadInput, EnvironmentFailed
 from rescompress.core.locks import RENAMES_OPEN_FILES, lock
@@ -85,12 +85,14 @@ class Artifact(Frozen):
         return cls(kind=kind, path=path.relative_to(root).as_posix(), sha256=file_sha256(path), size_bytes=path.stat().st_size)
 
     def intact(self, root: Path) -> bool:
-        """Whether the file is there with this size and content.
+        """Whether the file is there, below the folder, with this size and content.
 
         Raises:
             EnvironmentFailed: It may not be read, so nobody knows.
         """
-        path = root / self.path
+        path, parts = root / self.path, PurePosixPath(self.path)
+        if parts.is_absolute() or ".." in parts.parts:
+            return False  # a record that was edited: no stage writes there
         try:
             return path.is_file() and path.stat().st_size == self.size_bytes and file_sha256(path) == self.sha256
         except PermissionError as e:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from rescompress.core.errors import BadInput, shown
 
@@ -70,7 +69,7 @@ def help_of(model: type[BaseModel]) -> dict[str, str]:
             if name in model.model_fields:
                 texts[name] = " ".join(text.split())
     missing = [name for name in model.model_fields if name not in texts]
-    assert not missing or not model.__doc__, f"{model.__name__} does not describe {', '.join(missing)}"
+    assert not missing or not model.__doc__, f"{model.__name__} does not describe {', '.join(missing)}: a line under Attributes"
     return texts
 
 
@@ -204,7 +203,39 @@ def duration(text: str) -> int:
     return round(seconds)
 
 
-def sentence(error: ErrorDetails) -> str:
-    """Return what is wrong with a setting, and what was given where it is one value."""
+def wrong_value(model: type[BaseModel], found: ValidationError) -> tuple[str, str]:
+    """Return where the first value stands that a model does not take, as a dotted key, and what is wrong with it.
+
+    A setting of several kinds (`dynamic` or a whole number) is told with all that it takes: pydantic names one kind alone.
+
+    Args:
+        model: The class that was to be made.
+        found: What pydantic says.
+    """
+    error = found.errors()[0]
+    place = [str(part) for part in error["loc"]]
+    at, depth = _field_at(model, place)
+    message = error["msg"].removeprefix("Value error, ")
+    if at is not None and error["type"] not in ("value_error", "assertion_error", "extra_forbidden", "missing"):
+        kinds = [(kind, bounds) for kind, bounds in parts_of(at) if kind is not type(None)]
+        listed = [kind for kind, _ in kinds if get_origin(kind) in (tuple, list)]
+        inside = any(isinstance(part, int) for part in error["loc"][depth:])
+        if not inside and (len(kinds) > 1 or error["type"] in ("tuple_type", "list_type")):
+            message = "takes " + " or ".join(dict.fromkeys(plain(_words(kind, bounds)) for kind, bounds in kinds))
+            if listed and isinstance(error["input"], str):
+                message += f", such as [{error['input']}]"
+            place = place[:depth]
     given = "" if isinstance(error["input"], dict) else f" (given: {shown(error['input'])})"
-    return error["msg"].removeprefix("Value error, ") + given
+    return ".".join(place), message + given
+
+
+def _field_at(model: type[BaseModel], place: list[str]) -> tuple[FieldInfo | None, int]:
+    """Return the field that a place lies in, None where it is none, and how many names lead to it."""
+    kind: type[BaseModel] | None = model
+    found: FieldInfo | None = None
+    for depth, name in enumerate(place):
+        if kind is None or name not in kind.model_fields:
+            return found, depth
+        found = kind.model_fields[name]
+        kind = next((k for k, _ in parts_of(found) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return found, len(place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -60,17 +61,30 @@ def known(package: str, name: str) -> bool:
     return name in _files(package) or any(e.name == name for e in importlib.metadata.entry_points(group=package))
 
 
-def load(package: str, name: str, *, what: str = "plugin") -> ModuleType:
+def load(package: str, name: str, *, what: str = "plugin", offers: type | None = None) -> ModuleType:
     """Return the module of the plugin called `name`.
 
     Args:
         package: The package whose files are plugins, such as ``compress.prune.methods``.
         name: The plugin.
         what: What the plugins of this package are called in an error.
+        offers: The protocol whose names each of them has.
 
     Raises:
-        BadInput: No plugin has that name.
+        BadInput: No plugin has that name, or it lacks a name of the protocol.
     """
+    module = _module(package, name, what)
+    missing = [n for n in _names_of(offers) if not hasattr(module, n)] if offers is not None else []
+    if offers is not None and missing:
+        raise BadInput(
+            f"the {what} '{name}' lacks {', '.join(missing)}",
+            where=module.__name__,
+            remedy=f"add what {offers.__module__}.{offers.__qualname__} names",
+        )
+    return module
+
+
+def _module(package: str, name: str, what: str) -> ModuleType:
     if name in _files(package):
         return importlib.import_module(f"{package}.{name}")
     for entry in importlib.metadata.entry_points(group=package):
@@ -80,3 +94,10 @@ def load(package: str, name: str, *, what: str = "plugin") -> ModuleType:
                 raise BadInput(f"the entry point of {what} '{name}' is no module", remedy="point it at a module")
             return module
     raise BadInput(f"unknown {what} '{name}'", remedy=nearest(name, names(package)))
+
+
+def _names_of(protocol: type) -> Iterator[str]:
+    """Yield what a protocol names itself: values first, then functions."""
+    for name in {**protocol.__annotations__, **vars(protocol)}:
+        if not name.startswith("_"):
+            yield name

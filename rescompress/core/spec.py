@@ -238,11 +238,6 @@ class ModelSpec(Frozen):
             stream = block.widths[-1]
         raise KeyError(name)
 
-    @property
-    def feature_width(self) -> int:
-        """Channels that enter global pooling."""
-        return self.stages[-1][-1].widths[-1]
-
     def replace_blocks(self, changed: Mapping[str, Block | None], **fields: object) -> ModelSpec:
         """Return a spec with some blocks replaced, or removed where the value is None.
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from compress.data.sources import is_name
 from rescompress.core import strict_yaml
-from rescompress.core.described import sentence
+from rescompress.core.described import wrong_value
 from rescompress.core.errors import BadInput, ConfigError, nearest, shown
 from rescompress.core.settings import MOST_TARGETS, Batch, PruneSettings, QuantizeSettings, Section, TrainSettings
 from rescompress.runs.search_settings import SearchConfig
@@ -169,7 +169,7 @@ def validate(document: dict[str, Any], where: str) -> RunConfig:
             raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(place[-1], known)) from e
         if error["type"] == "missing":
             raise ConfigError(f"'{key}' is missing", where=where, remedy=f"add a line '{key}: ...'") from e
-        message = sentence(error)
+        key, message = wrong_value(RunConfig, e)
         raise ConfigError(f"{key}: {message}" if key else message, where=where, remedy="correct the value") from e
 
 

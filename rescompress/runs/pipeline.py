@@ -221,7 +221,7 @@ def run_stages(
                 write_bytes(folder / _ASIDE, f.read(), follow=False)
         manifest = _fresh(before, folder, config, workspace, config_file)
         with _swept(folder, places):
-            return _lead(stages, folder, manifest, before, reporter, peers, workspace, still_there, store, again)
+            return _lead(stages, _Work(folder, reporter, still_there, store), manifest, before, peers, workspace, again)
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,8 @@ def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = 
         reporter.stage(stage.name, 1, 1)
         if result is None:
             with _swept(folder, places):
-                result, incomplete = _run(
-                    stage, key, _ancestry(stage, before), folder, before, reporter, still_there, None, beside=True
-                )
+                work = _Work(folder, reporter, still_there)
+                result, incomplete = work.compute(stage, key, _ancestry(stage, before), before, beside=True)
         reporter.finished(stage.name, _summary(result) if ran else "already done")
 
         def entered(stored: Manifest) -> Manifest:
@@ -321,18 +320,92 @@ def _is_full(folder: Path) -> bool:
     return room.f_bavail * room.f_frsize < _FULL or (room.f_files > 0 and room.f_favail == 0)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What computes stages in one folder, and records them there.
+
+    Attributes:
+        folder: Of the run.
+        reporter: Where progress goes.
+        still_there: Makes sure that the folder is.
+        store: Outcomes shared with other runs, or None.
+    """
+
+    folder: Path
+    reporter: Reporter
+    still_there: Callable[[], None]
+    store: Store | None = None
+
+    def outcome(
+        self, stage: Stage, key: str, ancestry: tuple[str, ...], manifest: Manifest, *, again: bool
+    ) -> tuple[StageResult, bool]:
+        """Return the outcome, from the store where another run has left it there, and whether it was computed."""
+        if self.store is None:
+            return self._whole(stage, key, ancestry, manifest), True
+        with self.store.computing(key):
+            known = self.store.fetch(key, self.folder) if not again else None
+            if known is not None:
+                result = known.model_copy(update={"ancestry": ancestry})
+                self._record(result)
+                return result, False
+            result = self._whole(stage, key, ancestry, manifest)
+            self.store.put(result, self.folder)
+            return result, True
+
+    def _whole(self, stage: Stage, key: str, ancestry: tuple[str, ...], manifest: Manifest) -> StageResult:
+        result, incomplete = self.compute(stage, key, ancestry, manifest)
+        if incomplete is not None:
+            raise incomplete
+        return result
+
+    def compute(
+        self, stage: Stage, key: str, ancestry: tuple[str, ...], manifest: Manifest, *, beside: bool = False
+    ) -> tuple[StageResult, RescompressError | None]:
+        """Return the outcome, recorded, and what is missing of it; a stage beside the run says itself where it was computed."""
+        start = time.monotonic()
+        outcome = stage.run(Context(self.folder, manifest, self.reporter, store=self.store))
+        try:
+            self.still_there()
+        except EnvironmentFailed:
+            if not os.path.lexists(self.folder / claims.LOCK):  # made anew by writing into it, and no other run's
+                for _, path in outcome.files:
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            raise
+        result = StageResult(
+            **_identity(stage),
+            status="skipped" if outcome.skipped else "done",
+            reason=outcome.skipped,
+            key="" if outcome.incomplete else key,
+            metrics=dict(outcome.metrics),
+            outputs=tuple(Artifact.of(kind, path, self.folder) for kind, path in outcome.files),
+            duration_s=round(time.monotonic() - start, 3),
+            ancestry=ancestry,
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            environment={} if beside else {**manifest.environment, **_threads()},
+            details=outcome.details,
+        )
+        self._record(result)
+        for path in outcome.transient:
+            path.unlink(missing_ok=True)
+        return result, outcome.incomplete
+
+    def _record(self, result: StageResult) -> None:
+        write_text(self.folder / claims.record_of(result.stage), json_of(result) + "\n", follow=False)
+
+
 def _lead(
     stages: Sequence[Stage],
-    folder: Path,
+    work: _Work,
     manifest: Manifest,
     before: Manifest,
-    reporter: Reporter,
     peers: Peers,
     workspace: bool,
-    still_there: Callable[[], None],
-    store: Store | None,
     again: Collection[str],
 ) -> RunReport:
+    folder, reporter, still_there = work.folder, work.reporter, work.still_there
+
     def save(manifest: Manifest) -> Manifest:
         """Save it, with what is deployed, or was meanwhile by another process."""
 
@@ -373,9 +446,7 @@ def _lead(
             if not workspace:
                 save(manifest)
             try:
-                result, computed = _shared(
-                    stage, key, ancestry, folder, manifest, reporter, still_there, store, stage.name in again
-                )
+                result, computed = work.outcome(stage, key, ancestry, manifest, again=stage.name in again)
             except Exception as e:
                 still_there()
                 if not workspace:
@@ -479,68 +550,6 @@ def _ancestry(stage: Stage, manifest: Manifest) -> tuple[str, ...]:
     """Return the hashes of the checkpoint that `stage` reads and of those it was made from."""
     before = manifest.stage(stage.network)
     return manifest.ancestry((before.checkpoint_sha256 if before else None) or stage.network)
-
-
-def _shared(
-    stage: Stage,
-    key: str,
-    ancestry: tuple[str, ...],
-    folder: Path,
-    manifest: Manifest,
-    reporter: Reporter,
-    still_there: Callable[[], None],
-    store: Store | None,
-    again: bool,
-) -> tuple[StageResult, bool]:
-    """Return the outcome, from the store where another run has left it there, and whether it was computed."""
-    if store is None:
-        return _run(stage, key, ancestry, folder, manifest, reporter, still_there, None)[0], True
-    with store.computing(key):
-        known = store.fetch(key, folder) if not again else None
-        if known is not None:
-            result = known.model_copy(update={"ancestry": ancestry})
-            write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
-            return result, False
-        result, _ = _run(stage, key, ancestry, folder, manifest, reporter, still_there, store)
-        store.put(result, folder)
-        return result, True
-
-
-def _run(
-    stage: Stage,
-    key: str,
-    ancestry: tuple[str, ...],
-    folder: Path,
-    manifest: Manifest,
-    reporter: Reporter,
-    still_there: Callable[[], None],
-    store: Store | None,
-    *,
-    beside: bool = False,
-) -> tuple[StageResult, RescompressError | None]:
-    """Return the outcome, recorded, and what is missing of it; a stage beside the run says itself where it was computed."""
-    start = time.monotonic()
-    outcome = stage.run(Context(folder, manifest, reporter, store=store))
-    still_there()
-    result = StageResult(
-        **_identity(stage),
-        status="skipped" if outcome.skipped else "done",
-        reason=outcome.skipped,
-        key="" if outcome.incomplete else key,
-        metrics=dict(outcome.metrics),
-        outputs=tuple(Artifact.of(kind, path, folder) for kind, path in outcome.files),
-        duration_s=round(time.monotonic() - start, 3),
-        ancestry=ancestry,
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        environment={} if beside else {**manifest.environment, **_threads()},
-        details=outcome.details,
-    )
-    write_text(folder / claims.record_of(stage.name), json_of(result) + "\n", follow=False)
-    for path in outcome.transient:
-        path.unlink(missing_ok=True)
-    if outcome.incomplete is not None and not beside:
-        raise outcome.incomplete
-    return result, outcome.incomplete
 
 
 def _identity(stage: Stage) -> dict[str, Any]:

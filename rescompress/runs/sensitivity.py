@@ -15,7 +15,7 @@ from compress.prune import measure
 from compress.prune.method import Curves
 from compress.quantize import ptq
 from compress.quantize.sensitivity import sensitivities
-from rescompress.core.settings import SensitivitySettings
+from rescompress.core.settings import QuantizeSettings, SensitivitySettings
 from rescompress.runs.reporter import Reporter
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening
@@ -100,6 +100,6 @@ def measure_sensitivity(
 def _int8(checkpoint: Checkpoint, images: Tensor, reporter: Reporter) -> list[dict[str, Any]]:
     """Return how sensitive each layer is to quantization."""
     batches = [images[start : start + _INT8_BATCH] for start in range(0, len(images), _INT8_BATCH)]
-    quantized = ptq(checkpoint, batches, calibration="mse", bias_correction=False)
+    quantized = ptq(checkpoint, batches, QuantizeSettings(calibration="mse", bias_correction=False))
     tell = functools.partial(reporter.progress, "quantizing one layer at a time")
     return [asdict(found) for found in sensitivities(quantized, batches[:_INT8_BATCHES], progress=tell)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rescompress.core.details import Details
-from rescompress.core.errors import BadInput, RescompressError
+from rescompress.core.errors import BadInput, CheckpointError, RescompressError
 from rescompress.core.manifest import Manifest
 from rescompress.core.metric import Metric
 from rescompress.runs.reporter import Reporter
@@ -89,7 +89,14 @@ class Opening:
                 allow_pickle=self.allow_pickle,
             )
 
-        checkpoint = load(None if self.yields else self.preprocess)
+        try:
+            checkpoint = load(None if self.yields else self.preprocess)
+        except CheckpointError as e:
+            from compress.checkpoints.refusals import OF_A_TEACHER, SUPPORTED
+
+            if self.yields and e.remedy == SUPPORTED:
+                raise CheckpointError(e.what, where=e.where, remedy=OF_A_TEACHER) from e
+            raise
         if self.yields and self.preprocess is not None and checkpoint.spec.preprocessing.assumed:
             checkpoint = load(self.preprocess)
         warnings = checkpoint.provenance.get("warnings")

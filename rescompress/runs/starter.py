@@ -51,7 +51,7 @@ def starter_config(
     targets = target or "cpu, jetson"
     meant = f"; jetson: {load_target('jetson').name} off a board" if "jetson" in targets.split(", ") else ""
     network = opening.name or _path(str(opening.path), folder) if opening else "CHANGE-ME.pt   # the dense network"
-    stated = _stated(opening) if opening else ""
+    stated = _stated(opening, folder) if opening else ""
     images = _path(data, folder) if data else "CHANGE-ME      # folder with train/ and val/, .npz, or builtin:digits"
     return f"""{about}
 checkpoint: {network}
@@ -83,15 +83,20 @@ def _comment(text: str) -> str:
     return f"# {shown[:_LONGEST_COMMENT]}\n"
 
 
-def _stated(opening: Opening) -> str:
-    """Return the lines that say what the user stated about the checkpoint."""
+def _stated(opening: Opening, folder: Path) -> str:
+    """Return the lines that say what the user stated about the checkpoint; a file of code is named relative to the config."""
     lines = []
     if opening.input_shape is not None:
         lines.append("input: " + "x".join(map(str, opening.input_shape)))
     if opening.preprocess is not None:
         lines.append(f"preprocess: {json.dumps(opening.preprocess)}")
     if opening.arch_options:
-        lines.append("arch_options: " + json.dumps(opening.facts))
+        facts = dict(opening.facts)
+        if "code" in facts:
+            file, _, name = facts["code"].rpartition(":")
+            facts["code"] = f"{os.path.relpath(file, folder)}:{name}"
+        text = json.dumps(facts, ensure_ascii=False)
+        lines.append("arch_options: " + (text if text.isprintable() else json.dumps(facts)))
     if opening.allow_pickle:
         lines.append("allow_pickle: true   # runs code stored in the file")
     return "".join(f"{line}\n" for line in lines)

@@ -13,6 +13,7 @@ that jumps, here or there, takes nobody's work away.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -244,10 +245,10 @@ class Trials:
     _stop_at: float = -math.inf
 
     def recent(self) -> list[Trial]:
-        """Return what `all` does, of others as it was a moment ago at most."""
+        """Return what `all` does without slots that nobody queued yet; of others as it was a moment ago at most."""
         if not self._fresh:
-            return self.all()
-        return [self._mine.get(t.slot, t) for t in self._by_slot(self._known)]
+            self.everything()
+        return [self._mine.get(slot, trial) for slot, trial in sorted(self._by_slot(self._known).items())]
 
     @property
     def _fresh(self) -> bool:
@@ -255,9 +256,11 @@ class Trials:
 
     def all(self) -> list[Trial]:
         """Return every slot's trial: the finished one, else the running, else the waiting; slots in order."""
-        return self._by_slot(self.everything())
+        found = self._by_slot(self.everything())
+        slots = max(self.config.trials, 1 + max(found, default=-1))
+        return [found.get(slot) or Trial(slot, -1, {}, False, "waiting") for slot in range(slots)]
 
-    def _by_slot(self, everything: Sequence[Any]) -> list[Trial]:
+    def _by_slot(self, everything: Sequence[Any]) -> dict[int, Trial]:
         unsettled = self._unsettled(everything)
         found = {**self._settled}
         for frozen in unsettled:
@@ -269,8 +272,7 @@ class Trials:
             known = found.get(trial.slot)
             if known is None or _RANK[trial.state] < _RANK[known.state]:
                 found[trial.slot] = trial
-        slots = max(self.config.trials, 1 + max(found, default=-1))
-        return [found.get(slot) or Trial(slot, -1, {}, False, "waiting") for slot in range(slots)]
+        return found
 
     def everything(self) -> list[Any]:
         """Return Optuna's trials, by number."""
@@ -353,10 +355,34 @@ class Trials:
             return None
         # what the sampler learns from: not read again where it was read just now
         self.study._thread_local.cached_all_trials = None if again else self._known
-        asked = optuna.trial.Trial(self.study, frozen._trial_id)
-        choices = {name: _suggest(asked, name, d) for name, d in dimensions(self.document["search"]["space"]).items()}
-        trial = Trial(attrs["slot"], frozen.number, choices, bool(attrs.get("anchor")), "running")
+        trial = Trial(attrs["slot"], frozen.number, self._chosen(frozen), bool(attrs.get("anchor")), "running")
         return Lease(self, frozen._trial_id, trial)
+
+    def _chosen(self, frozen: Any) -> dict[str, Any]:
+        """Return the choices of a trial, those it was queued with and sampled ones, and keep them.
+
+        Optuna's `Trial` does the same, and reads the trial again for it: six round trips to a database.
+        """
+        study, sampler = self.study, self.study.sampler
+        trial = copy.copy(frozen)
+        given = trial.system_attrs.get("fixed_params", {})
+        sampler.before_trial(study, trial)
+        joint: dict[str, Any] | None = None
+        found = {}
+        for name, dimension in dimensions(self.document["search"]["space"]).items():
+            distribution = _distribution(dimension)
+            if name in given:
+                value = given[name]
+            elif distribution.single():
+                value = distribution.low if isinstance(dimension, Range) else distribution.choices[0]
+            else:
+                if joint is None:
+                    joint = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
+                value = joint[name] if name in joint else sampler.sample_independent(study, trial, name, distribution)
+            study._storage.set_trial_param(frozen._trial_id, name, distribution.to_internal_repr(value), distribution)
+            trial.params = {**trial.params, name: value}
+            found[name] = _decoded(value)
+        return found
 
     def _ahead(self) -> list[Any]:
         """Return the trials that wait, by number; where few do, the next slots are queued.
@@ -503,10 +529,12 @@ def _decoded(value: Any) -> Any:
     return json.loads(value.removeprefix(_JSON)) if isinstance(value, str) and value.startswith(_JSON) else value
 
 
-def _suggest(trial: Any, name: str, dimension: Any) -> Any:
+def _distribution(dimension: Any) -> Any:
+    import optuna
+
     if isinstance(dimension, Range):
-        return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log, step=dimension.step)
-    return _decoded(trial.suggest_categorical(name, [_encoded(v) for v in dimension]))
+        return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
+    return optuna.distributions.CategoricalDistribution([_encoded(v) for v in dimension])
 
 
 def storage_of(address: str) -> Any:
@@ -549,7 +577,9 @@ def storage_of(address: str) -> Any:
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
-        return optuna.storages.RDBStorage(address, engine_kwargs={"pool_size": 2})
+        from rescompress.search.database import Database
+
+        return Database(address, engine_kwargs={"pool_size": 2})
     except (ModuleNotFoundError, NoSuchModuleError, ImportError) as e:
         ours = scheme in ("postgresql", "postgres")
         remedy = (

@@ -22,7 +22,7 @@ from compress.checkpoints import heads
 from compress.checkpoints.base import Checkpoint, Derived, LoadOptions, RawState, Root, Stored
 from compress.checkpoints.hdf5 import calls_of, layers_of
 from compress.checkpoints.keras_front import Front, Node, preprocessing_of, read_front
-from compress.checkpoints.keras_layers import every_layer, is_foreign, is_idle, leaves
+from compress.checkpoints.keras_layers import activation_of, called_as_in_training, every_layer, is_foreign, is_idle, leaves
 from compress.checkpoints.layout import Facts, Layout, assemble, zeros
 from rescompress.core.errors import CheckpointError
 
@@ -158,6 +158,12 @@ class _Model:
             raise CheckpointError(
                 f"holds a layer of a class of its own ({own}): its code alone says what it computes",
                 remedy="save the model without it",
+            )
+        trained = next(filter(called_as_in_training, every_layer(self.config)), None)
+        if trained is not None:
+            raise CheckpointError(
+                f"calls '{trained.get('name')}' as in training, whatever it is used for",
+                remedy="save the model without training=True",
             )
         again = next((layer for layer in every_layer(self.config) if _calls(layer) > 1), None)
         if again is not None:
@@ -371,11 +377,7 @@ def _is_usual(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _activation(settings: Mapping[str, Any]) -> str:
-    value = settings.get("activation", "linear")
-    if isinstance(value, dict):
-        inner = value.get("config")
-        value = inner.get("name", value.get("class_name")) if isinstance(inner, dict) else value.get("class_name")
-    return str(value)
+    return activation_of(settings.get("activation", "linear"))
 
 
 def _bn(parts: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -53,7 +53,7 @@ def forms() -> str:
 
 
 def _plugin(name: str) -> Source:
-    return cast(Source, plugins.load(PACKAGE, name, what="source of images"))
+    return cast(Source, plugins.load(PACKAGE, name, what="source of images", offers=Source))
 
 
 def find(source: Any) -> Source:

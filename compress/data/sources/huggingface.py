@@ -55,7 +55,9 @@ def load(source: str, how: Reading) -> Dataset:
         image, label = _columns(rows.features, source)
         root = Path(source) / name
         rows_of[root] = _Encoded(rows, image)
-        parts.append(Samples(tuple(root / str(i) for i in range(len(rows))), _labels(rows, label, source), root, listed=True))
+        texts, numbered = _labels(rows, label, source, how)
+        paths = tuple(root / str(i) for i in range(len(rows)))
+        parts.append(Samples(paths, texts, root, listed=True, numbered=numbered))
 
     def make(found: Samples, keep: Sequence[int]) -> EncodedStore:
         called = f"{source}, {found.root.name}"
@@ -125,12 +127,14 @@ def _columns(features: Any, source: str) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _labels(rows: Any, column: str, source: str) -> tuple[str, ...]:
-    """Return the label of each row as text: its name where the data set has names."""
+def _labels(rows: Any, column: str, source: str, how: Reading) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the label of each row as text, and the names of the classes where their numbers are the outputs."""
+    from compress.data.splits import by_number
+
     numbers = rows[column][:] if not isinstance(rows[column], list) else rows[column]
     names = getattr(rows.features[column], "names", None)
     if names is None:
-        return tuple(str(n) for n in numbers)
+        return tuple(str(n) for n in numbers), None
     if any(not 0 <= n < len(names) for n in numbers):
         raise DataError("has rows without a label", where=source, remedy=nearest(source, ["a split with labels"]))
-    return tuple(names[n] for n in numbers)
+    return by_number(numbers, names, how, source)

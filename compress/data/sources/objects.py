@@ -58,7 +58,9 @@ def load(source: Any, how: Reading) -> Dataset:
     parts, items = {}, {}
     for name, one in objects.items():
         root = Path(f"<{type(one).__name__}>") / name
-        parts[name] = Samples(tuple(root / str(i) for i in range(_length(one))), _labels(one), root, listed=True)
+        paths = tuple(root / str(i) for i in range(_length(one)))
+        texts, numbered = _labels(one, how, str(root))
+        parts[name] = Samples(paths, texts, root, listed=True, numbered=numbered)
         items[root] = _Images(one)
 
     def make(found: Samples, keep: Sequence[int]) -> EncodedStore:
@@ -86,8 +88,10 @@ def _length(one: Any) -> int:
     return found
 
 
-def _labels(one: Any) -> tuple[str, ...]:
-    """Return the name of each item's class, or its number as text."""
+def _labels(one: Any, how: Reading, where: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the name of each item's class, or its number as text; and the names of all where their numbers are the outputs."""
+    from compress.data.splits import by_number
+
     targets = getattr(one, "targets", None)
     try:
         numbers = list(targets) if targets is not None else [one[i][1] for i in range(len(one))]
@@ -95,15 +99,41 @@ def _labels(one: Any) -> tuple[str, ...]:
         raise DataError(f"labels cannot be read: {type(e).__name__}: {e}", remedy="items are (image, label)") from e
     if len(numbers) != len(one):
         raise DataError(f"has {len(numbers)} targets for {len(one)} images", remedy="give one target for each image")
+    if targets is not None:
+        _check_targets(one, numbers)
     names = getattr(one, "classes", None)
-    texts = []
+    if numbers and all(isinstance(number, str) for number in numbers):
+        return tuple(numbers), None
+    whole = []
     for number in numbers:
-        if isinstance(number, str):
-            texts.append(number)
-            continue
         try:
             n = int(number)
-        except (TypeError, ValueError) as e:
+            exact = not isinstance(number, str) and n == number
+        except (TypeError, ValueError, OverflowError) as e:
             raise DataError(f"a label is {number!r}", remedy="labels are whole numbers or names") from e
-        texts.append(str(names[n]) if names is not None and 0 <= n < len(names) else str(n))
-    return tuple(texts)
+        if not exact:
+            raise DataError(f"a label is {number!r}", remedy="labels are whole numbers or names, not both")
+        whole.append(n)
+    if names is None:
+        return tuple(map(str, whole)), None
+    return by_number(whole, [str(name) for name in names], how, where)
+
+
+def _check_targets(one: Any, numbers: Sequence[Any]) -> None:
+    """Refuse an object whose items have other labels than its ``targets``, as a transform of labels makes them.
+
+    Raises:
+        DataError: One of the first, middle and last item has.
+    """
+    for i in sorted({0, len(numbers) // 2, len(numbers) - 1}):
+        try:
+            item = one[i][1]
+            same = bool(item == numbers[i])
+        except Exception as e:  # whatever code of others raises
+            raise DataError(f"item {i} cannot be read: {type(e).__name__}: {e}", remedy="items are (image, label)") from e
+        if not same:
+            raise DataError(
+                f"item {i} has the label {item}, its targets say {numbers[i]}",
+                where=type(one).__name__,
+                remedy="give items whose labels are the targets, or an object without targets",
+            )

@@ -14,6 +14,7 @@ Needs some hundred images and no labels.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from compress.prune.fold import Folded, folded, unfolded
 from compress.prune.groups import ChannelGroup, Sizes, is_plain
 from compress.prune.method import Context, Curves, ErrorCurve
 from compress.prune.plan import PruningPlan
-from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit
+from compress.prune.solve import add_gram, damped, mirrored, obs_curve, refit, ridge_for
 from compress.resnet import ResNet, build_model
 from rescompress.core.errors import DataError
 from rescompress.core.graph import Layer
@@ -52,7 +53,9 @@ from rescompress.core.recipe import network_of
 DESCRIPTION = "what the rest repairs best goes first; refits every block to the dense network; needs images, no labels"
 NEEDS_DATA = True
 
-_RIDGE = 1e-3
+_MOST_COLUMNS = 12_288
+"""Inputs of a layer beyond which it is not refitted: time grows with their cube (a 3x3 convolution of 2,048 channels, as behind
+the dilated ResNet-50 of DeepLab, has 18,432)."""
 _TARGETS = "targets"
 _TARGET_BYTES = 4 << 30
 """Most memory for what all layers of the dense network make; beyond it the dense network runs once more."""
@@ -144,7 +147,8 @@ class _Reader:
             columns = (torch.tensor(channels)[:, None] * taps + torch.arange(taps)).flatten()
             h_DD, weight_OD = h_DD[columns][:, columns], weight_OD[:, columns]
         matters = self._energy > 0 and float(h_DD.diagonal().mean()) > 0
-        return damped(h_DD, _RIDGE), weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
+        weight_OD = weight_OD / (self._energy / self._rows) ** 0.5 if matters else torch.zeros_like(weight_OD)
+        return damped(h_DD, ridge_for(self._rows, len(h_DD))), weight_OD
 
 
 def _collect(
@@ -230,6 +234,8 @@ def compensate(context: Context, plan: PruningPlan, pruned: Checkpoint) -> Check
                 inside = _refit_chunk(work, small, right, targets, keep)
                 right = advance(work.model, small, right, own=in_block, known=inside)
         context.progress("repairing blocks", done, len(chunks))
+    if work.left:
+        context.note(f"not refitted, since they read more than {_MOST_COLUMNS:,} numbers: {', '.join(work.left)}")
     return work.checkpoint
 
 
@@ -281,9 +287,16 @@ class _Targets:
 
 
 class _Work:
-    """The pruned network while it is refitted: as tensors, and as a model that runs."""
+    """The pruned network while it is refitted: as tensors, and as a model that runs.
+
+    Attributes:
+        checkpoint: As tensors.
+        model: That runs.
+        left: Layers that are too wide to be refitted.
+    """
 
     def __init__(self, pruned: Checkpoint) -> None:
+        self.left: list[str] = []
         self.checkpoint = Checkpoint(pruned.spec, dict(pruned.state_dict), None, pruned.provenance)
         self.model = build_model(pruned.spec, pruned.state_dict).requires_grad_(False)
 
@@ -313,6 +326,8 @@ def _refit_chunk(
     """
     cached = {small[0].inputs[0]: right}
     jobs = _jobs(work.checkpoint, small)
+    work.left += [job.layer.name for job in jobs if _columns(job.layer) > _MOST_COLUMNS]
+    jobs = [job for job in jobs if _columns(job.layer) <= _MOST_COLUMNS]
     if not jobs:
         return cached
     wanted = {job.layer.name: targets.take(job, keep[job.target]) for job in jobs}
@@ -406,6 +421,11 @@ def _jobs(work: Checkpoint, small: Sequence[Layer]) -> list[_Job]:
     return [j for j in jobs if not j.skip] + last
 
 
+def _columns(layer: Layer) -> int:
+    """Return how many numbers one output of a layer is made of."""
+    return math.prod(layer.weight_shape[1:])
+
+
 def _ends_last(add: Layer, out: str, small: Sequence[Layer]) -> bool:
     """Whether `out` is the branch of an Add to repair against the sum: the first, or the one that a convolution ends."""
     made = {layer.name: layer for layer in small}
@@ -437,7 +457,6 @@ def _solve(checkpoint: Checkpoint, job: _Job, x_ND: Tensor, target_NO: Tensor, s
             skip_NO=None if skip_NO is None else skip_NO[:, o],
             relu=job.relu,
             fit_bias=has_bias,
-            ridge=_RIDGE,
         )
         fits.append(fit)
     new = Folded(torch.cat([f.w_OD for f in fits]).reshape(shape), torch.cat([f.b_O for f in fits]), old.output)

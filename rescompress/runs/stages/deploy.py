@@ -52,9 +52,10 @@ def deployed(context: Context, step: Deploy) -> Outcome:
         for source in (step.source, step.baseline):
             if source is not None and source.path is not None and source.sha256 is not None:
                 held.enter_context(held_to(source.path, source.sha256))
-        jobs, notes = _jobs(
-            step.source.opening, step.baseline.opening if step.baseline else None, step.settings, target, folder
-        )
+        assert step.source.opening is not None
+        floating = step.baseline.opening if step.baseline is not None else None
+        jobs, notes = jobs_for(step.source.opening, floating, step.settings, target, folder)
+        notes += _advice(target, jobs, step.settings)
         notes += [f"left out when the board was identified: {error}" for error in survey()[1]]
         photos = _photos(jobs, step.settings.photo)
         scores: dict[Precision, Evaluation] = {}
@@ -132,20 +133,20 @@ def planned(
         scored: Whether accuracy is measured, too.
     """
     with tempfile.TemporaryDirectory(prefix="rescompress-plan-") as folder:
-        jobs, notes = _jobs(opening, baseline, settings, target, Path(folder))
+        jobs, notes = jobs_for(opening, baseline, settings, target, Path(folder))
+        notes += _advice(target, jobs, settings)
         photos = _photos(jobs, settings.photo)
         return dry_run(target, jobs, settings, photos=photos, scored=scored), notes
 
 
-def _jobs(
-    opening: Opening | None, baseline: Opening | None, settings: DeploySettings, target: Target, folder: Path
+def jobs_for(
+    opening: Opening, baseline: Opening | None, settings: DeploySettings, target: Target, folder: Path
 ) -> tuple[list[Job], list[str]]:
     """Return what to build, and what the user should know about it; a checkpoint is written as ONNX into `folder`.
 
     Raises:
         BadInput: A file is missing or is no model, or its batch is fixed to another size.
     """
-    assert opening is not None
     batches, shape = settings.batches, opening.input_shape
     files, notes = [opening.path, *([baseline.path] if baseline is not None else [])], list[str]()
     if opening.path.suffix != ".onnx":
@@ -174,9 +175,13 @@ def _jobs(
         )
     if len(jobs) == 1 and jobs[0].precision == "int8":
         notes.append("no float engine to compare with: give --baseline FLOAT.onnx, or deploy the checkpoint")
-    advice = advice_for(target, [job.precision for job in jobs], dla=settings.dla is not None)
-    sparse = _sparsity(target, jobs) if settings.sparsity else []
-    return jobs, [*notes, *alias_notes(target), *map(str, advice), *sparse]
+    return jobs, notes
+
+
+def _advice(target: Target, jobs: Sequence[Job], settings: DeploySettings) -> list[str]:
+    """Return what is to be known of the board, what users report of its TensorRT, and what sparse kernels can bring."""
+    reported = advice_for(target, [job.precision for job in jobs], dla=settings.dla is not None)
+    return [*alias_notes(target), *map(str, reported), *(_sparsity(target, jobs) if settings.sparsity else [])]
 
 
 def _exported(opening: Opening, batches: tuple[int, ...], target: Target, folder: Path) -> tuple[list[Path], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,15 +18,14 @@ from compress.data import Split
 from compress.device import computing_on
 from compress.evaluate import TorchRunner
 from compress.processes import ALONE, Together, together
+from compress.prune import Context as PruneContext
 from compress.prune import (
-    Budget,
     CostFunction,
     load_plan,
     measure,
     prune,
     prune_by_plan,
 )
-from compress.prune import Context as PruneContext
 from compress.prune.method import Curves, ErrorCurve
 from compress.prune.sparsity import PATTERN, sparsify
 from compress.quantize import Cost, best_of, fake_quant_model, finish_qat, mixed_precision, on_grid, prepare_qat, ptq
@@ -123,10 +123,9 @@ def pruned(context: Context, step: Prune) -> Outcome:
             smaller = prune_by_plan(
                 on_device(checkpoint, device),
                 plan,
+                config,
                 calibration_x=calibration.to(device) if calibration is not None else None,
                 seed=common.seed,
-                bn_recalibration=config.recalibrate,
-                repair=config.repair,
                 progress=context.reporter.progress,
                 note=told.append,
             )
@@ -141,18 +140,12 @@ def pruned(context: Context, step: Prune) -> Outcome:
         with computing_on(common.torch_device()) as device:
             found = prune(
                 on_device(checkpoint, device),
-                method=config.method,
-                budget=Budget(kind=kind, value=value),
-                scope=config.scope,
-                align=align,
-                strict_align=isinstance(config.align, int),
+                config,
                 calibration_x=calibration.to(device) if calibration is not None else None,
-                drop_blocks=config.may_drop,
+                multiple=align,
                 seed=common.seed,
                 cost=latency_cost(known) if kind == "latency" else None,
                 reference=whole,
-                bn_recalibration=config.recalibrate,
-                repair=config.repair,
                 curves=curves,
                 progress=context.reporter.progress,
             )
@@ -314,7 +307,31 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
     sharing = together()
     done = dataclasses.replace(checkpoint, state_dict=sharing.lead(tensors_of(model)))
     details = FinetuneDetails(**trained.given())
-    return finish(context, name, done, common, details, transient=[resume], sharing=sharing)
+    outcome = finish(context, name, done, common, details, transient=[resume], sharing=sharing)
+    if (text := lost_in_training(context, step.source, outcome)) is None:
+        return outcome
+    context.reporter.note(text)
+    return dataclasses.replace(outcome, details=details.noting(text))
+
+
+def lost_in_training(context: Context, source: Source, outcome: Outcome) -> str | None:
+    """Return what to say of a training that ended clearly below where it began, None of any other.
+
+    Clearly is by more than two standard errors of the difference of two accuracies, on as many samples; where the accuracy of
+    the network it began with is not known here, nothing is said.
+    """
+    began = context.done.stage(source.stage) if source.stage else None
+    if source.sha256 is not None:
+        began = next((s for s in context.done.stages if s.checkpoint_sha256 == source.sha256), None)
+    before, after = (began.metrics.get("top1") if began else None), outcome.metrics.get("top1")
+    if before is None or after is None or before.n != after.n:
+        return None
+    if before.value - after.value <= 2 * math.hypot(before.std_error or 0.0, after.std_error or 0.0):
+        return None
+    return (
+        f"training did harm: top-1 fell from {100 * before.value:.2f} to {100 * after.value:.2f} %; a lower learning "
+        "rate may help (lr: auto tries a few), above all where there is no BatchNorm"
+    )
 
 
 def quantized(context: Context, step: Quantize) -> Outcome:
@@ -448,10 +465,8 @@ def calibrated(
         return ptq(
             checkpoint,
             images,
+            config,
             profile=profile,
-            calibration=config.calibration,
-            percentile=config.percentile,
-            bias_correction=config.bias_correction,
             keep_float=keep_float,
             sharing=sharing,
         )

@@ -25,7 +25,6 @@ from rescompress.core.layers import walk
 from rescompress.core.manifest import TARGET_PREFIX
 from rescompress.core.metric import Metric, counted
 from rescompress.runs.file_check import lint_findings, validity_gate
-from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Context, Outcome
 from rescompress.runs.stages.export import as_exported, export_options, file_for, in_host
 from rescompress.runs.stages.shared import (
@@ -46,6 +45,27 @@ _NEUTRAL_COST = "it may be slower here, or less exact"
 
 class _Draft(TargetDetails, frozen=False):
     """The details while they are found."""
+
+
+@dataclasses.dataclass
+class _Made:
+    """What the stage has made so far.
+
+    Attributes:
+        checkpoint: The network, as it is exported.
+        options: What kind of file.
+        path: The file.
+        metrics: By name.
+        files: Kind and path of each file written.
+        details: While they are found.
+    """
+
+    checkpoint: Checkpoint
+    options: ExportOptions
+    path: Path
+    metrics: dict[str, Metric]
+    files: list[tuple[str, Path]]
+    details: _Draft
 
 
 def target(context: Context, step: ForTarget) -> Outcome:
@@ -71,16 +91,14 @@ def target(context: Context, step: ForTarget) -> Outcome:
     if checkpoint.host is not None:
         found = in_host(context, checkpoint, chosen_options, path, common, of_file, files, metrics)
         details.host, details.notes = found.host, [*details.notes, *found.notes[len(of_file.notes) :]]
-    if chosen.builds_here:
-        _build_and_measure(context, chosen, checkpoint, common, chosen_options, path, metrics, files, details)
-    else:
-        _prepare_and_predict(context, chosen, checkpoint, chosen_options, path, metrics, files, details)
+    made = _Made(checkpoint, chosen_options, path, metrics, files, details)
+    (_build_and_measure if chosen.builds_here else _prepare_and_predict)(context, step, made)
     if step.require_engine and details.engine is None:
         where = f"--target {chosen.alias or chosen.name}"
         raise ToolMissing(str(details.engine_status), where=where, remedy="build it on the device: `deploy`")
     for note in details.notes:
         context.reporter.note(note)
-    return Outcome(metrics, files, details)
+    return Outcome(made.metrics, made.files, details)
 
 
 def for_target(options: ExportOptions, checkpoint: Checkpoint, chosen: Target) -> ExportOptions:
@@ -119,17 +137,10 @@ def profile_notes(checkpoint: Checkpoint, chosen: Target) -> list[str]:
     ]
 
 
-def _build_and_measure(
-    context: Context,
-    chosen: Target,
-    checkpoint: Checkpoint,
-    common: Settings,
-    options: ExportOptions,
-    path: Path,
-    metrics: dict[str, Metric],
-    files: list[tuple[str, Path]],
-    details: _Draft,
-) -> None:
+def _build_and_measure(context: Context, step: ForTarget, made: _Made) -> None:
+    """Build what the runtime makes of the file, measure it in turns with the dense network and float32, evaluate it."""
+    chosen, common = step.target, step.common
+    checkpoint, options, path, details = made.checkpoint, made.options, made.path, made.details
     backend = load_backend(chosen.runtime)
     precision = chosen.check_precision(base_precision(str(details.precision)))
     fixed = options.batch if isinstance(options.batch, int) else None  # what was asked for dynamic is delivered dynamic
@@ -142,9 +153,9 @@ def _build_and_measure(
     details.engine = built.path.relative_to(context.folder).as_posix() if built.path else None
     details.engine_status, details.build, details.runtime_version = built.status, built.details, available.version
     loaded = engine_files(built.path)
-    files += [("engine", f) for f in loaded]
+    made.files += [("engine", f) for f in loaded]
     if loaded:
-        metrics["engine_bytes"] = counted(sum(f.stat().st_size for f in loaded), "bytes")
+        made.metrics["engine_bytes"] = counted(sum(f.stat().st_size for f in loaded), "bytes")
     if not backend.RUNS_HERE:
         return
     runs = [Candidate(path, chosen.runtime, checkpoint.spec.input_shape, batch, common.threads, str(details.precision))]
@@ -160,7 +171,7 @@ def _build_and_measure(
     context.reporter.progress(f"measure {chosen.name}", 0, 1)
     found = dict(zip(prefixes, measure_processes(runs), strict=True))
     for prefix, measured in found.items():
-        metrics |= {prefix + key: value for key, value in measured.metrics.items()}
+        made.metrics |= {prefix + key: value for key, value in measured.metrics.items()}
     own, dense, twin = found[""], found.get("dense_"), found.get("fp32_")
     details.latency_runs = list(own.process_medians_ms)
     if own.process_p99_ms:
@@ -180,45 +191,37 @@ def _build_and_measure(
         float_path.unlink()
         if min(details.latency_runs) > max(details.fp32_latency_runs):
             details.notes.append(
-                f"INT8 is slower than float32 with {chosen.runtime} on this machine: {metrics['p50_ms'].value:.2f} ms against "
-                f"{metrics['fp32_p50_ms'].value:.2f} ms"
+                f"INT8 is slower than float32 with {chosen.runtime} on this machine: {made.metrics['p50_ms'].value:.2f} ms "
+                f"against {made.metrics['fp32_p50_ms'].value:.2f} ms"
             )
     if common.data is not None and scores_classes(checkpoint.spec):
         runner = backend.runner(path, threads=common.threads)
         stage = TARGET_PREFIX + chosen.name
         answers = evaluate_runner(context, runner, dataset(common, checkpoint.spec).val, common, checkpoint.spec)
-        metrics |= answers.metrics
-        files.append(("outcomes", outcomes_file(context, stage, answers)))
+        made.metrics |= answers.metrics
+        made.files.append(("outcomes", outcomes_file(context, stage, answers)))
 
 
-def _prepare_and_predict(
-    context: Context,
-    chosen: Target,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    path: Path,
-    metrics: dict[str, Metric],
-    files: list[tuple[str, Path]],
-    details: _Draft,
-) -> None:
+def _prepare_and_predict(context: Context, step: ForTarget, made: _Made) -> None:
     """Leave what the board needs beside the ONNX file, and predict its latency there."""
+    chosen, checkpoint, options, path, details = step.target, made.checkpoint, made.options, made.path, made.details
     precision = chosen.check_precision(base_precision(options.precision))
     batch = options.batch if isinstance(options.batch, int) else 1
     shapes = InputShapes("input", checkpoint.spec.input_shape) if options.batch == "dynamic" else None
     for file in write_bundle(path, checkpoint.spec, chosen, precision, shapes=shapes):
-        files.append(("script" if file.suffix in (".sh", ".py") else "report", file))
+        made.files.append(("script" if file.suffix in (".sh", ".py") else "report", file))
     details.validity_gate = gate = validity_gate(path)
     if gate["status"] == "failed":
         details.notes.append(f"TensorRT for RTX {gate['runtime_version']} does not take the file: {gate['reason']}")
     predicted = predict(walk(checkpoint.spec), chosen.device, precision=precision, batch=batch)
-    metrics["p50_ms"] = predicted.metric()
+    made.metrics["p50_ms"] = predicted.metric()
     dense_path = _dense_file(context, "checkpoint")
     if dense_path is not None:
         dense = load_checkpoint(dense_path)
         before = predict(
             walk(dense.spec), chosen.device, precision=chosen.check_precision(chosen.device.best_float), batch=batch
         )
-        metrics["dense_p50_ms"] = before.metric()
+        made.metrics["dense_p50_ms"] = before.metric()
     details.engine = None
     details.engine_status = "not built here: engines belong to the board they are built on; run build.sh there"
     details.power_mode, details.tensorrt = predicted.power_mode, chosen.tensorrt_version

@@ -1,4 +1,10 @@
-"""The one list of columns: every table, page and file shows these; a new column is one entry in `COLUMNS`."""
+"""The one list of columns: every table, page and file shows these; a new column is one entry in `COLUMNS`.
+
+A column shows what stages record in `StageResult.metrics`, by its name there; ``rescompress compare RUN --json`` lists the
+figures of a run, shown or not. One that no stage records yet is made where its like are: of a network (MACs, bytes) in
+`rescompress.runs.stages.shared` and `rescompress.runs.stages.export`, of a timing here in `edge_targets.benchmark`, of one on
+a board in `edge_targets.board_session`.
+"""
 
 from __future__ import annotations
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree
 
 from rescompress.core.text import markdown, one_line, shown, xml_text
 from rescompress.show.gate.checks import Check, GateReport, points
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "❔"}
@@ -52,17 +53,34 @@ def _cells(check: Check) -> list[str]:
     return [check.baseline, check.candidate, value_text(check), interval_text(check), limit_text(check)]
 
 
-def to_rich(report: GateReport) -> Table:
-    """Return the checks as a table for a terminal."""
+_LONGEST_WHOLE = 24
+"""Letters of a check's name that are never broken over lines; the names of some boards are longer."""
+
+
+def to_rich(report: GateReport) -> RenderableType:
+    """Return the checks as a table for a terminal, set closer where the line is narrow: words stay whole on 80 columns."""
+    from rescompress.show.figures.fitting import Fitting
+
+    return Fitting(_table(report, close=False), _table(report, close=True))
+
+
+def _table(report: GateReport, *, close: bool) -> Table:
+    """Return the table, with every column as wide as it wants, or as its longest word."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in HEAD:
-        table.add_column(name, justify="left" if name in ("check", "verdict") else "right", overflow="fold")
-    for check in report.checks:
-        table.add_row(check.name, Text(check.verdict, style=STYLES[check.verdict]), *_cells(check))
+    rows = [[check.name, check.verdict, *_cells(check)] for check in report.checks]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0 if close else 1))
+    whole = all(len(check.name) <= _LONGEST_WHOLE for check in report.checks)
+    for name, *cells in zip(HEAD, *rows, strict=True):
+        words = name in ("check", "verdict")
+        keeps = name == "verdict" or (name == "check" and whole)
+        longest = max(len(word) for text in (name, *cells) for word in text.split() or [""])
+        justify: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(name, justify=justify, no_wrap=keeps, overflow="fold", max_width=longest if close else None)
+    for name, verdict, *cells in rows:
+        table.add_row(name, Text(verdict, style=STYLES[verdict]), *cells)
     return table
 
 

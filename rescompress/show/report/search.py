@@ -16,8 +16,6 @@ from rescompress.show.report import charts
 from rescompress.show.report.charts import Axis, Bar, Point
 from rescompress.show.report.markup import NOTHING, Markup, html, joined
 
-KEY = "search"
-"""Of the details that hold a search's document."""
 MOST_POINTS = 400
 """Candidates off the front in a chart, the latest where there are more; networks of the front, spread over it."""
 NORMAL_95 = 1.96

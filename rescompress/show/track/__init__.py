@@ -66,4 +66,4 @@ def log(destination: str, folder: Path, *, name: str | None = None) -> str:
 
 
 def _tracker(kind: str) -> Tracker:
-    return cast(Tracker, plugins.load(PACKAGE, kind, what="tracker"))
+    return cast(Tracker, plugins.load(PACKAGE, kind, what="tracker", offers=Tracker))
