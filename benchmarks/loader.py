@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 from compress.data import Inputs, MemoryStore, Split, load_dataset
 from compress.data.augment import shifted
 from compress.data.loader import Batches
+from compress.memory import kept_memory
 from compress.pixels import fit, normalise, picture
 from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Preprocessing
@@ -61,7 +62,7 @@ def ours(split: Split, settings: TrainSettings, batch: int, workers: int) -> Cal
 
     def load(start: int, stop: int) -> Iterator[int]:
         batches = Batches(split, settings, batch)
-        with batches.stream(start, stop, workers) as stream:
+        with kept_memory(), batches.stream(start, stop, workers) as stream:  # as training does
             for x, _ in stream:
                 yield len(normalise(x, split.preprocessing))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "JPEG2000"
 """What images may be, in Pillow's words: all that is decoded here. Pillow would hand PostScript to another program."""
 MOST_PIXELS = 1 << 27
 """Of an image on its way to the input's size."""
+_READ_AT_ONCE = 32 << 20
+"""Largest file that is read whole: Pillow asks for it in small parts."""
 
 
 def normalise(x_NCHW: Tensor, p: Preprocessing, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -71,25 +75,47 @@ def picture(
     Raises:
         DataError: It is no readable image.
     """
-    name, remedy = where or str(file), "remove or replace the file; --skip-corrupt leaves such files out"
+    return _picture(file, channels, where or str(file), reduce, _whole)
+
+
+def _picture(
+    file: Path | bytes | Image.Image,
+    channels: int,
+    name: str,
+    reduce: Reduce | None,
+    read: Callable[[Path], Path | io.BytesIO],
+) -> Image.Image:
+    remedy = "remove or replace the file; --skip-corrupt leaves such files out"
     mode = "RGB" if channels == 3 else "L"
     try:
-        with _opened(file) as image:
+        with _opened(file, read) as image:
             by = reduce(image) if reduce is not None else 1
             if by > 1 and image.format == "JPEG":
                 image.draft(None, (image.width // by, image.height // by))
             image.info.pop("transparency", None)  # what lies under it is shown; Pillow warns about palettes that have it
-            return _of_8_bits(image).convert(mode)
+            image = _of_8_bits(image)
+            image.load()
+            alone = image.format == "JPEG" and image.mode == mode  # complete, and nobody else's: `convert` would copy it
+            return image if alone else image.convert(mode)
     except UnidentifiedImageError as e:
         raise DataError(f"is damaged, or no image of a known kind ({', '.join(_formats())})", where=name, remedy=remedy) from e
     except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
         raise DataError(f"is no readable image: {e}", where=name, remedy=remedy) from e
 
 
-def _opened(file: Path | bytes | Image.Image) -> contextlib.AbstractContextManager[Image.Image]:
+def _opened(
+    file: Path | bytes | Image.Image, read: Callable[[Path], Path | io.BytesIO]
+) -> contextlib.AbstractContextManager[Image.Image]:
     if isinstance(file, Image.Image):
         return contextlib.nullcontext(file.copy())
-    return Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=_formats())
+    return Image.open(read(file) if isinstance(file, Path) else io.BytesIO(file), formats=_formats())
+
+
+def _whole(path: Path) -> Path | io.BytesIO:
+    """Return what a file holds, or the file where it is large or none with an end."""
+    with path.open("rb", buffering=0) as f:
+        about = os.fstat(f.fileno())
+        return io.BytesIO(f.read()) if stat.S_ISREG(about.st_mode) and about.st_size <= _READ_AT_ONCE else path
 
 
 def dimensions(file: Path | bytes | Image.Image, *, where: str | None = None) -> tuple[int, int]:
@@ -105,7 +131,7 @@ def dimensions(file: Path | bytes | Image.Image, *, where: str | None = None) ->
         raise _Enough
 
     with contextlib.suppress(_Enough):
-        picture(file, 3, where=where, reduce=note)
+        _picture(file, 3, where or str(file), note, lambda path: path)
     return found[0]
 
 

@@ -215,9 +215,9 @@ def train(
                 _write_state(resume_file, loop.state() | {"fingerprint": fingerprint, "lr": lr})
 
         with (
+            kept_memory(),  # before the processes that read images are forked: they keep theirs, too
             batches.stream(loop.done, steps, workers, pin=accelerator.device.type == "cuda") as images,
             _rounding(settings, accelerator.device),
-            kept_memory(),
         ):
             saved_at = time.monotonic()
             while loop.done < steps and not loop.enough:
