@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from compress.checkpoints.base import Stored
 from rescompress.core.errors import CheckpointError
+
+if TYPE_CHECKING:  # a file that is not there is missed without torch
+    from compress.checkpoints.base import Stored
 
 SUPPORTED = (
     "keys that are known: `rescompress formats`; a network of other names: state its code too (--code model.py:make_net), or "
