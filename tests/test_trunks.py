@@ -127,6 +127,20 @@ def test_the_trunk_ends_where_the_rest_reads_and_the_widths_there_stay(tmp_path:
     assert off(answers(model, x)["class_scores"], inside["class_scores"]) > 1e-3
 
 
+def test_images_that_the_rest_reads_are_no_output_of_the_trunk(tmp_path: Path) -> None:
+    f = Program()
+    f.block(f("Relu", f.conv("image", 3, 16)), 16, "map")
+    f.tokens("map", 16, "seen", 3)
+    light = f.reduced("ReduceL2", f("Identity", "image", out="copy"), 2, 3)
+    f("Add", "seen", light, out="answer")
+    model = f.model("answer")
+    checkpoint = trunk(saved(model, tmp_path))
+    assert checkpoint.host is not None
+    assert list(checkpoint.host.borders.values()) == ["map"]
+    x = images()
+    assert off(answers(model, x)["answer"], answers(back(checkpoint, model), x)["answer"]) < 1e-4
+
+
 def test_a_pooled_vector_that_is_enlarged_to_a_map_stays_with_the_host(tmp_path: Path) -> None:
     model = segmenter()
     path = saved(model, tmp_path)
