@@ -162,8 +162,9 @@ def test_a_latency_of_another_engine_than_the_accuracy_is_told() -> None:
 
 def test_a_baseline_file_keeps_what_its_stages_compute_in() -> None:
     exported = StageResult(stage="export", status="done", details={"precision": "int8+fp16", "arch": "x"})
-    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,)))).stages[0]
-    assert saved.details.document() == {"precision": "int8+fp16"}
+    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,), config_file="../../me/x.yaml", config={"data": "/me/x"})))
+    assert saved.stages[0].details.document() == {"precision": "int8+fp16"}
+    assert "me/" not in saved.model_dump_json(), "a file that is committed says nothing of folders"
 
 
 def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:

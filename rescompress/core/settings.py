@@ -125,6 +125,15 @@ class PruneSettings(Section):
         return self.model_copy(update={kind: some, "sparsity": None})
 
 
+def usual_rate(normalised: bool) -> float:
+    """Return the peak learning rate of a training that names none.
+
+    Without BatchNorm nothing undoes a step that makes a layer's outputs larger: such networks end at chance at the rate that is
+    usual with it, and learn at a tenth.
+    """
+    return 0.02 if normalised else 0.002
+
+
 class TrainSettings(Section):
     """Training of a network, by SGD with Nesterov momentum.
 
@@ -135,7 +144,8 @@ class TrainSettings(Section):
     Attributes:
         epochs: Passes over the training split.
         teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
-        lr: Peak learning rate; ``auto`` tries a few on training images that are held out.
+        lr: Peak learning rate; 0.02 by default, a tenth of it for a network without normalisation layers, which the former
+            throws to chance. ``auto`` tries a few on training images that are held out.
         batch_size: Images per training step, over all processes.
         distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
         temperature: Of the distillation's softmax.
@@ -176,7 +186,10 @@ class TrainSettings(Section):
 
     epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto", parse=str)] = 0.02
+    lr: Annotated[
+        Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"] | None,
+        Flag(metavar="RATE|auto", parse=str, usual="by network: 0.02, 0.002 without BatchNorm"),
+    ] = None
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0, le=1e6)
@@ -214,11 +227,12 @@ class TrainSettings(Section):
             raise ValueError(f"a batch of {self.batch_size} cannot be computed in {self.accumulate} parts of two images")
         return self
 
-    def preset(self, side: int) -> TrainSettings:
-        """Return the settings with everything that is left to the preset filled in.
+    def preset(self, side: int, *, normalised: bool) -> TrainSettings:
+        """Return the settings with everything that is left to preset and network filled in.
 
         Args:
             side: Of the network's input, the shorter one.
+            normalised: Whether the network has normalisation layers.
         """
         augment = self.augment if self.augment != "auto" else ("photo" if side >= PHOTO_SIDE else "cifar")
         strong = augment == "photo+"
@@ -227,6 +241,7 @@ class TrainSettings(Section):
             "cutmix": 1.0 if strong else 0.0,
             "label_smoothing": 0.1 if strong else 0.0,
             "ema": 0.999 if strong else 0.0,
+            "lr": usual_rate(normalised),
         }
         return self.model_copy(update={"augment": augment} | {k: v for k, v in usual.items() if getattr(self, k) is None})
 
