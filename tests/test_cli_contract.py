@@ -311,6 +311,13 @@ def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+def test_an_export_is_no_single_file(rescompress: Command, tmp_path: Path) -> None:
+    done = rescompress("export", DIGITS, "-t", "cpu-ort", "-o", "out.onnx", cwd=tmp_path, code=5)
+    assert "-o out)" in done.stderr
+    assert "out.tar.gz" in done.stderr
+    assert not list(tmp_path.iterdir()), "it is said before any work"
+
+
 def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path: Path) -> None:
     rescompress("export", DIGITS, "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
     words = [sys.executable, "-m", "rescompress", "bench", "out/model.onnx", "-t", "cpu-ort", "--seconds", "60"]
