@@ -9,7 +9,7 @@ stands in ``model_fields_set``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -24,6 +24,7 @@ MOST_IMAGES = 2**31
 MOST_RATE = 1e3
 MOST_TARGETS = 100
 
+BudgetKind = Literal["ratio", "macs", "params", "latency"]
 Batch = Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)]
 Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
 
@@ -88,19 +89,19 @@ class PruneSettings(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
+        given = [name for name in get_args(BudgetKind) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
-        said = ("ratio", "macs", "params", "latency", "method", "scope", "align", "drop_blocks", "iterations")
+        said = (*get_args(BudgetKind), "method", "scope", "align", "drop_blocks", "iterations")
         again = sorted(self.model_fields_set.intersection(said), key=said.index)
         if self.plan is not None and again:
             raise ValueError(f"a plan says what goes: leave out {' and '.join(again)}")
         return self
 
     @property
-    def budget(self) -> tuple[str, float]:
+    def budget(self) -> tuple[BudgetKind, float]:
         """Kind and value of the budget."""
-        for name in ("ratio", "macs", "params", "latency"):
+        for name in get_args(BudgetKind):
             value = getattr(self, name)
             if value is not None:
                 return name, float(value)
