@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +218,23 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     return {s.name: _key(s, Manifest()) for s in stages}
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str], dict[str, str]]]:
+    """Return the folder of a run's files, what the machine is, and the key of every stage of that run."""
+    folder = tmp_path_factory.mktemp("usual")
+    machine = {"cpu": "a cpu", "runtime": "1.0"}
+    backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rescompress.runs.plan.load_backend", lambda name: backend)
+        patch.setattr("rescompress.runs.plan.cpu_name", lambda: machine["cpu"])
+        for name in FILES:
+            (folder / name).write_text(f"the content of {name}")
+        before = _keys(folder)
+        assert set(before) == EVERY
+        assert _keys(folder) == before
+        yield folder, machine, before
+
+
 @pytest.mark.parametrize(
     ("changed", "stages"),
     [
@@ -247,22 +264,19 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     ids=lambda value: str(value) if isinstance(value, str | dict) else "",
 )
 def test_the_key_of_a_stage_changes_with_everything_its_outcome_depends_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | dict[str, Any], stages: set[str]
+    usual: tuple[Path, dict[str, str], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str | dict[str, Any],
+    stages: set[str],
 ) -> None:
-    machine = {"cpu": "a cpu", "runtime": "1.0"}
-    backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
-    monkeypatch.setattr("rescompress.runs.plan.load_backend", lambda name: backend)
-    monkeypatch.setattr("rescompress.runs.plan.cpu_name", lambda: machine["cpu"])
-    for name in FILES:
-        (tmp_path / name).write_text(f"the content of {name}")
-    before = _keys(tmp_path)
-    assert set(before) == EVERY
-    assert _keys(tmp_path) == before
+    folder, machine, before = usual
     if changed in FILES:
-        (tmp_path / str(changed)).write_text("another content")
+        (folder / str(changed)).write_text("another content")
     elif isinstance(changed, str):
-        machine[changed] = "another"
-    after = _keys(tmp_path, **(changed if isinstance(changed, dict) else {}))
+        monkeypatch.setitem(machine, changed, "another")
+    after = _keys(folder, **(changed if isinstance(changed, dict) else {}))
+    if changed in FILES:
+        (folder / str(changed)).write_text(f"the content of {changed}")
     assert {name for name, key in after.items() if key != before[name]} == stages
 
 
