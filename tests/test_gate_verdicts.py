@@ -811,3 +811,13 @@ def test_no_command_shows_an_accuracy_that_was_edited(tmp_path: Path, command: s
     assert "target:cpu: top1 is 100.00 %, the outcomes say" in done.stderr
     assert "100.00" not in done.stdout
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_byte_order_mark_in_front_of_a_baseline_is_no_part_of_it(tmp_path: Path) -> None:
+    """Editors and shells of Windows write one."""
+    candidate, baseline = pair_of_runs(tmp_path, 1000)
+    saved = tmp_path / "baseline.json"
+    cli(baseline, "--save-baseline", saved)
+    expected = judged((candidate, saved))
+    saved.write_bytes(b"\xef\xbb\xbf" + saved.read_bytes().replace(b"\n", b"\r\n"))
+    assert judged((candidate, saved)).checks == expected.checks

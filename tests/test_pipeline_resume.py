@@ -612,3 +612,35 @@ def test_outcomes_that_may_not_be_read_are_no_contradiction(tmp_path: Path, monk
 
     monkeypatch.setattr("rescompress.core.artifact.file_sha256", refused)
     assert load_sound(tmp_path).stages[0].metrics["top1"].value == 0.6
+
+
+@pytest.mark.parametrize("still_made", [True, False])
+def test_a_deployment_that_ends_during_a_run_stays_as_long_as_its_network_is_made(tmp_path: Path, still_made: bool) -> None:
+    """The run that goes on has taken what it makes again out of the manifest: the records know what was deployed."""
+
+    def file_of(context: Context) -> Outcome:
+        path = context.folder / "model.onnx"
+        write_text(path, "file of " + context.file("one", "checkpoint").read_text())
+        return Outcome({}, [("onnx", path)])
+
+    def board(network: str) -> Stage:
+        return Made("deploy:a", {}, (), _scored("deploy:a", 6).run, network=network, kind="deploy", about="a")
+
+    def deploying(context: Context) -> Outcome:
+        assert [s.stage for s in load_manifest(tmp_path).stages] == ["one"]
+        run_beside(board(deployed), tmp_path, reporter=Silent())
+        return file_of(context)
+
+    def stages(text: str, work: Callable[[Context], Outcome]) -> list[Stage]:
+        last = Made("export", {"work": work.__name__}, ("one",), work, network="one", kind="export", of="one")
+        return [writer("one", text), last]
+
+    run_stages(stages("a", file_of), tmp_path, {}, reporter=Silent())
+    onnx = load_manifest(tmp_path).stages[1].output("onnx")
+    assert onnx is not None
+    deployed = onnx.sha256
+    heard = Heard()
+    report = run_stages(stages("a" if still_made else "b", deploying), tmp_path, {}, reporter=heard)
+    for manifest in (report.manifest, load_manifest(tmp_path)):
+        assert [s.stage for s in manifest.stages] == ["one", "export", *(["deploy:a"] if still_made else [])]
+    assert any("deploy:a is of a network that this run does not make any more" in n for n in heard.notes) != still_made

@@ -266,18 +266,21 @@ def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = 
         places = claims.folders_of([stage], folder)
         sweep_partial(places)
         key = _key(stage, before)
+        lineage = _with_records(before, folder)
         result = None if again else _known(stage, key, folder, reporter)
         incomplete, ran = None, result is None
         reporter.stage(stage.name, 1, 1)
         if result is None:
             with _swept(folder, places):
                 work = _Work(folder, reporter, still_there)
-                result, incomplete = work.compute(stage, key, _ancestry(stage, before), before, beside=True)
+                result, incomplete = work.compute(stage, key, _ancestry(stage, lineage), before, beside=True)
         reporter.finished(stage.name, _summary(result) if ran else "already done")
 
         def entered(stored: Manifest) -> Manifest:
             made = stored.maker(stage.network)
-            of, ancestry = (made.of if made else ""), _ancestry(stage, stored)
+            known = stored if made else lineage  # a run that began meanwhile has taken what it makes anew out of it
+            made = made or lineage.maker(stage.network)
+            of, ancestry = (made.of if made else ""), _ancestry(stage, known)
             whole = stored if stored != Manifest() else _fresh(stored, folder, {}, False, None)
             return whole.with_stage(result.model_copy(update={"of": of, "ancestry": ancestry}))
 
@@ -285,6 +288,13 @@ def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = 
         entry = manifest.stage(stage.name)
         assert entry is not None
     return BesideReport(entry, ran, incomplete)
+
+
+def _with_records(manifest: Manifest, folder: Path) -> Manifest:
+    """Return the manifest with the stages that a run which goes on has yet to make again, as they were made before."""
+    found = (_read(record) for record in sorted((folder / claims.RECORDS).glob("[!.]*.json")))
+    more = [r for r in found if r is not None and manifest.stage(r.stage) is None]
+    return manifest.model_copy(update={"stages": (*manifest.stages, *more)})
 
 
 @contextlib.contextmanager
@@ -473,6 +483,8 @@ def _lead(
     stored, damage = _stored(folder)
     if not workspace:
         manifest = manifest.with_deployments([s for s in stored.stages if s.is_deployment])
+        for gone in [s for s in stored.stages if s.is_deployment and manifest.stage(s.stage) is None]:
+            reporter.note(f"{gone.stage} is of a network that this run does not make any more: it is left out of the manifest")
     for text in manifest.made_elsewhere:
         reporter.note(text)
     parts = ("stages", "config", "config_file", "unfinished")
