@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+"""What the fixture `rescompress` is, and what is made of it."""
 
 ROOT = Path(__file__).parents[1]
 CI_VARIABLES = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT", "GITLAB_CI", "CI_PROJECT_DIR")

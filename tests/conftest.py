@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import CI_VARIABLES, Command
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread each, in them and in what they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,9 +24,7 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def rescompress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def rescompress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Return the command line as a function: the same main, without a process that imports torch anew for every call."""
     from rescompress.cli.app import main
 
@@ -35,6 +33,8 @@ def rescompress(
             patch.setattr(sys, "argv", ["rescompress", *map(str, args)])
             patch.setenv("COLUMNS", "160")
             patch.setenv("NO_COLOR", "1")
+            for name in CI_VARIABLES:
+                patch.delenv(name, raising=False)
             for name, value in variables.items():
                 patch.setenv(name, value)
             if cwd is not None:

@@ -15,7 +15,6 @@ import sys
 import time
 import tomllib
 import typing
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from command_line import run_command
+from command_line import Command, run_command
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
@@ -35,13 +34,13 @@ from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
 from rescompress.core.described import flag_of
+from rescompress.core.manifest import load_manifest
 from rescompress.core.settings import PruneSettings
 from rescompress.runs.config import RunConfig, load_config
 from rescompress.runs.stage import Opening
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "yaml", "pydantic", "onnx", "onnxruntime", "openvino", "nncf", "sklearn", "PIL", "scipy")
-Command = Callable[..., subprocess.CompletedProcess[str]]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 
@@ -146,21 +145,23 @@ def test_every_page_is_in_the_index() -> None:
     assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
 
 
-def test_prune_then_export_as_typed(tmp_path: Path) -> None:
+def test_prune_then_export_as_typed(rescompress: Command, tmp_path: Path) -> None:
     from compress.resnet import build_model
     from compress.zoo import spec
 
     torch.manual_seed(0)
     save = {k: v for k, v in build_model(spec("resnet18", num_classes=10)).state_dict().items()}
     torch.save(save, tmp_path / "resnet18.pt")
-    pruned = json.loads(call("prune", "--ratio", "0.3", "resnet18.pt", "--json", cwd=tmp_path).stdout)
+    pruned = json.loads(
+        rescompress("prune", "--ratio", "0.3", "resnet18.pt", "--input", "3x32x32", "--json", cwd=tmp_path).stdout
+    )
     assert pruned["method"] == "magnitude"
     assert pruned["macs_after"] < pruned["macs_before"]
     assert pruned["params_after"] < pruned["params_before"]
     assert pruned["widths"]["layer1.0.conv1"] == 48  # 64 x 0.7 = 44.8: the nearest multiple of 8 is 48
     assert (tmp_path / pruned["output"]).is_file()
     assert {"dropped_blocks", "seconds"} <= pruned.keys()
-    exported = json.loads(call("export", "--target", "jetson", "--json", cwd=tmp_path).stdout)
+    exported = json.loads(rescompress("export", "--target", "jetson", "--json", cwd=tmp_path).stdout)
     assert (tmp_path / exported["onnx"]).is_file()
     assert exported["engine"] is None
     assert "board" in exported["engine_status"]
@@ -172,7 +173,7 @@ def test_prune_then_export_as_typed(tmp_path: Path) -> None:
     assert exported["parity_in_integers"] is None
     assert isinstance(exported["lint"], list)
     assert "build.sh" in exported["files"]
-    call("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
+    rescompress("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
 
 
 def test_quantize_export_evaluate_on_digits(rescompress: Command, tmp_path: Path) -> None:
@@ -311,6 +312,20 @@ def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+def test_the_best_state_may_be_within_an_epoch(rescompress: Command, tmp_path: Path) -> None:
+    words = ["--data", "builtin:digits", "--epochs", "0.2", "--hold-out", "0.2", "--lr", "1e-6"]
+    rescompress("finetune", DIGITS, *words, cwd=tmp_path)
+    best = load_manifest(tmp_path / "rescompress-out").stages[-1].details.document()["best_epoch"]
+    assert 0 < best < 1
+
+
+def test_an_export_is_no_single_file(rescompress: Command, tmp_path: Path) -> None:
+    done = rescompress("export", DIGITS, "-t", "cpu-ort", "-o", "out.onnx", cwd=tmp_path, code=5)
+    assert "-o out)" in done.stderr
+    assert "out.tar.gz" in done.stderr
+    assert not list(tmp_path.iterdir()), "it is said before any work"
+
+
 def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path: Path) -> None:
     rescompress("export", DIGITS, "--target", "jetson-nano", "-o", "out", cwd=tmp_path)
     words = [sys.executable, "-m", "rescompress", "bench", "out/model.onnx", "-t", "cpu-ort", "--seconds", "60"]
@@ -361,13 +376,13 @@ def test_an_empty_world_size_is_none(rescompress: Command, tmp_path: Path, monke
     rescompress("prune", DIGITS, "--ratio", "0.3", "--method", "magnitude", cwd=tmp_path)
 
 
-def test_a_pickle_that_holds_code_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_pickle_that_holds_code_is_refused_and_named(rescompress: Command, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {tmp_path}/ran",)
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    done = call("inspect", "evil.pt", cwd=tmp_path, code=5)
+    done = rescompress("inspect", "evil.pt", cwd=tmp_path, code=5)
     assert "system" in done.stderr
     assert not (tmp_path / "ran").exists()
 

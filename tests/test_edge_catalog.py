@@ -78,25 +78,29 @@ def test_aliases_say_what_they_stand_for(monkeypatch, tmp_path):
     assert catalog.load_target("jetson").name == "jetson-agx-xavier"
 
 
-@pytest.mark.parametrize(
-    ("model", "device"),
-    [
-        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0", "jetson-orin-nano-8gb-super"),
-        ("NVIDIA Jetson AGX Orin Developer Kit\0", "jetson-agx-orin-64gb"),
-        ("NVIDIA Jetson Nano Developer Kit", "jetson-nano"),
-        ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier-nx"),
-        ("NVIDIA Jetson AGX Orin Industrial", "jetson-agx-orin-industrial"),
-        ("NVIDIA IGX Orin Developer Kit", "igx-orin-700"),
-        ("NVIDIA Jetson TX2 NX Developer Kit", "jetson-tx2-nx"),
-        ("NVIDIA Jetson TX2 Developer Kit", "jetson-tx2"),
-        ("Raspberry Pi 5 Model B Rev 1.0", "arm-cortex-a76"),
-        ("Some other board", None),
-    ],
-)
-def test_the_board_is_known_by_its_model_text(model, device, tmp_path):
+BOARDS = {
+    "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0": "jetson-orin-nano-8gb-super",
+    "NVIDIA Jetson AGX Orin Developer Kit\0": "jetson-agx-orin-64gb",
+    "NVIDIA Jetson Nano Developer Kit": "jetson-nano",
+    "NVIDIA Jetson Xavier NX Developer Kit": "jetson-xavier-nx",
+    "NVIDIA Jetson AGX Orin Industrial": "jetson-agx-orin-industrial",
+    "NVIDIA IGX Orin Developer Kit": "igx-orin-700",
+    "NVIDIA Jetson TX2 NX Developer Kit": "jetson-tx2-nx",
+    "NVIDIA Jetson TX2 Developer Kit": "jetson-tx2",
+    "Raspberry Pi 5 Model B Rev 1.0": "arm-cortex-a76",
+    "Some other board": None,
+}
+
+
+def test_the_board_is_known_by_its_model_text(tmp_path, monkeypatch):
+    devices = {name: catalog.load_device(name) for name in catalog.target_names() if name not in catalog.ALIASES}
+    monkeypatch.setattr(catalog, "load_device", devices.__getitem__)  # every file is read once, not once for each text
     file = tmp_path / "model"
-    file.write_text(model)
-    assert catalog.board_here(file) == device
+    found = {}
+    for model in BOARDS:
+        file.write_text(model)
+        found[model] = catalog.board_here(file)
+    assert found == BOARDS
     assert catalog.board_here(tmp_path / "absent") is None
 
 
@@ -193,36 +197,41 @@ def test_a_device_file_is_an_option_of_every_command(tmp_path, monkeypatch, caps
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (MINE.replace('align_source: "', 'align_source: "x" #'), "at least 11"),
-        (CPU.replace("name: cpu", "name: mine").replace("openvino", "openvinoo"), "runtime"),
-        (CPU, "it is called 'cpu', not 'mine'"),
-        ("", "describes no device"),
-        ("name: [mine", "line 1"),
-        ("name: m\u00fc".encode("latin-1"), "utf-8"),
-        (NANO.replace("jetson-nano", "mine").replace('tensorrt: "8.2.1"', 'tensorrt: "7.1"'), "too old"),
-        (re.sub("fp16_macs:.*\n", "", NANO.replace("jetson-nano", "mine")), "needs fp16_macs too"),
-        (MINE.replace("align_source", "alignsource").replace("name: mine", "nam: mine"), "(?s)name: .*align_source: .*nam: "),
-        (
-            re.sub("align: .*\n", "align: {fp32: 8, int8: 0}\n", CPU.replace("name: cpu", "name: mine")),
-            "greater than or equal to 1",
-        ),
-    ],
-)
-def test_a_file_that_describes_no_device_is_an_error_of_that_device_alone(folder, content, reason):
+SPOILT = [
+    (MINE.replace('align_source: "', 'align_source: "x" #'), "at least 11"),
+    (CPU.replace("name: cpu", "name: mine").replace("openvino", "openvinoo"), "runtime"),
+    (CPU, "it is called 'cpu', not 'mine'"),
+    ("", "describes no device"),
+    ("name: [mine", "line 1"),
+    ("name: m\u00fc".encode("latin-1"), "utf-8"),
+    (NANO.replace("jetson-nano", "mine").replace('tensorrt: "8.2.1"', 'tensorrt: "7.1"'), "too old"),
+    (re.sub("fp16_macs:.*\n", "", NANO.replace("jetson-nano", "mine")), "needs fp16_macs too"),
+    (MINE.replace("align_source", "alignsource").replace("name: mine", "nam: mine"), "(?s)name: .*align_source: .*nam: "),
+    (
+        re.sub("align: .*\n", "align: {fp32: 8, int8: 0}\n", CPU.replace("name: cpu", "name: mine")),
+        "greater than or equal to 1",
+    ),
+]
+
+
+def test_a_file_that_describes_no_device_is_an_error_of_that_device_alone(folder):
+    """One by one each is refused; all together they spoil no list, and each is named."""
     whole = [t.name for t in catalog.all_targets()]
-    (folder / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(TargetError, match=reason) as e:
-        catalog.load_target("mine")
-    assert e.value.where == str(folder / "mine.yaml")
-    assert "\n" not in e.value.what
-    assert "Value error" not in e.value.what
-    assert e.value.remedy
-    assert [t.name for t in catalog.all_targets()] == whole
+    wheres = []
+    for i, (content, reason) in enumerate(SPOILT):
+        file = folder / "mine.yaml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(TargetError, match=reason) as e:
+            catalog.load_target("mine")
+        assert e.value.where == str(file)
+        assert "\n" not in e.value.what
+        assert "Value error" not in e.value.what
+        assert e.value.remedy
+        wheres.append(str(file.rename(folder / f"mine-{i}.yaml")))
+    targets, errors = catalog.survey()
+    assert [t.name for t in targets if t.alias is None] == whole
+    assert [error.where for error in errors] == wheres
     assert catalog.identify("NVIDIA Jetson AGX Orin Developer Kit") == "jetson-agx-orin-64gb"
-    assert [error.where for error in catalog.survey()[1]] == [e.value.where]
 
 
 def test_the_list_says_once_what_it_left_out_and_goes_without_its_alias(folder, monkeypatch, capsys):

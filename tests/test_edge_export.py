@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from command_line import run_command
 from quantize_zoo import checkpoint_of, images_for
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
@@ -32,8 +31,10 @@ ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "resnet20_digits.safetensors"
 
 
-def call(*arguments, cwd):
-    return json.loads(run_command(*arguments, "--json", cwd=cwd, code=0).stdout)
+@pytest.fixture
+def call(rescompress):
+    """Return the command line as a function that gives the document."""
+    return lambda *arguments, cwd: json.loads(rescompress(*arguments, "--json", cwd=cwd).stdout)
 
 
 def unpacked(archive, folder):
@@ -46,7 +47,7 @@ def unpacked(archive, folder):
     return root
 
 
-def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
+def test_an_archive_holds_the_bundle_and_nothing_else(call, tmp_path):
     crowded = tmp_path / "bundle"
     crowded.mkdir()
     (crowded / "private.txt").write_text("not part of it")
@@ -66,7 +67,7 @@ def test_an_archive_holds_the_bundle_and_nothing_else(tmp_path):
     assert call("export", DIGITS, "--target", "jetson-nano", cwd=tmp_path)["archive"] is None
 
 
-def test_no_file_of_another_network_stays_in_a_bundle(tmp_path):
+def test_no_file_of_another_network_stays_in_a_bundle(call, tmp_path):
     checkpoint = load_checkpoint(DIGITS)
     labels = tuple(f"digit {i}" for i in range(10))
     for name, known in (("labelled", labels), ("bare", None)):
@@ -132,7 +133,7 @@ def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
         assert job.onnx.read_bytes() == (tmp_path / "export.onnx").read_bytes()
 
 
-def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithmetic(tmp_path):
+def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithmetic(call, tmp_path):
     call("quantize", DIGITS, "-d", "builtin:digits", "--profile", "tensorrt", "-o", "int8.safetensors", cwd=tmp_path)
     found = call("export", "int8.safetensors", "-t", "jetson-thor-t5000", "-d", "builtin:digits", cwd=tmp_path)
     assert found["precision"] == "int8+fp16"

@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
 
 import numpy as np
 import onnx
 import pytest
-from command_line import run_command
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_targets.catalog import all_targets, load_device, load_target
@@ -125,10 +123,9 @@ def test_a_file_without_zeros_is_told(tmp_path):
     assert weights_note(write(tmp_path / "almost.onnx", almost)) is not None
 
 
-def test_deploy_tells_what_sparsity_can_bring(tmp_path):
+def test_deploy_tells_what_sparsity_can_bring(rescompress, tmp_path):
     file = write(tmp_path / "m.onnx", np.ones((8, 8, 1, 1)))
-    done = run_command("deploy", file, "--dry-run", "-t", ORIN, "--sparsity", "--json")
-    assert done.returncode == 0, done.stderr
+    done = rescompress("deploy", file, "--dry-run", "-t", ORIN, "--sparsity", "--json")
     notes = json.loads(done.stdout)["notes"]
     assert any("no gain is to be expected" in n for n in notes)
     assert any("no weight of m.onnx" in n for n in notes)
@@ -160,16 +157,12 @@ def test_a_file_in_fp8_is_refused_with_the_boards_that_have_units_and_the_reason
         assert source in e.value.what
 
 
-def test_a_file_in_fp8_is_not_taken_for_a_float_one(tmp_path):
+def test_a_file_in_fp8_is_not_taken_for_a_float_one(rescompress, tmp_path):
     weight = np.ones((8, 8, 1, 1))
     refuse_file(write(tmp_path / "float.onnx", weight))
     file = write(tmp_path / "fp8.onnx", weight, fp8=True)
     with pytest.raises(ModelFileError, match="FP8"):
         refuse_file(file)
     for words in (("deploy", file, "--dry-run", "-t", "jetson-thor-t5000"), ("predict", file, "-t", ORIN)):
-        done: subprocess.CompletedProcess[str] = run_command(*words)
-        assert done.returncode == 5, done.stderr
-        assert "FP8" in done.stderr
-    done = run_command("predict", "arch:resnet18", "-t", ORIN, "--precision", "fp8")
-    assert "no FP8 units" in done.stderr
-    assert done.returncode == 5
+        assert "FP8" in rescompress(*words, code=5).stderr
+    assert "no FP8 units" in rescompress("predict", "arch:resnet18", "-t", ORIN, "--precision", "fp8", code=5).stderr

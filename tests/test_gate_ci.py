@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from command_line import run_command
+from command_line import Command
 
 from rescompress.core.manifest import Manifest, StageResult
 
@@ -143,16 +143,16 @@ def _unfold(step: dict[str, Any], checkout: Path) -> tuple[str, Path]:
     return exports + commands, checkout
 
 
-def test_the_runs_below_a_folder_are_named(tmp_path: Path) -> None:
+def test_the_runs_below_a_folder_are_named(rescompress: Command, tmp_path: Path) -> None:
     result = StageResult(stage="dense", status="done")
     Manifest(stages=(result,)).save(tmp_path / "rescompress-out" / "half")
     for command in ("gate", "report"):
-        done = run_command(command, "rescompress-out", cwd=tmp_path, code=5)
+        done = rescompress(command, "rescompress-out", cwd=tmp_path, code=5)
         assert "runs below it: rescompress-out/half" in done.stderr, command
     Manifest(stages=(result,)).save(tmp_path / "rescompress-out")
-    done = run_command("gate", "rescompress-out", "--save-baseline", "b.json", cwd=tmp_path, code=0)
+    done = rescompress("gate", "rescompress-out", "--save-baseline", "b.json", cwd=tmp_path, code=0)
     assert "rescompress-out is the workspace" in done.stderr
-    done = run_command("report", "rescompress-out", cwd=tmp_path, code=0)
+    done = rescompress("report", "rescompress-out", cwd=tmp_path, code=0)
     assert "rescompress-out is the workspace" in done.stderr
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from command_line import run_command
+from command_line import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import CLASSES, digest, latency, outcomes_with, write_run
@@ -33,8 +33,9 @@ from rescompress.show.track import log as track
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
 
 
-def cli(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return run_command("gate", *args, **{"COLUMNS": "300", **variables})
+@pytest.fixture
+def cli(rescompress: Command) -> Command:
+    return lambda *args, **variables: rescompress("gate", *args, code=None, **{"COLUMNS": "300", **variables})
 
 
 def pair_of_runs(folder: Path, n: int = 5000, n_lost: int = 0, n_won: int = 0, **changes: Any) -> tuple[Path, Path]:
@@ -57,7 +58,9 @@ def judged(pair: tuple[Path, Path], **limits: Any) -> GateReport:
     ("n", "n_lost", "n_won", "verdict", "code"),
     [(5000, 30, 30, "pass", 0), (5000, 250, 50, "fail", 3), (360, 8, 4, "inconclusive", 6), (360, 0, 0, "pass", 0)],
 )
-def test_accuracy_decides_the_exit_code(tmp_path: Path, n: int, n_lost: int, n_won: int, verdict: str, code: int) -> None:
+def test_accuracy_decides_the_exit_code(
+    cli: Command, tmp_path: Path, n: int, n_lost: int, n_won: int, verdict: str, code: int
+) -> None:
     candidate, baseline = pair_of_runs(tmp_path, n, n_lost, n_won)
     done = cli(candidate, "--baseline", baseline, "--json")
     assert done.returncode == code, done.stderr
@@ -70,7 +73,7 @@ def test_accuracy_decides_the_exit_code(tmp_path: Path, n: int, n_lost: int, n_w
     assert (check["samples_needed"] is not None) == (verdict == "inconclusive")
 
 
-def test_inconclusive_can_be_decided_beforehand(tmp_path: Path) -> None:
+def test_inconclusive_can_be_decided_beforehand(cli: Command, tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 360, 8, 4)
     assert cli(candidate, "-b", baseline, "--on-inconclusive", "pass").returncode == 0
     done = cli(candidate, "-b", baseline, "--on-inconclusive", "fail")
@@ -165,11 +168,12 @@ def test_a_latency_of_another_engine_than_the_accuracy_is_told() -> None:
 
 def test_a_baseline_file_keeps_what_its_stages_compute_in() -> None:
     exported = StageResult(stage="export", status="done", details={"precision": "int8+fp16", "arch": "x"})
-    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,)))).stages[0]
-    assert saved.details.document() == {"precision": "int8+fp16"}
+    saved = baseline_of(Run("r", Path(), Manifest(stages=(exported,), config_file="../../me/x.yaml", config={"data": "/me/x"})))
+    assert saved.stages[0].details.document() == {"precision": "int8+fp16"}
+    assert "me/" not in saved.model_dump_json(), "a file that is committed says nothing of folders"
 
 
-def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(tmp_path: Path) -> None:
+def test_a_machine_that_drifted_between_the_runs_is_told_from_a_slower_network(cli: Command, tmp_path: Path) -> None:
     """Each run measured the same dense network in turns with its own: today everything takes 1.3 times as long."""
     waves = [1.0, 1.4, 1.1, 0.9, 1.25]
     own = [0.5 * w for w in waves]
@@ -274,7 +278,7 @@ def test_targets_of_one_run_only_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["skipped", "failed"])
-def test_a_target_that_came_to_nothing_is_no_pass(tmp_path: Path, status: str) -> None:
+def test_a_target_that_came_to_nothing_is_no_pass(cli: Command, tmp_path: Path, status: str) -> None:
     pair = pair_of_runs(tmp_path)
     manifest = load_run(pair[0]).manifest
     manifest.with_stage(StageResult(stage="target:cpu", status=status, reason="openvino is missing")).save(pair[0])  # type: ignore[arg-type]
@@ -320,7 +324,7 @@ def test_a_run_that_is_not_finished_is_not_judged_unless_a_stage_is_named(tmp_pa
     assert verdicts(judged(pair))["stage:export"] == "fail"
 
 
-def test_limits_come_from_yaml_and_flags_win(tmp_path: Path) -> None:
+def test_limits_come_from_yaml_and_flags_win(cli: Command, tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 5000, 250, 50)
     limits = tmp_path / "limits.yaml"
     limits.write_text("max_drop: 6\nmax_size: null\nmax_latency: {cpu: 1.2, jetson: null}\nstage: quantize\n")
@@ -377,7 +381,7 @@ def _with_outcomes(folder: Path, outcomes: Outcomes) -> Path:
         (Outcomes.pack([True] * 1000, digest(1000), CLASSES[:9]), "9 and 10"),
     ],
 )
-def test_outcomes_of_other_data_are_refused(tmp_path: Path, other: Outcomes, word: str) -> None:
+def test_outcomes_of_other_data_are_refused(cli: Command, tmp_path: Path, other: Outcomes, word: str) -> None:
     base = _with_outcomes(tmp_path / "base", Outcomes.pack([True] * 1000, digest(1000), CLASSES))
     done = cli(_with_outcomes(tmp_path / "cand", other), "-b", base)
     assert done.returncode == 5
@@ -624,7 +628,7 @@ def test_a_stage_stands_once(tmp_path: Path) -> None:
         judged((candidate, baseline))
 
 
-def test_an_empty_folder_and_a_missing_baseline_are_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_missing_baseline_are_refused(cli: Command, tmp_path: Path) -> None:
     candidate, _ = pair_of_runs(tmp_path, 500)
     (tmp_path / "empty").mkdir()
     for arguments in ([candidate, "-b", tmp_path / "empty"], [candidate, "-b", tmp_path / "absent"], [candidate]):
@@ -650,7 +654,7 @@ def test_outcomes_of_any_bytes_are_read_or_refused(content: bytes) -> None:
 # What it writes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_is_judged_by_before_it_is_renewed(tmp_path: Path) -> None:
+def test_a_baseline_is_judged_by_before_it_is_renewed(cli: Command, tmp_path: Path) -> None:
     """Into its own file, too: there the candidate was compared with itself."""
     worse, better = pair_of_runs(tmp_path, 5000, 400, 20)
     saved = tmp_path / "baseline.json"
@@ -664,7 +668,7 @@ def test_a_baseline_is_judged_by_before_it_is_renewed(tmp_path: Path) -> None:
     assert (tmp_path / "next.json").read_bytes() == kept
 
 
-def test_a_run_that_did_not_finish_is_no_baseline(tmp_path: Path) -> None:
+def test_a_run_that_did_not_finish_is_no_baseline(cli: Command, tmp_path: Path) -> None:
     run, _ = pair_of_runs(tmp_path, 500, 6, 4)
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["unfinished"] = ["export"]
@@ -675,7 +679,7 @@ def test_a_run_that_did_not_finish_is_no_baseline(tmp_path: Path) -> None:
     assert not (tmp_path / "b.json").exists()
 
 
-def test_a_saved_baseline_is_one_small_file_with_the_same_verdicts(tmp_path: Path) -> None:
+def test_a_saved_baseline_is_one_small_file_with_the_same_verdicts(cli: Command, tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 5000, 60, 40, runs_ms=[1.01 * r for r in STEADY])
     saved = tmp_path / "baseline.json"
     done = cli(baseline, "--save-baseline", saved)
@@ -699,7 +703,7 @@ def test_junit_says_what_failed(tmp_path: Path) -> None:
     assert {c.get("name") for c in suites.iter("testcase")} == set(verdicts(report))
 
 
-def test_files_and_annotations_for_ci(tmp_path: Path) -> None:
+def test_files_and_annotations_for_ci(cli: Command, tmp_path: Path) -> None:
     candidate, baseline = pair_of_runs(tmp_path, 5000, 250, 50)
     step, output = tmp_path / "step.md", tmp_path / "output"
     step.write_text("before\n")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from command_line import run_command
+from command_line import Command
 from export_zoo import ZOO, arrays, imagenet_bottleneck, images, network, quantization_of
 from onnx import TensorProto, helper, numpy_helper
 
@@ -772,11 +771,12 @@ def test_a_repair_that_changes_the_network_is_left_out(monkeypatch: pytest.Monke
     assert "would differ" in repaired.steps[0].outcome
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return run_command("lint", *args)
+@pytest.fixture
+def run(rescompress: Command) -> Command:
+    return lambda *args: rescompress("lint", *args, code=None)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(run: Command, tmp_path: Path) -> None:
     file = File()
     vector_scale(file)
     onnx.save(file.model(), tmp_path / "bad.onnx")
@@ -791,7 +791,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert run(str(tmp_path / "good.onnx"), "--target", "jetson").returncode == 0
 
 
-def test_command_line_refuses_what_is_no_onnx(tmp_path: Path) -> None:
+def test_command_line_refuses_what_is_no_onnx(run: Command, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     for path, code in ((tmp_path / "text.onnx", 5), (tmp_path / "absent.onnx", 5)):
         failed = run(str(path))

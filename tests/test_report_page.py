@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import chromium
 import pytest
-from command_line import run_command
+from command_line import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -334,11 +333,12 @@ def test_what_was_removed_is_marked_where_it_lies_on_the_curve(removed: int, siz
     assert _step(removed, float(size), steps) == step
 
 
-def cli(*args: object) -> subprocess.CompletedProcess[str]:
-    return run_command("report", *args)
+@pytest.fixture
+def cli(rescompress: Command) -> Command:
+    return lambda *args: rescompress("report", *args, code=None)
 
 
-def test_cli_writes_page_and_card(run: Path, tmp_path: Path) -> None:
+def test_cli_writes_page_and_card(cli: Command, run: Path, tmp_path: Path) -> None:
     done = cli(run, "-o", tmp_path / "r.html", "--model-card", tmp_path / "README.md", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["runs"] == ["resnet32"]

@@ -6,12 +6,11 @@ import ast
 import csv
 import io
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import run_command
+from command_line import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import latency, write_run
@@ -38,8 +37,9 @@ from rescompress.show.report.history import trends
 ROOT = Path(__file__).parents[1]
 
 
-def cli(*args: str) -> subprocess.CompletedProcess[str]:
-    return run_command(*args, COLUMNS="200")
+@pytest.fixture
+def cli(rescompress: Command) -> Command:
+    return lambda *args: rescompress(*args, code=None, COLUMNS="200")
 
 
 def test_rows_carry_figures_and_stand_against_dense(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_every_column_shows_what_something_records() -> None:
     assert [c.metric for c in COLUMNS if c.metric not in written] == []
 
 
-def test_cli_compares_two_runs(tmp_path: Path) -> None:
+def test_cli_compares_two_runs(cli: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", size_bytes=200_000)
     done = cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json")
@@ -321,7 +321,7 @@ def test_cli_compares_two_runs(tmp_path: Path) -> None:
     assert "finetune" in cli("compare", str(tmp_path / "a")).stdout
 
 
-def test_cli_refuses_what_is_no_run(tmp_path: Path) -> None:
+def test_cli_refuses_what_is_no_run(cli: Command, tmp_path: Path) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "manifest.json").write_text('{"stages": [{]')
     write_run(tmp_path / "good")
@@ -338,7 +338,7 @@ def test_cli_refuses_what_is_no_run(tmp_path: Path) -> None:
         assert done.stdout == ""
 
 
-def test_runs_side_by_side_have_one_latency_column_per_target(tmp_path: Path) -> None:
+def test_runs_side_by_side_have_one_latency_column_per_target(cli: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", size_bytes=200_000, p50_ms=0.9, created="2026-01-03T00:00:00Z")
     rows = {r["run"]: r for r in json.loads(cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json").stdout)["rows"]}
@@ -357,7 +357,7 @@ def test_runs_side_by_side_have_one_latency_column_per_target(tmp_path: Path) ->
     assert cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--stages").stdout.count("finetune") == 2
 
 
-def test_history_is_in_order_of_time_and_tells_trends(tmp_path: Path) -> None:
+def test_history_is_in_order_of_time_and_tells_trends(cli: Command, tmp_path: Path) -> None:
     for k, size in enumerate((260_000, 250_000, 300_000)):
         write_run(tmp_path / f"run{2 - k}", size_bytes=size, created=f"2026-01-0{k + 1}T00:00:00Z")
     (tmp_path / ".hidden").mkdir()
@@ -372,7 +372,7 @@ def test_history_is_in_order_of_time_and_tells_trends(tmp_path: Path) -> None:
     assert cli("compare", "--history", str(tmp_path / ".hidden" / "x")).returncode == 5
 
 
-def test_a_trend_follows_one_network_among_runs_of_several(tmp_path: Path) -> None:
+def test_a_trend_follows_one_network_among_runs_of_several(cli: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "a", size_bytes=260_000, created="2026-01-01T00:00:00Z")
     other = write_run(tmp_path / "b", size_bytes=900_000, created="2026-01-02T00:00:00Z")
     dense = other.stages[0]

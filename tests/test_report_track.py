@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import run_command
+from command_line import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import write_run
@@ -132,8 +132,8 @@ def test_bad_destinations_are_named(tmp_path: Path) -> None:
         track.check(f"tensorboard:{tmp_path / 'file'}")
 
 
-def test_cli_records_finished_runs(tmp_path: Path) -> None:
+def test_cli_records_finished_runs(rescompress: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     logs = f"tensorboard:{tmp_path / 'logs'}"
-    done = run_command("report", tmp_path / "run", "-o", tmp_path / "r.html", "--track", logs, "--json", code=0)
+    done = rescompress("report", tmp_path / "run", "-o", tmp_path / "r.html", "--track", logs, "--json", code=0)
     assert Path(json.loads(done.stdout)["tracked"][0]).is_file()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import run_command
+from command_line import Command, run_command
 
 from rescompress.core.errors import BudgetError
 from rescompress.core.manifest import load_manifest
@@ -174,23 +174,23 @@ def test_an_impossible_budget_ends_a_candidate_not_the_search(tmp_path: Path) ->
         (["--storage", "nosuch://x"], 4, "nosuch"),
     ],
 )
-def test_bad_input_of_a_search_is_named(tmp_path: Path, words: list[str], code: int, text: str) -> None:
+def test_bad_input_of_a_search_is_named(rescompress: Command, tmp_path: Path, words: list[str], code: int, text: str) -> None:
     if "postgresql" in str(words):
         pytest.importorskip("psycopg", reason="the driver of PostgreSQL is not installed")
-    done = run_command("search", EXAMPLES / "search_digits.yaml", "-o", tmp_path / "s", *words, code=code)
+    done = rescompress("search", EXAMPLES / "search_digits.yaml", "-o", tmp_path / "s", *words, code=code)
     assert text in done.stderr
     assert not (tmp_path / "s" / "search.json").exists(), "the next try, with the right address, may have the folder"
 
 
-def test_a_search_without_time_says_what_is_left(tmp_path: Path) -> None:
+def test_a_search_without_time_says_what_is_left(rescompress: Command, tmp_path: Path) -> None:
     sets = [word for key in QUICK for word in ("--set", key)]
     words = ("search", EXAMPLES / "search_digits.yaml", *sets, "--minutes", 0, "-o", tmp_path / "s")
-    assert "30 candidates are left" in run_command(*words, code=0).stderr
-    done = run_command(*words, "--conclude", code=5)
+    assert "30 candidates are left" in rescompress(*words, code=0).stderr
+    done = rescompress(*words, "--conclude", code=5)
     assert "no candidate reached the top" in done.stderr
     assert "let it go on" in done.stderr
 
 
-def test_a_folder_without_a_search_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_search_is_named(rescompress: Command, tmp_path: Path) -> None:
     for command in ("status", "front", "best", "stop", "worker"):
-        assert "holds no search" in run_command("search", command, tmp_path, code=5).stderr
+        assert "holds no search" in rescompress("search", command, tmp_path, code=5).stderr

@@ -699,4 +699,4 @@ def baseline_of(run: Run) -> Manifest:
         kept = tuple(a for a in result.outputs if a.kind == "onnx" and result.stage == DENSE)
         stages.append(result.model_copy(update={"outputs": kept, "details": details, "environment": {}}))
     config = {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in run.manifest.config.items()}
-    return run.manifest.model_copy(update={"stages": tuple(stages), "config": config})
+    return run.manifest.model_copy(update={"stages": tuple(stages), "config": config, "config_file": ""})
