@@ -112,7 +112,7 @@ def data_path(checkpoint: Checkpoint, folder: Path, seconds: float) -> dict[str,
     make_images(folder, 4_000)
     split = load_dataset(str(folder), Inputs((3, 224, 224), 10, PREPROCESSING, None)).train
     workers = os.cpu_count() or 1
-    settings = TrainSettings(augment="photo", cache_gib=0.0).preset(224)
+    settings = TrainSettings(augment="photo", cache_gib=0.0).preset(224, normalised=True)
     batches = Batches(split, settings, BATCH)
     began, images = time.perf_counter(), 0
     with batches.stream(0, 4 * batches.per_epoch, workers) as stream:

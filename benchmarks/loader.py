@@ -174,7 +174,7 @@ def main() -> None:
     began = time.perf_counter()
     split = load_dataset(str(args.folder), Inputs((3, 224, 224), 10, PREPROCESSING, None)).train
     scan = time.perf_counter() - began
-    settings = TrainSettings(augment="photo", seed=0).preset(224)
+    settings = TrainSettings(augment="photo", seed=0).preset(224, normalised=True)
     ways = {
         "ours": ours(split, settings, args.batch, args.workers),
         "torchvision": reference(args.folder, args.batch, args.workers, settings.min_area),

@@ -108,13 +108,20 @@ class Bench:
     def tuned(self, fraction: float, who: str, preset: str, seed: int, lr: float) -> Checkpoint:
         """Return that network after its distilled epochs."""
         a = self.args
-        key = f"tuned {who} {fraction:g} {preset} seed {seed} lr {lr:g} epochs {a.epochs:g}"
+        key = f"tuned {who} {fraction:g} {preset} seed {seed} lr {lr:g} distill {a.distill:g} epochs {a.epochs:g}"
 
         def make() -> Checkpoint:
             begin = self.start(fraction, who, seed)
             model = build_model(begin.spec, begin.state_dict)
             settings = TrainSettings(
-                epochs=a.epochs, lr=lr, batch_size=a.batch, augment=preset, precision=a.precision, workers=a.workers, seed=seed
+                epochs=a.epochs,
+                lr=lr,
+                batch_size=a.batch,
+                augment=preset,
+                precision=a.precision,
+                workers=a.workers,
+                distill=a.distill,
+                seed=seed,
             )
             teacher = build_model(self.dense.spec, self.dense.state_dict)
             state = self.book.folder / f"{key.replace(' ', '_')}.state"
@@ -131,7 +138,7 @@ class Bench:
 
         def score(lr: float) -> float:
             network = self.tuned(fraction, who, preset, self.args.seeds[0], lr)
-            key = f"held {who} {fraction:g} {preset} lr {lr:g} epochs {self.args.epochs:g}"
+            key = f"held {who} {fraction:g} {preset} lr {lr:g} distill {self.args.distill:g} epochs {self.args.epochs:g}"
             return float(self.book.get(key, lambda: float(np.mean(right(network, self.held)))))
 
         lr = max(rates, key=score) if len(rates) > 1 else rates[0]
@@ -157,7 +164,7 @@ def presets(bench: Bench) -> None:
                     network, lr = bench.start(fraction, who, seed), 0.0
                 else:
                     network, lr = bench.best(fraction, who, preset, seed)
-                key = f"{who} {fraction:g} {preset} seed {seed} lr {lr:g} epochs {a.epochs:g}"
+                key = f"{who} {fraction:g} {preset} seed {seed} lr {lr:g} distill {a.distill:g} epochs {a.epochs:g}"
                 answers = bench.answers(key, lambda network=network: network)  # type: ignore[misc]
                 if preset == "cifar":
                     former[seed] = answers
@@ -251,6 +258,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--uneven-epochs", type=float, default=10)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.03])
+    parser.add_argument("--distill", type=float, default=0.5, help="part of the loss that is the teacher's")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")

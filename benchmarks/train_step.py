@@ -47,7 +47,7 @@ def main() -> None:
         workers=args.workers, teacher=None, device="cpu", seed=0, cache_gib=0.0,
     )  # fmt: skip
     layout = torch.channels_last if args.precision == "bf16" else torch.contiguous_format
-    batches = Batches(split, settings.preset(dense.spec.input_shape[1]), args.batch)
+    batches = Batches(split, settings.preset(dense.spec.input_shape[1], normalised=True), args.batch)
     ready = [(normalise(x, split.preprocessing, layout), y) for x, y in map(batches.read, range(2))]
     ours: list[float] = []
     bare: list[float] = []

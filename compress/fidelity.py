@@ -101,11 +101,11 @@ def fidelity(
     means, similar = error_NO.mean(0), cosine_NO.mean(0)
     worst, farthest = int(means.argmax()), int(similar.argmin())
     spread = float(error_NO[:, worst].std(ddof=1)) if len(error_NO) > 1 else 0.0
-    common = {"unit": "fraction", "provenance": "measured", "n": len(split), "runtime": candidate.runtime}
-    metrics = {
-        "infidelity": Metric(value=float(means[worst]), std_error=spread / distinct**0.5, **common),
-        "cosine": Metric(value=float(similar[farthest]), **common),
-    }
+    cosine = Metric(
+        value=float(similar[farthest]), unit="fraction", provenance="measured", n=len(split), runtime=candidate.runtime
+    )
+    error = cosine.model_copy(update={"value": float(means[worst]), "std_error": spread / distinct**0.5})
+    metrics = {"infidelity": error, "cosine": cosine}
     outputs = {name: {"relative_error": float(means[i]), "cosine": float(similar[i])} for i, name in enumerate(names)}
     copies = len(split) - distinct
     notes = (

@@ -36,10 +36,11 @@ from compress.memory import kept_memory
 from compress.pixels import normalise
 from compress.processes import Together
 from compress.prune.sparsity import has_pattern
+from compress.resnet import FrozenBatchNorm
 from compress.teacher import same_arithmetic
 from rescompress.core.artifact import atomic_path, open_regular
 from rescompress.core.errors import BadInput, DataError
-from rescompress.core.settings import LR_BATCH, TrainSettings
+from rescompress.core.settings import LR_BATCH, TrainSettings, usual_rate
 from rescompress.core.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def train(
     accelerator = _accelerator(settings.device or "auto")
     share = Together(accelerator.process_index, accelerator.num_processes)
     main = share.rank == 0
-    settings = settings.preset(min(split.size[:2]))
+    settings = settings.preset(min(split.size[:2]), normalised=_normalised(model))
     seed = settings.seed or 0
     held = None
     if settings.hold_out:
@@ -526,8 +527,13 @@ def _score(
     return top1, loss if math.isfinite(loss) else math.inf
 
 
+def _normalised(model: nn.Module) -> bool:
+    """Return whether some layer normalises by what it sees; a frozen BatchNorm does not."""
+    return any(isinstance(m, nn.BatchNorm2d | nn.GroupNorm) and not isinstance(m, FrozenBatchNorm) for m in model.modules())
+
+
 def _peak_of(settings: TrainSettings) -> float:
-    assert not isinstance(settings.lr, str)
+    assert isinstance(settings.lr, float)
     return settings.lr
 
 
@@ -548,14 +554,14 @@ def _peak(
     """
     factor = batch_size / LR_BATCH if settings.scale_lr else 1.0
     if settings.lr != "auto":
-        return settings.lr * factor
+        return _peak_of(settings) * factor
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         raise BadInput(
             "auto finds a learning rate in one process",
             where="lr",
             remedy="find it there for a part of the epochs, then give it",
         )
-    usual = float(TrainSettings.model_fields["lr"].default) * (batch_size / LR_BATCH)
+    usual = usual_rate(_normalised(model)) * (batch_size / LR_BATCH)
     if held is None:
         split, held = hold_out(split, _TRIED_HOLD_OUT, settings.seed or 0)
     held = held.take(_JUDGES, settings.seed or 0)

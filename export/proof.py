@@ -13,6 +13,7 @@ from export.graph import QUANTIZE, GraphView
 from export.metadata import read_metadata
 from export.parity import OrtRunner
 from rescompress.core.errors import BadInput, ModelFileError
+from rescompress.core.spec import Preprocessing
 
 IMAGES = 4
 """Images of each range and seed."""
@@ -20,7 +21,7 @@ SEEDS = (0, 1, 2)
 OPEN_SIZE = 64
 """What an open height or width is taken as."""
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_USUAL = Preprocessing()
 
 Array = NDArray[np.float64]
 
@@ -126,8 +127,8 @@ def _ranges(model: onnx.ModelProto, name: str, kind: int, channels: int) -> list
             step, offset, limits = float(scale.reshape(-1)[0]), float(zero.reshape(-1)[0]), np.iinfo(zero.dtype)
             return [(np.asarray(step * (limits.min - offset)), np.asarray(step * (limits.max - offset)))]
     ranges = [(np.asarray(0.0), np.asarray(1.0))]
-    if channels == len(_MEAN):
-        mean, std = np.asarray(_MEAN), np.asarray(_STD)
+    if channels == len(_USUAL.mean):
+        mean, std = np.asarray(_USUAL.mean), np.asarray(_USUAL.std)
         ranges.append((-mean / std, (1 - mean) / std))
     else:
         ranges.append((np.asarray(-2.0), np.asarray(2.0)))

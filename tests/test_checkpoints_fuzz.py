@@ -181,15 +181,17 @@ def renamed(state: State, rng: random.Random) -> None:
     state[key.replace("weight", "wieght").replace("bias", "bais").replace("running", "runing")] = state.pop(key)
 
 
-DAMAGE = [missing, integers, not_finite, cut, foreign_part, renamed]
+def stray(state: State, rng: random.Random) -> None:
+    state[rng.choice(["extra", "meta.scale", "temperature"])] = torch.rand(rng.choice([(1,), (3,), (2, 2), ()]))
+
+
+DAMAGE = [missing, integers, not_finite, cut, foreign_part, renamed, stray]
 
 # What does no harm: must load, with identical logits.
 
 
 def extra_keys(state: State, rng: random.Random) -> object:
-    for name in rng.sample(
-        ["extra", "queue", "loss.weight", "total_ops", "layer1.0.total_params", "n_averaged", "meta.scale"], 3
-    ):
+    for name in rng.sample(["queue", "queue_ptr", "loss.weight", "total_ops", "layer1.0.total_params", "n_averaged"], 3):
         state[name] = torch.rand(rng.choice([(1,), (3,), (2, 2), ()]))
     return state
 

@@ -35,6 +35,7 @@ from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
 from rescompress.cli.output import Output
 from rescompress.core.described import flag_of
+from rescompress.core.manifest import load_manifest
 from rescompress.core.settings import PruneSettings
 from rescompress.runs.config import RunConfig, load_config
 from rescompress.runs.stage import Opening
@@ -321,6 +322,20 @@ def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
     with pytest.raises(SystemExit) as end:
         main()
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_the_best_state_may_be_within_an_epoch(rescompress: Command, tmp_path: Path) -> None:
+    words = ["--data", "builtin:digits", "--epochs", "0.2", "--hold-out", "0.2", "--lr", "1e-6"]
+    rescompress("finetune", DIGITS, *words, cwd=tmp_path)
+    best = load_manifest(tmp_path / "rescompress-out").stages[-1].details.document()["best_epoch"]
+    assert 0 < best < 1
+
+
+def test_an_export_is_no_single_file(rescompress: Command, tmp_path: Path) -> None:
+    done = rescompress("export", DIGITS, "-t", "cpu-ort", "-o", "out.onnx", cwd=tmp_path, code=5)
+    assert "-o out)" in done.stderr
+    assert "out.tar.gz" in done.stderr
+    assert not list(tmp_path.iterdir()), "it is said before any work"
 
 
 def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path: Path) -> None:

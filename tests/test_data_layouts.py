@@ -254,9 +254,9 @@ def check_table(dialect: dict[str, Any]) -> None:
         if trouble == "empty":
             rows[5]["label"] = ""
         elif trouble == "twice":
-            rows.append({**rows[3], "index": "12"})
+            rows.append({**rows[3], "index": str(len(rows))})
         elif trouble == "torn":
-            rows.append({**rows[3], "label": rows[4]["label"], "index": "12"})
+            rows.append({**rows[3], "label": rows[4]["label"], "index": str(len(rows))})
         elif trouble == "missing":
             rows[5]["file"] = "nowhere.ppm"
         columns = [*(["index"] if dialect["index"] else []), *dialect["columns"]]

@@ -133,7 +133,7 @@ def test_a_part_keeps_the_pixels_of_the_result() -> None:
 
 
 def all_of(split: Split, settings: TrainSettings, workers: int, folder: Path | None) -> list[torch.Tensor]:
-    settings = settings.preset(16)
+    settings = settings.preset(16, normalised=True)
     cache = cache_for(split, settings, workers, folder) if folder is not None else None
     if cache is not None:
         cache.create()
@@ -345,7 +345,7 @@ def test_a_cache_knows_what_is_whole(tmp_path: Path) -> None:
 
 
 def test_only_what_fits_is_kept(split: Split, tmp_path: Path) -> None:
-    settings = how().preset(16)
+    settings = how().preset(16, normalised=True)
     assert cache_for(split, settings, 2, tmp_path) is not None
     assert cache_for(split, settings.model_copy(update={"cache_gib": 1e-6}), 2, tmp_path) is None
     memory = dataclasses.replace(split, store=MemoryStore(split.store.read(np.arange(len(split)))))
@@ -383,8 +383,8 @@ def test_waiting_for_data_is_measured(split: Split, monkeypatch: pytest.MonkeyPa
 
 def test_the_preset_goes_by_the_size_of_the_input() -> None:
     usual = TrainSettings()
-    assert [usual.preset(side).augment for side in (32, 63, 64, 224)] == ["cifar", "cifar", "photo", "photo"]
-    assert usual.preset(224).mixup == usual.preset(224).ema == 0.0
-    strong = TrainSettings(augment="photo+", ema=0.0).preset(224)
+    assert [usual.preset(side, normalised=True).augment for side in (32, 63, 64, 224)] == ["cifar", "cifar", "photo", "photo"]
+    assert usual.preset(224, normalised=True).mixup == usual.preset(224, normalised=True).ema == 0.0
+    strong = TrainSettings(augment="photo+", ema=0.0).preset(224, normalised=True)
     assert (strong.mixup, strong.cutmix, strong.label_smoothing, strong.ema) == (0.2, 1.0, 0.1, 0.0)
     assert Inputs.of(SPEC).shape == (3, 16, 16)

@@ -431,7 +431,7 @@ def batch(
     split: Split, how: TrainSettings, step: int, batch_size: int = 16, share: Together = ALONE, drawn: int | None = None
 ) -> torch.Tensor:
     """Return the inputs of a step; `drawn` takes the place of the step in what is drawn for it."""
-    how = how.preset(8)
+    how = how.preset(8, normalised=True)
     x, y = Batches(split, how, batch_size, share).read(step)
     x, _ = arranged(x, y, how, step if drawn is None else drawn, share, flips=split.flips)
     return normalise(x, split.preprocessing)

@@ -16,7 +16,7 @@ from compress.averaging import RunningMean
 from compress.data import MemoryStore, Split
 from compress.losses import class_weights, label_loss
 from compress.processes import Together
-from compress.resnet import build_model
+from compress.resnet import FrozenBatchNorm, build_model
 from compress.train import TrainState, _mixers, arranged, train
 from rescompress.core.errors import BadInput
 from rescompress.core.settings import TrainSettings
@@ -177,7 +177,7 @@ def test_a_training_ends_with_the_mean_of_its_weights() -> None:
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
 def test_images_and_labels_are_mixed_alike(mixup: float, cutmix: float) -> None:
-    settings = how(mixup=mixup, cutmix=cutmix).preset(8)
+    settings = how(mixup=mixup, cutmix=cutmix).preset(8, normalised=True)
     x = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8).mul(255).to(torch.uint8)  # image i has channel i alone
     kinds = set()
     for step in range(12):
@@ -289,6 +289,32 @@ def test_a_learning_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     lowest = fresh()
     worse = train(lowest, split, how(lr=usual * 0.1, epochs=2))
     assert log.epochs[-1]["loss"] <= worse.epochs[-1]["loss"]
+
+
+@pytest.mark.parametrize(("norm", "usual"), [("batch", 0.02), ("none", 0.002)])
+def test_the_usual_rate_goes_by_what_normalises(norm: str, usual: float) -> None:
+    torch.manual_seed(0)
+    plain = ModelSpec(
+        input_shape=SPEC.input_shape,
+        stem=Stem(convs=SPEC.stem.convs, max_pool=False, batch_norm=False, conv_bias=True),
+        stages=((Block(name="layer1.0", kind="basic", widths=(4, 4), batch_norm=False, conv_bias=True),),),
+        head=SPEC.head,
+        preprocessing=SPEC.preprocessing,
+    )
+    spec = SPEC if norm == "batch" else plain
+    default = {k: v for k, v in how().model_dump().items() if k != "lr"}
+    assert train(build_model(spec), made(), TrainSettings.model_validate(default | {"epochs": 1})).lr == pytest.approx(usual)
+    asked = train(build_model(spec), made(), how(lr=0.03, epochs=1))
+    assert asked.lr == 0.03
+
+
+def test_a_frozen_batch_norm_normalises_nothing() -> None:
+    model = fresh()
+    assert training._normalised(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            model.set_submodule(name, FrozenBatchNorm(module.num_features))
+    assert not training._normalised(model)
 
 
 def test_a_learning_rate_that_nothing_survives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,7 +346,7 @@ class _Reader:
             raise CheckpointError(f"its first convolution reads {channels} channels, the input shape gives {shape[0]}")
         return shape
 
-    def _preprocessing(self, shape: tuple[int, int, int]) -> object:
+    def _preprocessing(self, shape: tuple[int, int, int]) -> Preprocessing:
         name = self.facts.preprocessing or "imagenet"
         keras = self.facts.format == "keras"
         found = zoo.preprocessing(name, shape, assumed=not self.facts.preprocessing_stated, squash=keras)

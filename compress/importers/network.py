@@ -115,10 +115,10 @@ def operation_of(step: Step) -> tuple[Operation, dict[str, Tensor]]:
         case "input":
             return ops.Input(), {}
         case "conv":
-            weight = t["weight"]
+            height, width = t["weight"].shape[2:]
             return (
                 ops.Conv(
-                    width=c, kernel=tuple(weight.shape[2:]), stride=a["stride"], pads=a["pads"], dilation=a["dilation"],
+                    width=c, kernel=(int(height), int(width)), stride=a["stride"], pads=a["pads"], dilation=a["dilation"],
                     groups=a["groups"], bias="bias" in t, frozen=bool(a.get("frozen", False)),
                 ),
                 dict(t),

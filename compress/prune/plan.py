@@ -12,9 +12,8 @@ from compress.prune.groups import ChannelGroup, Scope, Sizes, droppable, prunabl
 from rescompress.core.artifact import read_text
 from rescompress.core.errors import BadInput, BudgetError
 from rescompress.core.graph import Network
+from rescompress.core.settings import BudgetKind
 from rescompress.core.spec import Frozen, ModelSpec
-
-BudgetKind = Literal["ratio", "macs", "params", "latency"]
 
 
 class Budget(Frozen):

@@ -22,6 +22,8 @@ app = typer.Typer()
 
 OVERFLOW = "float16-overflow"
 """The lint rule whose findings end `export` with 3: the file is none that can be deployed."""
+_FILES = (".onnx", ".engine", ".plan", ".xml", ".bin", ".zip", ".tar")
+"""Suffixes by which -o would be taken for one file; an export is a folder, or a .tar.gz of it."""
 
 
 def _runtimes(incomplete: str) -> list[str]:
@@ -75,6 +77,12 @@ def export(
     elif len(target) > 1:
         raise BadInput(
             f"{' and '.join(target)}: one target at a time", where="--target", remedy="export for each, or `run` with targets"
+        )
+    if output is not None and output.suffix.lower() in _FILES and not output.is_dir():
+        raise BadInput(
+            f"{output.name} is the name of a file, and an export is several: the network, its checksums, what the target needs",
+            where="--output",
+            remedy=f"name a folder (-o {output.with_suffix('')}) or an archive (-o {output.with_suffix('.tar.gz')})",
         )
     opening = stated.opening(path)
     shared = common.settings(data)

@@ -60,7 +60,9 @@ class Details(Frozen):
         """Return what a baseline keeps that is one file, with the outcomes inside."""
         kept = {name for name, field in type(self).model_fields.items() if KEPT in field.metadata}
         found = {name: value for name, value in self.given().items() if name in kept}
-        return type(self)(**found, **({"outcomes": outcomes} if outcomes is not None else {}))
+        if outcomes is not None:
+            found["outcomes"] = outcomes
+        return type(self)(**found)
 
     def given(self) -> dict[str, Any]:
         """Return what was given, by name: what details of a larger kind are made of."""
@@ -167,14 +169,14 @@ class TrainedDetails(Details):
         lr: Peak learning rate.
         waiting: Part of the time in which the device waited for images.
         workers: Processes that read images.
-        best_epoch: That was kept, where the last one was not.
+        best_epoch: That was kept, of images held out; the end of a part of an epoch is a fraction.
     """
 
     epochs: list[Epoch] = Field(default_factory=list)
     lr: float | None = None
     waiting: float | None = None
     workers: int | None = None
-    best_epoch: int | None = None
+    best_epoch: float | None = None
 
     def noting(self, text: str) -> Self:
         """Return them with one more note."""

@@ -9,7 +9,7 @@ stands in ``model_fields_set``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -24,6 +24,7 @@ MOST_IMAGES = 2**31
 MOST_RATE = 1e3
 MOST_TARGETS = 100
 
+BudgetKind = Literal["ratio", "macs", "params", "latency"]
 Batch = Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)]
 Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
 
@@ -88,19 +89,19 @@ class PruneSettings(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        given = [name for name in ("ratio", "macs", "params", "latency") if getattr(self, name) is not None]
+        given = [name for name in get_args(BudgetKind) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are budgets, give one of them")
-        said = ("ratio", "macs", "params", "latency", "method", "scope", "align", "drop_blocks", "iterations")
+        said = (*get_args(BudgetKind), "method", "scope", "align", "drop_blocks", "iterations")
         again = sorted(self.model_fields_set.intersection(said), key=said.index)
         if self.plan is not None and again:
             raise ValueError(f"a plan says what goes: leave out {' and '.join(again)}")
         return self
 
     @property
-    def budget(self) -> tuple[str, float]:
+    def budget(self) -> tuple[BudgetKind, float]:
         """Kind and value of the budget."""
-        for name in ("ratio", "macs", "params", "latency"):
+        for name in get_args(BudgetKind):
             value = getattr(self, name)
             if value is not None:
                 return name, float(value)
@@ -125,6 +126,15 @@ class PruneSettings(Section):
         return self.model_copy(update={kind: some, "sparsity": None})
 
 
+def usual_rate(normalised: bool) -> float:
+    """Return the peak learning rate of a training that names none.
+
+    Without BatchNorm nothing undoes a step that makes a layer's outputs larger: such networks end at chance at the rate that is
+    usual with it, and learn at a tenth.
+    """
+    return 0.02 if normalised else 0.002
+
+
 class TrainSettings(Section):
     """Training of a network, by SGD with Nesterov momentum.
 
@@ -135,7 +145,8 @@ class TrainSettings(Section):
     Attributes:
         epochs: Passes over the training split.
         teacher: Checkpoint file to distil from; in a run also ``dense``, the network before pruning; null for labels alone.
-        lr: Peak learning rate; ``auto`` tries a few on training images that are held out.
+        lr: Peak learning rate; 0.02 by default, a tenth of it for a network without normalisation layers, which the former
+            throws to chance. ``auto`` tries a few on training images that are held out.
         batch_size: Images per training step, over all processes.
         distill: Weight of the distillation loss; the labels' cross-entropy has the rest. Only with a teacher.
         temperature: Of the distillation's softmax.
@@ -176,7 +187,10 @@ class TrainSettings(Section):
 
     epochs: Annotated[float, Flag(short="-e")] = Field(2.0, gt=0.0, le=MOST_EPOCHS)
     teacher: Teacher = "dense"
-    lr: Annotated[Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"], Flag(metavar="RATE|auto", parse=str)] = 0.02
+    lr: Annotated[
+        Annotated[float, Field(gt=0.0, le=MOST_RATE)] | Literal["auto"] | None,
+        Flag(metavar="RATE|auto", parse=str, usual="by network: 0.02, 0.002 without BatchNorm"),
+    ] = None
     batch_size: TrainBatch = Field(128, ge=2, le=MOST_IMAGES)
     distill: float = Field(0.9, ge=0.0, le=1.0)
     temperature: float = Field(4.0, gt=0.0, le=1e6)
@@ -214,11 +228,12 @@ class TrainSettings(Section):
             raise ValueError(f"a batch of {self.batch_size} cannot be computed in {self.accumulate} parts of two images")
         return self
 
-    def preset(self, side: int) -> TrainSettings:
-        """Return the settings with everything that is left to the preset filled in.
+    def preset(self, side: int, *, normalised: bool) -> TrainSettings:
+        """Return the settings with everything that is left to preset and network filled in.
 
         Args:
             side: Of the network's input, the shorter one.
+            normalised: Whether the network has normalisation layers.
         """
         augment = self.augment if self.augment != "auto" else ("photo" if side >= PHOTO_SIDE else "cifar")
         strong = augment == "photo+"
@@ -227,6 +242,7 @@ class TrainSettings(Section):
             "cutmix": 1.0 if strong else 0.0,
             "label_smoothing": 0.1 if strong else 0.0,
             "ema": 0.999 if strong else 0.0,
+            "lr": usual_rate(normalised),
         }
         return self.model_copy(update={"augment": augment} | {k: v for k, v in usual.items() if getattr(self, k) is None})
 

@@ -408,16 +408,13 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         mode=config.mode,
         calibration=config.calibration,
         chosen=chosen,
-        **(
-            {"float_top1": before, "ptq_top1": calibrated_only}
-            if whole
-            else {"float_infidelity": before, "ptq_infidelity": calibrated_only}
-        ),
         keep_float=keep_float,
         float_operations=stays,
         kept=kept,
         **log.given(),
     )
+    kind = "top1" if whole else "infidelity"
+    details = details.model_copy(update={f"float_{kind}": before, f"ptq_{kind}": calibrated_only})
     transient = [resume] if resume else []
     return finish(context, "quantize", on_grid(int8), common, details, transient=transient, sharing=sharing)
 
@@ -540,7 +537,7 @@ def train_network(
     for text in notes if context.main else ():
         context.reporter.note(text)
     details = TrainedDetails(
-        epochs=log.epochs,
+        epochs=[{**epoch} for epoch in log.epochs],
         lr=log.lr,
         waiting=round(log.waiting, 4),
         workers=log.workers,
