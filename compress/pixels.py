@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "JPEG2000"
 """What images may be, in Pillow's words: all that is decoded here. Pillow would hand PostScript to another program."""
 MOST_PIXELS = 1 << 27
 """Of an image on its way to the input's size."""
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+"""Of half as many pixels as it refuses: such an image is read, and a warning of Python is no message of ours."""
 _READ_AT_ONCE = 32 << 20
 """Largest file that is read whole: Pillow asks for it in small parts."""
 

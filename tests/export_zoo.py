@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -81,7 +83,7 @@ def imagenet_basic() -> ModelSpec:
             [basic("layer1.0", 16, 16), basic("layer1.1", 16, 16)],
             [basic("layer2.0", 24, 24, shortcut="projection", stride=2), basic("layer2.1", 24, 24)],
         ],
-        side=67,
+        side=35,
         stem=Stem(convs=(StemConv(width=16),)),
     )
 
@@ -95,7 +97,7 @@ def imagenet_bottleneck() -> ModelSpec:
             [bottleneck("layer1.0", 8, 8, 32, **project), bottleneck("layer1.1", 8, 8, 32)],
             [bottleneck("layer2.0", 16, 16, 64, stride=2, **project), bottleneck("layer2.2", 16, 16, 64)],
         ],
-        side=64,
+        side=40,
         stem=Stem(convs=(StemConv(width=16),)),
         head=Head(num_classes=12, hidden=(24,), dropout=0.3),
     )
@@ -167,6 +169,14 @@ def images(spec: ModelSpec, n: int, seed: int = 0) -> Tensor:
 
 def network(spec: ModelSpec, seed: int = 0) -> ResNet:
     """Return a random network with BatchNorm statistics of real activations, and gammas of both signs, one of them 0."""
+    made = copy.deepcopy(_network(spec.model_dump_json(), seed))
+    torch.manual_seed(seed)  # the same for who comes next, whether it was made now or before
+    return made
+
+
+@functools.cache
+def _network(document: str, seed: int) -> ResNet:
+    spec = ModelSpec.model_validate_json(document)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = build_model(spec)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from compress.checkpoints import load_checkpoint
 from compress.prune import method_names
 from compress.resnet import build_model
+from edge_targets import benchmark
 from edge_targets.catalog import target_names
 from rescompress.cli import doctor, options
 from rescompress.cli.app import COMMANDS, main
@@ -197,10 +198,21 @@ def test_prune_then_export_as_typed(rescompress: Command, tmp_path: Path) -> Non
     rescompress("export", "--target", "jetson", "--require-engine", cwd=tmp_path, code=4)
 
 
-def test_quantize_export_evaluate_on_digits(rescompress: Command, tmp_path: Path) -> None:
+def test_quantize_export_evaluate_on_digits(rescompress: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    brief = benchmark.Effort(warmup_s=0.05, seconds=0.1, rounds=2)
+    monkeypatch.setattr(benchmark, "Effort", lambda: brief)
     made = json.loads(
         rescompress(
-            "quantize", str(DIGITS), "--data", "builtin:digits", "--json", "-o", "int8.safetensors", cwd=tmp_path
+            "quantize",
+            str(DIGITS),
+            "--data",
+            "builtin:digits",
+            "--calib",
+            "64",
+            "--json",
+            "-o",
+            "int8.safetensors",
+            cwd=tmp_path,
         ).stdout
     )
     assert made["output"] == "int8.safetensors"
@@ -379,7 +391,7 @@ def test_an_interrupted_measurement_says_so_alone(rescompress: Command, tmp_path
 def test_a_reader_that_has_seen_enough_is_no_failure(more: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "rescompress", "inspect", str(DIGITS), "-v", *more]
+    words = [sys.executable, "-m", "rescompress", "targets", "-v", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -534,6 +535,17 @@ def test_what_is_no_image_is_refused_and_reaches_no_other_program(
     about = {"input_shape": [3, 8, 8], "preprocessing": Preprocessing().model_dump(mode="json")}
     with pytest.raises(infer.EngineError, match=r"photo\.png"):
         infer.read_image(str(path), about)
+
+
+def test_a_large_picture_is_read_without_a_word(tmp_path: Path) -> None:
+    """Pillow warns of more than 89 million pixels: a whole sensor has as many, and a warning of Python names no image."""
+    pixels = Image.MAX_IMAGE_PIXELS
+    assert pixels is not None
+    path = tmp_path / "a.png"
+    Image.new("L", (pixels // 64 + 64, 64)).save(path)
+    code = f"from compress.pixels import picture; from pathlib import Path; print(picture(Path({str(path)!r}), 1).height)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # pytest has filters
+    assert (done.stdout, done.stderr) == ("64\n", "")
 
 
 def test_palettes_with_transparency_are_read_without_a_word(tmp_path: Path) -> None:

@@ -108,6 +108,14 @@ def test_npz_forms(tmp_path: Path) -> None:
     np.testing.assert_array_equal(two.val.store.read(np.arange(4)), x[6:])
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 8, 3), (4, 8, 0), (4, 0, 0, 1)])
+def test_images_of_no_pixels_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """They would be scored as black ones."""
+    np.savez(tmp_path / "x.npz", x=np.zeros(shape, np.uint8), y=np.arange(4) % 2)
+    with pytest.raises(DataError, match=f"holds images of {shape[1]} x {shape[2]} pixels"):
+        load_dataset(str(tmp_path / "x.npz"), inputs())
+
+
 def test_digits_have_1437_and_360_images_that_do_not_overlap() -> None:
     data = load_dataset(DIGITS, inputs(10, 16))
     assert (len(data.train), len(data.val)) == (1437, 360)
@@ -129,6 +137,7 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
     [
         (10, None, None, "2 classes, the network has 10"),
         (2, ("cat", "bird"), None, "'dog' is no label"),
+        (2, ("zebra", "yak"), None, "; map other names with --labels"),
         (2, ("cat", "dog"), {"dog": "dgo"}, "no label 'dgo'"),
         (2, ("cat", "dog"), {"dg": "dog"}, "no class folder is called 'dg'"),
     ],

@@ -523,11 +523,9 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path):
     assert lines[-1] == "rm -rf -- $WORK"
 
 
-def test_dry_run_breaks_no_line(tmp_path):
+def test_dry_run_breaks_no_line(rescompress, tmp_path):
     model = write_onnx(tmp_path / "m.onnx")
-    words = [sys.executable, "-m", "rescompress.cli.app", "deploy", str(model), "--dry-run", "--target", "jetson-nano"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    lines = done.stdout.splitlines()
+    lines = rescompress("deploy", model, "--dry-run", "--target", "jetson-nano", COLUMNS="80").stdout.splitlines()
     assert sum(line.startswith("trtexec") for line in lines) == 3
     assert not any(line.startswith("--") for line in lines)
 

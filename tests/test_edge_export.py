@@ -1,6 +1,7 @@
 """Exports for boards through the command line: archives, and the precision that suits the board's TensorRT."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -113,14 +114,19 @@ def test_the_precision_of_a_file_suits_the_target(target, profile, asked, writte
     assert old == (written if written != "int8+fp16" else "int8")
 
 
+@functools.cache
+def network_of(profile):
+    """Return a small network, quantized for a profile."""
+    checkpoint = checkpoint_of("basic")
+    return quantize(checkpoint, images_for(checkpoint.spec), profile=profile) if profile else checkpoint
+
+
 @pytest.mark.parametrize("board", ["jetson-thor-t5000", "jetson-agx-orin-64gb at 7.2", "jetson-agx-orin-64gb", "jetson-nano"])
 @pytest.mark.parametrize("profile", [None, *PROFILES])
 def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
     name, _, release = board.partition(" at ")
     chosen = load_target(name, jetpack=release or None)
-    checkpoint = checkpoint_of("basic")
-    if profile is not None:
-        checkpoint = quantize(checkpoint, images_for(checkpoint.spec), profile=profile)
+    checkpoint = network_of(profile)
     save_checkpoint(checkpoint, tmp_path / "model.safetensors")
     jobs, notes = jobs_for(Opening(tmp_path / "model.safetensors"), None, DeploySettings(), chosen, tmp_path)
     int8 = profile is not None and "int8" in chosen.precisions
@@ -134,7 +140,19 @@ def test_deploy_writes_the_files_that_export_writes(tmp_path, board, profile):
 
 
 def test_a_quantized_network_for_a_strongly_typed_board_leaves_no_float32_arithmetic(call, tmp_path):
-    call("quantize", DIGITS, "-d", "builtin:digits", "--profile", "tensorrt", "-o", "int8.safetensors", cwd=tmp_path)
+    call(
+        "quantize",
+        DIGITS,
+        "-d",
+        "builtin:digits",
+        "--calib",
+        "64",
+        "--profile",
+        "tensorrt",
+        "-o",
+        "int8.safetensors",
+        cwd=tmp_path,
+    )
     found = call("export", "int8.safetensors", "-t", "jetson-thor-t5000", "-d", "builtin:digits", cwd=tmp_path)
     assert found["precision"] == "int8+fp16"
     assert found["parity"]["top1_agreement"] >= 0.99

@@ -155,7 +155,9 @@ COMMANDS = (
 )
 RUN_ALL = """
 import contextlib, io, json, sys
+from edge_targets.benchmark import Effort
 from rescompress.cli.app import main
+Effort.__init__.__defaults__ = (0.05, 0.1, 1, 2)  # what export measures is no matter here
 outputs = []
 for words in json.loads(sys.argv[1]):
     sys.argv, out = ["rescompress", *words, "--json"], io.StringIO()

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_targets import catalog
 from edge_targets.catalog import all_targets, load_device, load_target
 from edge_targets.fp8 import refuse_file
 from edge_targets.kernels import Kernel, fuse
@@ -131,18 +132,27 @@ def test_deploy_tells_what_sparsity_can_bring(rescompress, tmp_path):
     assert any("no weight of m.onnx" in n for n in notes)
 
 
-@pytest.mark.parametrize("name", ["jetson-thor-t5000", "rtx-sm89", "rtx-sm120"])
-def test_fp8_is_refused_for_want_of_evidence_where_there_are_units(name):
-    with pytest.raises(TargetError, match="nothing shows") as e:
-        load_target(name).check_precision("fp8")
-    for source in ("TensorRT #4590", "TensorRT #4599", "rf-detr #955"):
-        assert source in e.value.what
+@pytest.fixture
+def read_once(monkeypatch):
+    """Have the device files read once, not for every refusal, which names the boards with units."""
+    targets = all_targets()
+    monkeypatch.setattr(catalog, "all_targets", lambda: targets)
 
 
-@pytest.mark.parametrize("name", [ORIN, "jetson-nano", "rtx-sm86", "cpu"])
-def test_fp8_is_refused_for_want_of_units_elsewhere(name):
-    with pytest.raises(TargetError, match="no FP8 units"):
-        load_target(name).check_precision("fp8")
+@pytest.mark.usefixtures("read_once")
+def test_fp8_is_refused_for_want_of_evidence_where_there_are_units():
+    for name in ("jetson-thor-t5000", "rtx-sm89", "rtx-sm120"):
+        with pytest.raises(TargetError, match="nothing shows") as e:
+            load_target(name).check_precision("fp8")
+        for source in ("TensorRT #4590", "TensorRT #4599", "rf-detr #955"):
+            assert source in e.value.what
+
+
+@pytest.mark.usefixtures("read_once")
+def test_fp8_is_refused_for_want_of_units_elsewhere():
+    for name in (ORIN, "jetson-nano", "rtx-sm86", "cpu"):
+        with pytest.raises(TargetError, match="no FP8 units"):
+            load_target(name).check_precision("fp8")
 
 
 def test_a_file_in_fp8_is_refused_with_the_boards_that_have_units_and_the_reason():

@@ -83,7 +83,7 @@ def test_every_named_tensor_is_the_one_of_that_name_in_torch(spec: ModelSpec) ->
 def test_int8_computes_what_fake_quantization_computes(spec: ModelSpec, profile: str) -> None:
     model = network(spec)
     quantization = quantization_of(model, images(spec, 64, seed=1), profile)
-    x = images(spec, 200, seed=9)
+    x = images(spec, 100, seed=9)
     exported = to_onnx(spec, arrays(model), quantization, DYNAMIC)
     onnx.checker.check_model(exported, full_check=True)
     expected = logits(fake_quantized(model, quantization), x)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -26,6 +27,8 @@ from rescompress.core.outcomes import Outcomes
 from rescompress.show.gate import GateReport, Limits, Run, judge, limits_of, load_limits, load_run
 from rescompress.show.gate.checks import _outcomes, baseline_of
 from rescompress.show.gate.render import gitlab_code_quality, to_junit, to_markdown
+from rescompress.show.report.history import history, load_runs
+from rescompress.show.track import log as track
 
 STEADY = [1.00, 1.01, 0.99, 1.02, 0.98]
 
@@ -528,7 +531,7 @@ def _metric(name: str, **facts: Any) -> Callable[[dict[str, Any]], None]:
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "top-1": (_metric("top1", value=0.1), r"top1 is 10\.00 %, the outcomes say \d\d\.\d\d %"),
+    "top-1": (_metric("top1", value=0.1, std_error=0.1), r"top1 is 10\.00 %, the outcomes say \d\d\.\d\d %"),
     "top-1 is no number": (_metric("top1", value=float("nan")), "top1 is nan fraction|finite number"),
     "top-1 above one": (_metric("top1", value=1.5), r"top1 is 1\.5 fraction"),
     "top-1 below zero": (_metric("top1", value=-1.0), "top1 is -1 fraction"),
@@ -539,6 +542,14 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unit of time": (_metric("p50_ms", unit="s"), "p50_ms is in s, expected ms"),
     "unit of size": (_metric("size_bytes", unit="MB"), "size_bytes is in MB, expected bytes"),
     "size": (_metric("size_bytes", value=0.0), "size_bytes is 0 bytes"),
+    "top-1 beside no outcomes": (
+        lambda s: (s["outputs"].clear(), s["metrics"]["top1"].update(value=0.5)),
+        r"top1 is 50\.00 ± 0\.\d+ %, but of 1000 samples that is known to ± 1\.58",
+    ),
+    "top-1 of no number of samples": (
+        lambda s: (s["outputs"].clear(), s["metrics"]["top1"].update(value=0.50005, std_error=0.2)),
+        "top1 is 50.005 %, which is no number of 1000 samples",
+    ),
     "deviation": (_metric("top1", std_error=-0.1), "std_error of top1 is -0.1 fraction"),
     "threads": (_metric("p50_ms", threads=-2), "threads of p50_ms is -2"),
     "size of the file": (
@@ -590,7 +601,11 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
 @pytest.mark.parametrize("whose", ["cand", "base"])
-def test_a_manifest_that_contradicts_its_evidence_is_refused(tmp_path: Path, what: str, whose: str) -> None:
+def test_a_manifest_that_contradicts_its_evidence_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, whose: str
+) -> None:
+    tracker = SimpleNamespace(check=lambda address: None, log=lambda *_: pytest.fail("it was recorded"))
+    monkeypatch.setattr("rescompress.show.track._tracker", lambda kind: tracker)
     change, told = CONTRADICTIONS[what]
     pair_of_runs(tmp_path, 1000)
     assert judged((tmp_path / "cand", tmp_path / "base")).verdict == "pass"
@@ -598,6 +613,9 @@ def test_a_manifest_that_contradicts_its_evidence_is_refused(tmp_path: Path, wha
     with pytest.raises(BadInput, match=told) as caught:
         judged((tmp_path / "cand", tmp_path / "base"))
     assert caught.value.exit_code == 5
+    for shown in (load_runs, history, lambda runs: track("mlflow:here", runs[0])):
+        with pytest.raises(BadInput, match=told):  # nor is it shown, or recorded elsewhere
+            shown([tmp_path / whose])
 
 
 def test_a_stage_stands_once(tmp_path: Path) -> None:
@@ -782,3 +800,28 @@ def test_copies_of_samples_count_once(tmp_path: Path) -> None:
     write_run(tmp_path / "base9000", n=9000, final=broken, runs_ms=STEADY)
     with pytest.raises(BadInput, match="damaged"):
         judged((tmp_path / "cand9000", tmp_path / "base9000"))
+
+
+@pytest.mark.parametrize("command", ["compare", "report", "gate"])
+def test_no_command_shows_an_accuracy_that_was_edited(tmp_path: Path, command: str, rescompress: Command) -> None:
+    candidate, baseline = pair_of_runs(tmp_path, 1000)
+    page = ["-o", str(tmp_path / "page.html")] if command == "report" else []
+    page = ["--baseline", str(baseline)] if command == "gate" else page
+    assert rescompress(command, candidate, *page, code=None).returncode == 0
+    (tmp_path / "page.html").unlink(missing_ok=True)
+    _edited(candidate, "target:cpu", _metric("top1", value=1.0, std_error=0.0))
+    done = rescompress(command, candidate, *page, code=None)
+    assert done.returncode == 5
+    assert "target:cpu: top1 is 100.00 %, the outcomes say" in done.stderr
+    assert "100.00" not in done.stdout
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_byte_order_mark_in_front_of_a_baseline_is_no_part_of_it(tmp_path: Path, cli: Command) -> None:
+    """Editors and shells of Windows write one."""
+    candidate, baseline = pair_of_runs(tmp_path, 1000)
+    saved = tmp_path / "baseline.json"
+    cli(baseline, "--save-baseline", saved)
+    expected = judged((candidate, saved))
+    saved.write_bytes(b"\xef\xbb\xbf" + saved.read_bytes().replace(b"\n", b"\r\n"))
+    assert judged((candidate, saved)).checks == expected.checks

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from compress.data import Inputs, MemoryStore, Split
 from compress.memory import _glibc
+from compress.resnet import build_model
+from compress.train import train
+from rescompress.core.settings import TrainSettings
+from rescompress.core.spec import Block, Head, ModelSpec, Stem, StemConv
 
 _BLOCK = 48 << 20
 _FAULTS = f"""
@@ -89,6 +97,32 @@ def test_freed_blocks_are_kept_inside_and_given_back_after() -> None:
     assert outside >= pages
 
 
+def test_every_step_of_a_training_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = [False]
+
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    found: list[bool] = []
+    monkeypatch.setattr("compress.train.kept_memory", kept)
+    spec = ModelSpec(
+        input_shape=(3, 8, 8),
+        stem=Stem(convs=(StemConv(width=4, kernel=3, stride=1),), max_pool=False),
+        stages=((Block(name="layer1.0", kind="basic", widths=(4, 4)),),),
+        head=Head(num_classes=2),
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    split = Split(MemoryStore(pixels), np.arange(8) % 2, ("a", "b"), Inputs.of(spec).preprocessing, "test")
+    settings = TrainSettings(epochs=1, batch_size=4, device="cpu")
+    train(build_model(spec), split, settings, progress=lambda _: found.append(inside[0]))
+    assert found == [True, True]
+    assert inside == [False]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(_cannot_count()), reason=_cannot_count())
 def test_training_steps_keep_memory() -> None:
     steps, least, outside = _numbers(_TRAINING)

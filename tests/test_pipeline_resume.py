@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +18,18 @@ from made_stages import Made
 
 from rescompress.core.artifact import PARTIAL_PREFIX, Artifact, atomic_path, check_writable, write_text
 from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.evidence import load_sound
 from rescompress.core.manifest import Manifest, StageResult, load_manifest
-from rescompress.core.metric import counted
+from rescompress.core.metric import accuracy, counted
+from rescompress.core.outcomes import Outcomes
 from rescompress.core.settings import ExportSettings, PruneSettings, QuantizeSettings, TrainSettings
 from rescompress.runs.fingerprint import data_identity
-from rescompress.runs.pipeline import _key, run_stages
+from rescompress.runs.pipeline import _key, run_beside, run_stages
 from rescompress.runs.plan import Builder
 from rescompress.runs.reporter import Silent
 from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Context, Opening, Outcome, Stage
+from rescompress.runs.store import Store
 
 
 def writer(
@@ -218,6 +221,23 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     return {s.name: _key(s, Manifest()) for s in stages}
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str], dict[str, str]]]:
+    """Return the folder of a run's files, what the machine is, and the key of every stage of that run."""
+    folder = tmp_path_factory.mktemp("usual")
+    machine = {"cpu": "a cpu", "runtime": "1.0"}
+    backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rescompress.runs.plan.load_backend", lambda name: backend)
+        patch.setattr("rescompress.runs.plan.cpu_name", lambda: machine["cpu"])
+        for name in FILES:
+            (folder / name).write_text(f"the content of {name}")
+        before = _keys(folder)
+        assert set(before) == EVERY
+        assert _keys(folder) == before
+        yield folder, machine, before
+
+
 @pytest.mark.parametrize(
     ("changed", "stages"),
     [
@@ -247,22 +267,19 @@ def _keys(folder: Path, **changed: Any) -> dict[str, str]:
     ids=lambda value: str(value) if isinstance(value, str | dict) else "",
 )
 def test_the_key_of_a_stage_changes_with_everything_its_outcome_depends_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | dict[str, Any], stages: set[str]
+    usual: tuple[Path, dict[str, str], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str | dict[str, Any],
+    stages: set[str],
 ) -> None:
-    machine = {"cpu": "a cpu", "runtime": "1.0"}
-    backend = SimpleNamespace(available=lambda: SimpleNamespace(version=machine["runtime"]))
-    monkeypatch.setattr("rescompress.runs.plan.load_backend", lambda name: backend)
-    monkeypatch.setattr("rescompress.runs.plan.cpu_name", lambda: machine["cpu"])
-    for name in FILES:
-        (tmp_path / name).write_text(f"the content of {name}")
-    before = _keys(tmp_path)
-    assert set(before) == EVERY
-    assert _keys(tmp_path) == before
+    folder, machine, before = usual
     if changed in FILES:
-        (tmp_path / str(changed)).write_text("another content")
+        (folder / str(changed)).write_text("another content")
     elif isinstance(changed, str):
-        machine[changed] = "another"
-    after = _keys(tmp_path, **(changed if isinstance(changed, dict) else {}))
+        monkeypatch.setitem(machine, changed, "another")
+    after = _keys(folder, **(changed if isinstance(changed, dict) else {}))
+    if changed in FILES:
+        (folder / str(changed)).write_text(f"the content of {changed}")
     assert {name for name, key in after.items() if key != before[name]} == stages
 
 
@@ -474,3 +491,170 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="pipe"):
             write(pipe)
     assert pipe.is_fifo()
+
+
+class Heard(Silent):
+    """A reporter that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _scored(name: str, right: int, *, of: str = "", macs: int = 7, calls: list[str] | None = None) -> Stage:
+    """Return a stage that has `right` of ten samples right, and its outcomes beside it."""
+
+    def run(context: Context) -> Outcome:
+        if calls is not None:
+            calls.append(name)
+        write_text(context.folder / f"{name}.txt", name)
+        outcomes = Outcomes.pack([i < right for i in range(10)], "samples")
+        path = context.folder / f"{name}.outcomes.json"
+        write_text(path, outcomes.model_dump_json())
+        metrics = {"top1": accuracy(right, 10, runtime="torch"), "macs": counted(macs, "macs")}
+        return Outcome(metrics, [("checkpoint", context.folder / f"{name}.txt"), ("outcomes", path)])
+
+    return Made(name, {}, (), run, kind="prune", of=of or name)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "accuracy": ({"value": 1.0, "std_error": 0.0}, "top1 is 100.00 %, the outcomes say 60.00 %"),
+    "standard error": ({"std_error": 0.01}, "top1 is 60.00 ± 1 %, but of 10 samples that is known to ± 15.49 % at best"),
+    "accuracy that is none": ({"value": -1.0}, "top1 is -1 fraction, which is impossible"),
+    "samples": ({"n": 20}, "top1 is of 20 samples, the outcomes are of 10"),
+    "unit": ({"unit": "%"}, "top1 is in %, expected fraction"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("shared", [False, True], ids=["run", "store"])
+def test_a_record_that_was_edited_is_not_taken_up(tmp_path: Path, edit: str, shared: bool) -> None:
+    """Its figures contradict what lies beside it: the stage is computed again, and the note says which figure it was."""
+    facts, told = EDITS[edit]
+    calls: list[str] = []
+    stages = [_scored("one", 6, calls=calls), _scored("two", 5, calls=calls)]
+    store = Store(tmp_path / "store") if shared else None
+    folder = tmp_path / "out"
+    first = run_stages(stages, folder, {}, reporter=Silent(), store=store)
+    records = [folder / ".stages" / "one.json", *(tmp_path / "store").rglob("result.json")]
+    for record in records:
+        _edit(record, lambda d: d["metrics"]["top1"].update(facts) if d["stage"] == "one" else None)
+    heard = Heard()
+    calls.clear()
+    report = run_stages(stages, folder, {}, reporter=heard, store=store)
+    assert calls == ["one"]
+    assert report.ran == ("one",)
+    assert any(told in note and "record of one" in note for note in heard.notes), heard.notes
+    assert [s.metrics for s in report.manifest.stages] == [s.metrics for s in first.manifest.stages]
+    assert run_stages(stages, folder, {}, reporter=Silent(), store=store).ran == ()
+
+
+def test_counts_of_one_network_that_differ_are_computed_again(tmp_path: Path) -> None:
+    """Nobody knows which of them was edited."""
+    calls: list[str] = []
+    stages = [_scored("one", 6, calls=calls), _scored("two", 5, of="one", calls=calls), _scored("three", 4, calls=calls)]
+    run_stages(stages, tmp_path, {}, reporter=Silent())
+    _edit(tmp_path / ".stages" / "two.json", lambda d: d["metrics"]["macs"].update(value=3))
+    heard = Heard()
+    calls.clear()
+    report = run_stages(stages, tmp_path, {}, reporter=heard)
+    assert calls == ["one", "two"]
+    assert any("one and two tell different counts of one network" in note for note in heard.notes)
+    assert [s.metrics["macs"].value for s in report.manifest.stages] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("workspace", [False, True])
+def test_a_manifest_that_was_edited_is_made_again_from_the_records(tmp_path: Path, workspace: bool) -> None:
+    stages = [_scored("one", 6), _scored("two", 5)]
+    before = run_stages(stages, tmp_path, {"x": 1}, reporter=Silent(), workspace=workspace).manifest
+    path = tmp_path / "manifest.json"
+    _edit(path, lambda d: d["stages"][0]["metrics"]["top1"].update(value=1.0, std_error=0.0))
+    edited = path.read_bytes()
+    heard = Heard()
+    report = run_stages(stages[1:] if workspace else stages, tmp_path, {"x": 1}, reporter=heard, workspace=workspace)
+    assert report.ran == ()
+    assert any("one top1 is 100.00 %, the outcomes say 60.00 %: it is made again" in note for note in heard.notes), heard.notes
+    after = load_manifest(tmp_path)
+    assert {s.stage: s.metrics for s in after.stages} == {s.stage: s.metrics for s in before.stages}
+    assert (after.config, after.created) == (before.config if not workspace else {"x": 1}, before.created)
+    assert (tmp_path / ".stages" / ".damaged-manifest").read_bytes() == edited
+
+
+def test_what_a_board_measured_is_not_shown_when_it_was_edited(tmp_path: Path) -> None:
+    """A deployment beside a run has its own record; while the manifest contradicts itself, nothing more is deployed."""
+    stages = [_scored("one", 6)]
+    run_stages(stages, tmp_path, {}, reporter=Silent())
+    network = load_manifest(tmp_path).stages[0].checkpoint_sha256
+    assert network is not None
+    board = _scored("deploy:a", 6)
+    deployed = Made("deploy:a", {}, (), board.run, network=network, kind="deploy", about="a")
+    run_beside(deployed, tmp_path, reporter=Silent())
+    _edit(tmp_path / "manifest.json", lambda d: d["stages"][1]["metrics"]["top1"].update(value=0.9, std_error=0.2))
+    with pytest.raises(BadInput, match=r"top1 is 90\.00 %, the outcomes say 60\.00 %"):
+        run_beside(deployed, tmp_path, reporter=Silent())
+    report = run_stages(stages, tmp_path, {}, reporter=Silent())
+    for manifest in (report.manifest, load_manifest(tmp_path)):
+        assert [(s.stage, s.metrics["top1"].value) for s in manifest.stages] == [("one", 0.6), ("deploy:a", 0.6)]
+
+
+def test_a_deployment_stands_once_however_often_the_run_is_repeated(tmp_path: Path) -> None:
+    run_stages([writer("one", "a"), writer("two", "b", ("one",))], tmp_path, {}, reporter=Silent())
+    network = load_manifest(tmp_path).stages[0].checkpoint_sha256
+    assert network is not None
+    board = Made("deploy:a", {}, (), _scored("deploy:a", 6).run, network=network, kind="deploy", about="a")
+    run_beside(board, tmp_path, reporter=Silent())
+    for text in ("c", "d", "d"):
+        report = run_stages([writer("one", "a"), writer("two", text, ("one",))], tmp_path, {}, reporter=Silent())
+        for manifest in (report.manifest, load_manifest(tmp_path)):
+            assert [s.stage for s in manifest.stages] == ["one", "two", "deploy:a"]
+
+
+def test_outcomes_that_may_not_be_read_are_no_contradiction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's run can be compared, as far as its manifest can be read."""
+    run_stages([_scored("one", 6)], tmp_path, {}, reporter=Silent())
+
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("rescompress.core.artifact.file_sha256", refused)
+    assert load_sound(tmp_path).stages[0].metrics["top1"].value == 0.6
+
+
+@pytest.mark.parametrize("still_made", [True, False])
+def test_a_deployment_that_ends_during_a_run_stays_as_long_as_its_network_is_made(tmp_path: Path, still_made: bool) -> None:
+    """The run that goes on has taken what it makes again out of the manifest: the records know what was deployed."""
+
+    def file_of(context: Context) -> Outcome:
+        path = context.folder / "model.onnx"
+        write_text(path, "file of " + context.file("one", "checkpoint").read_text())
+        return Outcome({}, [("onnx", path)])
+
+    def board(network: str) -> Stage:
+        return Made("deploy:a", {}, (), _scored("deploy:a", 6).run, network=network, kind="deploy", about="a")
+
+    def deploying(context: Context) -> Outcome:
+        assert [s.stage for s in load_manifest(tmp_path).stages] == ["one"]
+        run_beside(board(deployed), tmp_path, reporter=Silent())
+        return file_of(context)
+
+    def stages(text: str, work: Callable[[Context], Outcome]) -> list[Stage]:
+        last = Made("export", {"work": work.__name__}, ("one",), work, network="one", kind="export", of="one")
+        return [writer("one", text), last]
+
+    run_stages(stages("a", file_of), tmp_path, {}, reporter=Silent())
+    onnx = load_manifest(tmp_path).stages[1].output("onnx")
+    assert onnx is not None
+    deployed = onnx.sha256
+    heard = Heard()
+    report = run_stages(stages("a" if still_made else "b", deploying), tmp_path, {}, reporter=heard)
+    for manifest in (report.manifest, load_manifest(tmp_path)):
+        assert [s.stage for s in manifest.stages] == ["one", "export", *(["deploy:a"] if still_made else [])]
+    assert any("deploy:a is of a network that this run does not make any more" in n for n in heard.notes) != still_made

@@ -258,7 +258,8 @@ def test_every_method_meets_its_budget(spec, method):
         with pytest.raises(BadInput, match="there is none behind"):
             prune(checkpoint, method=method, budget=Budget(kind="macs", value=0.6), calibration_x=x)
         return
-    for kind, cost in (("macs", total_macs), ("params", total_params)):
+    costs = {"macs": total_macs, "params": total_params}
+    for kind, cost in list(costs.items())[: 2 if method == "magnitude" else 1]:  # what is spent is no matter of the method
         result = prune(checkpoint, method=method, budget=Budget(kind=kind, value=0.6), align=2, calibration_x=x)
         after = cost(walk(result.checkpoint.spec))
         assert after <= 0.6 * cost(walk(spec))
@@ -267,15 +268,25 @@ def test_every_method_meets_its_budget(spec, method):
         assert torch.isfinite(y).all()
 
 
-@given(fraction=st.floats(0.35, 1.0), scope=st.sampled_from(["inner", "all"]), drop=st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_budget_is_never_exceeded_and_well_used(fraction, scope, drop):
+def is_kept_and_well_used(fraction, scope, drop):
     checkpoint = random_checkpoint(SPECS["cifar-pad"], dtype=torch.float32)
     result = prune(
         checkpoint, method="magnitude", budget=Budget(kind="macs", value=fraction), scope=scope, align=1, drop_blocks=drop
     )
     assert result.macs_after <= fraction * result.macs_before
     assert result.macs_after >= (fraction - 0.06) * result.macs_before
+
+
+@pytest.mark.parametrize(("fraction", "scope", "drop"), [(0.35, "all", True), (0.62, "inner", True), (0.97, "all", False)])
+def test_budget_is_never_exceeded_and_well_used(fraction, scope, drop):
+    is_kept_and_well_used(fraction, scope, drop)
+
+
+@pytest.mark.slow
+@given(fraction=st.floats(0.35, 1.0), scope=st.sampled_from(["inner", "all"]), drop=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_budget_is_never_exceeded_and_well_used(fraction, scope, drop):
+    is_kept_and_well_used(fraction, scope, drop)
 
 
 def test_impossible_budget_names_the_smallest_reachable():
@@ -681,7 +692,7 @@ def test_a_latency_budget_is_met_closely_and_buys_more_than_macs():
     by_latency = choose(spec, curves, budget=Budget(kind="latency", value=0.8), align=target.align(), cost=cost)
     assert 0.784 <= latency(by_latency) <= 0.8
     by_macs = [
-        choose(spec, curves, budget=Budget(kind="macs", value=v), align=target.align()) for v in np.linspace(0.3, 0.9, 13)
+        choose(spec, curves, budget=Budget(kind="macs", value=v), align=target.align()) for v in np.linspace(0.3, 0.9, 7)
     ]
     as_quick = [c for c in by_macs if latency(c) <= latency(by_latency)]
     assert as_quick

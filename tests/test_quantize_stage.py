@@ -135,7 +135,7 @@ def test_bad_input_of_the_command_is_named(rescompress, tmp_path, mode):
 
 @pytest.mark.parametrize("after", [0.0, 1.0])
 def test_training_leaves_the_statistics_alone_unless_told(rescompress, tmp_path, after):
-    settings = {"mode": "qat", "epochs": 0.3, "calib": 32, "calibration": "max", "hold_out": 0, "teacher": None}
+    settings = {"mode": "qat", "epochs": 0.1, "calib": 32, "calibration": "max", "hold_out": 0, "teacher": None}
     settings |= {"freeze_bn_after": after} if after else {}
     config = {"checkpoint": str(DIGITS), "data": "builtin:digits", "quantize": settings, "targets": []}
     (tmp_path / "run.yaml").write_text(json.dumps(config))

@@ -919,7 +919,7 @@ def match_classes(
             raise DataError(
                 f"{what} '{shown(strangers[0])}' is no label of the checkpoint",
                 where=where,
-                remedy=nearest(strangers[0], known) + " map other names with --labels",
+                remedy=nearest(strangers[0], known) + "; map other names with --labels",
             )
         return found, known
     numbers = _numbers(folders) if listed else None

@@ -135,6 +135,8 @@ class Allocator:
         self._all_widths = {g: list(w) for g, w in widths.items()}
         self._widths = {g: _thin(list(widths.get(g, (sizes.groups[g].size,)))) for g in sizes.groups}
         self._cost = CachedCost(cost)
+        self._groups_in: dict[str, tuple[str, ...]] = {}
+        self._known: dict[tuple[object, ...], float] = {}
         self._drop = set(drop)
         self._keep_one_of = keep_one_of
         self._coupled: set[str] = set()
@@ -170,7 +172,14 @@ class Allocator:
         return tables[key]
 
     def _segment_cost(self, layers: list[Layer], units: Mapping[str, int]) -> float:
-        return self._cost([self._sizes.resized(layer, units) for layer in layers])
+        """Return the cost of a segment; it is asked for at the same few widths thousands of times."""
+        name = layers[0].name
+        if name not in self._groups_in:
+            self._groups_in[name] = self._sizes.groups_in(layers)
+        key = (name, *(units.get(g) for g in self._groups_in[name]))
+        if key not in self._known:
+            self._known[key] = self._cost([self._sizes.resized(layer, units) for layer in layers])
+        return self._known[key]
 
     def _errors(self, group: str) -> Floats:
         curve = self._curves.groups.get(group)

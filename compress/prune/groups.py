@@ -400,6 +400,11 @@ class Sizes:
         """Return the channels of a tensor when each named group keeps that many units; groups not named keep all."""
         return sum(units.get(name, self.groups[name].size) * width for _, name, width in self._runs[tensor])
 
+    def groups_in(self, layers: Sequence[Layer]) -> tuple[str, ...]:
+        """Return the groups whose units change how `layers` are `resized`."""
+        tensors = dict.fromkeys(name for layer in layers for name in (*layer.inputs, layer.name))
+        return tuple(dict.fromkeys(group for tensor in tensors for _, group, _ in self._runs[tensor]))
+
     def resized(self, layer: Layer, units: Mapping[str, int]) -> Layer:
         """Return `layer` as it is when each named group keeps that many units; groups not named keep all.
 

@@ -14,7 +14,8 @@ from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.options import Common, Data, InputShape
 from rescompress.cli.output import Output, output_of
 from rescompress.core.details import DeployDetails
-from rescompress.core.manifest import MANIFEST_NAME, StageResult, load_manifest
+from rescompress.core.evidence import load_sound
+from rescompress.core.manifest import MANIFEST_NAME, StageResult
 from rescompress.core.metric import Metric
 from rescompress.core.settings import DeploySettings
 
@@ -84,7 +85,7 @@ def deploy(
         raise BadInput("which board?", where="--host", remedy="give --host user@board, or --dry-run to see the commands")
     board = Board(host, port, ssh_config)
     if (out / MANIFEST_NAME).is_file():
-        load_manifest(out)  # what is wrong with it is told before any work
+        load_sound(out)  # what is wrong with it is told before any work
     builder = Builder(opening, common.settings(data))
     stage = builder.deploy(settings, board, probe(board), named=target, baseline=floating)
     with reporting(output) as reporter:

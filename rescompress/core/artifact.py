@@ -51,7 +51,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_text(path: Path) -> str:
-    """Return the UTF-8 text of a regular file of a size that a text has.
+    """Return the UTF-8 text of a regular file of a size that a text has, without the mark some editors put in front.
 
     Raises:
         OSError: There is no such file (see `open_regular`), or it is too large.
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
         content = f.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
         raise NoRegularFile(f"is larger than {LARGEST_TEXT >> 20} MiB, a text was expected")
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")
 
 
 class Artifact(Frozen):

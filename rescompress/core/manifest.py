@@ -251,10 +251,14 @@ class Manifest(Showing, Frozen):
         return self.model_copy(update={"stages": kept, "config": self.config if kept else {}})
 
     def with_deployments(self, deployments: Sequence[StageResult]) -> Manifest:
-        """Return a manifest that also has the deployments whose network is here, or, in an unfinished run, may come to be."""
+        """Return a manifest that also has the deployments whose network is here, or, in an unfinished run, may come to be.
+
+        Each stands once, also where it was here before.
+        """
         here = {s.checkpoint_sha256 for s in self.stages} | {s.ancestry[0] for s in self.stages if s.ancestry}
         kept = tuple(d for d in deployments if self.unfinished or here.intersection(d.ancestry[:1]))
-        return self.model_copy(update={"stages": (*self.stages, *kept)})
+        names = {d.stage for d in kept}
+        return self.model_copy(update={"stages": (*(s for s in self.stages if s.stage not in names), *kept)})
 
     def with_new_deployments(self, stored: Manifest, before: Manifest) -> Manifest:
         """Return a manifest that also has what was deployed to `stored` since `before`, in the place of what it replaces."""

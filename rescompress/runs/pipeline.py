@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from rescompress.core import evidence
 from rescompress.core.artifact import (
     Artifact,
     check_writable,
@@ -259,24 +260,27 @@ def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = 
     claims.check_reads([stage], folder, (), workspace=True)
     with _locked(folder, claims.lock_of(stage.name)) as still_there:
         claims.check_own(folder)
-        before = load_manifest(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
+        before = evidence.load_sound(folder) if (folder / MANIFEST_NAME).is_file() else Manifest()
         claims.claim([stage], folder, workspace=True, force=False)
         claims.check_places(stage, folder)
         places = claims.folders_of([stage], folder)
         sweep_partial(places)
         key = _key(stage, before)
-        result = None if again else _known(stage, key, folder)
+        lineage = _with_records(before, folder)
+        result = None if again else _known(stage, key, folder, reporter)
         incomplete, ran = None, result is None
         reporter.stage(stage.name, 1, 1)
         if result is None:
             with _swept(folder, places):
                 work = _Work(folder, reporter, still_there)
-                result, incomplete = work.compute(stage, key, _ancestry(stage, before), before, beside=True)
+                result, incomplete = work.compute(stage, key, _ancestry(stage, lineage), before, beside=True)
         reporter.finished(stage.name, _summary(result) if ran else "already done")
 
         def entered(stored: Manifest) -> Manifest:
             made = stored.maker(stage.network)
-            of, ancestry = (made.of if made else ""), _ancestry(stage, stored)
+            known = stored if made else lineage  # a run that began meanwhile has taken what it makes anew out of it
+            made = made or lineage.maker(stage.network)
+            of, ancestry = (made.of if made else ""), _ancestry(stage, known)
             whole = stored if stored != Manifest() else _fresh(stored, folder, {}, False, None)
             return whole.with_stage(result.model_copy(update={"of": of, "ancestry": ancestry}))
 
@@ -284,6 +288,13 @@ def run_beside(stage: Stage, folder: Path, *, reporter: Reporter, again: bool = 
         entry = manifest.stage(stage.name)
         assert entry is not None
     return BesideReport(entry, ran, incomplete)
+
+
+def _with_records(manifest: Manifest, folder: Path) -> Manifest:
+    """Return the manifest with the stages that a run which goes on has yet to make again, as they were made before."""
+    found = (_read(record) for record in sorted((folder / claims.RECORDS).glob("[!.]*.json")))
+    more = [r for r in found if r is not None and manifest.stage(r.stage) is None]
+    return manifest.model_copy(update={"stages": (*manifest.stages, *more)})
 
 
 @contextlib.contextmanager
@@ -410,6 +421,8 @@ def _lead(
         """Save it, with what is deployed, or was meanwhile by another process."""
 
         def merged(stored: Manifest) -> Manifest:
+            if not _sound(stored, folder):  # edited; `before` has what the records say
+                stored = before
             if workspace:
                 return manifest.with_new_deployments(stored, before)
             return manifest.with_deployments([s for s in stored.stages if s.is_deployment])
@@ -420,12 +433,17 @@ def _lead(
         manifest = manifest.model_copy(update={"unfinished": tuple(s.name for s in stages)})
     ran: list[str] = []
     reused: list[str] = []
+    clash = _disagreeing(stages, manifest, folder)
+    if clash:
+        names = " and ".join(stage.name for stage in stages if stage.name in clash)
+        reporter.note(f"{names} tell different counts of one network, one was changed since it was written: computed again")
+        again = {*again, *clash}
     for position, stage in enumerate(stages, 1):
         ancestry = _ancestry(stage, manifest)
         if workspace:
             manifest = manifest.of_network(ancestry[-1])
         key = _key(stage, manifest)
-        result = _known(stage, key, folder) if stage.name not in again else None
+        result = _known(stage, key, folder, reporter) if stage.name not in again else None
         reporter.stage(stage.name, position, len(stages))
         old = before.stage(stage.name)
         if not workspace and result is None and old is not None and old.status == "done":
@@ -465,11 +483,14 @@ def _lead(
     stored, damage = _stored(folder)
     if not workspace:
         manifest = manifest.with_deployments([s for s in stored.stages if s.is_deployment])
+        for gone in [s for s in stored.stages if s.is_deployment and manifest.stage(s.stage) is None]:
+            reporter.note(f"{gone.stage} is of a network that this run does not make any more: it is left out of the manifest")
     for text in manifest.made_elsewhere:
         reporter.note(text)
     parts = ("stages", "config", "config_file", "unfinished")
     if ran or damage or any(getattr(manifest, part) != getattr(stored, part) for part in parts):
         manifest = save(manifest)
+    evidence.check(str(folder), folder, manifest)
     return RunReport(manifest, tuple(ran), tuple(reused))
 
 
@@ -484,7 +505,8 @@ def _follow(stages: Sequence[Stage], folder: Path, reporter: Reporter, peers: Pe
 def _stored(folder: Path) -> tuple[Manifest, str]:
     """Return the manifest of a folder, an empty one where there is none, and what is wrong with it.
 
-    The records of the stages hold all that a run needs of it, so one that is damaged is made again from them.
+    The records of the stages hold all that a run needs of it, so one that is damaged, or contradicts itself or the files
+    beside it, is made again from them.
 
     Raises:
         EnvironmentFailed: It may not be read.
@@ -493,8 +515,11 @@ def _stored(folder: Path) -> tuple[Manifest, str]:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return Manifest(), ""
+    manifest = Manifest()
     try:
-        return load_manifest(folder), ""
+        manifest = load_manifest(folder)
+        evidence.check(str(folder), folder, manifest)
+        return manifest, ""
     except BadInput as e:
         if isinstance(e.__cause__, PermissionError):
             raise unreadable(path, e.__cause__) from e
@@ -502,9 +527,12 @@ def _stored(folder: Path) -> tuple[Manifest, str]:
         if not (folder / claims.RECORDS).is_dir():
             raise
         found = [r for r in (_read(record) for record in records) if r is not None and r.status != "failed"]
-        intact = [r for r in sorted(found, key=lambda r: r.finished) if all(a.intact(folder) for a in r.outputs)]
-        what = f"{MANIFEST_NAME} {e.what}: it is made again from the records of {len(intact)} stages"
-        return Manifest(stages=tuple(intact)), f"{what}; the damaged one is kept in {_ASIDE}"
+        whole = [r for r in found if all(a.intact(folder) for a in r.outputs) and evidence.contradiction(r, folder) is None]
+        clash = evidence.disagreeing(whole)
+        intact = sorted((r for r in whole if r.stage not in clash), key=lambda r: r.finished)
+        about = e.where.removeprefix(str(folder)).lstrip(":/ ") if e.where else ""
+        what = f"{about or MANIFEST_NAME} {e.what}: it is made again from the records of {len(intact)} stages"
+        return manifest.model_copy(update={"stages": tuple(intact)}), f"{what}; the damaged one is kept in {_ASIDE}"
 
 
 def _fresh(old: Manifest, folder: Path, config: Mapping[str, Any], workspace: bool, config_file: Path | None) -> Manifest:
@@ -527,13 +555,35 @@ def _key(stage: Stage, manifest: Manifest) -> str:
     return key_of({"stage": stage.name, "version": version("rescompress"), "depends": stage.depends, "inputs": inputs})
 
 
-def _known(stage: Stage, key: str, folder: Path) -> StageResult | None:
-    """Return the recorded outcome of `stage` if it is for this key and all its files are intact."""
+def _disagreeing(stages: Sequence[Stage], manifest: Manifest, folder: Path) -> frozenset[str]:
+    """Return the stages whose records would be taken up, but tell different counts of one network."""
+    found = []
+    for stage in stages:
+        result = _read(folder / claims.record_of(stage.name))
+        if result is not None and result.status == "done" and result.key == _key(stage, manifest):
+            manifest = manifest.with_stage(result)
+            found.append(result)
+    return evidence.disagreeing(found)
+
+
+def _sound(manifest: Manifest, folder: Path) -> bool:
+    try:
+        evidence.check("", folder, manifest)
+    except BadInput:
+        return False
+    return True
+
+
+def _known(stage: Stage, key: str, folder: Path, reporter: Reporter) -> StageResult | None:
+    """Return the recorded outcome of `stage` if it is for this key, all its files are intact, and they say what it says."""
     result = _read(folder / claims.record_of(stage.name))
-    good = (
-        result is not None and result.key == key and result.status != "failed" and all(a.intact(folder) for a in result.outputs)
-    )
-    return result if good else None
+    if result is None or result.key != key or result.status == "failed" or not all(a.intact(folder) for a in result.outputs):
+        return None
+    wrong = evidence.contradiction(result, folder)
+    if wrong is not None:
+        reporter.note(f"the record of {stage.name} is not taken up, it was changed since it was written: {wrong}")
+        return None
+    return result
 
 
 def _read(record: Path) -> StageResult | None:

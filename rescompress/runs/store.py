@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rescompress.core.artifact import atomic_path, make_folder, write_text
+from rescompress.core.evidence import contradiction
 from rescompress.core.locks import FileLock
 from rescompress.core.manifest import StageResult
 
@@ -44,13 +45,15 @@ class Store:
             yield
 
     def fetch(self, key: str, into: Path) -> StageResult | None:
-        """Return the outcome of a key with its files in the folder `into`, or None if it is not here whole."""
+        """Return the outcome of a key with its files in the folder `into`, or None if it is not here whole and sound."""
         place = self._place(key)
         try:
             result = StageResult.model_validate_json((place / _RESULT).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError):
             return None
         if result.key != key or result.status == "failed" or not all(a.intact(place) for a in result.outputs):
+            return None
+        if contradiction(result, place) is not None:  # edited
             return None
         for artifact in result.outputs:
             _link(place / artifact.path, into / artifact.path)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rescompress.core.artifact import Artifact, make_folder, write_text
 from rescompress.core.details import DenseDetails, Details, TrialDetails
 from rescompress.core.errors import BadInput, ConfigError, RescompressError
+from rescompress.core.evidence import load_sound
 from rescompress.core.locks import FileLock
 from rescompress.core.manifest import MANIFEST_NAME, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric, accuracy
@@ -257,7 +258,7 @@ class Pipeline:
         from rescompress.search.board import measure_on
 
         measure_on(boards, target.name, folder / target.name / "model.onnx", folder, self.reporter.note)
-        return load_manifest(folder)
+        return load_sound(folder)
 
     def _answer(self, rung: Rung, manifest: Manifest, folder: Path, config: RunConfig) -> Answer:
         last = [s for s in manifest.stages if "top1" in s.metrics and s.checkpoint_sha256][-1]
@@ -333,7 +334,7 @@ class Pipeline:
         from edge_targets.latency import predict
         from rescompress.core.layers import walk
 
-        measured = _measured(load_manifest(folder))
+        measured = _measured(load_sound(folder))
         if measured is not None:
             return {"p50_ms": measured.model_dump(mode="json", exclude_defaults=True)}
         target = self._modelled()
@@ -523,9 +524,11 @@ def _read_once(trials: Trials, pipeline: Pipeline, folder: Path, points: Sequenc
     for point in points:
         place = folder / f"{point.trial.slot:05d}"
         try:
-            manifest = load_manifest(place)
-        except RescompressError:
-            told(f"trial {point.trial.slot}: its run lies on {point.trial.folder}; run `search worker` there to conclude")
+            manifest = load_sound(place)
+        except RescompressError as e:
+            here = (place / MANIFEST_NAME).is_file()
+            elsewhere = f"its run lies on {point.trial.folder}; run `search worker` there to conclude"
+            told(f"trial {point.trial.slot}: {f'{e.what} ({e.where})' if here else elsewhere}")
             continue
         last = [s for s in manifest.stages if s.checkpoint_sha256 and "top1" in s.metrics][-1]
         for name, stage in (("dense", manifest.stage("dense")), (str(point.trial.slot), last)):

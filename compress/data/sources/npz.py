@@ -105,8 +105,9 @@ def array_split(
         x = x[..., None]
     if x.ndim != 4 or x.dtype != np.uint8 or x.shape[3] not in (1, 3):
         raise DataError(f"x is {x.dtype} of shape {x.shape}", where=where, remedy="x is uint8 of shape (N, H, W, C), C 1 or 3")
-    if len(x) == 0:
-        raise DataError("holds no images", where=where, remedy="x is uint8 of shape (N, H, W, C)")
+    if x.size == 0:
+        what = "holds no images" if len(x) == 0 else f"holds images of {x.shape[1]} x {x.shape[2]} pixels"
+        raise DataError(what, where=where, remedy="x is uint8 of shape (N, H, W, C)")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y is {y.dtype} of shape {y.shape}", where=where, remedy=f"y is {len(x)} whole numbers")
     if not inputs.outputs:  # labels mean nothing to it

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from rescompress.core.details import MeasuredDetails
 from rescompress.core.errors import BadInput, nearest
-from rescompress.core.manifest import Manifest, StageResult, load_manifest
+from rescompress.core.evidence import load_sound, outcomes_of, processes
+from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
 from rescompress.show.figures.columns import count, duration, percent, provenance, quality_of, size
 from rescompress.show.figures.tables import DENSE, figure, mixed, precision_of
-from rescompress.show.gate import evidence, ratios, tango
-from rescompress.show.gate.evidence import outcomes_of, processes
+from rescompress.show.gate import ratios, tango
 from rescompress.show.gate.limits import Limits
 from rescompress.show.gate.pairing import pair
 
@@ -125,12 +125,10 @@ def load_run(path: Path) -> Run:
         BadInput: It is missing, damaged, of a layout that this version cannot read, holds a value that is impossible, or
             contradicts itself or the files beside it.
     """
-    manifest = load_manifest(path)
+    manifest = load_sound(path)
     if not any(s.status == "done" for s in manifest.stages):
         raise BadInput("the run holds no finished stage", where=str(path), remedy="run the pipeline first")
-    folder = path if path.is_dir() else path.parent
-    evidence.check(str(path), folder, manifest)
-    return Run(str(path), folder, manifest)
+    return Run(str(path), path if path.is_dir() else path.parent, manifest)
 
 
 def judge(candidate: Run, baseline: Run, limits: Limits) -> GateReport:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompress.core.errors import BadInput
-from rescompress.core.manifest import MANIFEST_NAME, Manifest, load_manifest
+from rescompress.core.evidence import load_sound
+from rescompress.core.manifest import MANIFEST_NAME, Manifest
 from rescompress.core.metric import Metric
 from rescompress.show.figures.columns import Column, conditions
 from rescompress.show.figures.tables import Row, columns_for, run_row
@@ -48,9 +49,9 @@ def load_runs(paths: Sequence[Path]) -> list[tuple[str, Manifest]]:
     """Return name and manifest of each run.
 
     Raises:
-        BadInput: A manifest is missing or damaged, or a run holds no stage.
+        BadInput: A manifest is missing, damaged, or contradicts itself or its files, or a run holds no stage.
     """
-    runs = list(zip(run_names(paths), [load_manifest(path) for path in paths], strict=True))
+    runs = list(zip(run_names(paths), [load_sound(path) for path in paths], strict=True))
     for path, (_, manifest) in zip(paths, runs, strict=True):
         if not manifest.stages:
             raise BadInput("the run holds no stage yet", where=str(path), remedy="run the pipeline first")
@@ -70,7 +71,7 @@ def history(folders: Sequence[Path]) -> list[tuple[str, Manifest]]:
     """Return name and manifest of every run at or below the folders, oldest first.
 
     Raises:
-        BadInput: A folder holds no run, or a manifest is damaged.
+        BadInput: A folder holds no run, or a manifest is damaged or contradicts itself or its files.
     """
     return sorted(load_runs(find_all(folders)), key=lambda run: (run[1].created, run[0]))
 

@@ -8,7 +8,8 @@ from typing import Protocol, cast
 
 from rescompress.core import plugins
 from rescompress.core.errors import BadInput
-from rescompress.core.manifest import Manifest, load_manifest
+from rescompress.core.evidence import load_sound
+from rescompress.core.manifest import Manifest
 
 PACKAGE = "rescompress.show.track"
 
@@ -55,14 +56,14 @@ def log(destination: str, folder: Path, *, name: str | None = None) -> str:
         name: Of the run; its folder's name by default.
 
     Raises:
-        BadInput: Unknown tracker, a bad address, or no run in the folder.
+        BadInput: Unknown tracker, a bad address, or no run in the folder, or one that contradicts itself.
         ToolMissing: The tracker's package is not installed.
         EnvironmentFailed: The tracker refused, or could not be reached.
     """
     kind, address = parse(destination)
     tracker = _tracker(kind)
     tracker.check(address)
-    return tracker.log(address, name or folder.resolve().name, folder, load_manifest(folder))
+    return tracker.log(address, name or folder.resolve().name, folder, load_sound(folder))
 
 
 def _tracker(kind: str) -> Tracker:

@@ -1,13 +1,14 @@
-"""Whether a manifest agrees with itself and with the files beside it; a gate judges nothing that contradicts itself."""
+"""Whether a manifest agrees with itself and the files beside it: what contradicts itself is not judged, shown or reused."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
@@ -15,8 +16,8 @@ from pydantic import ValidationError
 
 from rescompress.core.artifact import Artifact
 from rescompress.core.details import MeasuredDetails, TargetDetails
-from rescompress.core.errors import BadInput
-from rescompress.core.manifest import TARGET_PREFIX, Manifest, StageResult
+from rescompress.core.errors import BadInput, EnvironmentFailed
+from rescompress.core.manifest import TARGET_PREFIX, Manifest, StageResult, load_manifest
 from rescompress.core.metric import Metric
 from rescompress.core.outcomes import Outcomes
 
@@ -39,6 +40,32 @@ NEAR = 0.1
 """How far a latency may lie beyond the medians of its processes, as a share; it is the median of all their samples."""
 
 
+def load_sound(path: Path) -> Manifest:
+    """Return the manifest at `path`, a ``manifest.json``, the folder that holds one, or a baseline, if it is sound.
+
+    Raises:
+        BadInput: It is missing, damaged, of a layout that this version cannot read, holds a value that is impossible, or
+            contradicts itself or the files beside it.
+    """
+    manifest = load_manifest(path)
+    check(str(path), path if path.is_dir() else path.parent, manifest)
+    return manifest
+
+
+def contradiction(result: StageResult, folder: Path) -> str | None:
+    """Return what is impossible in the outcome of one stage, or contradicts its own evidence; None if nothing is.
+
+    Args:
+        result: The outcome.
+        folder: Where its files lie.
+    """
+    try:
+        check("", folder, Manifest(stages=(result,)))
+    except BadInput as e:
+        return e.what
+    return None
+
+
 def check(name: str, folder: Path, manifest: Manifest) -> None:
     """Make sure that a manifest holds nothing impossible, and nothing that contradicts its own evidence.
 
@@ -51,7 +78,6 @@ def check(name: str, folder: Path, manifest: Manifest) -> None:
         BadInput: It does; both values are named.
     """
     seen: set[str] = set()
-    counts: dict[tuple[str, str], tuple[float, str]] = {}
     for stage in manifest.stages:
         where = f"{name}: {stage.stage}"
         if stage.stage in seen:
@@ -60,11 +86,33 @@ def check(name: str, folder: Path, manifest: Manifest) -> None:
         for key, metric in stage.metrics.items():
             _possible(key, metric, where)
         _size(stage, where)
-        _counts(stage, counts, where)
+        _told_twice(stage, where)
         _target(stage, where)
         _latencies(stage, where)
         if "top1" in stage.metrics:
             _accuracy(stage, folder, name)
+        for key, metric in stage.metrics.items():
+            if re.fullmatch(r"top\d+", key) and metric.n:
+                _share(key, metric, metric.n, where)
+    for key, ((value, one), (other, second)) in _differing(manifest.stages):
+        of = next(s.of for s in manifest.stages if s.stage == one)
+        _refuse(f"{key} is {other:.0f}, {one} has {value:.0f} of the same network ({of})", f"{name}: {second}")
+
+
+def disagreeing(stages: Sequence[StageResult]) -> frozenset[str]:
+    """Return the names of the stages that tell different counts of one network: at least one of them is wrong."""
+    return frozenset(name for _, pair in _differing(stages) for _, name in pair)
+
+
+def _differing(stages: Sequence[StageResult]) -> Iterator[tuple[str, tuple[tuple[float, str], tuple[float, str]]]]:
+    """Yield what is counted of a network, and a value with its stage beside another one of a later stage."""
+    first: dict[tuple[str, str], tuple[float, str]] = {}
+    for stage, key in itertools.product(stages, ("macs", "params")):
+        metric = stage.metrics.get(key)
+        if metric is not None and stage.of:
+            known = first.setdefault((stage.of, key), (metric.value, stage.stage))
+            if known[0] != metric.value:
+                yield key, (known, (metric.value, stage.stage))
 
 
 def _refuse(problem: str, where: str) -> NoReturn:
@@ -93,6 +141,20 @@ def _possible(key: str, metric: Metric, where: str) -> None:
             _refuse(f"{part} of {key} is {value}, which is impossible", where)
 
 
+def _share(key: str, metric: Metric, n: int, where: str) -> None:
+    """Make sure that a share of right answers is one of so many samples, and its standard error the binomial one of these.
+
+    Samples that are copies of others make it no smaller, so it may be larger.
+    """
+    right = metric.value * n
+    if abs(right - round(right)) > 1e-6 * n:
+        _refuse(f"{key} is {100 * metric.value:.6g} %, which is no number of {n} samples", where)
+    least = math.sqrt(metric.value * (1 - metric.value) / n)
+    if metric.std_error is not None and metric.std_error < least * (1 - 1e-6):
+        told = f"{key} is {100 * metric.value:.2f} ± {100 * metric.std_error:.4g} %"
+        _refuse(f"{told}, but of {n} samples that is known to ± {100 * least:.4g} % at best", where)
+
+
 def _size(stage: StageResult, where: str) -> None:
     size = stage.metrics.get("size_bytes")
     if size is None or stage.output("onnx") is None:
@@ -106,14 +168,8 @@ def _size(stage: StageResult, where: str) -> None:
         _refuse(f"size_bytes is {size.value:.0f}, the file {onnx.path} has {onnx.size_bytes} bytes", where)
 
 
-def _counts(stage: StageResult, counts: dict[tuple[str, str], tuple[float, str]], where: str) -> None:
-    """Make sure that what is counted of one network is the same wherever it stands, and files as large as is told."""
-    for key in ("macs", "params"):
-        metric = stage.metrics.get(key)
-        if metric is not None and stage.of:
-            value, other = counts.setdefault((stage.of, key), (metric.value, stage.stage))
-            if value != metric.value:
-                _refuse(f"{key} is {metric.value:.0f}, {other} has {value:.0f} of the same network ({stage.of})", where)
+def _told_twice(stage: StageResult, where: str) -> None:
+    """Make sure that files are as large as is told, and that what is right at first is right among five."""
     told, engines = stage.metrics.get("engine_bytes"), [a.size_bytes for a in stage.outputs if a.kind == "engine"]
     if told is not None and engines and told.value != sum(engines):
         _refuse(f"engine_bytes is {told.value:.0f}, its files have {sum(engines)} bytes", where)
@@ -180,7 +236,11 @@ def _accuracy(stage: StageResult, folder: Path, name: str) -> None:
 def _found(stage: StageResult, folder: Path, name: str) -> Iterator[tuple[Outcomes, str]]:
     """Yield the outcomes of a stage, if they are whole, and where they are from; what is judged by others is read again."""
     artifact = stage.output("outcomes")
-    if stage.details.outcomes is not None or (artifact is not None and artifact.intact(_inside(artifact, folder, name))):
+    there = False
+    if artifact is not None:
+        with contextlib.suppress(EnvironmentFailed):  # another user's
+            there = artifact.intact(_inside(artifact, folder, name))
+    if stage.details.outcomes is not None or there:
         yield outcomes_of(stage, folder, name), f"{name}: {stage.stage}"
 
 
