@@ -327,7 +327,7 @@ def test_the_sampler_learns_which_budgets_no_network_meets(tmp_path: Path) -> No
 
 
 class Plain(Synthetic):
-    """Of float and INT8 the one is four times as dear and no better; budgets come in steps of a tenth."""
+    """Of float and INT8 the one is far dearer and no better; budgets come in steps of a tenth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ class Plain(Synthetic):
 
     def answer(self, rung, choices, folder):
         budget = round(choices["budget.macs"], 1)
-        cost = budget * (1.0 if choices["precision"] == "int8" else 4.0)
+        cost = budget + (0 if choices["precision"] == "int8" else 50)
         network, costs = f"{choices['precision']} {budget}", {"latency": cost, "size": cost}
         if rung == "predict":
             return Answer(rung=rung, costs=costs, error=(1 - budget) ** 2, network=network)
@@ -346,10 +346,12 @@ class Plain(Synthetic):
 
 
 def test_the_sampler_learns_from_what_stops_at_the_first_rung(tmp_path: Path) -> None:
-    trials = begin(tmp_path, 60)
+    doc = document(50) | {"quantize": {"mode": "ptq"}}
+    trials = create(storage_of(str(tmp_path)), "s", doc, 0, anchors(doc, SPACE))
     work(trials, Plain(), tmp_path / "trials", beat_s=1)
     later = trials.all()[20:]
-    assert sum(t.choices["precision"] == "float" for t in later) / len(later) < 0.3, "0.5 by chance"
+    floats = sum(t.choices["precision"] == "float" for t in later) / len(later)
+    assert floats < 0.4, "0.5 by chance, and 0.6 to 0.8 where the sampler hears nothing of them: what is new to it attracts it"
 
 
 def test_the_same_network_is_made_once_however_its_budget_is_written(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def twin(mine: Trial, answer: Answer, trials: Sequence[Trial]) -> Trial | None:
     return next((t for t in trials if t.slot < mine.slot and any(a.network == answer.network for a in t.answers)), None)
 
 
+def hopeless(trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
+    """Return what to tell the sampler of a place where nothing is to be had: quality and costs worse than all.
+
+    That is a budget that no network meets, and one whose network is there already.
+    """
+    seen = [cost for t in trials for a in t.answers[:1] for cost in a.costs.values()]
+    return [-1.0, *[10 * max(seen, default=1.0)] * len(objectives)]
+
+
 def guessed(mine: Answer, trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
     """Return what to tell the sampler of a candidate whose accuracy nobody measured: quality and costs; nothing without others.
 

@@ -203,8 +203,8 @@ class Lease:
         Args:
             state: How it ended.
             reason: Why.
-            guess: What the sampler is told of a candidate whose accuracy no rung measured: quality, then the costs. Nothing
-                would leave it to propose the like again.
+            guess: What the sampler is told of a candidate whose accuracy no rung measured: quality, then the costs. From
+                nothing it would learn nothing, and propose the like again.
         """
         import optuna
 
@@ -212,10 +212,7 @@ class Lease:
         try:
             self.note("end", {"state": state, "reason": reason})
             values: list[float] | None = None
-            if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
-                seen = [c for t in patiently(self.trials.recent) for a in t.answers[:1] for c in a.costs.values()]
-                values = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
-            elif best is not None and best.accuracy is not None:
+            if best is not None and best.accuracy is not None:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
             elif guess:
                 values = list(guess)

@@ -34,7 +34,7 @@ from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening
 from rescompress.runs.store import Store
 from rescompress.search.front import Point, front, good_enough, unjudged
-from rescompress.search.ladder import climbs, guessed, latest, twin
+from rescompress.search.ladder import climbs, guessed, hopeless, latest, twin
 from rescompress.search.study import (
     DONE,
     IMPOSSIBLE,
@@ -113,13 +113,21 @@ def work(
             state, reason = _climb(trials, lease, judge, place, told)
         if state is None:
             break  # asked to stop: the trial is left to whoever goes on
-        guess = []
-        if state == STOPPED and lease.trial.answers[-1].accuracy is None:
-            guess = guessed(lease.trial.answers[-1], patiently(trials.recent), trials.config.objectives)
-        if lease.finish(state, reason, guess):
+        if lease.finish(state, reason, _lesson(trials, lease.trial, state)):
             tally.finished[state] = tally.finished.get(state, 0) + 1
             told(f"trial {lease.trial.slot}: {reason}")
     return tally
+
+
+def _lesson(trials: Trials, trial: Trial, state: str) -> list[float]:
+    """Return what the sampler is to learn from a candidate whose accuracy nobody measured; nothing where somebody did."""
+    last = trial.answers[-1] if trial.answers else None
+    if last is not None and last.accuracy is not None:
+        return []
+    others = [t for t in patiently(trials.recent) if t.slot != trial.slot]
+    if state == IMPOSSIBLE or last is None or twin(trial, last, others) is not None:
+        return hopeless(others, trials.config.objectives)
+    return guessed(last, others, trials.config.objectives)
 
 
 @contextlib.contextmanager
