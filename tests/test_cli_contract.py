@@ -110,7 +110,28 @@ def test_the_shell_completes_methods_and_targets() -> None:
     assert method is not None
     assert method("") == method_names()
     assert method("rec") == ["reconstruct"]
-    assert options._targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
+    assert options.targets("jetson-orin-nano") == [n for n in target_names() if n.startswith("jetson-orin-nano")] != []
+
+
+def test_the_shell_completes_every_option_whose_values_are_names() -> None:
+    """Asked as a shell asks, of the commands as they are."""
+    from typer.main import get_command
+
+    from rescompress.cli.app import _build
+
+    group = get_command(_build(Output()))
+    context = group.make_context("rescompress", [], resilient_parsing=True, obj=Output())
+    asked = {"--like": "resnet56", "--preprocess": "keras-c", "--device": "c", "--split": "v", "--target": "cpu"}
+    seen = set()
+    for name in COMMANDS:
+        _, command, _ = group.resolve_command(context, [name])  # type: ignore[attr-defined]
+        for parameter in command.params:
+            for option in set(parameter.opts) & set(asked):
+                found = [item.value for item in parameter.shell_complete(context, asked[option])]
+                assert found, f"{name} {option}"
+                assert all(value.startswith(asked[option]) for value in found), f"{name} {option}"
+                seen.add(option)
+    assert seen == set(asked)
 
 
 def test_the_tables_of_commands_name_every_command() -> None:

@@ -367,9 +367,9 @@ READ = {
     "dropout": one("Dropout"),
     "identity": one("Identity"),
     "cast": one("Cast", to=TensorProto.FLOAT),
-    "turned": one("Transpose", perm=[0, 1, 3, 2]),
 }
 OTHERS = {
+    "turned": one("Transpose", perm=[0, 1, 3, 2]),
     "selu": one("Selu"),
     "softplus": one("Softplus"),
     "absolute": one("Abs"),

@@ -22,7 +22,7 @@ from rescompress.runs.search_settings import RUNGS, SearchConfig, anchors, candi
 from rescompress.search import study as searches
 from rescompress.search import worker
 from rescompress.search.front import front, good_enough, hypervolume, p_value, surely_beats
-from rescompress.search.ladder import beats, climbs, paired, rank_correlation, surely_better
+from rescompress.search.ladder import beats, climbs, guessed, paired, rank_correlation, surely_better
 from rescompress.search.study import Answer, Trial, Trials, create, join, storage_of
 from rescompress.search.worker import own_folder, work
 
@@ -324,6 +324,61 @@ def test_the_sampler_learns_which_budgets_no_network_meets(tmp_path: Path) -> No
     later = trials.all()[20:]
     assert sum(t.state == "impossible" for t in later) / len(later) < 0.35, "0.56 by chance"
     assert all(p.trial.state == "done" for p in front(trials.all(), trials.config.objectives))
+
+
+class Plain(Synthetic):
+    """Of float and INT8 the one is far dearer and no better; budgets come in steps of a tenth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, float]] = []
+
+    def answer(self, rung, choices, folder):
+        budget = round(choices["budget.macs"], 1)
+        cost = budget + (0 if choices["precision"] == "int8" else 50)
+        network, costs = f"{choices['precision']} {budget}", {"latency": cost, "size": cost}
+        if rung == "predict":
+            return Answer(rung=rung, costs=costs, error=(1 - budget) ** 2, network=network)
+        if rung == "full":
+            self.made.append((choices["precision"], budget))
+        right = round(1000 * (0.9 - 0.3 * (1 - budget) ** 2))
+        return Answer(rung=rung, accuracy=right / 1000, costs=costs, outcomes=bits(1000, right, identity="held"))
+
+
+def test_the_sampler_learns_from_what_stops_at_the_first_rung(tmp_path: Path) -> None:
+    doc = document(50) | {"quantize": {"mode": "ptq"}}
+    trials = create(storage_of(str(tmp_path)), "s", doc, 0, anchors(doc, SPACE))
+    work(trials, Plain(), tmp_path / "trials", beat_s=1)
+    later = trials.all()[20:]
+    floats = sum(t.choices["precision"] == "float" for t in later) / len(later)
+    assert floats < 0.4, "0.5 by chance, and 0.6 to 0.8 where the sampler hears nothing of them: what is new to it attracts it"
+
+
+def test_the_same_network_is_made_once_however_its_budget_is_written(tmp_path: Path) -> None:
+    trials, judge = begin(tmp_path, 40), Plain()
+    work(trials, judge, tmp_path / "trials", beat_s=1)
+    assert len(judge.made) == len(set(judge.made)) > 5
+    said = [t.reason for t in trials.all() if "would be the network of trial" in t.reason]
+    assert said
+    assert all(t.state == "stopped" for t in trials.all() if t.reason in said)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12))
+def test_a_guess_is_the_quality_of_the_candidate_that_errs_a_little_less(seen: list[tuple[int, bool]]) -> None:
+    """Beside a search through all of them: of errors no larger the nearest, of larger ones the nearest."""
+    mine = Answer(rung="predict", costs={"size": 7.0}, error=5.0)
+    others = [
+        Trial(i, i, {}, False, "done", (Answer(rung="predict", costs={"size": 2.0}, error=float(e)),
+        *([Answer(rung="full", costs={"size": 3.0}, accuracy=1 - e / 10)] if full else [])))
+        for i, (e, full) in enumerate(seen)
+    ]  # fmt: skip
+    known = [e for e, full in seen if full]
+    found = guessed(mine, others, ["size"])
+    if not known:
+        assert found == []
+        return
+    nearest = max((e for e in known if e <= 5), default=min(known))
+    assert found == [1 - nearest / 10, 8.0]
 
 
 # --- folders and storages of others

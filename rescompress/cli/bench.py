@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rescompress.cli import options as opt
 from rescompress.cli.options import InputShape, Threads
 from rescompress.cli.output import output_of
 
@@ -21,7 +22,9 @@ processes would have in 15 of 16 cases, of two in every second."""
 def bench(
     ctx: typer.Context,
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="One or more .onnx files.")],
-    target: Annotated[list[str], typer.Option("--target", "-t", help="Where to run; give it twice to compare.")] = ["cpu"],  # noqa: B006
+    target: Annotated[
+        list[str], typer.Option("--target", "-t", help="Where to run; give it twice to compare.", autocompletion=opt.targets)
+    ] = ["cpu"],  # noqa: B006
     batch: Annotated[
         int | None, typer.Option("--batch", "--batch-size", min=1, help="Images per call.", show_default="the file's, or 1")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.options import Common, Data, InputShape
@@ -28,7 +29,10 @@ def deploy(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint, or .onnx file.")],
     host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="The board, as ssh knows it.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Which board it is.", show_default="what it says itself")
+        str | None,
+        typer.Option(
+            "--target", "-t", help="Which board it is.", show_default="what it says itself", autocompletion=opt.targets
+        ),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="The same network in float32, to compare a quantized .onnx with.")

@@ -232,7 +232,7 @@ def evaluate(
     data: opt.NeededData,
     stated: Annotated[opt.Stated, Options()],
     common: Annotated[opt.Common, Options()],
-    split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    split: Annotated[str, typer.Option("--split", help="val or train.", autocompletion=opt.splits)] = "val",
     reference: Annotated[
         Path | None,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rescompress.cli import options as opt
 from rescompress.cli.output import output_of
 
 app = typer.Typer(add_completion=False)
@@ -16,7 +17,9 @@ app = typer.Typer(add_completion=False)
 def lint_command(
     ctx: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="ONNX file, ours or anyone's.", show_default=False)],
-    target: Annotated[str, typer.Option("--target", "-t", help="Edge target (`rescompress targets`).")] = "jetson",
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="Edge target (`rescompress targets`).", autocompletion=opt.targets)
+    ] = "jetson",
     fix: Annotated[
         Path | None, typer.Option("--fix", metavar="OUT.onnx", help="Write a repaired copy, proven equal.", show_default=False)
     ] = None,

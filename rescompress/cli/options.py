@@ -23,11 +23,35 @@ Data = Annotated[
 ]
 
 
-def _targets(incomplete: str) -> list[str]:
+def targets(incomplete: str) -> list[str]:
     """Return the names of targets that begin so, for the shell."""
     from edge_targets.catalog import target_names
 
     return [name for name in target_names() if name.startswith(incomplete)]
+
+
+def _networks(incomplete: str) -> list[str]:
+    """Return the names of known networks that begin so, for the shell."""
+    from compress.zoo import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def _preprocessings(incomplete: str) -> list[str]:
+    """Return the names of known preprocessings that begin so, for the shell."""
+    from compress.zoo import PREPROCESSING_NAMES
+
+    return [name for name in PREPROCESSING_NAMES if name.startswith(incomplete)]
+
+
+def _devices(incomplete: str) -> list[str]:
+    """Return what torch may compute on and begins so, for the shell."""
+    return [name for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
+
+
+def splits(incomplete: str) -> list[str]:
+    """Return the names of splits that begin so, for the shell."""
+    return [name for name in ("val", "train") if name.startswith(incomplete)]
 
 
 WITHOUT_DATA = "magnitude"
@@ -35,7 +59,7 @@ WITHOUT_DATA = "magnitude"
 
 
 _TARGET = typer.Option(
-    "--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=_targets
+    "--target", "-t", help="Edge target (`rescompress targets`).", show_default=False, autocompletion=targets
 )
 Target = Annotated[str | None, _TARGET]
 Targets = Annotated[list[str] | None, _TARGET]
@@ -45,7 +69,13 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.", rich_help_panel="Computation"),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="Where torch computes: auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Computation")
+    str,
+    typer.Option(
+        "--device",
+        help="Where torch computes: auto, cpu, cuda, cuda:1, mps.",
+        rich_help_panel="Computation",
+        autocompletion=_devices,
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores", rich_help_panel="Computation")
@@ -91,6 +121,7 @@ Preprocess = Annotated[
         metavar="STATEMENT",
         help="A name (`rescompress formats`), or mean=0.5,0.5,0.5,std=0.25,...,resize=256; else as assumed.",
         show_default=False,
+        autocompletion=_preprocessings,
         rich_help_panel="Checkpoint and data",
     ),
 ]
@@ -135,6 +166,7 @@ Like = Annotated[
         metavar="NAME",
         help="Known network whose tensors the file holds under other names (`rescompress formats`).",
         show_default=False,
+        autocompletion=_networks,
         rich_help_panel="Checkpoint and data",
     ),
 ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rescompress.cli import options as opt
 from rescompress.cli.options import InputShape
 from rescompress.cli.output import Output, output_of
 
@@ -126,7 +127,9 @@ def _details(target: Target) -> Any:
 def predict(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, .onnx file, or arch:NAME such as arch:resnet50.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="A Jetson (`rescompress targets`).")] = "jetson",
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="A Jetson (`rescompress targets`).", autocompletion=opt.targets)
+    ] = "jetson",
     precision: Annotated[
         str, typer.Option("--precision", help="fp32, fp16, int8; auto: what the file is, else the fastest.")
     ] = "auto",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +16,14 @@ from compress.evaluate import TorchRunner, evaluate
 from compress.prune import Budget, choose
 from compress.prune.apply import pruned_network
 from compress.prune.groups import droppable
+from compress.prune.plan import PruningPlan
 from edge_targets.catalog import load_target
 from rescompress.core.artifact import make_folder
 from rescompress.core.graph import Network
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest
 from rescompress.core.outcomes import Outcomes
+from rescompress.core.settings import BudgetKind
 from rescompress.core.spec import ModelSpec
 from rescompress.runs.config import RunConfig
 from rescompress.runs.plan import opening_of
@@ -39,12 +44,14 @@ class Forecast:
         macs: Of it.
         params: Of it.
         error: Summed error of the curves at its widths.
+        network: Digest of what decides what it becomes: the channels that stay, and everything of the config but the budget.
     """
 
     spec: ModelSpec | Network
     macs: int
     params: int
     error: float
+    network: str
 
 
 def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Reporter) -> Forecast:
@@ -57,7 +64,7 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
     context = Context(store.folder, Manifest(), reporter, store=store)
     checkpoint = Source(opening=opening_of(config)).load(context)
     need_classes(checkpoint.spec)
-    spec, error = checkpoint.spec, 0.0
+    spec, error, plan = checkpoint.spec, 0.0, None
     if config.prune is not None and config.prune.plan is None:
         images = None
         if settings.data is not None:
@@ -77,9 +84,17 @@ def forecast(config: RunConfig, settings: Settings, store: Store, reporter: Repo
             seed=settings.seed,
             cost=latency_cost(known) if kind == "latency" else None,
         )
-        spec, error = pruned_network(spec, choice.plan), choice.error
+        spec, error, plan = pruned_network(spec, choice.plan), choice.error, choice.plan
     layers = walk(spec)
-    return Forecast(spec, total_macs(layers), total_params(layers), error)
+    return Forecast(spec, total_macs(layers), total_params(layers), error, _digest(config, plan))
+
+
+def _digest(config: RunConfig, plan: PruningPlan | None) -> str:
+    document = config.model_dump(mode="json", exclude={"search"})
+    if plan is not None and config.prune is not None and config.prune.iterations == 1:  # else the way there counts, too
+        document["prune"] = {k: v for k, v in document["prune"].items() if k not in get_args(BudgetKind)}
+        document["plan"] = plan.model_dump(mode="json", exclude={"budget"})
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Listening:

@@ -102,6 +102,39 @@ def climbs(mine: Answer, others: Sequence[Answer], eta: int) -> tuple[bool, str]
     return False, f"stops: {len(above)} of {len(others)} cost no more and are as good"
 
 
+def twin(mine: Trial, answer: Answer, trials: Sequence[Trial]) -> Trial | None:
+    """Return an earlier candidate that becomes the very same network, or None.
+
+    Of two that two workers take at the same time, the earlier one goes on.
+    """
+    if not answer.network:
+        return None
+    return next((t for t in trials if t.slot < mine.slot and any(a.network == answer.network for a in t.answers)), None)
+
+
+def hopeless(trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
+    """Return what to tell the sampler of a place where nothing is to be had: quality and costs worse than all.
+
+    That is a budget that no network meets, and one whose network is there already.
+    """
+    seen = [cost for t in trials for a in t.answers[:1] for cost in a.costs.values()]
+    return [-1.0, *[10 * max(seen, default=1.0)] * len(objectives)]
+
+
+def guessed(mine: Answer, trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
+    """Return what to tell the sampler of a candidate whose accuracy nobody measured: quality and costs; nothing without others.
+
+    It is the quality of the candidate whose curves have the next smaller error (else the next larger), and its own costs,
+    moved by what the last rung added to that candidate's: the first one counts parameters where the last weighs a file.
+    """
+    known = [(a, t.answers[-1]) for t in trials if (a := t.answer(mine.rung)) and t.answers[-1].accuracy is not None]
+    if not known:
+        return []
+    error = mine.error or 0.0
+    first, last = min(known, key=lambda pair: ((pair[0].error or 0.0) > error, abs((pair[0].error or 0.0) - error)))
+    return [last.quality, *(mine.costs[name] + last.costs[name] - first.costs[name] for name in objectives)]
+
+
 def rank_correlation(trials: Sequence[Trial], lower: str, upper: str) -> tuple[float, int] | None:
     """Return Spearman's correlation of what two rungs said of the same candidates, and of how many; None below three.
 

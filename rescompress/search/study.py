@@ -70,6 +70,8 @@ class Answer(Frozen):
         costs: By objective, in its unit.
         band: Lower and upper end of a cost that was measured or predicted.
         error: Summed error of the pruning curves, where the rung knows no accuracy.
+        network: Digest of everything that decides what the candidate becomes, where the rung knows it; empty where not. Two of
+            one digest are one network, however their budgets were written.
         outcomes: Which held-out images were right.
         seconds: It took.
         verdict: Why the candidate climbs or stops here.
@@ -81,6 +83,7 @@ class Answer(Frozen):
     costs: dict[str, float]
     band: dict[str, tuple[float, float]] = Field(default_factory=dict)
     error: float | None = None
+    network: str = ""
     outcomes: Outcomes | None = None
     seconds: float = 0.0
     verdict: str = ""
@@ -194,19 +197,25 @@ class Lease:
 
         patiently(keep)
 
-    def finish(self, state: str, reason: str = "") -> bool:
-        """End the trial; return whether it was still ours to end."""
+    def finish(self, state: str, reason: str = "", guess: Sequence[float] = ()) -> bool:
+        """End the trial; return whether it was still ours to end.
+
+        Args:
+            state: How it ended.
+            reason: Why.
+            guess: What the sampler is told of a candidate whose accuracy no rung measured: quality, then the costs. From
+                nothing it would learn nothing, and propose the like again.
+        """
         import optuna
 
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
             values: list[float] | None = None
-            if state == IMPOSSIBLE:  # worse than all in everything: a failure would teach the sampler nothing
-                seen = [c for t in patiently(self.trials.recent) for a in t.answers[:1] for c in a.costs.values()]
-                values = [-1.0, *[10 * max(seen, default=1.0)] * len(self.trials.config.objectives)]
-            elif best is not None and best.accuracy is not None:
+            if best is not None and best.accuracy is not None:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
+            elif guess:
+                values = list(guess)
             ended = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
             patiently(lambda: self.trials.study._storage.set_trial_state_values(self.trial_id, ended, values))
             self.trials._mine[self.trial.slot] = dataclasses.replace(self.trial, state=state, reason=reason)

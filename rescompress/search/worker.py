@@ -34,7 +34,7 @@ from rescompress.runs.settings import Settings
 from rescompress.runs.stage import Opening
 from rescompress.runs.store import Store
 from rescompress.search.front import Point, front, good_enough, unjudged
-from rescompress.search.ladder import climbs, latest
+from rescompress.search.ladder import climbs, guessed, hopeless, latest, twin
 from rescompress.search.study import (
     DONE,
     IMPOSSIBLE,
@@ -113,10 +113,21 @@ def work(
             state, reason = _climb(trials, lease, judge, place, told)
         if state is None:
             break  # asked to stop: the trial is left to whoever goes on
-        if lease.finish(state, reason):
+        if lease.finish(state, reason, _lesson(trials, lease.trial, state)):
             tally.finished[state] = tally.finished.get(state, 0) + 1
             told(f"trial {lease.trial.slot}: {reason}")
     return tally
+
+
+def _lesson(trials: Trials, trial: Trial, state: str) -> list[float]:
+    """Return what the sampler is to learn from a candidate whose accuracy nobody measured; nothing where somebody did."""
+    last = trial.answers[-1] if trial.answers else None
+    if last is not None and last.accuracy is not None:
+        return []
+    others = [t for t in patiently(trials.recent) if t.slot != trial.slot]
+    if state == IMPOSSIBLE or last is None or twin(trial, last, others) is not None:
+        return hopeless(others, trials.config.objectives)
+    return guessed(last, others, trials.config.objectives)
 
 
 @contextlib.contextmanager
@@ -147,6 +158,8 @@ def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Calla
             return IMPOSSIBLE, str(e)
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
+        elif (same := twin(lease.trial, answer, patiently(trials.recent))) is not None:
+            up, verdict = False, f"stops: it would be the network of trial {same.slot}"
         else:
             others = latest(patiently(trials.recent), rung, besides=lease.trial.slot)
             up, verdict = climbs(answer, others, trials.config.eta)
@@ -313,7 +326,10 @@ class Pipeline:
             "params": lambda: float(found.params),
         }
         return Answer(
-            rung="predict", costs={name: costs[name]() for name in self.document["search"]["objectives"]}, error=found.error
+            rung="predict",
+            costs={name: costs[name]() for name in self.document["search"]["objectives"]},
+            error=found.error,
+            network=found.network,
         )
 
     def _latency(self, spec: Any, *, int8: bool) -> float:
