@@ -88,7 +88,12 @@ def placement(
             f"{len(free)} of {len(proofs)} layers run in another type than {free[0].asked}, as is allowed: {_names(free)}"
         )
     untold = [p for p in proofs if asked.precisions[p.node] == "fp32" and p.ran is None and p.unit != "dla"]
-    if untold:
+    if proofs and len(untold) == len(proofs):
+        notes.append(
+            f"the layer information tells of none of the {len(proofs)} convolutions and matrix products of the file: "
+            f"nothing shows that the engine computes in {untold[0].asked}"
+        )
+    elif untold:
         notes.append(f"the engine does not tell what {len(untold)} of {len(proofs)} layers run in: {_names(untold)}")
     if dla is not None:
         elsewhere = [p for p in proofs if p.unit != "dla"]

@@ -113,6 +113,26 @@ def test_a_float_layer_that_runs_in_another_float_is_a_note(tmp_path: Path) -> N
     assert "2 of 2 layers run in another type than fp16, as is allowed" in found.notes[0]
 
 
+ODD = ['{"Layers": []}', '{"Layers": ["a"]}', '{"Layers": [{"Name": 5, "Weights": 7, "Inputs": "x"}], "Bindings": null}']
+
+
+@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("floats", ["fp16", None], ids=["allowed", "typed"])
+def test_a_proof_that_shows_nothing_says_so(tmp_path: Path, text: str, floats: Any) -> None:
+    """Of a float file nothing was asked that could be withheld, so it is a note; INT8 that nothing shows is a failure."""
+    path = write_onnx(tmp_path / "m.onnx")
+    (tmp_path / "l.json").write_text(text)
+    found = placement(asked_of(path), tmp_path / "l.json", "", float_as=floats)
+    assert found.failures == ()
+    (note,) = found.notes
+    assert "tells of none of the 2 convolutions and matrix products" in note
+    assert note.endswith(f"nothing shows that the engine computes in {floats or 'fp32'}")
+    assert [row["ran"] for row in found.rows()] == [None, None]
+    quantized = placement(asked_of(write_onnx(path, quantized=True)), tmp_path / "l.json", "", float_as=floats)
+    with pytest.raises(EnvironmentFailed, match="conv1: int8 asked, not told"):
+        quantized.check("board")
+
+
 def test_float16_of_the_file_is_asked_for(tmp_path: Path) -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, 3, 8, 8])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 4, 8, 8])

@@ -595,6 +595,16 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda s: s["outputs"][0].update(path="../base/target-cpu/outcomes.json"),
         r"outside of the run: \.\./base",
     ),
+    "skipped without a reason": (lambda s: s.update(status="skipped"), "target:cpu: is skipped, and does not tell why"),
+    "skipped with figures": (
+        lambda s: s.update(status="skipped", reason="no board"),
+        "is skipped, and tells of work all the same: top1",
+    ),
+    "failed with files": (
+        lambda s: s.update(status="failed", reason="no room", metrics={}),
+        "is failed, and tells of work all the same: target-cpu/outcomes.json",
+    ),
+    "done with a reason": (lambda s: s.update(reason="no board"), "is done, and tells why it is not: no board"),
     "outcomes anywhere": (lambda s: s["outputs"][0].update(path="/etc/passwd"), "outside of the run: /etc/passwd"),
 }
 

@@ -117,13 +117,46 @@ def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path: Path) -> None:
     assert (tmp_path / "three.txt").read_text() == "aBc"
 
 
-def test_a_skipped_stage_says_so_when_it_is_read_again(tmp_path: Path) -> None:
-    stages = [Made("one", {}, (), lambda context: Outcome(skipped="no device here"))]
-    run_stages(stages, tmp_path, {}, reporter=Silent())
-    again = run_stages(stages, tmp_path, {}, reporter=Silent())
-    assert again.reused == ("one",)
-    for manifest in (again.manifest, load_manifest(tmp_path)):
-        assert [(s.status, s.reason) for s in manifest.stages] == [("skipped", "no device here")]
+@pytest.mark.parametrize("shared", [False, True], ids=["run", "store"])
+def test_a_skipped_stage_says_so_and_is_tried_again(tmp_path: Path, shared: bool) -> None:
+    """What it lacked may be here by now."""
+    outcomes = [Outcome(skipped="no device here"), Outcome(skipped="no device here"), Outcome()]
+    stages = [Made("one", {}, (), lambda context: outcomes.pop(0))]
+    store = Store(tmp_path / "store") if shared else None
+    for expected in (("skipped", "no device here"), ("skipped", "no device here"), ("done", None)):
+        report = run_stages(stages, tmp_path / "out", {}, reporter=Silent(), store=store)
+        assert report.ran == ("one",)
+        for manifest in (report.manifest, load_manifest(tmp_path / "out")):
+            assert [(s.status, s.reason) for s in manifest.stages] == [expected]
+    assert run_stages(stages, tmp_path / "out", {}, reporter=Silent(), store=store).reused == ("one",)
+
+
+@pytest.mark.parametrize("reason", [None, "no device here"])
+@pytest.mark.parametrize("status", ["skipped", "failed"])
+@pytest.mark.parametrize("where", ["record", "manifest", "store"])
+def test_a_stage_that_is_said_to_be_skipped_by_an_edit_is_not_shown_as_skipped(
+    tmp_path: Path, status: str, reason: str | None, where: str
+) -> None:
+    """Its figures and files stand there all the same; records are repaired by computing, the manifest from the records."""
+    calls: list[str] = []
+    stages, folder = [_scored("one", 6, calls=calls), _scored("two", 5, calls=calls)], tmp_path / "out"
+    store = Store(tmp_path / "store")
+    run_stages(stages, folder, {}, reporter=Silent(), store=store)
+    if where == "manifest":
+        _edit(folder / "manifest.json", lambda d: d["stages"][0].update(status=status, reason=reason))
+    else:
+        _edit(folder / ".stages" / "one.json", lambda d: d.update(status=status, reason=reason))
+    if where == "store":
+        for record in (tmp_path / "store").rglob("result.json"):
+            _edit(record, lambda d: d.update(status=status, reason=reason) if d["stage"] == "one" else None)
+    calls.clear()
+    heard = Heard()
+    report = run_stages(stages, folder, {}, reporter=heard, store=store)
+    assert calls == (["one"] if where == "store" else [])
+    told = "tells of work all the same" if reason else f"is {status}, and does not tell why"
+    assert any(told in note for note in heard.notes), heard.notes
+    for manifest in (report.manifest, load_manifest(folder)):
+        assert [(s.status, s.reason, "top1" in s.metrics) for s in manifest.stages] == [("done", None, True)] * 2
 
 
 def test_a_stage_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from report_factory import CLASSES, latency, stage, write_run
 
 from compress.checkpoints import load_checkpoint
 from rescompress.cli.report import opened
+from rescompress.core.artifact import Artifact
 from rescompress.core.layers import total_macs, total_params, walk
 from rescompress.core.manifest import Manifest, StageResult
 from rescompress.core.metric import Metric, accuracy, counted
@@ -38,10 +39,23 @@ def test_gains_are_ratios_of_the_figures_in_the_manifest() -> None:
     out, gained, after = closing_lines(made_run(latency(2.0), latency(9.0, precision="fp32")), Path("run"), example=False)
     assert "top-1 85.00" in out
     assert "500 kB" in out
-    assert "12.0 times smaller" in gained
+    assert "ONNX file 12.0 times smaller (6.00 MB to 500 kB)" in gained
     assert "-5.00 points" in gained
     assert "4.5 times faster on cpu (9.00 ms to 2.00 ms, measured)" in gained
     assert after == "next:     rescompress report run -o run/report.html --open"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("onnx", "500 kB)"), ("checkpoint", "500 kB as an ONNX file)"), (None, "500 kB as an ONNX file)")]
+)
+def test_a_size_is_not_said_of_a_file_that_has_another(kind: str | None, told: str) -> None:
+    """That of every stage is its network's as an ONNX file, and a stage may have made a checkpoint alone."""
+    run = made_run(latency(2.0), latency(9.0))
+    files = (Artifact(kind=kind, path=f"made.{kind}", sha256="0", size_bytes=447_784),) if kind else ()
+    small = run.stages[1].model_copy(update={"outputs": files})
+    out, *_ = closing_lines(run.with_stage(small), Path("run"), example=False)
+    assert out.startswith(f"came out: {files[0].path if files else 'quantize'} (int8, ")
+    assert out.endswith(told)
 
 
 def test_a_loss_is_said_as_one() -> None:

@@ -26,8 +26,12 @@ from compress.processes import Together
 from compress.resnet import ResNet, build_model
 from compress.train import TrainState, _accelerator, _optimizer, _step, arranged, train
 from rescompress.core.errors import BadInput, DataError
+from rescompress.core.manifest import Manifest
 from rescompress.core.settings import TrainSettings
 from rescompress.core.spec import Block, Head, ModelSpec, Preprocessing, Stem, StemConv
+from rescompress.runs.reporter import Silent
+from rescompress.runs.stage import Context
+from rescompress.runs.stages.network import train_network
 
 ALONE = Together()
 SPEC = ModelSpec(
@@ -172,6 +176,32 @@ def test_a_damaged_state_is_told_and_training_starts_again(
     assert "training starts again" in notes[0]
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), expected.state_dict().values(), strict=True))
     assert not (tmp_path / "ran").exists()
+
+
+class _InOrder(Silent):
+    """A reporter that keeps what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        self.heard.append("step")
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_became_of_a_saved_state_is_told_before_the_first_step(split: Split, tmp_path: Path, main: bool) -> None:
+    """Not at the end of a training that may take hours; it stands in the details, too."""
+    reporter = _InOrder()
+    context = Context(tmp_path, Manifest(), reporter, main=main)
+    context.resume_file("finetune").mkdir(parents=True)
+    details, _ = train_network(context, "finetune", fresh(), split, settings(epochs=1), None)
+    told = [text for text in reporter.heard if "training starts again" in text]
+    assert reporter.heard[: len(told) + 1] == [*told, "step"]
+    assert told == (details.notes if main else [])
+    assert len(details.notes) == 1
 
 
 def test_a_state_that_is_no_file_is_not_waited_for(split: Split, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def check(name: str, folder: Path, manifest: Manifest) -> None:
         if stage.stage in seen:
             _refuse("stands twice in the manifest", where)
         seen.add(stage.stage)
+        _status(stage, where)
         for key, metric in stage.metrics.items():
             _possible(key, metric, where)
         _size(stage, where)
@@ -153,6 +154,19 @@ def _share(key: str, metric: Metric, n: int, where: str) -> None:
     if metric.std_error is not None and metric.std_error < least * (1 - 1e-6):
         told = f"{key} is {100 * metric.value:.2f} ± {100 * metric.std_error:.4g} %"
         _refuse(f"{told}, but of {n} samples that is known to ± {100 * least:.4g} % at best", where)
+
+
+def _status(stage: StageResult, where: str) -> None:
+    """Make sure that a stage which did no work says why, and tells nothing of its work; and one that did, no such reason."""
+    if stage.status == "done":
+        if stage.reason:
+            _refuse(f"is done, and tells why it is not: {stage.reason}", where)
+        return
+    if stage.reason is None:
+        _refuse(f"is {stage.status}, and does not tell why", where)
+    told = [*stage.metrics, *(a.path for a in stage.outputs)]
+    if told:
+        _refuse(f"is {stage.status}, and tells of work all the same: {', '.join(told[:3])}", where)
 
 
 def _size(stage: StageResult, where: str) -> None:

@@ -120,7 +120,7 @@ class StageResult(Frozen):
         known = [
             f"{100 * self.metrics['top1'].value:.2f} %" if "top1" in self.metrics else "",
             f"{prefixed(self.metrics['macs'].value)}MACs" if "macs" in self.metrics else "",
-            f"{self.metrics['size_bytes'].value / 1e6:.2f} MB" if "size_bytes" in self.metrics else "",
+            f"{self.metrics['size_bytes'].value / 1e6:.2f} MB ONNX" if "size_bytes" in self.metrics else "",
             f"{self.metrics['p50_ms'].value:.3g} ms {self.metrics['p50_ms'].provenance}" if "p50_ms" in self.metrics else "",
         ]
         return " ".join(text for text in known if text) or "done"

@@ -575,15 +575,18 @@ def _sound(manifest: Manifest, folder: Path) -> bool:
 
 
 def _known(stage: Stage, key: str, folder: Path, reporter: Reporter) -> StageResult | None:
-    """Return the recorded outcome of `stage` if it is for this key, all its files are intact, and they say what it says."""
+    """Return the recorded outcome of `stage` if it is for this key, all its files are intact, and they say what it says.
+
+    One that was skipped is none: what the stage lacked may be here by now, and so it is tried again.
+    """
     result = _read(folder / claims.record_of(stage.name))
-    if result is None or result.key != key or result.status == "failed" or not all(a.intact(folder) for a in result.outputs):
+    if result is None or result.key != key or not all(a.intact(folder) for a in result.outputs):
         return None
     wrong = evidence.contradiction(result, folder)
     if wrong is not None:
         reporter.note(f"the record of {stage.name} is not taken up, it was changed since it was written: {wrong}")
         return None
-    return result
+    return result if result.status == "done" else None
 
 
 def _read(record: Path) -> StageResult | None:

@@ -51,7 +51,7 @@ class Store:
             result = StageResult.model_validate_json((place / _RESULT).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError):
             return None
-        if result.key != key or result.status == "failed" or not all(a.intact(place) for a in result.outputs):
+        if result.key != key or result.status != "done" or not all(a.intact(place) for a in result.outputs):
             return None
         if contradiction(result, place) is not None:  # edited
             return None

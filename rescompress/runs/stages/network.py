@@ -519,8 +519,14 @@ def train_network(
         text = f"loss {state.loss:.3f}{right}  waiting for data {100 * state.waiting:.0f} %"
         context.reporter.progress(name, state.step, state.steps, text)
 
-    resume = context.resume_file(name)
     notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        if context.main:
+            context.reporter.note(text)
+
+    resume = context.resume_file(name)
     log = train(
         model,
         split,
@@ -530,12 +536,10 @@ def train_network(
         progress=tell,
         resume_file=resume,
         save_every_s=SAVE_EVERY_S,
-        note=notes.append,
+        note=note,
     )
     if log.waiting > MUCH_WAITING and log.seconds > SAVE_EVERY_S:
-        notes.append(f"training waited for data {100 * log.waiting:.0f} % of the time: raise workers ({log.workers})")
-    for text in notes if context.main else ():
-        context.reporter.note(text)
+        note(f"training waited for data {100 * log.waiting:.0f} % of the time: raise workers ({log.workers})")
     details = TrainedDetails(
         epochs=[{**epoch} for epoch in log.epochs],
         lr=log.lr,

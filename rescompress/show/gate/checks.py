@@ -374,7 +374,8 @@ def _outcomes(run: Run, stage: StageResult) -> Outcomes:
 
 
 def _exact(name: str, candidate: Metric, baseline: Metric, limit: float) -> Check:
-    return _without_noise(name, candidate, baseline, limit, _text_of(name), "times as much")
+    words = "times as large, as ONNX files" if name == "size" else "times as much"
+    return _without_noise(name, candidate, baseline, limit, _text_of(name), words)
 
 
 def _text_of(name: str) -> Callable[[Metric], str]:

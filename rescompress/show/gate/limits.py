@@ -28,7 +28,7 @@ class Limits(Frozen):
         max_drop: Points of top-1 that may be lost.
         max_infidelity: Of the candidate alone: relative error of its outputs, 0.05 for 5 %.
         max_latency: Ratio of latencies, for every target or, in a file, by target; those not named keep the default.
-        max_size: Ratio of file sizes.
+        max_size: Ratio of the sizes of the ONNX files.
         max_macs: Ratio of multiply-accumulates.
         max_params: Ratio of parameters.
         max_p99: Ratio of the latencies that one run in a hundred exceeds.

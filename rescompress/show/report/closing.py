@@ -39,16 +39,17 @@ def closing_lines(manifest: Manifest, folder: Path, *, example: bool) -> list[st
 def _network(manifest: Manifest, last: StageResult) -> str:
     quality, bytes_ = quality_of(last.metrics) or "top1", figure(manifest, last, "size_bytes")
     good = f"{'top-1' if quality == 'top1' else quality} {percent(last.metrics[quality])}"
-    facts = [precision_of(last) or "", good, size(bytes_) if bytes_ is not None else ""]
-    file = next((a.path for a in reversed(last.outputs) if a.kind in ("onnx", "checkpoint")), last.stage)
-    return f"{file} ({', '.join(f for f in facts if f)})"
+    made = next((a for a in reversed(last.outputs) if a.kind in ("onnx", "checkpoint")), None)
+    as_onnx = "" if made is not None and made.kind == "onnx" else " as an ONNX file"
+    facts = [precision_of(last) or "", good, size(bytes_) + as_onnx if bytes_ is not None else ""]
+    return f"{made.path if made is not None else last.stage} ({', '.join(f for f in facts if f)})"
 
 
 def _smaller(manifest: Manifest, dense: StageResult, last: StageResult) -> list[str]:
     found = []
     before, after = dense.metrics.get("size_bytes"), figure(manifest, last, "size_bytes")
     if before is not None and after is not None and after.value:
-        found.append(f"{_times(before.value / after.value, 'smaller')} ({size(before)} to {size(after)})")
+        found.append(f"ONNX file {_times(before.value / after.value, 'smaller')} ({size(before)} to {size(after)})")
     first, now = dense.metrics.get("top1"), last.metrics.get("top1")
     if first is not None and now is not None:
         if first.n == now.n:
