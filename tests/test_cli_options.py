@@ -86,7 +86,8 @@ class Seen:
                 path = folder / f"{stem}.{suffix[kind]}"
                 path.write_text(f"{kind} of {name}")
                 written.append((kind, path))
-            metrics = {"macs": counted(9, "macs"), "params": counted(8, "params"), "size_bytes": counted(7, "bytes")}
+            size = next((path.stat().st_size for kind, path in written if kind == "onnx"), 7)
+            metrics = {"macs": counted(9, "macs"), "params": counted(8, "params"), "size_bytes": counted(size, "bytes")}
             details = {
                 "method": "m", "widths_after": {}, "widths_before": {}, "dropped_blocks": [], "seconds": 1.0,
                 "achieved_ratio": 0.5, "notes": [], "epochs": [], "target": name, "engine": None, "engine_status": "none",

@@ -169,7 +169,7 @@ def test_devices_of_ones_own_are_targets(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(f"[{catalog.GROUP}]\nboards = boards_of_mine\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert set(catalog.target_names()) - set(before) == {"mine", "other", "third"}
-    assert options._targets("thi") == ["third"]
+    assert options.targets("thi") == ["third"]
     for name in ("mine", "other", "third"):
         assert predict(walk(spec("resnet18")), catalog.load_target(name).device, precision="fp16").device == name
     (own / "jetson-nano.yaml").write_text(NANO)
