@@ -146,6 +146,11 @@ def build(root: Path, layout: dict[str, Any]) -> None:
         class_folders(shown / layout["sibling"], layout["classes"])
 
 
+def has_pictures(folder: Path) -> bool:
+    """Whether a folder, or one that is linked into it, holds pictures that torchvision reads."""
+    return any(name.endswith(".ppm") for _, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
 def check_layout(layout: dict[str, Any]) -> None:
     """Either every file has the output that torchvision gives it, or something is refused or noted by name."""
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +172,7 @@ def check_layout(layout: dict[str, Any]) -> None:
             right = {s: of_torchvision(root / s, n) for s, n in zip(splits, (names, spelled), strict=True)}
             assert found == right, layout
         else:
-            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and any(p.rglob("*.ppm")))
+            here = sorted(p.name for p in root.iterdir() if not p.name.startswith((".", "__")) and has_pictures(p))
             here = list(names) if layout["change"] == "empty" else here  # an empty folder is a class all the same
             here = list(spelled) if other and layout["known"] else here
             assert answers(data.train, data.val) == of_torchvision(root, here), layout
