@@ -27,13 +27,15 @@ from compress.resnet import build_model, tensors_of
 from compress.zoo import spec as spec_of
 
 CLASSES = 10
+EVALUATED = 200
+"""Of `val`, whatever the training images are: fewer than a batch would make it smaller."""
 STEPS = 4
 """Of training: memory does not grow with more."""
 
 
 def pictures(folder: Path, n: int, side: int) -> None:
-    """Make `n` training images and a tenth as many for evaluation, every one another."""
-    for split, count in (("train", n), ("val", n // 10)):
+    """Make `n` training images, and some for evaluation, every one another."""
+    for split, count in (("train", n), ("val", EVALUATED)):
         rng = np.random.default_rng(0 if split == "train" else 1)
         for label in range(CLASSES):
             (folder / split / f"class{label}").mkdir(parents=True)
