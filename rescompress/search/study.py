@@ -197,25 +197,23 @@ class Lease:
 
         patiently(keep)
 
-    def finish(self, state: str, reason: str = "", guess: Sequence[float] = ()) -> bool:
+    def finish(self, state: str, reason: str = "", lesson: Sequence[float] = ()) -> bool:
         """End the trial; return whether it was still ours to end.
 
         Args:
             state: How it ended.
             reason: Why.
-            guess: What the sampler is told of a candidate whose accuracy no rung measured: quality, then the costs. From
-                nothing it would learn nothing, and propose the like again.
+            lesson: What the sampler is told in the place of what the last rung measured: quality, then the costs. From nothing
+                it would learn nothing, and propose the like again.
         """
         import optuna
 
         best = self.trial.answers[-1] if self.trial.answers else None
         try:
             self.note("end", {"state": state, "reason": reason})
-            values: list[float] | None = None
-            if best is not None and best.accuracy is not None:
+            values = list(lesson) or None
+            if values is None and best is not None and best.accuracy is not None:
                 values = [best.quality, *(best.costs[c] for c in self.trials.config.objectives)]
-            elif guess:
-                values = list(guess)
             ended = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
             patiently(lambda: self.trials.study._storage.set_trial_state_values(self.trial_id, ended, values))
             self.trials._mine[self.trial.slot] = dataclasses.replace(self.trial, state=state, reason=reason)

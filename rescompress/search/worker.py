@@ -110,24 +110,22 @@ def work(
             time.sleep(min(_IDLE_S, beat_s) * (0.5 + random.random()))  # others are at work: one of them may die
             continue
         with beating(lease, beat_s), _own_folder(folder, lease) as place:
-            state, reason = _climb(trials, lease, judge, place, told)
-        if state is None:
+            end = _climb(trials, lease, judge, place, told)
+        if end is None:
             break  # asked to stop: the trial is left to whoever goes on
-        if lease.finish(state, reason, _lesson(trials, lease.trial, state)):
-            tally.finished[state] = tally.finished.get(state, 0) + 1
-            told(f"trial {lease.trial.slot}: {reason}")
+        if lease.finish(end.state, end.reason, end.lesson):
+            tally.finished[end.state] = tally.finished.get(end.state, 0) + 1
+            told(f"trial {lease.trial.slot}: {end.reason}")
     return tally
 
 
-def _lesson(trials: Trials, trial: Trial, state: str) -> list[float]:
-    """Return what the sampler is to learn from a candidate whose accuracy nobody measured; nothing where somebody did."""
-    last = trial.answers[-1] if trial.answers else None
-    if last is not None and last.accuracy is not None:
-        return []
-    others = [t for t in patiently(trials.recent) if t.slot != trial.slot]
-    if state == IMPOSSIBLE or last is None or twin(trial, last, others) is not None:
-        return hopeless(others, trials.config.objectives)
-    return guessed(last, others, trials.config.objectives)
+@dataclass(frozen=True)
+class _End:
+    """How a candidate ended, why, and what the sampler hears in the place of what the last rung measured, if anything."""
+
+    state: str
+    reason: str
+    lesson: Sequence[float] = ()
 
 
 @contextlib.contextmanager
@@ -144,30 +142,37 @@ def _own_folder(folder: Path, lease: Lease) -> Iterator[Path]:
     yield other
 
 
-def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> tuple[str | None, str]:
-    """Let one candidate climb; return how it ended and why, or no state where the worker was asked to stop."""
+def _climb(trials: Trials, lease: Lease, judge: Judge, folder: Path, told: Callable[[str], None]) -> _End | None:
+    """Let one candidate climb; return how it ended, or None where the worker was asked to stop."""
+    objectives = trials.config.objectives
     lease.folder = f"{socket.gethostname()}:{folder.resolve()}"
     patiently(lease.beat)
     for rung in judge.rungs():
         if patiently(lambda: trials.stopping):
-            return None, "asked to stop"
+            return None
         start = time.monotonic()
         try:
             answer = judge.answer(rung, lease.trial.choices, folder)
         except BadInput as e:  # a budget that no network meets, a scope without channels: this candidate, not the search
-            return IMPOSSIBLE, str(e)
+            return _End(IMPOSSIBLE, str(e), hopeless(patiently(trials.recent), objectives))
+        lesson: Sequence[float] = ()
         if lease.trial.anchor or rung == judge.rungs()[-1]:
             up, verdict = True, "an anchor climbs every rung" if lease.trial.anchor else "the top"
-        elif (same := twin(lease.trial, answer, patiently(trials.recent))) is not None:
-            up, verdict = False, f"stops: it would be the network of trial {same.slot}"
         else:
-            others = latest(patiently(trials.recent), rung, besides=lease.trial.slot)
-            up, verdict = climbs(answer, others, trials.config.eta)
+            others = patiently(trials.recent)
+            same = twin(lease.trial, answer, others)
+            if same is not None:
+                up, verdict = False, f"stops: it would be the network of trial {same.slot}"
+                lesson = hopeless(others, objectives)
+            else:
+                up, verdict = climbs(answer, latest(others, rung, besides=lease.trial.slot), trials.config.eta)
+                if not up and answer.accuracy is None:
+                    lesson = guessed(answer, others, objectives)
         lease.record(answer.model_copy(update={"seconds": time.monotonic() - start, "verdict": verdict}))
         told(f"trial {lease.trial.slot}: {_words(answer)}  {verdict}")
         if not up:
-            return STOPPED, f"{rung}: {verdict}"
-    return DONE, "reached the top"
+            return _End(STOPPED, f"{rung}: {verdict}", lesson)
+    return _End(DONE, "reached the top")
 
 
 def _words(answer: Answer) -> str:
