@@ -11,6 +11,7 @@ from rescompress.cli import options as opt
 from rescompress.cli import workspace
 from rescompress.cli.from_settings import Options, with_options
 from rescompress.cli.output import output_of
+from rescompress.core.choices import beginning
 from rescompress.core.details import TargetDetails
 from rescompress.core.settings import ExportSettings
 from rescompress.show.figures.columns import columns_of, percent, quality_of
@@ -26,12 +27,12 @@ _FILES = (".onnx", ".engine", ".plan", ".xml", ".bin", ".zip", ".tar")
 """Suffixes by which -o would be taken for one file; an export is a folder, or a .tar.gz of it."""
 
 
-def _runtimes(incomplete: str) -> list[str]:
-    """Return what runs models and begins so, for the shell."""
+def _runtimes() -> tuple[str, ...]:
+    """Return what runs models."""
     from edge_targets.backends import PACKAGE
     from rescompress.core.plugins import names
 
-    return [name for name in ("auto", "torch", *names(PACKAGE)) if name.startswith(incomplete)]
+    return ("auto", "torch", *names(PACKAGE))
 
 
 @app.command()
@@ -241,7 +242,9 @@ def evaluate(
     ] = None,
     runtime: Annotated[
         str,
-        typer.Option("--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=_runtimes),
+        typer.Option(
+            "--runtime", help="torch, or a runtime; auto: torch, or onnxruntime for .onnx.", autocompletion=beginning(_runtimes)
+        ),
     ] = "auto",
 ) -> None:
     """Measure top-1 and top-5 accuracy of a checkpoint or an ONNX file; without class scores how near it is to the dense one.
@@ -255,7 +258,7 @@ def evaluate(
     from rescompress.core.errors import BadInput, nearest
     from rescompress.runs.evaluation import evaluate_file
 
-    if runtime not in (known := _runtimes("")):
+    if runtime not in (known := _runtimes()):
         raise BadInput(f"nothing here runs models by the name '{runtime}'", where="--runtime", remedy=nearest(runtime, known))
     out = output_of(ctx)
     opening = stated.opening(model)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rescompress.core.choices import beginning
+
 if TYPE_CHECKING:
     from rescompress.runs.settings import Settings
     from rescompress.runs.stage import Opening
@@ -23,35 +25,26 @@ Data = Annotated[
 ]
 
 
-def targets(incomplete: str) -> list[str]:
-    """Return the names of targets that begin so, for the shell."""
+def _target_names() -> list[str]:
     from edge_targets.catalog import target_names
 
-    return [name for name in target_names() if name.startswith(incomplete)]
+    return target_names()
 
 
-def _networks(incomplete: str) -> list[str]:
-    """Return the names of known networks that begin so, for the shell."""
+def _network_names() -> list[str]:
     from compress.zoo import names
 
-    return [name for name in names() if name.startswith(incomplete)]
+    return names()
 
 
-def _preprocessings(incomplete: str) -> list[str]:
-    """Return the names of known preprocessings that begin so, for the shell."""
+def _preprocessing_names() -> tuple[str, ...]:
     from compress.zoo import PREPROCESSING_NAMES
 
-    return [name for name in PREPROCESSING_NAMES if name.startswith(incomplete)]
+    return PREPROCESSING_NAMES
 
 
-def _devices(incomplete: str) -> list[str]:
-    """Return what torch may compute on and begins so, for the shell."""
-    return [name for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
-
-
-def splits(incomplete: str) -> list[str]:
-    """Return the names of splits that begin so, for the shell."""
-    return [name for name in ("val", "train") if name.startswith(incomplete)]
+targets = beginning(_target_names)
+splits = beginning(lambda: ("val", "train"))
 
 
 WITHOUT_DATA = "magnitude"
@@ -74,7 +67,7 @@ Device = Annotated[
         "--device",
         help="Where torch computes: auto, cpu, cuda, cuda:1, mps.",
         rich_help_panel="Computation",
-        autocompletion=_devices,
+        autocompletion=beginning(lambda: ("auto", "cpu", "cuda", "mps")),
     ),
 ]
 Threads = Annotated[
@@ -121,7 +114,7 @@ Preprocess = Annotated[
         metavar="STATEMENT",
         help="A name (`rescompress formats`), or mean=0.5,0.5,0.5,std=0.25,...,resize=256; else as assumed.",
         show_default=False,
-        autocompletion=_preprocessings,
+        autocompletion=beginning(_preprocessing_names),
         rich_help_panel="Checkpoint and data",
     ),
 ]
@@ -166,7 +159,7 @@ Like = Annotated[
         metavar="NAME",
         help="Known network whose tensors the file holds under other names (`rescompress formats`).",
         show_default=False,
-        autocompletion=_networks,
+        autocompletion=beginning(_network_names),
         rich_help_panel="Checkpoint and data",
     ),
 ]

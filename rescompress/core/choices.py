@@ -6,6 +6,7 @@ is quick.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 Scope = Literal["inner", "all"]
@@ -31,3 +32,12 @@ Calibration = Literal["auto", "nncf", "mean-max", "max", "percentile", "mse"]
 
 Precision = Literal["auto", "fp32", "fp16", "int8", "fp8"]
 """What an exported file computes in; ``auto``: what suits network and target; ``fp8`` is refused, with the reason."""
+
+
+def beginning(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what tells a shell which of some names begin so; they are asked for when it asks."""
+
+    def completes(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return completes

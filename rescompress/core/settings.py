@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rescompress.core.choices import Augment, Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision
+from rescompress.core.choices import Augment, Calibration, Mode, Precision, ProfileOrAuto, Scope, TrainPrecision, beginning
 from rescompress.core.described import LEAST_TIME_S, LONGEST_TIME_S, Flag, counts, duration, listed_or_counted
 from rescompress.core.plugins import listed
 from rescompress.core.spec import Frozen
@@ -28,12 +28,7 @@ BudgetKind = Literal["ratio", "macs", "params", "latency"]
 Batch = Literal["dynamic"] | Annotated[int, Field(ge=1, le=65_536)]
 Align = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
 
-
-def _methods(incomplete: str) -> list[str]:
-    """Return the pruning methods that begin so."""
-    return [name for name in listed("compress.prune.methods") if name.startswith(incomplete)]
-
-
+_methods = beginning(lambda: listed("compress.prune.methods"))
 Method = Annotated[str, Flag(short="-m", usual="reconstruct; magnitude without data", completes=_methods, metavar="METHOD")]
 
 
