@@ -52,15 +52,15 @@ def load_sound(path: Path) -> Manifest:
     return manifest
 
 
-def contradiction(result: StageResult, folder: Path) -> str | None:
-    """Return what is impossible in the outcome of one stage, or contradicts its own evidence; None if nothing is.
+def contradiction(stages: Sequence[StageResult], folder: Path) -> str | None:
+    """Return what is impossible in the outcomes of stages, or contradicts their own evidence; None if nothing is.
 
     Args:
-        result: The outcome.
-        folder: Where its files lie.
+        stages: The outcomes.
+        folder: Where their files lie.
     """
     try:
-        check("", folder, Manifest(stages=(result,)))
+        check("", folder, Manifest(stages=tuple(stages)))
     except BadInput as e:
         return e.what
     return None

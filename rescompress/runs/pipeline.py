@@ -421,7 +421,7 @@ def _lead(
         """Save it, with what is deployed, or was meanwhile by another process."""
 
         def merged(stored: Manifest) -> Manifest:
-            if not _sound(stored, folder):  # edited; `before` has what the records say
+            if evidence.contradiction(stored.stages, folder) is not None:  # edited; `before` has what the records say
                 stored = before
             if workspace:
                 return manifest.with_new_deployments(stored, before)
@@ -527,7 +527,7 @@ def _stored(folder: Path) -> tuple[Manifest, str]:
         if not (folder / claims.RECORDS).is_dir():
             raise
         found = [r for r in (_read(record) for record in records) if r is not None and r.status != "failed"]
-        whole = [r for r in found if all(a.intact(folder) for a in r.outputs) and evidence.contradiction(r, folder) is None]
+        whole = [r for r in found if all(a.intact(folder) for a in r.outputs) and evidence.contradiction([r], folder) is None]
         clash = evidence.disagreeing(whole)
         intact = sorted((r for r in whole if r.stage not in clash), key=lambda r: r.finished)
         about = e.where.removeprefix(str(folder)).lstrip(":/ ") if e.where else ""
@@ -566,14 +566,6 @@ def _disagreeing(stages: Sequence[Stage], manifest: Manifest, folder: Path) -> f
     return evidence.disagreeing(found)
 
 
-def _sound(manifest: Manifest, folder: Path) -> bool:
-    try:
-        evidence.check("", folder, manifest)
-    except BadInput:
-        return False
-    return True
-
-
 def _known(stage: Stage, key: str, folder: Path, reporter: Reporter) -> StageResult | None:
     """Return the recorded outcome of `stage` if it is for this key, all its files are intact, and they say what it says.
 
@@ -582,7 +574,7 @@ def _known(stage: Stage, key: str, folder: Path, reporter: Reporter) -> StageRes
     result = _read(folder / claims.record_of(stage.name))
     if result is None or result.key != key or not all(a.intact(folder) for a in result.outputs):
         return None
-    wrong = evidence.contradiction(result, folder)
+    wrong = evidence.contradiction([result], folder)
     if wrong is not None:
         reporter.note(f"the record of {stage.name} is not taken up, it was changed since it was written: {wrong}")
         return None

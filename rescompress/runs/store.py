@@ -53,7 +53,7 @@ class Store:
             return None
         if result.key != key or result.status != "done" or not all(a.intact(place) for a in result.outputs):
             return None
-        if contradiction(result, place) is not None:  # edited
+        if contradiction([result], place) is not None:  # edited
             return None
         for artifact in result.outputs:
             _link(place / artifact.path, into / artifact.path)
