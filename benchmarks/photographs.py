@@ -105,10 +105,14 @@ class Bench:
 
         return self.book.network(f"start {who} {fraction:g} seed {seed}", make)
 
+    def recipe(self, lr: float) -> str:
+        """Return what of a training stands in the keys of its figures."""
+        return f"lr {lr:g} distill {self.args.distill:g} epochs {self.args.epochs:g}"
+
     def tuned(self, fraction: float, who: str, preset: str, seed: int, lr: float) -> Checkpoint:
         """Return that network after its distilled epochs."""
         a = self.args
-        key = f"tuned {who} {fraction:g} {preset} seed {seed} lr {lr:g} distill {a.distill:g} epochs {a.epochs:g}"
+        key = f"tuned {who} {fraction:g} {preset} seed {seed} {self.recipe(lr)}"
 
         def make() -> Checkpoint:
             begin = self.start(fraction, who, seed)
@@ -138,7 +142,7 @@ class Bench:
 
         def score(lr: float) -> float:
             network = self.tuned(fraction, who, preset, self.args.seeds[0], lr)
-            key = f"held {who} {fraction:g} {preset} lr {lr:g} distill {self.args.distill:g} epochs {self.args.epochs:g}"
+            key = f"held {who} {fraction:g} {preset} {self.recipe(lr)}"
             return float(self.book.get(key, lambda: float(np.mean(right(network, self.held)))))
 
         lr = max(rates, key=score) if len(rates) > 1 else rates[0]
@@ -164,7 +168,7 @@ def presets(bench: Bench) -> None:
                     network, lr = bench.start(fraction, who, seed), 0.0
                 else:
                     network, lr = bench.best(fraction, who, preset, seed)
-                key = f"{who} {fraction:g} {preset} seed {seed} lr {lr:g} distill {a.distill:g} epochs {a.epochs:g}"
+                key = f"{who} {fraction:g} {preset} seed {seed} {bench.recipe(lr)}"
                 answers = bench.answers(key, lambda network=network: network)  # type: ignore[misc]
                 if preset == "cifar":
                     former[seed] = answers

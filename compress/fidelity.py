@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -101,11 +102,11 @@ def fidelity(
     means, similar = error_NO.mean(0), cosine_NO.mean(0)
     worst, farthest = int(means.argmax()), int(similar.argmin())
     spread = float(error_NO[:, worst].std(ddof=1)) if len(error_NO) > 1 else 0.0
-    cosine = Metric(
-        value=float(similar[farthest]), unit="fraction", provenance="measured", n=len(split), runtime=candidate.runtime
-    )
-    error = cosine.model_copy(update={"value": float(means[worst]), "std_error": spread / distinct**0.5})
-    metrics = {"infidelity": error, "cosine": cosine}
+    measured = partial(Metric, unit="fraction", provenance="measured", n=len(split), runtime=candidate.runtime)
+    metrics = {
+        "infidelity": measured(value=float(means[worst]), std_error=spread / distinct**0.5),
+        "cosine": measured(value=float(similar[farthest])),
+    }
     outputs = {name: {"relative_error": float(means[i]), "cosine": float(similar[i])} for i, name in enumerate(names)}
     copies = len(split) - distinct
     notes = (

@@ -241,7 +241,7 @@ def preprocessing(name: str, input_shape: tuple[int, int, int], *, assumed: bool
     scale, order = 1.0 / 255.0, "rgb"
     match name:
         case "imagenet":
-            mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+            mean, std = Preprocessing().mean, Preprocessing().std
         case "cifar":
             mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         case "pytorch-cifar":

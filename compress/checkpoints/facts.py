@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from compress import zoo
 from compress.checkpoints.base import Checkpoint, LoadOptions
 from compress.checkpoints.beside import places, plain
 from rescompress.core.errors import CheckpointError
@@ -272,7 +271,7 @@ def _order(contents: tuple[object, ...], mean: tuple[float, ...], warnings: list
     if stated is not None and len(mean) == 3:
         return stated[1], f", {stated[1].upper()} as its {stated[0]} says" if stated[1] == "bgr" else ""
     for unit in (1.0, 255.0):
-        blue_first = [unit * m for m in zoo.preprocessing("imagenet", (3, 224, 224)).mean[::-1]]
+        blue_first = [unit * m for m in Preprocessing().mean[::-1]]
         if len(mean) == 3 and all(abs(m - b) <= 0.005 * unit for m, b in zip(mean, blue_first, strict=True)):
             return "bgr", ", BGR by the order of these means"
     return "rgb", ""

@@ -403,6 +403,11 @@ def quantized(context: Context, step: Quantize) -> Outcome:
             text = "training did no good on the held-out images: the network that was only calibrated is kept"
             log = log.noting(text)
             context.reporter.note(text)
+    costs = (
+        QuantizeDetails(float_top1=before, ptq_top1=calibrated_only)
+        if whole
+        else QuantizeDetails(float_infidelity=before, ptq_infidelity=calibrated_only)
+    )
     details = QuantizeDetails(
         profile=profile,
         mode=config.mode,
@@ -411,10 +416,9 @@ def quantized(context: Context, step: Quantize) -> Outcome:
         keep_float=keep_float,
         float_operations=stays,
         kept=kept,
+        **costs.given(),
         **log.given(),
     )
-    kind = "top1" if whole else "infidelity"
-    details = details.model_copy(update={f"float_{kind}": before, f"ptq_{kind}": calibrated_only})
     transient = [resume] if resume else []
     return finish(context, "quantize", on_grid(int8), common, details, transient=transient, sharing=sharing)
 
