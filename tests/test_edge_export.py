@@ -5,13 +5,13 @@ import functools
 import json
 import os
 import subprocess
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
+from archives import extract
 from quantize_zoo import checkpoint_of, images_for
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
@@ -40,8 +40,7 @@ def call(rescompress):
 
 def unpacked(archive, folder):
     """Unpack an archive, check its sums, and return the folder in it."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    extract(archive, folder)
     (root,) = folder.iterdir()
     summed = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=root, capture_output=True, text=True)
     assert summed.returncode == 0, summed.stdout

@@ -16,6 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from archives import extract
 
 ROOT = Path(__file__).parents[1]
 OURS = {"rescompress", "compress", "export", "edge_targets"}
@@ -68,8 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         return place / done.stdout.splitlines()[-1]
 
     source = make("sdist", place / "tree")
-    with tarfile.open(source) as archive:
-        archive.extractall(place / "unpacked", filter="data")
+    extract(source, place / "unpacked")
     (unpacked,) = (place / "unpacked").iterdir()
     return source, make("wheel", unpacked)
 
