@@ -4,7 +4,8 @@
 
 `presets`: the network pruned to fractions of its MACs and distilled for some epochs under `cifar` (what training did before),
 `photo` and `photo+`; from our start and from Torch-Pruning's best of six (``--peer``). `int8`: PTQ and QAT of the result.
-`uneven`: classes of 16 to 278 images; balanced sampling and class weights against neither, by the recall of the worst class.
+`uneven`: 43 classes of 16 to 278 images, made of photographs that are turned or inverted; balanced sampling and class weights
+against neither, by the recall of the worst class.
 Learning rates are chosen on training images that nothing else sees; ``val`` is read for the table alone. Differences are paired
 by image, with their standard error. Every figure is in ``photographs.json`` as soon as it is there; started again, it goes on.
 """
@@ -20,18 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from prune_quality import Results, parted, peer_best
 
 from compress.checkpoints import load_checkpoint, save_checkpoint
 from compress.checkpoints.base import Checkpoint
 from compress.checkpoints.options import parse_shape
-from compress.data import Dataset, Split, load_dataset
+from compress.data import Dataset, MemoryStore, Split, load_dataset
 from compress.evaluate import TorchRunner, evaluate
 from compress.prune import prune
 from compress.quantize import best_of, fake_quant_model, finish_qat, on_grid, prepare_qat, ptq
 from compress.resnet import build_model, tensors_of
 from compress.train import train
 from rescompress.core.artifact import write_text
+from rescompress.core.operations import Linear
 from rescompress.core.settings import PruneSettings, TrainSettings
 
 
@@ -74,9 +77,9 @@ def recalls(checkpoint: Checkpoint, split: Split) -> list[float]:
     return [100 * float(hits[split.labels == label].mean()) for label in np.unique(split.labels)]
 
 
-def paired(a: list[int], b: list[int]) -> tuple[float, float]:
-    """Return by how many points `a` is above `b`, and the standard error of that difference."""
-    d = 100 * (np.array(a) - np.array(b))
+def paired(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
+    """Return by how many points `a` is above `b` (shares right, by image), and the standard error of that over images."""
+    d = 100 * (np.asarray(a) - np.asarray(b))
     return float(d.mean()), float(d.std(ddof=1) / math.sqrt(len(d)))
 
 
@@ -160,7 +163,7 @@ def presets(bench: Bench) -> None:
     dense = bench.answers("dense", lambda: bench.dense)
     print(f"dense: {100 * np.mean(dense):.2f} on {len(dense)} images; {a.epochs:g} distilled epochs, {a.precision}")
     for fraction in a.macs:
-        former: dict[int, list[int]] = {}
+        right_of: dict[tuple[str, str], list[list[int]]] = {}
         rows = [("ours", "none"), *(("ours", p) for p in a.presets), *((("torch-pruning", "photo"),) if a.peer else ())]
         for who, preset in rows:
             for seed in a.seeds:
@@ -170,57 +173,109 @@ def presets(bench: Bench) -> None:
                     network, lr = bench.best(fraction, who, preset, seed)
                 key = f"{who} {fraction:g} {preset} seed {seed} {bench.recipe(lr)}"
                 answers = bench.answers(key, lambda network=network: network)  # type: ignore[misc]
-                if preset == "cifar":
-                    former[seed] = answers
-                text = f"{fraction:5.2f} {who:13} {preset:7} seed {seed} lr {lr:g}: {100 * np.mean(answers):6.2f}"
+                right_of.setdefault((who, preset), []).append(answers)
                 difference, error = paired(answers, dense)
-                text += f"  {difference:+6.2f} +- {error:.2f} of dense"
-                if seed in former and preset != "cifar":
-                    difference, error = paired(answers, former[seed])
-                    text += f"  {difference:+6.2f} +- {error:.2f} of cifar"
-                print(text, flush=True)
+                text = f"{fraction:5.2f} {who:13} {preset:7} seed {seed} lr {lr:g}: {100 * np.mean(answers):6.2f}"
+                print(f"{text}  {difference:+6.2f} +- {error:.2f} of dense", flush=True)
+        shares = {row: np.mean(found, axis=0) for row, found in right_of.items()}
+        beside = {"dense": np.asarray(dense)} | {name: shares[row] for name, row in _OTHERS.items() if row in shares}
+        for row, share in shares.items():
+            found = [(name, *paired(share, other)) for name, other in beside.items() if other is not share]
+            text = "  ".join(f"{difference:+6.2f} +- {error:.2f} of {name}" for name, difference, error in found)
+            print(
+                f"{fraction:5.2f} {row[0]:13} {row[1]:7} mean of {len(a.seeds)}: {100 * share.mean():6.2f}  {text}", flush=True
+            )
+
+
+_OTHERS = {"cifar": ("ours", "cifar"), "Torch-Pruning trained": ("torch-pruning", "photo")}
+"""What each row of presets is compared with, besides the dense network."""
 
 
 def int8(bench: Bench) -> None:
     """Print the rows of INT8: calibrated, and trained with the rounding in place."""
     a = bench.args
     for fraction in a.macs:
-        network, _ = bench.best(fraction, "ours", "photo", a.seeds[0])
-        images = [x for x, _ in bench.rest.take(512, 0).batches(64)]
+        below: dict[str, list[float]] = {"PTQ": [], "QAT": []}
+        for seed in a.seeds:
+            network, _ = bench.best(fraction, "ours", "photo", seed)
+            images = [x for x, _ in bench.rest.take(512, seed).batches(64)]
 
-        def calibrated(network: Checkpoint = network, images: list[torch.Tensor] = images) -> Checkpoint:
-            return ptq(network, images)
+            def calibrated(network: Checkpoint = network, images: list[torch.Tensor] = images) -> Checkpoint:
+                return ptq(network, images)
 
-        def trained(network: Checkpoint = network, make: Callable[[], Checkpoint] = calibrated) -> Checkpoint:
-            before = make()
-            model = prepare_qat(before)
-            settings = TrainSettings(
-                epochs=1, lr=0.002, batch_size=a.batch, distill=1.0, freeze_bn_after=0.0, workers=a.workers
-            )
-            train(model, bench.rest, settings, teacher=build_model(network.spec, network.state_dict))
-            return best_of([finish_qat(model, before), before], bench.held.again(250))
+            def trained(
+                network: Checkpoint = network, make: Callable[[], Checkpoint] = calibrated, seed: int = seed
+            ) -> Checkpoint:
+                before = make()
+                model = prepare_qat(before)
+                settings = TrainSettings(
+                    epochs=1,
+                    lr=0.002,
+                    batch_size=a.batch,
+                    distill=1.0,
+                    freeze_bn_after=0.0,
+                    workers=a.workers,
+                    seed=seed,
+                )
+                train(model, bench.rest, settings, teacher=build_model(network.spec, network.state_dict))
+                return best_of([finish_qat(model, before), before], bench.held.again(250))
 
-        plain = bench.answers(f"int8 float {fraction:g}", lambda network=network: network)  # type: ignore[misc]
-        for name, make in (("PTQ", calibrated), ("QAT", trained)):
-            answers = bench.answers(f"int8 {name} {fraction:g}", lambda make=make: on_grid(make()))  # type: ignore[misc]
-            difference, error = paired(answers, plain)
-            print(
-                f"{fraction:5.2f} {name}: {100 * np.mean(answers):.2f}  {difference:+.2f} +- {error:.2f} of float", flush=True
-            )
+            key = f"int8 {fraction:g} seed {seed}"
+            plain = bench.answers(f"{key} float", lambda network=network: network)  # type: ignore[misc]
+            for name, make in (("PTQ", calibrated), ("QAT", trained)):
+                answers = bench.answers(f"{key} {name}", lambda make=make: on_grid(make()))  # type: ignore[misc]
+                difference, error = paired(answers, plain)
+                below[name].append(difference)
+                text = f"{fraction:5.2f} {name} seed {seed}: {100 * np.mean(answers):.2f}"
+                print(f"{text}  {difference:+.2f} +- {error:.2f} of float {100 * np.mean(plain):.2f}", flush=True)
+        print(
+            f"{fraction:5.2f} mean: " + ", ".join(f"{name} {np.mean(d):+.2f} of float" for name, d in below.items()), flush=True
+        )
+
+
+CLASSES, JUDGED = 43, 60
+"""As many classes as traffic signs have in a well-known set of photographs (GTSRB), and images of each that judge."""
+TURNS = 4
+"""Each class of photographs makes as many: upright, and turned by quarters; more classes are negatives of the upright ones."""
+
+
+def turned(split: Split, classes: int, counts: list[int], seed: int) -> Split:
+    """Return as many classes as are wanted, made of turned photographs and of negatives, with `counts` images each."""
+    rng = np.random.default_rng(seed)
+    ten = np.unique(split.labels)
+    pictures, labels = [], []
+    for k, count in zip(range(classes), counts, strict=True):
+        label, change = ten[k % len(ten)], k // len(ten)
+        index = rng.permutation(np.flatnonzero(split.labels == label))[:count]
+        x_NHWC = split.store.read(np.sort(index))
+        pictures.append(255 - x_NHWC if change == TURNS else np.rot90(x_NHWC, change, axes=(1, 2)))
+        labels += [k] * len(index)
+    names = tuple(f"{split.classes[ten[k % len(ten)]]} {k // len(ten)}" for k in range(classes))
+    found, y_N = np.concatenate(pictures), np.array(labels, dtype=np.int64)
+    # A mirrored picture that is turned left is a turned mirrored one that is turned right.
+    return Split(MemoryStore(found), y_N, names, split.preprocessing, f"turned {classes} {seed} {len(y_N)}", flips=False)
+
+
+def with_head(checkpoint: Checkpoint, classes: int) -> Checkpoint:
+    """Return a network with a last layer of random weights for other classes, as a user begins with classes of his own."""
+    spec, tensors = checkpoint.spec, dict(checkpoint.state_dict)
+    last = spec.outputs[0].tensor
+    linear = Linear(width=classes)
+    nodes = tuple(node.model_copy(update={"operation": linear}) if node.name == last else node for node in spec.nodes)
+    features = tensors[f"{last}.weight"].shape[1]
+    tensors[f"{last}.weight"] = 0.01 * torch.randn(classes, features, generator=torch.Generator().manual_seed(0))
+    tensors[f"{last}.bias"] = torch.zeros(classes)
+    return Checkpoint(spec.replace(nodes=nodes, labels=None), tensors)
 
 
 def uneven(bench: Bench) -> None:
-    """Print the recall of the worst class on classes of 16 to 278 images, with and without a remedy."""
+    """Print the recall of the worst class on 43 classes of 16 to 278 images, with and without a remedy."""
     a = bench.args
-    rng = np.random.default_rng(0)
-    classes = rng.permutation(np.unique(bench.rest.labels))
-    counts = np.geomspace(16, 278, len(classes)).round().astype(int)
-    chosen = np.concatenate(
-        [rng.permutation(np.flatnonzero(bench.rest.labels == c))[:n] for c, n in zip(classes, counts, strict=True)]
-    )
-    split = bench.rest.subset(np.sort(chosen))
-    fraction = a.macs[0]
-    print(f"{len(classes)} classes of {counts.min()} to {counts.max()} images, labels alone, {a.uneven_epochs:g} epochs:")
+    counts = np.random.default_rng(0).permutation(np.geomspace(16, 278, CLASSES).round().astype(int)).tolist()
+    split = turned(bench.rest, CLASSES, counts, 0)
+    judged = turned(bench.data.val, CLASSES, [JUDGED] * CLASSES, 1)
+    begin = with_head(bench.start(a.macs[0], "ours", a.seeds[0]), CLASSES)
+    print(f"{CLASSES} classes, {len(split)} images, {min(counts)} to {max(counts)} each, labels, {a.uneven_epochs:g} epochs:")
     for name, more in (
         ("neither", {}),
         ("sampling: balanced", {"sampling": "balanced"}),
@@ -228,19 +283,17 @@ def uneven(bench: Bench) -> None:
     ):
 
         def make(more: dict[str, str] = more) -> list[float]:
-            begin = bench.start(fraction, "ours", a.seeds[0])
-            torch.manual_seed(0)
             model = build_model(begin.spec, begin.state_dict)
-            torch.nn.init.normal_(model.get_parameter("fc.weight"), std=0.01)  # what was known of the classes is forgotten
-            torch.nn.init.zeros_(model.get_parameter("fc.bias"))
             settings = TrainSettings.model_validate(
                 {"epochs": a.uneven_epochs, "lr": 0.02, "batch_size": 32, "precision": a.precision, "workers": a.workers} | more
             )
             train(model, split, settings)
-            return recalls(Checkpoint(begin.spec, tensors_of(model)), bench.data.val)
+            return recalls(Checkpoint(begin.spec, tensors_of(model)), judged)
 
-        found = bench.book.get(f"uneven {name} {a.uneven_epochs:g}", make)
-        print(f"  {name:24} worst class {min(found):6.2f}  mean {np.mean(found):6.2f}", flush=True)
+        found = bench.book.get(f"uneven {CLASSES} {name} {a.uneven_epochs:g}", make)
+        few = np.argsort(counts)[: CLASSES // 4]
+        text = f"worst class {min(found):6.2f}  the rarest quarter {np.mean(np.array(found)[few]):6.2f}"
+        print(f"  {name:24} {text}  mean {np.mean(found):6.2f}", flush=True)
 
 
 PARTS = {"presets": presets, "int8": int8, "uneven": uneven}

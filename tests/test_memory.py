@@ -1,4 +1,4 @@
-"""What is freed while training is taken again without the kernel's help, and goes back at the end."""
+"""What is freed while training is taken again without the kernel's help, and goes back at the end; kept images take their own size."""
 
 from __future__ import annotations
 
@@ -72,6 +72,32 @@ print(len(found), min(found), outside)
 """
 
 
+_FEW_OF_MANY = """
+import resource
+import types
+import numpy as np
+from compress.data import CachedStore
+
+def held():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+def read(index):
+    return np.broadcast_to(index.astype(np.uint8)[:, None, None, None], (len(index), 64, 64, 3))
+
+class Files(types.SimpleNamespace):
+    def __len__(self):
+        return 50_000
+
+store = CachedStore(Files(size=(3, 64, 64), read=read))
+few = np.arange(0, 50_000, 200)
+store.read(few[:1])
+before = held()
+right = all((store.read(few)[i] == few[i] % 256).all() for i in range(0, 250, 50))
+print(int(right), held() - before)
+"""
+
+
 def _cannot_count() -> str:
     """Return why pages cannot be counted here, or nothing."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -95,6 +121,13 @@ def test_freed_blocks_are_kept_inside_and_given_back_after() -> None:
     assert inside > _BLOCK
     assert after < _BLOCK // 4
     assert outside >= pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much is held is read from /proc")
+def test_few_images_of_many_take_the_memory_of_few() -> None:
+    right, taken = _numbers(_FEW_OF_MANY)
+    assert right
+    assert taken < 4 * 250 * 64 * 64 * 3, "pages of 2 MB would take 500 MB"
 
 
 def test_every_step_of_a_training_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:

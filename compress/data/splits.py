@@ -32,6 +32,7 @@ from torch import Tensor
 from compress.data import sources
 from compress.files import contents_of, shown
 from compress.folders import Samples
+from compress.memory import sparse_array
 from compress.pixels import Pixels, Reduce, decode, dimensions, normalise, picture
 from rescompress.core.errors import DataError, nearest
 from rescompress.core.graph import Network
@@ -199,7 +200,7 @@ class CachedStore:
     def __init__(self, files: EncodedStore) -> None:
         channels, height, width = files.size
         self.files = files
-        self.pixels = np.empty((len(files), height, width, channels), dtype=np.uint8)
+        self.pixels = sparse_array((len(files), height, width, channels))
         self.filled = np.zeros(len(files), dtype=bool)
 
     def __len__(self) -> int:
