@@ -116,6 +116,7 @@ class Bench:
         """Return that network after its distilled epochs."""
         a = self.args
         key = f"tuned {who} {fraction:g} {preset} seed {seed} {self.recipe(lr)}"
+        name, _, area = preset.partition(":")
 
         def make() -> Checkpoint:
             begin = self.start(fraction, who, seed)
@@ -124,7 +125,8 @@ class Bench:
                 epochs=a.epochs,
                 lr=lr,
                 batch_size=a.batch,
-                augment=preset,
+                augment=name,
+                min_area=float(area or TrainSettings().min_area),
                 precision=a.precision,
                 workers=a.workers,
                 distill=a.distill,
@@ -139,16 +141,14 @@ class Bench:
 
         return self.book.network(key, make)
 
+    def held_out(self, fraction: float, who: str, preset: str, seed: int, lr: float) -> float:
+        """Return the share of the images held out that the network of a recipe has right."""
+        key = f"held {who} {fraction:g} {preset} seed {seed} {self.recipe(lr)}"
+        return float(self.book.get(key, lambda: float(np.mean(right(self.tuned(fraction, who, preset, seed, lr), self.held)))))
+
     def best(self, fraction: float, who: str, preset: str, seed: int) -> tuple[Checkpoint, float]:
         """Return the network of the learning rate that is best on images held out with the first seed, and that rate."""
-        rates: list[float] = self.args.lr
-
-        def score(lr: float) -> float:
-            network = self.tuned(fraction, who, preset, self.args.seeds[0], lr)
-            key = f"held {who} {fraction:g} {preset} {self.recipe(lr)}"
-            return float(self.book.get(key, lambda: float(np.mean(right(network, self.held)))))
-
-        lr = max(rates, key=score) if len(rates) > 1 else rates[0]
+        lr = max(self.args.lr, key=lambda rate: self.held_out(fraction, who, preset, self.args.seeds[0], rate))
         return self.tuned(fraction, who, preset, seed, lr), lr
 
     def answers(self, key: str, network: Callable[[], Checkpoint]) -> list[int]:
@@ -175,15 +175,18 @@ def presets(bench: Bench) -> None:
                 answers = bench.answers(key, lambda network=network: network)  # type: ignore[misc]
                 right_of.setdefault((who, preset), []).append(answers)
                 difference, error = paired(answers, dense)
-                text = f"{fraction:5.2f} {who:13} {preset:7} seed {seed} lr {lr:g}: {100 * np.mean(answers):6.2f}"
-                print(f"{text}  {difference:+6.2f} +- {error:.2f} of dense", flush=True)
+                text = f"{fraction:5.2f} {who:13} {preset:9} seed {seed} lr {lr:g}: {100 * np.mean(answers):6.2f}"
+                text += f"  {difference:+6.2f} +- {error:.2f} of dense"
+                if lr:
+                    text += f"  held out {100 * bench.held_out(fraction, who, preset, seed, lr):.2f}"
+                print(text, flush=True)
         shares = {row: np.mean(found, axis=0) for row, found in right_of.items()}
         beside = {"dense": np.asarray(dense)} | {name: shares[row] for name, row in _OTHERS.items() if row in shares}
         for row, share in shares.items():
             found = [(name, *paired(share, other)) for name, other in beside.items() if other is not share]
             text = "  ".join(f"{difference:+6.2f} +- {error:.2f} of {name}" for name, difference, error in found)
             print(
-                f"{fraction:5.2f} {row[0]:13} {row[1]:7} mean of {len(a.seeds)}: {100 * share.mean():6.2f}  {text}", flush=True
+                f"{fraction:5.2f} {row[0]:13} {row[1]:9} mean of {len(a.seeds)}: {100 * share.mean():6.2f}  {text}", flush=True
             )
 
 
@@ -309,7 +312,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--macs", type=float, nargs="+", default=[0.3, 0.15])
-    parser.add_argument("--presets", nargs="+", default=["cifar", "photo", "photo+"])
+    parser.add_argument(
+        "--presets", nargs="+", default=["cifar", "photo", "photo+"], help="of augmentation; photo:0.5 has another min_area"
+    )
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning's start, too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=5)
