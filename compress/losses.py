@@ -32,6 +32,8 @@ def distillation_loss(student_NK: Tensor, teacher_NK: Tensor, temperature: float
 def label_loss(logits_NK: Tensor, y: Tensor, *, smoothing: float = 0.0, weights_K: Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy; binary where the network has one output.
 
+    The mean is over images, with weights, too: a batch in parts, or shared out to processes, has the loss of the whole one.
+
     Args:
         logits_NK: Of the network.
         y: Labels (N,), or how much of each class an image is (N, K).
@@ -39,15 +41,16 @@ def label_loss(logits_NK: Tensor, y: Tensor, *, smoothing: float = 0.0, weights_
         weights_K: Of the classes.
     """
     if logits_NK.shape[1] > 1:
-        return F.cross_entropy(logits_NK, y, weight=weights_K, label_smoothing=smoothing)
+        if weights_K is None:
+            return F.cross_entropy(logits_NK, y, label_smoothing=smoothing)
+        return F.cross_entropy(logits_NK, y, weight=weights_K, label_smoothing=smoothing, reduction="sum") / len(y)
     second = y.float() if y.ndim == 1 else y[:, 1]
     if smoothing:
         second = second * (1.0 - smoothing) + smoothing / 2.0
     if weights_K is None:
         return F.binary_cross_entropy_with_logits(logits_NK[:, 0], second)
-    each = weights_K[0] + (weights_K[1] - weights_K[0]) * second
-    losses = F.binary_cross_entropy_with_logits(logits_NK[:, 0], second, reduction="none")
-    return (each * losses).sum() / each.sum()
+    z_N = logits_NK[:, 0]
+    return -(weights_K[1] * second * F.logsigmoid(z_N) + weights_K[0] * (1.0 - second) * F.logsigmoid(-z_N)).mean()
 
 
 def class_weights(labels_N: NDArray[np.int64], classes: int) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from compress.averaging import RunningMean
 from compress.data import Split
 from compress.data.augment import shifted
-from compress.data.loader import PHOTOS, Batches, cache_for, workers_for
+from compress.data.loader import PHOTOS, Batches, cache_for, remove_caches, workers_for
 from compress.device import torch_device
 from compress.losses import class_weights, distillation_loss, feature_loss, label_loss, paired_outputs, shared_features
 from compress.memory import kept_memory
@@ -89,7 +89,7 @@ class TrainLog:
 
     Attributes:
         epochs: By epoch: ``epoch``, ``loss``, ``accuracy``, ``lr``, and of the images held out ``held_out_top1`` and
-            ``held_out_loss``.
+            ``held_out_loss``. Loss and accuracy are of the images that the first process trained on.
         resumed_at: The step that it went on from.
         threads: The numbers of threads that the steps before that were computed with.
         lr: Peak learning rate.
@@ -159,10 +159,13 @@ def train(
     held = None
     if settings.hold_out:
         split, held = hold_out(split, settings.hold_out, seed)
+        if len(split) < 2:
+            raise DataError(f"{len(split)} image is left to train on", where="hold_out", remedy="give more training images")
     batch_size = min(settings.batch_size, len(split)) // share.world * share.world
-    if not batch_size:
+    if batch_size < 2 * share.world:  # normalisation needs two
         raise BadInput(
-            f"a batch of {settings.batch_size} is too small for {share.world} processes", remedy="use a larger batch"
+            f"a batch of {min(settings.batch_size, len(split))} is too small for {share.world} processes",
+            remedy="use a larger batch, more images or fewer processes",
         )
     per_epoch = len(split) // batch_size
     steps = max(1, round(settings.epochs * per_epoch))
@@ -176,13 +179,15 @@ def train(
     if own is not None and same_arithmetic(own, split.preprocessing):
         own = None
     with contextlib.ExitStack() as cleaning:
-        folder = resume_file.parent if resume_file is not None else None
-        if folder is None:
-            folder = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="rescompress-")))
+        kept_in = resume_file
+        if kept_in is None:
+            kept_in = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="rescompress-"))) / "training.pt"
         workers = workers_for(settings, split, share, batch_size // share.world)
-        cache = cache_for(split, settings, workers, folder)
+        cache = cache_for(split, settings, workers, kept_in)
+        its = resume_file is None or int(os.environ.get("LOCAL_RANK") or 0) == 0  # one of those that share the folder
+        if its:
+            remove_caches(kept_in, cache)
         if cache is not None:
-            its = resume_file is None or int(os.environ.get("LOCAL_RANK") or 0) == 0  # one of those that share the folder
             if its:
                 cache.create()
                 cleaning.callback(cache.remove)
@@ -321,7 +326,7 @@ class _Loop:
             freeze_batch_norm(self._model)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         x, target = arranged(x, y, settings, step, self._share, flips=self._flips, mix=self._mix)
-        parts = settings.accumulate if settings.accumulate <= len(y) else 1
+        parts = max(1, min(settings.accumulate, len(y) // 2))  # normalisation needs two images
         losses, right = [], []
         for part in torch.arange(len(y)).tensor_split(parts):
             here = slice(int(part[0]), int(part[-1]) + 1)
@@ -423,11 +428,17 @@ class _Loop:
             freeze_batch_norm(self._model)
 
     def finish(self) -> None:
-        """Leave in the network what the training came to."""
+        """Leave in the network what the training came to.
+
+        Raises:
+            BadInput: The last step made weights that are no numbers, which no loss has shown.
+        """
         if self._best is not None:
             self._model.load_state_dict(self._best[1])
         elif self._mean is not None:
             self._mean.swap()
+        if not all(bool(torch.isfinite(v).all()) for v in self._model.state_dict().values()):
+            raise BadInput("training diverged in its last step: weights are not finite", remedy="lower --lr")
 
     def state(self) -> dict[str, Any]:
         """Return everything that `restore` takes."""
@@ -746,7 +757,8 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
     matrices = [p for p in trainable if p.ndim > 1]
     vectors = [p for p in trainable if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=_peak_of(settings), momentum=settings.momentum, nesterov=True)
+    momentum = settings.momentum
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=_peak_of(settings), momentum=momentum, nesterov=momentum > 0)
 
 
 class _Meter:
@@ -815,4 +827,8 @@ def _saved(path: Path | None, fingerprint: str, note: Note | None) -> dict[str, 
         if note is not None:
             note(f"the saved state {path} is not taken up ({e}): training starts again")
         return None
-    return state if state["fingerprint"] == fingerprint else None
+    if state["fingerprint"] == fingerprint:
+        return state
+    if note is not None:
+        note(f"the state saved at step {state['step']} is of other settings, images or weights: training starts again")
+    return None

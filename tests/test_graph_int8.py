@@ -27,8 +27,8 @@ def one_step(int8: Checkpoint) -> float:
     """How far an output moves if one value before the last layer is rounded the other way: outputs may lie nearer than that."""
     assert int8.quantization is not None
     last = next(node for node in reversed(int8.spec.nodes) if isinstance(node.operation, Linear | Conv))
-    scales = [max(q.scale) for q in int8.quantization.quantizers if q.kind == "activation" and q.scale]  # in the order of the graph
-    return float(int8.state_dict[f"{last.name}.weight"].abs().max()) * scales[-1]
+    in_order = [max(q.scale) for q in int8.quantization.quantizers if q.kind == "activation" and q.scale]
+    return float(int8.state_dict[f"{last.name}.weight"].abs().max()) * in_order[-1]
 
 
 @seeds

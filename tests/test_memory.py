@@ -1,4 +1,4 @@
-"""What is freed while training is taken again without the kernel's help, and goes back at the end; kept images take their own size."""
+"""Memory that training frees is taken again without the kernel, and goes back at the end; kept images take their own size."""
 
 from __future__ import annotations
 

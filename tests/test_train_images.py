@@ -134,7 +134,7 @@ def test_a_part_keeps_the_pixels_of_the_result() -> None:
 
 def all_of(split: Split, settings: TrainSettings, workers: int, folder: Path | None) -> list[torch.Tensor]:
     settings = settings.preset(16, normalised=True)
-    cache = cache_for(split, settings, workers, folder) if folder is not None else None
+    cache = cache_for(split, settings, workers, folder / "training.pt") if folder is not None else None
     if cache is not None:
         cache.create()
     batches = Batches(split, settings, 8, cache=cache)
@@ -225,7 +225,7 @@ def test_killed_and_resumed_ends_with_the_same_bits_whoever_reads(split: Split, 
         assert log.epochs == expected.epochs
         for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
-    assert not list(tmp_path.glob("pixels-*")), "the decoded images went with the training"
+    assert not list(tmp_path.glob("*pixels-*")), "the decoded images went with the training"
 
 
 def train_aloud(folder: str, state: str, result: str, workers: int, linger: int) -> None:
@@ -346,10 +346,32 @@ def test_a_cache_knows_what_is_whole(tmp_path: Path) -> None:
 
 def test_only_what_fits_is_kept(split: Split, tmp_path: Path) -> None:
     settings = how().preset(16, normalised=True)
-    assert cache_for(split, settings, 2, tmp_path) is not None
-    assert cache_for(split, settings.model_copy(update={"cache_gib": 1e-6}), 2, tmp_path) is None
+    assert cache_for(split, settings, 2, tmp_path / "training.pt") is not None
+    assert cache_for(split, settings.model_copy(update={"cache_gib": 1e-6}), 2, tmp_path / "training.pt") is None
     memory = dataclasses.replace(split, store=MemoryStore(split.store.read(np.arange(len(split)))))
-    assert cache_for(memory, settings, 2, tmp_path) is None
+    assert cache_for(memory, settings, 2, tmp_path / "training.pt") is None
+
+
+def test_what_is_kept_for_one_fit_is_not_read_for_another(split: Split, tmp_path: Path) -> None:
+    """A training that was killed left its pixels; the next one brings pictures to their size in another way."""
+    state, settings = tmp_path / "finetune.pt", how(augment="none", lr=0.05)
+
+    def trained(resize: int | None, where: Path) -> torch.Tensor:
+        torch.manual_seed(0)
+        spec = SPEC.replace(preprocessing=HALF.model_copy(update={"resize": resize}))
+        model = build_model(spec)
+        train(model, load_dataset(str(tmp_path), spec).train, settings.model_copy(update={"workers": 1}), resume_file=where)
+        return torch.cat([v.double().flatten() for v in model.state_dict().values()])
+
+    kept = cache_for(split, settings.preset(16, normalised=True), 1, state)
+    assert kept is not None
+    kept.create()
+    for i in range(len(split)):
+        kept.put(i, split.store.read(np.array([i]))[0])
+    alone = trained(None, tmp_path / "elsewhere" / "finetune.pt")
+    assert torch.equal(trained(None, state), alone)
+    assert not torch.equal(alone, trained(18, tmp_path / "again" / "finetune.pt"))
+    assert not list(tmp_path.glob("*pixels-*")), "the killed training's, too"
 
 
 def test_images_held_out_are_of_every_class_that_has_some_to_spare() -> None:

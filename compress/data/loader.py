@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
+import hashlib
 import os
 import platform
 import re
@@ -31,6 +33,7 @@ from compress.pixels import Pixels
 from compress.processes import ALONE, Together
 from rescompress.core.errors import BadInput, EnvironmentFailed, RescompressError
 from rescompress.core.settings import PHOTO_SIDE, TrainSettings
+from rescompress.core.spec import Preprocessing
 
 Indices = NDArray[np.int64]
 PHOTOS = ("photo", "photo+")
@@ -246,7 +249,20 @@ def _start(_: int) -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def cache_for(split: Split, settings: TrainSettings, workers: int, folder: Path) -> PixelCache | None:
+def _cache_file(state: Path, what: str) -> Path:
+    """Return where a training keeps decoded images: beside its state, one file for each machine, which maps its own."""
+    host = re.sub(r"[^\w-]", "", platform.node())[:40]
+    return state.with_name(f"{state.stem}-pixels-{what}-{host}.u8")
+
+
+def remove_caches(state: Path, but: PixelCache | None) -> None:
+    """Delete what trainings with this state file kept on this machine, which were killed and do not go on, but one."""
+    for path in state.parent.glob(_cache_file(Path(glob.escape(str(state))), "*").name):
+        if but is None or path != but.path:
+            path.unlink(missing_ok=True)
+
+
+def cache_for(split: Split, settings: TrainSettings, workers: int, state: Path) -> PixelCache | None:
     """Return where decoded images are kept, or None where they are not: too many, or already in memory.
 
     What is kept depends on the settings and the data alone, apart from a disk that is full.
@@ -255,7 +271,7 @@ def cache_for(split: Split, settings: TrainSettings, workers: int, folder: Path)
         split: The images.
         settings: With everything filled in.
         workers: Processes that read.
-        folder: For the file.
+        state: The file of the training's state; theirs is beside it.
     """
     store, index = pictures_below(split.store)
     if not settings.cache_gib or not isinstance(store, EncodedStore):
@@ -274,11 +290,16 @@ def cache_for(split: Split, settings: TrainSettings, workers: int, folder: Path)
         shapes = np.concatenate([sides, np.full((len(sides), 1), channels)], 1)
     else:
         shapes = np.tile(np.array([[height, width, channels]]), (len(split), 1))
-    form = "whole" if photo else f"{height}x{width}"
-    folder.mkdir(parents=True, exist_ok=True)
-    host = re.sub(r"[^\w-]", "", platform.node())[:40]  # machines that share the folder do not share what is mapped
-    cache = PixelCache(folder / f"pixels-{split.identity[:16]}-{form}-{host}.u8", shapes)
+    form = "whole" if photo else f"{height}x{width}-{_fit_of(store.preprocessing)}"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    cache = PixelCache(_cache_file(state, f"{split.identity[:16]}-{form}"), shapes)
     return cache if cache.size_bytes <= budget and cache.fits_disk() else None
+
+
+def _fit_of(how: Preprocessing) -> str:
+    """Return a hash of how pictures are brought to their size: what is kept for one way is not read for another."""
+    said = f"{how.resize} {how.interpolation} {how.antialias}"
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
 def workers_for(settings: TrainSettings, split: Split, share: Together, batch_size: int) -> int:

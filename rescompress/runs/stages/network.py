@@ -300,6 +300,9 @@ def finetuned(context: Context, step: Finetune) -> Outcome:
             "features": config.features if step.teacher else 0.0,
         }
     )
+    idle = sorted({"distill", "temperature", "features"} & config.model_fields_set)
+    if idle and not step.teacher and context.main:
+        context.reporter.note(f"{', '.join(idle)}: of no effect without a teacher")
     model = build_model(checkpoint.spec, checkpoint.state_dict)
     split = dataset(common, checkpoint.spec).train
     mentor = teacher_network(context, step.teacher, checkpoint, split)

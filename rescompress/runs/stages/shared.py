@@ -201,7 +201,8 @@ def finish(
             return evaluate_model(context, model, split, common, checkpoint.spec, sharing)
         return measure_fidelity(context, TorchRunner(model, common.torch_device()), checkpoint, split, common, sharing)
 
-    if sharing.world > 1 and common.data is not None:
+    # Before anything is written: what cannot be evaluated does not take the place of an earlier result.
+    if common.data is not None and (context.main or sharing.world > 1):
         found = measured(dataset(common, checkpoint.spec).val, sharing)
     if not context.main:
         return Outcome()
@@ -215,19 +216,18 @@ def finish(
         "params": counted(total_params(layers), "params"),
         "size_bytes": counted(size, "bytes"),
     }
-    if common.data is not None:
-        data = dataset(common, checkpoint.spec)
-        if found is None:
-            found = measured(data.val)
+    if found is not None:
         metrics |= found.metrics
         if isinstance(found, Evaluation):
             written.append(("outcomes", outcomes_file(context, stage, found)))
         else:
             details = details.with_fidelity(found.outputs)
-        notes = (*data.notes, *found.notes)
+        notes = (*dataset(common, checkpoint.spec).notes, *found.notes)
         details = details.with_data_notes(list(notes))
-        for note in notes if stage == "dense" else ():
-            context.reporter.note(note)
+        told = {note for other in context.done.stages if other.stage != stage for note in other.details.data_notes}
+        for note in notes:
+            if note not in told:
+                context.reporter.note(note)
     return Outcome(metrics, written, details, transient=transient)
 
 
