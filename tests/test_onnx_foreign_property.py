@@ -415,7 +415,8 @@ def reads_what_it_computes(steps: list[str], side: int, seed: int, opset: int) -
             return
         checkpoint, error = attempt(lambda: load_checkpoint(path, preprocess="raw"))
         if error is not None:
-            assert not set(steps) <= set(READ), f"{steps}: {error}"
+            too_small = "has a window larger than its map" in str(error)  # after some steps that made the map smaller
+            assert too_small or not set(steps) <= set(READ), f"{steps}: {error}"
             assert error.exit_code == 5
             assert error.remedy
             return
