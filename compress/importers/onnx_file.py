@@ -293,6 +293,8 @@ def _instance_norm(r: Reader, n: _Node) -> Value:
         raise Refused("normalises each image by its own statistics")
     shape, groups = x.shape, x.shape[1]
     c, h, w = x.step.shape
+    if math.prod(shape) != r.trace.batch * c * h * w:
+        raise Refused("normalises a part of a map by its own statistics")
     natural = x.move(lambda p: p.reshape(r.trace.batch, c, h, w))
     made = r.trace.group_norm(natural, groups, None, None, float(n.attributes.get("epsilon", 1e-5)))
     made = r.trace.affine(made, *(t.repeat_interleave(c // groups).reshape(1, c, 1, 1) for t in (scale, shift)))
