@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,17 @@ _OTHERS = {"cifar": ("ours", "cifar"), "Torch-Pruning trained": ("torch-pruning"
 """What each row of presets is compared with, besides the dense network."""
 
 
+def trained_int8(bench: Bench, network: Checkpoint, calibrated: Checkpoint, seed: int) -> Checkpoint:
+    """Return a calibrated network after an epoch with the rounding in place, or as it was, by the images held out."""
+    a = bench.args
+    model = prepare_qat(calibrated)
+    settings = TrainSettings(
+        epochs=1, lr=0.002, batch_size=a.batch, distill=1.0, freeze_bn_after=0.0, workers=a.workers, seed=seed
+    )
+    train(model, bench.rest, settings, teacher=build_model(network.spec, network.state_dict))
+    return on_grid(best_of([finish_qat(model, calibrated), calibrated], bench.held.again(250)))
+
+
 def int8(bench: Bench) -> None:
     """Print the rows of INT8: calibrated, and trained with the rounding in place."""
     a = bench.args
@@ -201,39 +213,18 @@ def int8(bench: Bench) -> None:
         below: dict[str, list[float]] = {"PTQ": [], "QAT": []}
         for seed in a.seeds:
             network, _ = bench.best(fraction, "ours", "photo", seed)
-            images = [x for x, _ in bench.rest.take(512, seed).batches(64)]
-
-            def calibrated(network: Checkpoint = network, images: list[torch.Tensor] = images) -> Checkpoint:
-                return ptq(network, images)
-
-            def trained(
-                network: Checkpoint = network, make: Callable[[], Checkpoint] = calibrated, seed: int = seed
-            ) -> Checkpoint:
-                before = make()
-                model = prepare_qat(before)
-                settings = TrainSettings(
-                    epochs=1,
-                    lr=0.002,
-                    batch_size=a.batch,
-                    distill=1.0,
-                    freeze_bn_after=0.0,
-                    workers=a.workers,
-                    seed=seed,
-                )
-                train(model, bench.rest, settings, teacher=build_model(network.spec, network.state_dict))
-                return best_of([finish_qat(model, before), before], bench.held.again(250))
-
+            calibrated = ptq(network, [x for x, _ in bench.rest.take(512, seed).batches(64)])
             key = f"int8 {fraction:g} seed {seed}"
             plain = bench.answers(f"{key} float", lambda network=network: network)  # type: ignore[misc]
-            for name, make in (("PTQ", calibrated), ("QAT", trained)):
-                answers = bench.answers(f"{key} {name}", lambda make=make: on_grid(make()))  # type: ignore[misc]
+            makers = {"PTQ": partial(on_grid, calibrated), "QAT": partial(trained_int8, bench, network, calibrated, seed)}
+            for name, make in makers.items():
+                answers = bench.answers(f"{key} {name}", make)
                 difference, error = paired(answers, plain)
                 below[name].append(difference)
                 text = f"{fraction:5.2f} {name} seed {seed}: {100 * np.mean(answers):.2f}"
                 print(f"{text}  {difference:+.2f} +- {error:.2f} of float {100 * np.mean(plain):.2f}", flush=True)
-        print(
-            f"{fraction:5.2f} mean: " + ", ".join(f"{name} {np.mean(d):+.2f} of float" for name, d in below.items()), flush=True
-        )
+        means = ", ".join(f"{name} {np.mean(found):+.2f} of float" for name, found in below.items())
+        print(f"{fraction:5.2f} mean of {len(a.seeds)}: {means}", flush=True)
 
 
 CLASSES, JUDGED = 43, 60

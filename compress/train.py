@@ -159,8 +159,6 @@ def train(
     held = None
     if settings.hold_out:
         split, held = hold_out(split, settings.hold_out, seed)
-        if len(split) < 2:
-            raise DataError(f"{len(split)} image is left to train on", where="hold_out", remedy="give more training images")
     batch_size = min(settings.batch_size, len(split)) // share.world * share.world
     if batch_size < 2 * share.world:  # normalisation needs two
         raise BadInput(
@@ -494,7 +492,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Return the images to train on and those to choose by: of each class its part, and of a single image none.
 
     Raises:
-        DataError: No class has an image to spare.
+        DataError: No class has an image to spare, or too few are left to train on.
     """
     rng = np.random.default_rng([seed, 0x401D])
     kept = []
@@ -504,7 +502,10 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     chosen = np.sort(np.concatenate(kept))
     if not len(chosen):
         raise DataError("no class has an image to spare", where="hold_out", remedy="give more images, or no hold_out")
-    return split.subset(np.setdiff1d(np.arange(len(split)), chosen)), split.subset(chosen)
+    rest = np.setdiff1d(np.arange(len(split)), chosen)
+    if len(rest) < 2:
+        raise DataError(f"{len(rest)} image is left to train on", where="hold_out", remedy="give more training images")
+    return split.subset(rest), split.subset(chosen)
 
 
 @torch.no_grad()
@@ -823,12 +824,10 @@ def _saved(path: Path | None, fingerprint: str, note: Note | None) -> dict[str, 
         return None
     try:
         state = _read_state(path)
+        if state["fingerprint"] != fingerprint:
+            raise ValueError(f"saved at step {state['step']} of a training with other settings, images or weights")
+        return state
     except (ValueError, OSError) as e:
         if note is not None:
             note(f"the saved state {path} is not taken up ({e}): training starts again")
         return None
-    if state["fingerprint"] == fingerprint:
-        return state
-    if note is not None:
-        note(f"the state saved at step {state['step']} is of other settings, images or weights: training starts again")
-    return None

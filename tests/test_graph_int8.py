@@ -23,6 +23,9 @@ from rescompress.core.quantizers import PROFILES, float_operations, place
 seeds = pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.slow) for s in range(12, 200))])
 
 
+FEW_STEPS = 16
+
+
 def one_step(int8: Checkpoint) -> float:
     """How far an output moves if one value before the last layer is rounded the other way: outputs may lie nearer than that."""
     assert int8.quantization is not None
@@ -48,10 +51,12 @@ def test_the_file_computes_the_integers_of_the_network(seed: int) -> None:
     whole = OrtRunner(in_integers(proto), optimize=False)
     batch = images(network, 4, seed=5).numpy()
     in_sums = compare_outputs(TorchRunner(integer_model(int8)), whole, [batch])
-    # What stays float may round another way at the border of two integers.
-    assert in_sums.mean_abs <= max(2e-3 * in_sums.logit_range, one_step(int8))
     in_float = compare_outputs(TorchRunner(fake_quant_model(int8)), TorchRunner(integer_model(int8)), [batch])
-    assert in_float.mean_abs <= max(2e-2 * in_float.logit_range, one_step(int8))
+    if in_sums.logit_range < FEW_STEPS * one_step(int8):  # the images' outputs are nearly one: no measure of a difference
+        assert max(in_sums.mean_abs, in_float.mean_abs) <= one_step(int8)
+    else:
+        assert in_sums.relative < 2e-3  # what stays float may round another way at the border of two integers
+        assert in_float.relative < 2e-2
     facts = TargetFacts(
         "this computer", "onnxruntime" if profile == "onnxruntime" else "openvino", 17, ("fp32", "int8"), {"int8": 1}
     )

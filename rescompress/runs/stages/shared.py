@@ -193,6 +193,7 @@ def finish(
         sharing: The processes that evaluate together; the main one writes.
     """
     found: Evaluation | Fidelity | None = None
+    data_notes: tuple[str, ...] = ()
     whole = scores_classes(checkpoint.spec)
 
     def measured(split: Split, sharing: Together = ALONE) -> Evaluation | Fidelity:
@@ -203,7 +204,8 @@ def finish(
 
     # Before anything is written: what cannot be evaluated does not take the place of an earlier result.
     if common.data is not None and (context.main or sharing.world > 1):
-        found = measured(dataset(common, checkpoint.spec).val, sharing)
+        data = dataset(common, checkpoint.spec)
+        found, data_notes = measured(data.val, sharing), data.notes
     if not context.main:
         return Outcome()
     path = context.folder / f"{stage}.safetensors"
@@ -222,7 +224,7 @@ def finish(
             written.append(("outcomes", outcomes_file(context, stage, found)))
         else:
             details = details.with_fidelity(found.outputs)
-        notes = (*dataset(common, checkpoint.spec).notes, *found.notes)
+        notes = (*data_notes, *found.notes)
         details = details.with_data_notes(list(notes))
         told = {note for other in context.done.stages if other.stage != stage for note in other.details.data_notes}
         for note in notes:
